@@ -1,0 +1,72 @@
+"""Control plane of a group of ranks: exchange small values, and fail together.
+
+Values go through the c10d key-value store that every launcher already provides, not through a collective: a rank that
+never comes can then be named, and the wait is bounded whatever the backend.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+
+class Agreement:
+    """Bounded all-gather of JSON values among ``ranks`` (global ranks; this process is one of them).
+
+    ``scope`` separates groups that share the store: all ranks of the group construct with the same scope, and each
+    ``gather`` is collective over the group. Keys are numbered, so calls must come in the same order on all ranks.
+    """
+
+    def __init__(self, scope: str, ranks: Sequence[int], timeout_s: float) -> None:
+        # Private, but the same object in every torch since 1.13; there is no public accessor for the default store.
+        self._store = dist.distributed_c10d._get_default_store()
+        self._scope = scope
+        self._ranks = tuple(ranks)
+        self._rank = dist.get_rank()
+        self._timeout_s = timeout_s
+        self._count = 0
+
+    def gather(self, topic: str, value: Any) -> list[Any]:
+        """Every rank's ``value`` (JSON), in the order of ``ranks``. Collective.
+
+        Raises RuntimeError, naming the ranks that did not come, after the timeout.
+        """
+        prefix = f"sf_xfuser/{self._scope}/{self._count}"
+        self._count += 1
+        self._store.set(f"{prefix}/{self._rank}", json.dumps([topic, value]))
+        deadline = time.monotonic() + self._timeout_s
+        values: list[Any] = []
+        for rank in self._ranks:
+            key = f"{prefix}/{rank}"
+            pause = 0.0005
+            while not self._store.check([key]):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(self._absent(prefix, topic))
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+            seen_topic, seen = json.loads(self._store.get(key))
+            if seen_topic != topic:
+                raise RuntimeError(
+                    f"rank {self._rank} is at {topic!r} while rank {rank} is at {seen_topic!r}: all ranks of "
+                    f"{self._ranks} must make the same calls in the same order"
+                )
+            values.append(seen)
+        return values
+
+    def check(self, topic: str, error: str | None) -> None:
+        """Raise ValueError with the same text on every rank if any rank has an ``error``. Collective."""
+        errors = self.gather(topic, error)
+        spelled = [f"rank {rank}: {text}" for rank, text in zip(self._ranks, errors, strict=True) if text]
+        if spelled:
+            raise ValueError("; ".join(dict.fromkeys(spelled)) if len(set(errors)) > 1 else str(errors[0]))
+
+    def _absent(self, prefix: str, topic: str) -> str:
+        absent = [rank for rank in self._ranks if not self._store.check([f"{prefix}/{rank}"])]
+        return (
+            f"rank {self._rank} waited {self._timeout_s:g} s for {topic!r}, but rank(s) {absent} of {self._ranks} did "
+            f"not come: they failed, were started without the same --sp-* flags, or need a longer --sp-timeout"
+        )

@@ -1,0 +1,163 @@
+"""The user's choices: one frozen value, its command-line flags and its environment names.
+
+This is the only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BACKENDS = ("usp", "ulysses", "ring", "torus", "auto")
+_PLAN_NAMES = ("auto", "paper", "usp")
+_PLAN_KEYS = ("torus", "ulysses", "ring")
+
+AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
+ARGS_VARIABLE = "SF_XFUSER_ARGS"
+MACHINE_VARIABLE = "SF_XFUSER_MACHINE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorusArgs:
+    """What the user asked for. Raises ValueError for a value that no plan could mean.
+
+    ``backend``: which sequence-parallel backend runs attention (``None``: xDiT untouched).
+    ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
+    ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
+    ``timeout``: seconds that any wait of this package may last.
+    ``strict``: an attention call that torus cannot serve raises instead of going to xDiT's own USP.
+    """
+
+    backend: str | None = None
+    plan: str = "auto"
+    topology: str = "auto"
+    timeout: float = 300.0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"--sp-backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        self.explicit_plan()
+        if self.topology != "auto" and not re.fullmatch(r"[1-9]\d*[xX][1-9]\d*", self.topology):
+            raise ValueError(f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {self.topology!r}")
+        if not self.timeout > 0:
+            raise ValueError(f"--sp-timeout must be a positive number of seconds, got {self.timeout}")
+
+    def explicit_plan(self) -> dict[str, int] | None:
+        """``{"torus": T, "ulysses": U, "ring": R}`` where the plan names degrees, else None."""
+        if self.plan in _PLAN_NAMES:
+            return None
+        degrees: dict[str, int] = {}
+        for part in self.plan.split(","):
+            key, _, value = part.strip().partition("=")
+            if key not in _PLAN_KEYS or key in degrees or not re.fullmatch(r"[1-9]\d*", value):
+                raise ValueError(
+                    f"--sp-plan must be {', '.join(_PLAN_NAMES)} or torus=T,ulysses=U,ring=R with positive integers, "
+                    f"got {self.plan!r}"
+                )
+            degrees[key] = int(value)
+        return {key: degrees.get(key, 1) for key in _PLAN_KEYS}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--sp-*`` to ``parser``, each spelled with dashes and with underscores."""
+    group = parser.add_argument_group("Sequence-parallel backend (sf-xfuser)")
+
+    def add(name: str, **options: Any) -> None:
+        # xDiT's parser rewrites dashes to underscores and looks the result up; a plain ArgumentParser does not.
+        group.add_argument(f"--sp-{name}", f"--sp_{name}", dest=f"sp_{name}", **options)
+
+    add(
+        "backend",
+        choices=BACKENDS,
+        default=None,
+        help="How attention runs across the ranks of a sequence-parallel group: torus = Torus Attention (Ulysses "
+        "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code with the degrees filled in; "
+        "auto = torus where it crosses machines with fewer bytes, else usp. Without this flag xDiT is untouched.",
+    )
+    add(
+        "plan",
+        default="auto",
+        metavar="PLAN",
+        help="Layout of the group: auto, paper (largest Ulysses degree, machines first), usp (xDiT's own layout) or "
+        "torus=T,ulysses=U,ring=R. Default: auto",
+    )
+    add(
+        "topology",
+        default="auto",
+        metavar="NxM",
+        help="Machines x ranks per machine, or auto (gathered from the hosts). Default: auto",
+    )
+    add("timeout", type=float, default=300.0, metavar="SECONDS", help="Longest wait for another rank. Default: 300")
+    add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")
+
+
+def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
+    """The ``sp_*`` entries of parsed arguments as a value; None without ``sp_backend``. Raises ValueError."""
+    if values.get("sp_backend") is None:
+        ignored = sorted(
+            f"--{key.replace('_', '-')}"
+            for key, default in (("sp_plan", "auto"), ("sp_topology", "auto"), ("sp_strict", False))
+            if values.get(key, default) != default
+        )
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)} has no effect without --sp-backend; add --sp-backend torus")
+        return None
+    names = ("backend", "plan", "topology", "timeout", "strict")
+    return TorusArgs(**{name: values[f"sp_{name}"] for name in names if f"sp_{name}" in values})
+
+
+def extract(argv: Sequence[str]) -> tuple[TorusArgs | None, list[str]]:
+    """Take the ``--sp-*`` flags out of a command line that another parser will read: (value, the rest)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    known, rest = parser.parse_known_args(list(argv))
+    return from_mapping(vars(known)), rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchEnvironment:
+    """What the launcher said (torchrun's variables); None where it said nothing."""
+
+    world_size: int | None = None
+    local_world_size: int | None = None
+    local_rank: int | None = None
+    machine: str | None = None
+
+
+def launch_environment() -> LaunchEnvironment:
+    def number(name: str) -> int | None:
+        value = os.environ.get(name, "")
+        return int(value) if value.isdigit() else None
+
+    return LaunchEnvironment(
+        world_size=number("WORLD_SIZE"),
+        local_world_size=number("LOCAL_WORLD_SIZE"),
+        local_rank=number("LOCAL_RANK"),
+        machine=os.environ.get(MACHINE_VARIABLE) or None,
+    )
+
+
+def autoload_wanted() -> bool:
+    return os.environ.get(AUTOLOAD_VARIABLE, "1").lower() not in ("0", "false", "no", "off")
+
+
+def args_from_environment() -> TorusArgs | None:
+    """``SF_XFUSER_ARGS``: the JSON of a TorusArgs, for launchers that pass no flags. Raises ValueError if malformed."""
+    text = os.environ.get(ARGS_VARIABLE)
+    if not text:
+        return None
+    try:
+        return TorusArgs(**json.loads(text))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{ARGS_VARIABLE} must be JSON like {TorusArgs(backend='torus').to_json()}, got {text!r}"
+        ) from error

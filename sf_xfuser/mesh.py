@@ -1,0 +1,192 @@
+"""From a plan to process groups: who exchanges with whom, cross-checked on all ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from sf_xfuser.agreement import Agreement
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.plan import Layout, Plan, make_plan
+from sf_xfuser.schedule import Lane
+from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
+from sf_xfuser.transport import Transport, TwoSided
+
+_incarnation = itertools.count()
+
+
+@dataclass(eq=False)
+class Mesh:
+    """One sequence-parallel group as seen by this rank. Made by :func:`build_mesh`; holds no tensors.
+
+    ``position`` is this rank's machine-major place in ``plan.layout``; ``members[w]`` the global rank at place ``w``.
+    ``lanes`` moves chunks inside a machine and across machines; ``peer_index[lane][w]`` is ``w``'s rank in that
+    lane's process group. ``ulysses_group`` and ``ring_group`` are process groups for code that wants collectives
+    (xDiT's own USP): ascending global ranks. ``calls`` caches what was agreed per call shape.
+    """
+
+    plan: Plan
+    grid: MachineGrid
+    topology: Topology
+    position: int
+    lanes: dict[Lane, Transport]
+    peer_index: dict[Lane, dict[int, int]]
+    ulysses_group: dist.ProcessGroup
+    ring_group: dist.ProcessGroup
+    agreement: Agreement
+    calls: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        return self.plan.layout
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self.grid.members
+
+    def lines(self) -> list[str]:
+        """The mesh as text: topology, plan, and where this rank stands."""
+        t, u, r_x, r_i = self.layout.coordinates(self.position)
+        text = [f"topology from {self.topology.source}: sequence-parallel group {list(self.members)}"]
+        if self.grid.note:
+            text.append(self.grid.note)
+        text += self.plan.lines()
+        text.append(f"this rank: {self.members[self.position]} at torus {t}, ulysses {u}, ring {r_x}x{r_i}")
+        return text
+
+
+def gather_topology(args: TorusArgs, agreement: Agreement, world_size: int) -> Topology:
+    """The job's topology, the same on every rank. Collective over the world, also where it is pretended.
+
+    Raises ValueError on every rank if ranks were started with different ``--sp-*`` flags.
+    """
+    reports = agreement.gather("flags and host", {"args": asdict(args), "facts": asdict(probe())})
+    differing = sorted({name for r in reports for name in r["args"] if r["args"][name] != reports[0]["args"][name]})
+    if differing:
+        seen = {name: {rank: r["args"][name] for rank, r in enumerate(reports)} for name in differing}
+        spelled = "; ".join(f"--sp-{name} by rank: {values}" for name, values in seen.items())
+        raise ValueError(f"ranks were started with different flags: {spelled}. Give all ranks the same flags")
+    if args.topology != "auto":
+        return Topology.parse(args.topology, world_size)
+    return Topology.from_facts([RankFacts(**report["facts"]) for report in reports])
+
+
+def build_mesh(
+    sp_rank_lists: Sequence[Sequence[int]],
+    args: TorusArgs,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    ulysses_degree: int | None = None,
+    ring_degree: int | None = None,
+    backend: str | None = None,
+) -> Mesh:
+    """The mesh of this rank's sequence-parallel group. Collective over the world: every rank passes the same lists.
+
+    ``sp_rank_lists``: the global ranks of every sequence-parallel group, each ascending; together every rank once.
+    The degrees are kept where given (``ring_degree`` is checked), else planned. ``backend`` is torch.distributed's.
+    Raises ValueError (bad degrees, heads, flags) or RuntimeError (a rank is missing), on every rank alike.
+    """
+    world_size = dist.get_world_size()
+    rank = dist.get_rank()
+    incarnation = next(_incarnation)
+    world = Agreement(f"world{incarnation}", range(world_size), args.timeout)
+    topology = gather_topology(args, world, world_size)
+    for ranks in sp_rank_lists:
+        if list(ranks) != sorted(set(ranks)):
+            raise ValueError(f"a sequence-parallel group must list ascending distinct ranks, got {list(ranks)}")
+
+    # Every plan is made on every rank before any group: a refusal of one is seen by all.
+    grids = [topology.fold(ranks) for ranks in sp_rank_lists]
+    plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree) for grid in grids]
+    mine: Mesh | None = None
+    for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
+        groups = _Groups(backend, args.timeout)
+        members, layout = grid.members, plan.layout
+        positions = range(layout.world_size)
+        inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
+                  for n in range(layout.num_machines)]  # fmt: skip
+        across = groups.new(list(positions), members, bounded=True)
+        ulysses = [groups.new(list(g), members) for g in sorted({layout.ulysses_group(p) for p in positions})]
+        ring = [groups.new(list(g), members) for g in sorted({layout.ring_group(p) for p in positions})]
+        if rank not in members:
+            continue
+        position = members.index(rank)
+        lanes: dict[Lane, _Group] = {"inside": _of(inside, position), "across": across}
+        mine = Mesh(
+            plan=plan,
+            grid=grid,
+            topology=topology,
+            position=position,
+            lanes={lane: TwoSided(group.handle, lane, args.timeout) for lane, group in lanes.items()},
+            peer_index={lane: group.index for lane, group in lanes.items()},
+            ulysses_group=_of(ulysses, position).handle,
+            ring_group=_of(ring, position).handle,
+            agreement=Agreement(f"group{incarnation}.{index}", members, args.timeout),
+        )
+    if mine is None:
+        raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
+    return mine
+
+
+def _plan(
+    grid: MachineGrid,
+    args: TorusArgs,
+    heads: int | None,
+    kv_heads: int | None,
+    ulysses_degree: int | None,
+    ring_degree: int | None,
+) -> Plan:
+    world_size = len(grid.members)
+    if ulysses_degree is not None and ulysses_degree * (ring_degree or 1) != world_size:
+        raise ValueError(
+            f"ulysses_degree={ulysses_degree} x ring_degree={ring_degree or 1} = "
+            f"{ulysses_degree * (ring_degree or 1)}, but the sequence-parallel group has {world_size} ranks: give "
+            f"degrees with that product, or none and let --sp-plan choose"
+        )
+    plan = make_plan(
+        grid.num_machines,
+        grid.ranks_per_machine,
+        heads=heads,
+        kv_heads=kv_heads,
+        rule="auto" if args.explicit_plan() else args.plan,
+        explicit=args.explicit_plan(),
+        ulysses_degree=ulysses_degree,
+    )
+    layout = plan.layout
+    if ulysses_degree is not None and layout.ulysses_degree != ulysses_degree:
+        raise ValueError(
+            f"--sp-plan {args.plan} means ulysses_degree={layout.ulysses_degree} and ring_degree={layout.ring_degree}, "
+            f"but ulysses_degree={ulysses_degree} and ring_degree={ring_degree} were given: leave one of them out"
+        )
+    return plan
+
+
+@dataclass(frozen=True)
+class _Group:
+    handle: dist.ProcessGroup
+    index: dict[int, int]  # position -> rank in the process group
+
+
+def _of(groups: Sequence[_Group], position: int) -> _Group:
+    return next(group for group in groups if position in group.index)
+
+
+class _Groups:
+    """Makes process groups of positions. ``new_group`` is collective over the world and sorts by global rank."""
+
+    def __init__(self, backend: str | None, timeout_s: float) -> None:
+        self._backend = backend
+        self._timeout_s = timeout_s
+
+    def new(self, positions: list[int], members: Sequence[int], bounded: bool = False) -> _Group:
+        ranks = sorted(members[p] for p in positions)
+        handle = dist.new_group(
+            ranks, backend=self._backend, timeout=timedelta(seconds=self._timeout_s) if bounded else None
+        )
+        return _Group(handle, {p: ranks.index(members[p]) for p in positions})

@@ -1,0 +1,301 @@
+"""Machines x ranks and a head count in, a layout with its reasons out. Pure.
+
+W = N*M ranks; position w = n*M + m; n = t + T*r_x, m = u + U*r_i   (design: "Mesh: who sits where")
+
+    torus T         heads split across machines          (inter-machine Ulysses degree)
+    ulysses U       heads split inside a machine         (intra-machine Ulysses degree)
+    ring R_x * R_i  KV that stays split across / inside machines
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Degrees of one sequence-parallel group. Validates itself; maps positions to coordinates and groups."""
+
+    torus: int
+    ulysses: int
+    ring_across: int
+    ring_inside: int
+
+    def __post_init__(self) -> None:
+        for name in ("torus", "ulysses", "ring_across", "ring_inside"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_machines(self) -> int:
+        return self.torus * self.ring_across
+
+    @property
+    def ranks_per_machine(self) -> int:
+        return self.ulysses * self.ring_inside
+
+    @property
+    def world_size(self) -> int:
+        return self.num_machines * self.ranks_per_machine
+
+    @property
+    def ulysses_degree(self) -> int:
+        """xDiT's ``ulysses_degree``: how many ways heads are split in all."""
+        return self.torus * self.ulysses
+
+    @property
+    def ring_degree(self) -> int:
+        """xDiT's ``ring_degree``: how many ways KV stays split."""
+        return self.ring_across * self.ring_inside
+
+    def coordinates(self, position: int) -> tuple[int, int, int, int]:
+        """``(t, u, r_x, r_i)`` of a position."""
+        n, m = divmod(position, self.ranks_per_machine)
+        r_x, t = divmod(n, self.torus)
+        r_i, u = divmod(m, self.ulysses)
+        return t, u, r_x, r_i
+
+    def position(self, t: int, u: int, r_x: int, r_i: int) -> int:
+        """Inverse of :meth:`coordinates`; each coordinate is taken modulo its degree (rotations wrap)."""
+        n = t % self.torus + self.torus * (r_x % self.ring_across)
+        m = u % self.ulysses + self.ulysses * (r_i % self.ring_inside)
+        return n * self.ranks_per_machine + m
+
+    def machine(self, position: int) -> int:
+        return position // self.ranks_per_machine
+
+    def head_group(self, position: int) -> int:
+        """Which of the ``ulysses_degree`` head groups this position attends with."""
+        t, u, _, _ = self.coordinates(position)
+        return t * self.ulysses + u
+
+    def ulysses_group(self, position: int) -> tuple[int, ...]:
+        """Positions that share this one's ring coordinates, ordered by head group."""
+        _, _, r_x, r_i = self.coordinates(position)
+        return tuple(self.position(t, u, r_x, r_i) for t in range(self.torus) for u in range(self.ulysses))
+
+    def ring_group(self, position: int) -> tuple[int, ...]:
+        """Positions that share this one's heads, ordered by ring index ``r_x*R_i + r_i``."""
+        t, u, _, _ = self.coordinates(position)
+        return tuple(self.position(t, u, x, i) for x in range(self.ring_across) for i in range(self.ring_inside))
+
+    def egress(self, kv_ratio: Fraction = Fraction(1)) -> Fraction:
+        """Elements that leave one machine per attention call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H.
+
+        Ulysses sends Q, K, V and O to the T-1 other machines of its group; each KV block then crosses R_x - 1 times.
+        The two pure forms are design.md section 2's formulas.
+        """
+        heads_leave = (2 + 2 * kv_ratio) * Fraction(self.torus - 1, self.torus)
+        ring_leaves = 2 * kv_ratio * (self.ring_across - 1)
+        return (heads_leave + ring_leaves) / self.num_machines
+
+    def __str__(self) -> str:
+        ring = f"ring={self.ring_degree}"
+        if self.ring_across > 1:
+            ring += f" ({self.ring_across} across machines x {self.ring_inside} inside)"
+        return f"torus={self.torus} ulysses={self.ulysses} {ring}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One layout that was looked at; ``rejected`` is empty for the chosen one."""
+
+    layout: Layout
+    egress: Fraction
+    rejected: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The chosen layout, the rule that chose it and why, and every layout that was not taken."""
+
+    layout: Layout
+    rule: str
+    reason: str
+    heads: int | None
+    candidates: tuple[Candidate, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The plan as text: the choice, then the alternatives with their reasons."""
+        layout = self.layout
+        text = [
+            f"{layout.num_machines} machine(s) x {layout.ranks_per_machine} rank(s): {layout}",
+            f"rule {self.rule}: {self.reason}",
+        ]
+        for candidate in self.candidates:
+            verdict = candidate.rejected or "chosen"
+            text.append(f"  {candidate.layout!s:<52} out of a machine: {float(candidate.egress):.3f} BLHD  {verdict}")
+        return text
+
+
+def legal_layouts(num_machines: int, ranks_per_machine: int, heads: int | None) -> Iterator[Layout]:
+    """Every layout with T | N, U | M and T*U | heads (``heads=None``: any)."""
+    for torus in _divisors(num_machines):
+        for ulysses in _divisors(ranks_per_machine):
+            if heads is None or heads % (torus * ulysses) == 0:
+                yield Layout(
+                    torus=torus,
+                    ulysses=ulysses,
+                    ring_across=num_machines // torus,
+                    ring_inside=ranks_per_machine // ulysses,
+                )
+
+
+def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
+    """Place a total Ulysses degree across machines first. Any divisor of N*M has such a placement."""
+    torus = gcd(num_machines, ulysses_degree)
+    ulysses = ulysses_degree // torus
+    if ranks_per_machine % ulysses:
+        raise ValueError(
+            f"ulysses_degree={ulysses_degree} does not divide the {num_machines * ranks_per_machine} ranks of the "
+            f"sequence-parallel group; allowed: {_divisors(num_machines * ranks_per_machine)}"
+        )
+    return Layout(
+        torus=torus,
+        ulysses=ulysses,
+        ring_across=num_machines // torus,
+        ring_inside=ranks_per_machine // ulysses,
+    )
+
+
+def paper_layout(num_machines: int, ranks_per_machine: int, heads: int) -> Layout:
+    """StreamFusion's rule (arXiv 2601.20273): Ulysses degree gcd(N*M, H), across machines first; Ring takes the rest."""
+    return split_degree(num_machines, ranks_per_machine, gcd(num_machines * ranks_per_machine, heads))
+
+
+def usp_layout(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
+    """xDiT's own layout: Ulysses on neighbouring ranks (inside a machine first), Ring over the rest."""
+    ulysses = gcd(ranks_per_machine, ulysses_degree)
+    torus = ulysses_degree // ulysses
+    if num_machines % torus:
+        raise ValueError(
+            f"ulysses_degree={ulysses_degree} cannot be laid out as xDiT does over {num_machines} machine(s) of "
+            f"{ranks_per_machine} rank(s); use a divisor of {num_machines * ranks_per_machine} or --sp-plan auto"
+        )
+    return Layout(
+        torus=torus,
+        ulysses=ulysses,
+        ring_across=num_machines // torus,
+        ring_inside=ranks_per_machine // ulysses,
+    )
+
+
+def make_plan(
+    num_machines: int,
+    ranks_per_machine: int,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    rule: str = "auto",
+    explicit: dict[str, int] | None = None,
+    ulysses_degree: int | None = None,
+) -> Plan:
+    """Choose the layout of a sequence-parallel group of ``num_machines`` x ``ranks_per_machine`` ranks.
+
+    ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees; otherwise ``rule``
+    decides: ``"paper"``, ``"usp"`` or ``"auto"`` (the fewest bytes between machines; ties go to the paper's layout).
+    Raises ValueError naming what was wrong, what was given and what is allowed.
+    """
+    world_size = num_machines * ranks_per_machine
+    divisible = heads if kv_heads is None or heads is None else gcd(heads, kv_heads)
+    kv_ratio = Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1)
+
+    if explicit is not None:
+        chosen, reason = _explicit_layout(num_machines, ranks_per_machine, divisible, explicit), "degrees given"
+    elif rule == "usp":
+        degree = ulysses_degree or gcd(ranks_per_machine, divisible or ranks_per_machine)
+        chosen, reason = usp_layout(num_machines, ranks_per_machine, degree), "xDiT's layout: Ulysses inside machines"
+    elif ulysses_degree is not None:
+        chosen = split_degree(num_machines, ranks_per_machine, ulysses_degree)
+        reason = f"ulysses_degree={ulysses_degree} given, placed across machines first"
+    elif divisible is None:
+        raise ValueError(
+            f"the number of attention heads is not known, so {world_size} ranks cannot be laid out; give "
+            f"--ulysses_degree and --ring_degree, or --sp-plan torus=T,ulysses=U,ring=R"
+        )
+    elif rule == "paper":
+        chosen = paper_layout(num_machines, ranks_per_machine, divisible)
+        reason = f"largest Ulysses degree gcd({world_size} ranks, {divisible} heads), across machines first"
+    else:
+        paper = paper_layout(num_machines, ranks_per_machine, divisible)
+        chosen = min(
+            legal_layouts(num_machines, ranks_per_machine, divisible),
+            key=lambda layout: (layout.egress(kv_ratio), layout != paper, -layout.ulysses_degree),
+        )
+        if num_machines == 1:
+            reason = "the group sits inside one machine: nothing crosses machines, the paper's degrees"
+        else:
+            reason = "fewest bytes between machines" + (", which is the paper's layout" if chosen == paper else "")
+    if divisible is not None and divisible % chosen.ulysses_degree:
+        raise ValueError(_indivisible(divisible, chosen, world_size))
+    return Plan(
+        layout=chosen,
+        rule="explicit" if explicit else rule,
+        reason=reason,
+        heads=heads,
+        candidates=_explain(num_machines, ranks_per_machine, divisible, kv_ratio, chosen),
+    )
+
+
+def _explicit_layout(num_machines: int, ranks_per_machine: int, heads: int | None, explicit: dict[str, int]) -> Layout:
+    torus, ulysses, ring = explicit["torus"], explicit["ulysses"], explicit["ring"]
+    given = f"torus={torus},ulysses={ulysses},ring={ring}"
+    world_size = num_machines * ranks_per_machine
+    if torus * ulysses * ring != world_size:
+        raise ValueError(
+            f"--sp-plan {given} describes {torus * ulysses * ring} ranks, but the sequence-parallel group has "
+            f"{world_size}: their product must be {world_size}"
+        )
+    if num_machines % torus or ranks_per_machine % ulysses:
+        raise ValueError(
+            f"--sp-plan {given} does not fit {num_machines} machine(s) x {ranks_per_machine} rank(s): torus must "
+            f"divide {num_machines} and ulysses must divide {ranks_per_machine}; legal: "
+            f"{_spell(legal_layouts(num_machines, ranks_per_machine, heads))}"
+        )
+    return Layout(
+        torus=torus,
+        ulysses=ulysses,
+        ring_across=num_machines // torus,
+        ring_inside=ranks_per_machine // ulysses,
+    )
+
+
+def _indivisible(heads: int, layout: Layout, world_size: int) -> str:
+    ways = layout.ulysses_degree
+    legal = legal_layouts(layout.num_machines, layout.ranks_per_machine, heads)
+    return (
+        f"{heads} heads cannot be split over torus={layout.torus} x ulysses={layout.ulysses} = {ways} ranks; "
+        f"legal for {world_size} ranks: {_spell(legal)}"
+    )
+
+
+def _spell(layouts: Iterator[Layout]) -> str:
+    return " or ".join(f"torus={x.torus},ulysses={x.ulysses},ring={x.ring_degree}" for x in layouts)
+
+
+def _explain(
+    num_machines: int, ranks_per_machine: int, heads: int | None, kv_ratio: Fraction, chosen: Layout
+) -> tuple[Candidate, ...]:
+    best = chosen.egress(kv_ratio)
+    candidates = []
+    for layout in legal_layouts(num_machines, ranks_per_machine, None):
+        egress = layout.egress(kv_ratio)
+        if layout == chosen:
+            rejected = ""
+        elif heads is not None and heads % layout.ulysses_degree:
+            rejected = f"illegal: {heads} heads do not split {layout.ulysses_degree} ways"
+        elif egress > best:
+            rejected = f"{float(egress / best) if best else float('inf'):.2f}x the bytes between machines"
+        elif egress < best:
+            rejected = "fewer bytes between machines, but not what the rule takes"
+        else:
+            rejected = "same bytes between machines, not the rule's Ulysses degree"
+        candidates.append(Candidate(layout=layout, egress=egress, rejected=rejected))
+    return tuple(candidates)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

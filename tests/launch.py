@@ -1,0 +1,47 @@
+"""Starts real ranks for a test and reports what they printed when they fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+RANKS = Path(__file__).parent / "ranks"
+
+
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    output: str
+
+
+def torchrun(
+    script: str | Path, *arguments: object, nproc: int, timeout: float = 180, env: dict[str, str] | None = None,
+    expect_failure: bool = False, torchrun_args: tuple[str, ...] = (),
+) -> Finished:  # fmt: skip
+    """Run ``tests/ranks/<script>`` on ``nproc`` ranks. Asserts success (or failure) and that it ends by itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command += [*torchrun_args, str(RANKS / script), *map(str, arguments)]
+    return run(command, timeout=timeout, env=env, expect_failure=expect_failure)
+
+
+def run(
+    command: list[str], *, timeout: float = 180, env: dict[str, str] | None = None, expect_failure: bool = False
+) -> Finished:
+    """Run a command in its own session, so that a time-out can end all of its processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s: {' '.join(command)}\n{output[-8000:]}") from None
+    failed = process.returncode != 0
+    assert failed == expect_failure, f"exit status {process.returncode} of {' '.join(command)}\n{output[-8000:]}"
+    return Finished(process.returncode, output)

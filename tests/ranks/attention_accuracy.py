@@ -1,0 +1,117 @@
+"""Rank side of test_attention.py: torus_attention against float64 attention on one process, for many layouts."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+
+
+def attention64(q, k, v):
+    """Plain softmax attention in float64, KV heads repeated."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1) @ v
+
+
+def sdpa(q, k, v):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def spread(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def check(mesh, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, joint_tokens, seed):
+    """One call; every rank makes the same global tensors and keeps its own part of them."""
+    make = torch.Generator().manual_seed(seed)
+    D = 16
+
+    def rand(h, s):
+        return torch.randn(batch, s, h, D, generator=make).to(dtype).transpose(1, 2)  # [B,H,S,D] view of [B,S,H,D]
+
+    q, k, v = rand(heads, tokens), rand(kv_heads, kv_tokens), rand(kv_heads, kv_tokens)
+    jq, jk, jv = rand(heads, joint_tokens), rand(kv_heads, joint_tokens), rand(kv_heads, joint_tokens)
+    me, world = mesh.position, mesh.layout.world_size
+    local_q, local_k, local_v = (
+        x.split(spread(n, world), dim=2)[me] for x, n in ((q, tokens), (k, kv_tokens), (v, kv_tokens))
+    )
+    kwargs = {}
+    full_q, full_k, full_v = local_q, k, v
+    if joint:
+        ends = (lambda a, b: (a, b)) if joint == "front" else (lambda a, b: (b, a))
+        full_q = local_q = torch.cat(ends(jq, local_q), dim=2)
+        full_k, full_v = torch.cat(ends(jk, k), dim=2), torch.cat(ends(jv, v), dim=2)
+        kwargs = {"joint_key": jk, "joint_value": jv, "joint_strategy": joint}
+    out = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)
+    again = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)
+    what = f"{mesh.layout} {heads=} {kv_heads=} {tokens=} {kv_tokens=} {batch=} {dtype=} {joint=}"
+    assert out.shape == local_q.shape and out.dtype == dtype, what
+    assert torch.equal(out, again), f"not bitwise repeatable: {what}"
+    # The error of the whole result: each rank has checked its own rows, so take the largest of the ranks.
+    exact = attention64(full_q, full_k, full_v)
+    ours = torch.zeros(1, dtype=torch.float64)
+    if out.numel():
+        ours = (out.double() - exact).abs().max().view(1)
+    dist.all_reduce(ours, dist.ReduceOp.MAX)
+    all_q = torch.cat([jq, q], dim=2) if joint else q
+    exact_all = attention64(all_q, full_k, full_v)
+    single = (sdpa(all_q, full_k, full_v).double() - exact_all).abs().max().item()
+    floor = torch.finfo(dtype).eps * exact_all.abs().max().item() / 2  # half a unit in the last place of the result
+    assert ours.item() <= 2 * max(single, floor), f"error {ours.item():.3e}, single-process SDPA {single:.3e}: {what}"
+    return ours.item() / max(single, floor)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    sizes = [int(x) for x in sys.argv[1].split(",")]
+    worst = 0.0
+    for size in sizes:
+        lists = [list(range(i, i + size)) for i in range(0, world, size)]
+        for torus, ulysses, ring in itertools.product((1, 2, 3, 4), repeat=3):
+            if torus * ulysses * ring != size:
+                continue
+            # Every way to place the ring: inside the machine, across machines, or both.
+            for across in (x for x in range(1, ring + 1) if ring % x == 0):
+                machines, per_machine = torus * across, ulysses * ring // across
+                topology = f"{machines * len(lists)}x{per_machine}"
+                args = TorusArgs(
+                    backend="torus", plan=f"torus={torus},ulysses={ulysses},ring={ring}", topology=topology, timeout=60
+                )
+                mesh = build_mesh(lists, args)
+                assert (mesh.layout.torus, mesh.layout.ulysses, mesh.layout.ring_across) == (torus, ulysses, across)
+                ways = torus * ulysses
+                base = {
+                    "tokens": 24,
+                    "kv_tokens": 24,
+                    "batch": 1,
+                    "dtype": torch.float32,
+                    "joint": None,
+                    "joint_tokens": 5,
+                }
+                even, odd = {"heads": 2 * ways, "kv_heads": 2 * ways}, {"heads": 2 * ways + 1, "kv_heads": 2 * ways + 1}
+                cases = [
+                    base | even,
+                    base | odd | {"tokens": 29, "kv_tokens": 31, "batch": 2, "joint": "front"},
+                    base | even | {"heads": 4 * ways, "dtype": torch.bfloat16, "joint": "rear", "tokens": 23},
+                    base | {"heads": 6 * ways, "kv_heads": 3} | {"batch": 2, "tokens": 3, "kv_tokens": 6},
+                    base | even | {"dtype": torch.bfloat16, "tokens": 40, "kv_tokens": 64},
+                ]
+                for seed, case in enumerate(cases):
+                    worst = max(worst, check(mesh, seed=seed, **case))
+    if dist.get_rank() == 0:
+        print(f"worst error {worst:.2f}x single-process SDPA")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Rank side of test_attention.py: bad input has to raise the same error on every rank, and nothing may hang."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+
+
+def qkv(heads=4, tokens=8, kv_heads=None, dtype=torch.float32, dim=16):
+    q = torch.randn(1, heads, tokens, dim, dtype=dtype)
+    k = torch.randn(1, kv_heads or heads, tokens, dim, dtype=dtype)
+    return q, k, k.clone()
+
+
+def mesh(**kwargs):
+    world = dist.get_world_size()
+    options = {"backend": "torus", "topology": f"2x{world // 2}", "timeout": 5.0} | kwargs.pop("args", {})
+    return build_mesh([list(range(world))], TorusArgs(**options), **{"heads": 4} | kwargs)
+
+
+def case_disagree_on_dtype(rank):
+    m = mesh()
+    torus_attention(*qkv(dtype=torch.bfloat16 if rank == 1 else torch.float32), mesh=m)
+
+
+def case_disagree_on_heads(rank):
+    m = mesh()
+    torus_attention(*qkv(heads=8 if rank == 1 else 4), mesh=m)
+
+
+def case_bad_shape_on_one_rank(rank):
+    m = mesh()
+    q, k, v = qkv()
+    torus_attention(q[0] if rank == 1 else q, k, v, mesh=m)
+
+
+def case_too_few_heads(rank):
+    torus_attention(*qkv(heads=2), mesh=mesh())
+
+
+def case_kv_heads_do_not_divide(rank):
+    torus_attention(*qkv(heads=4, kv_heads=3), mesh=mesh())
+
+
+def case_joint_without_strategy(rank):
+    q, k, v = qkv()
+    torus_attention(q, k, v, mesh=mesh(), joint_key=k, joint_value=v)
+
+
+def case_heads_that_no_plan_splits(rank):
+    mesh(args={"plan": "torus=2,ulysses=2,ring=1"}, heads=6)
+
+
+def case_product_is_not_the_world(rank):
+    mesh(args={"plan": "torus=2,ulysses=1,ring=1"})
+
+
+def case_topology_does_not_match(rank):
+    mesh(args={"topology": "3x2"})
+
+
+def case_different_flags(rank):
+    mesh(args={"plan": "paper" if rank == 1 else "auto"})
+
+
+def case_degrees_are_not_the_world(rank):
+    mesh(ulysses_degree=3, ring_degree=1)
+
+
+def case_a_rank_is_missing(rank):
+    m = mesh()
+    if rank != 1:
+        torus_attention(*qkv(), mesh=m)
+    else:
+        import time
+
+        time.sleep(8)
+
+
+def main() -> None:
+    """``attention_refusals.py CASE...`` runs the cases one after the other; ``--uncaught CASE`` lets the error out."""
+    names = sys.argv[1:]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    if names[0] == "--uncaught":
+        globals()[f"case_{names[1]}"](rank)
+    for name in names:
+        try:
+            globals()[f"case_{name}"](rank)
+            text = "nothing was raised"
+        except (ValueError, RuntimeError) as error:
+            text = f"{type(error).__name__}: {error}"
+        print(f"@@{name} {rank} {text}@@", flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

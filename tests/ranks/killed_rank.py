@@ -1,0 +1,39 @@
+"""Rank side of test_attention.py: rank 1 is killed in the middle of a run; the others must raise, not wait for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+from sf_xfuser.transport import TransportError
+
+
+def main() -> None:
+    # torchrun ends the surviving ranks as soon as it sees one dead; they are to end by themselves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    mesh = build_mesh([[0, 1, 2, 3]], TorusArgs(backend="torus", topology="2x2", timeout=10), heads=4)
+    q, k, v = (torch.randn(1, 4, 64, 16) for _ in range(3))
+    started = time.monotonic()
+    try:
+        for call in range(1000):
+            if rank == 1 and call == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            torus_attention(q, k, v, mesh=mesh)
+    except TransportError as error:
+        print(
+            f"@@survivor {rank} raised TransportError after {time.monotonic() - started:.1f} s: {error}@@", flush=True
+        )
+        os._exit(3)
+
+
+if __name__ == "__main__":
+    main()

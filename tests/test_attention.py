@@ -1,0 +1,67 @@
+"""torus_attention on real ranks over gloo: exact for every layout, and bad input raises alike on all ranks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.launch import torchrun
+
+
+@pytest.mark.parametrize(("nproc", "sizes"), [(4, "1,2,4"), (6, "3,6"), (8, "8")])
+def test_error_is_within_twice_single_process_sdpa(nproc, sizes):
+    """Every (T, U, R) with T, U, R in 1..4 and W <= 8, every placement of the ring; uneven heads and tokens, batch 2,
+    GQA, joint tokens, fp32 and bf16; and bitwise the same when called again."""
+    finished = torchrun("attention_accuracy.py", sizes, nproc=nproc)
+    assert "worst error" in finished.output
+
+
+REFUSALS = {
+    "disagree_on_dtype": ("ValueError", "ranks disagree on shape, dtype"),
+    "disagree_on_heads": ("ValueError", "ranks disagree on shape, dtype"),
+    "bad_shape_on_one_rank": ("ValueError", r"rank 1: query must have 4 dimensions"),
+    "too_few_heads": ("ValueError", "2 heads cannot be split over torus=2 x ulysses=2"),
+    "kv_heads_do_not_divide": ("ValueError", "4 query heads are not a multiple of 3 key heads"),
+    "joint_without_strategy": ("ValueError", "give all three or none"),
+    "heads_that_no_plan_splits": ("ValueError", r"6 heads cannot be split over torus=2 x ulysses=2.*legal for 4 ranks"),
+    "product_is_not_the_world": ("ValueError", "describes 2 ranks, but the sequence-parallel group has 4"),
+    "topology_does_not_match": ("ValueError", "describes 6 ranks, but the job has 4"),
+    "different_flags": ("ValueError", r"different flags: --sp-plan by rank: .*1: 'paper'"),
+    "degrees_are_not_the_world": ("ValueError", r"ulysses_degree=3 x ring_degree=1 = 3, but .* has 4 ranks"),
+    "a_rank_is_missing": ("RuntimeError", r"waited 5 s for 'attention call', but rank\(s\) \[1\]"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, dict[str, str]]:
+    """case -> rank -> what it raised, from one launch of four ranks."""
+    finished = torchrun("attention_refusals.py", *REFUSALS, nproc=4, timeout=120)
+    reported: dict[str, dict[str, str]] = {name: {} for name in REFUSALS}
+    for name, rank, text in re.findall(r"@@(\w+) (\d) (.*?)@@", finished.output, re.DOTALL):
+        reported[name][rank] = text
+    return reported
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_input_raises_alike_on_every_rank(case, refusals):
+    kind, text = REFUSALS[case]
+    reported = refusals[case]
+    assert set(reported) == {"0", "1", "2", "3"}
+    if case == "a_rank_is_missing":
+        del reported["1"]
+    assert len(set(re.sub(r"rank \d waited", "rank w waited", message) for message in reported.values())) == 1, reported
+    assert re.match(rf"{kind}: .*{text}", reported["0"], re.DOTALL), reported["0"]
+
+
+def test_an_error_ends_every_process():
+    finished = torchrun(
+        "attention_refusals.py", "--uncaught", "disagree_on_dtype", nproc=4, timeout=60, expect_failure=True
+    )
+    assert len(re.findall(r"ValueError: ranks disagree on shape, dtype", finished.output)) == 4, finished.output
+
+
+def test_killing_a_rank_ends_the_others_within_the_timeout():
+    finished = torchrun("killed_rank.py", nproc=4, timeout=60, expect_failure=True)
+    survivors = set(re.findall(r"@@survivor (\d) raised TransportError", finished.output))
+    assert survivors == {"0", "2", "3"}, finished.output
