@@ -1,3 +1,36 @@
-"""sf-xfuser: StreamFusion's topology-aware sequence parallelism and Torus Attention as a backend for xDiT."""
+"""sf-xfuser: StreamFusion's topology-aware sequence parallelism and Torus Attention as a backend for xDiT.
+
+Importing this package touches nothing. Installing it is enough for xDiT's launch lines (``--sp-backend torus``);
+``enable()`` does the same by hand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Mesh", "TorusArgs", "build_mesh", "disable", "enable", "explain", "torus_attention"]
+
+if TYPE_CHECKING:
+    from sf_xfuser.args import TorusArgs
+    from sf_xfuser.attention import torus_attention
+    from sf_xfuser.mesh import Mesh, build_mesh
+    from sf_xfuser.plugin import disable, enable, explain
+
+_HOME = {
+    "TorusArgs": "args",
+    "torus_attention": "attention",
+    "Mesh": "mesh",
+    "build_mesh": "mesh",
+    "disable": "plugin",
+    "enable": "plugin",
+    "explain": "plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,11 @@ class TorusArgs:
                 )
             degrees[key] = int(value)
         return {key: degrees.get(key, 1) for key in _PLAN_KEYS}
+
+    @property
+    def rule(self) -> str:
+        """The planning rule that ``plan`` names; "auto" where it names degrees."""
+        return self.plan if self.plan in _PLAN_NAMES else "auto"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -144,6 +149,11 @@ def launch_environment() -> LaunchEnvironment:
         local_rank=number("LOCAL_RANK"),
         machine=os.environ.get(MACHINE_VARIABLE) or None,
     )
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Those of ``names`` that are set, with their values."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def autoload_wanted() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -115,10 +115,11 @@ def _shape_error(mesh: Mesh, tensors: Sequence[torch.Tensor | None], joint_strat
         return "joint_key, joint_value and joint_strategy go together: give all three or none"
     if joint_strategy not in (None, "front", "rear"):
         return f"joint_strategy must be 'front' or 'rear', got {joint_strategy!r}"
-    if joint_key is not None and joint_value is not None:
-        if joint_key.shape != joint_value.shape or joint_key.shape[1] != kv_heads:
-            shapes = f"{tuple(joint_key.shape)} and {tuple(joint_value.shape)}"
-            return f"joint_key and joint_value must have one shape with {kv_heads} heads, got {shapes}"
+    if joint_key is None or joint_value is None:
+        return None
+    if joint_key.shape != joint_value.shape or joint_key.shape[1] != kv_heads:
+        shapes = f"{tuple(joint_key.shape)} and {tuple(joint_value.shape)}"
+        return f"joint_key and joint_value must have one shape with {kv_heads} heads, got {shapes}"
     return None
 
 
@@ -147,7 +148,7 @@ def _make_call(mesh: Mesh, reports: list[dict[str, Any]], joint_strategy: Any) -
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     bounds = list(accumulate((heads // ways + (p < heads % ways) for p in range(ways)), initial=0))
-    q_heads = tuple(zip(bounds, bounds[1:], strict=False))
+    q_heads = tuple(pairwise(bounds))
     kv_ranges = tuple((low // repeat, -(-high // repeat)) for low, high in q_heads)
     identity = repeat == 1
     return _Call(

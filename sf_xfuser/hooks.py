@@ -71,7 +71,11 @@ class HookSet:
         sys.meta_path.insert(0, self._finder)
         for module_name in dict.fromkeys(hook.module for hook in self.hooks):
             module = sys.modules.get(module_name)
-            if module is not None and not getattr(module.__spec__, "_initializing", False):
+            if module is None:
+                continue
+            if getattr(module.__spec__, "_initializing", False):
+                self._finder.late.add(module_name)  # it imports torch, which is what installs us
+            else:
                 self._module_imported(module)
 
     def remove(self) -> None:
@@ -151,10 +155,14 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
         self._watched = watched
         self._imported = imported
         self._finding: set[str] = set()
+        self.late: set[str] = set()  # watched modules whose import was under way already
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        for name in [n for n in self.late if not getattr(sys.modules[n].__spec__, "_initializing", False)]:
+            self.late.discard(name)
+            self._imported(sys.modules[name])
         if fullname not in self._watched or fullname in self._finding:
             return None
         self._finding.add(fullname)

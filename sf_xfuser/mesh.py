@@ -49,14 +49,19 @@ class Mesh:
     def members(self) -> tuple[int, ...]:
         return self.grid.members
 
+    def __str__(self) -> str:
+        note = f"; {self.grid.note}" if self.grid.note else ""
+        return f"{self.plan}; ranks {list(self.members)}, topology from {self.topology.source}{note}"
+
     def lines(self) -> list[str]:
-        """The mesh as text: topology, plan, and where this rank stands."""
+        """The mesh as text: topology, plan with its alternatives, and where this rank stands."""
         t, u, r_x, r_i = self.layout.coordinates(self.position)
         text = [f"topology from {self.topology.source}: sequence-parallel group {list(self.members)}"]
         if self.grid.note:
             text.append(self.grid.note)
         text += self.plan.lines()
-        text.append(f"this rank: {self.members[self.position]} at torus {t}, ulysses {u}, ring {r_x}x{r_i}")
+        rank = self.members[self.position]
+        text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text
 
 
@@ -154,7 +159,7 @@ def _plan(
         grid.ranks_per_machine,
         heads=heads,
         kv_heads=kv_heads,
-        rule="auto" if args.explicit_plan() else args.plan,
+        rule=args.rule,
         explicit=args.explicit_plan(),
         ulysses_degree=ulysses_degree,
     )

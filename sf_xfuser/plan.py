@@ -118,13 +118,14 @@ class Plan:
     heads: int | None
     candidates: tuple[Candidate, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The plan as text: the choice, then the alternatives with their reasons."""
+    def __str__(self) -> str:
         layout = self.layout
-        text = [
-            f"{layout.num_machines} machine(s) x {layout.ranks_per_machine} rank(s): {layout}",
-            f"rule {self.rule}: {self.reason}",
-        ]
+        shape = f"{layout.num_machines} machine(s) x {layout.ranks_per_machine} rank(s)"
+        return f"{shape}: {layout} (rule {self.rule}: {self.reason})"
+
+    def lines(self) -> list[str]:
+        """The plan as text: the choice, then every layout with the reason why it was not taken."""
+        text = [str(self)]
         for candidate in self.candidates:
             verdict = candidate.rejected or "chosen"
             text.append(f"  {candidate.layout!s:<52} out of a machine: {float(candidate.egress):.3f} BLHD  {verdict}")
@@ -162,7 +163,7 @@ def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int)
 
 
 def paper_layout(num_machines: int, ranks_per_machine: int, heads: int) -> Layout:
-    """StreamFusion's rule (arXiv 2601.20273): Ulysses degree gcd(N*M, H), across machines first; Ring takes the rest."""
+    """StreamFusion's rule (arXiv 2601.20273): Ulysses degree gcd(N*M, H), across machines first; Ring the rest."""
     return split_degree(num_machines, ranks_per_machine, gcd(num_machines * ranks_per_machine, heads))
 
 
@@ -210,7 +211,7 @@ def make_plan(
         chosen, reason = usp_layout(num_machines, ranks_per_machine, degree), "xDiT's layout: Ulysses inside machines"
     elif ulysses_degree is not None:
         chosen = split_degree(num_machines, ranks_per_machine, ulysses_degree)
-        reason = f"ulysses_degree={ulysses_degree} given, placed across machines first"
+        reason = f"ulysses_degree={ulysses_degree}, placed across machines first"
     elif divisible is None:
         raise ValueError(
             f"the number of attention heads is not known, so {world_size} ranks cannot be laid out; give "

@@ -140,13 +140,13 @@ def test_every_small_layout(joint):
         check(layout, joint)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(layouts, joints)
 def test_larger_layouts(layout, joint):
     check(layout, joint)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, st.sampled_from([1, 2, 4, 8]))
 def test_bytes_between_machines_equal_the_formulas(layout, heads_per_kv_head):
     """Elements that leave a machine, counted from the schedule, against design.md section 2."""

@@ -1,0 +1,508 @@
+"""The one module that knows xDiT: hook records, and what each of them does.
+
+Read ``HOOKS`` at the end first: it is the list of places where xDiT is touched. Everything above it is the function
+that one record names. Without ``--sp-backend`` every wrapper calls the original and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sf_xfuser import args as sp_args
+from sf_xfuser import launch, platform_cpu, usp
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.hooks import Hook, HookSet
+from sf_xfuser.launch import ModelFacts
+from sf_xfuser.mesh import Mesh, build_mesh
+
+OLDEST, TOO_NEW = (0, 5), (0, 8)
+CHECKED_VERSION = "0.7.0"
+_MARK = "sf_xfuser_args"  # attribute that carries TorusArgs on xFuserArgs and, pickled, on SequenceParallelConfig
+
+
+@dataclass
+class _Session:
+    """What this process runs: the flags in force, what was read of the model, the mesh, and its USP."""
+
+    args: TorusArgs | None = None
+    command_line: TorusArgs | None = None  # flags taken from a parser that does not know them
+    model: ModelFacts | None = None
+    mesh: Mesh | None = None
+    usp: usp.TorusUSP | None = None
+
+
+_session = _Session()
+_hook_set: HookSet | None = None
+
+
+# -- public ----------------------------------------------------------------------------------------------------------
+
+
+def enable(args: TorusArgs | None = None) -> None:
+    """Hook xDiT, now if it is imported already, else when it is. Idempotent.
+
+    ``args`` are used where xDiT is set up without ``--sp-*`` flags, as in a script that builds ``xFuserArgs`` itself.
+    On a machine without an accelerator this also supplies what xDiT lacks there (``platform_cpu``).
+    """
+    global _hook_set
+    if args is not None:
+        _session.command_line = args
+    if _hook_set is None:
+        hooks = (*HOOKS, *platform_cpu.HOOKS) if platform_cpu.needed() else HOOKS
+        _hook_set = HookSet(hooks)
+    _hook_set.install()
+
+
+def disable() -> None:
+    """Put every hooked attribute of xDiT back, and forget flags and mesh. Idempotent."""
+    global _hook_set
+    if _hook_set is not None:
+        _hook_set.remove()
+        _hook_set = None
+    usp.activate(None)
+    for name, value in vars(_Session()).items():
+        setattr(_session, name, value)
+
+
+def explain() -> str:
+    """What was chosen and why, as text: flags, topology, plan, and which attention calls were served."""
+    if _session.args is None:
+        return "no --sp-backend: xDiT runs untouched"
+    lines = [f"flags: {_session.args}"]
+    if _session.model is not None:
+        lines.append(f"model: {_session.model}")
+    if _session.mesh is None:
+        lines.append("no mesh yet: xDiT has not initialised its sequence-parallel groups")
+    else:
+        lines += _session.mesh.lines()
+    if _session.usp is not None:
+        lines.append(f"attention calls served by torus: {_session.usp.served}")
+        lines += [f"handed back to xDiT {n} times: {why}" for why, n in _session.usp.handed_back.items()]
+    elif _session.mesh is not None:
+        lines.append(f"attention runs xDiT's own code: {_why_xdit(_session.args, _session.mesh)}")
+    return "\n".join(lines)
+
+
+def hook_states() -> list[tuple[Hook, str]]:
+    """Every record with its state (see ``HookSet.state``), for ``doctor``."""
+    hooks = (*HOOKS, *platform_cpu.HOOKS) if platform_cpu.needed() else HOOKS
+    return [(hook, _hook_set.state(hook) if _hook_set is not None else "off") for hook in hooks]
+
+
+def import_hooked_modules() -> dict[str, str]:
+    """Import every module that a record names, so that its state is known: {module: error} of those that fail."""
+    broken = {}
+    for name in dict.fromkeys(hook.module for hook, _ in hook_states()):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {error}"
+    return broken
+
+
+def unsupported() -> str | None:
+    """Why this installation of xDiT cannot be served; None if it can."""
+    for package in ("xfuser", "yunchang", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            return f"package {package} is missing: pip install {package}"
+    text = importlib.metadata.version("xfuser")
+    release = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
+    if missing or not OLDEST <= release < TOO_NEW:
+        lacks = f", where {', '.join(missing)} is not found" if missing else ""
+        return f"xfuser {text} is not supported{lacks}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'"
+    return None
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _wrap_add_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_args(parser: ArgumentParser) -> ArgumentParser:
+        parser = original(parser)
+        if "--sp-backend" not in parser._option_string_actions:
+            sp_args.add_arguments(parser)
+        return parser
+
+    return add_args
+
+
+def _wrap_parse_known_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For parsers that do not know the flags: take them out of the command line and keep them for xFuserArgs."""
+
+    @functools.wraps(original)
+    def parse_known_args(self: ArgumentParser, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+        known = "--sp-backend" in self._option_string_actions
+        given = sys.argv[1:] if args is None else list(args)
+        if not known and any(arg.partition("=")[0].replace("_", "-") == "--sp-backend" for arg in given):
+            _session.command_line, args = sp_args.extract(given)
+        return original(self, args, *rest, **kwargs)
+
+    return parse_known_args
+
+
+def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        given = _session.command_line or sp_args.args_from_environment()
+        if given is not None:
+            setattr(self, _MARK, given)
+
+    return __init__
+
+
+def _wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Namespace) -> Any:
+        return _with_flags(original(cls, args), vars(args))
+
+    return from_cli_args
+
+
+def _wrap_from_runner_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_runner_args(cls: Any, args: dict[str, Any]) -> Any:
+        return _with_flags(original(cls, args), args)
+
+    return from_runner_args
+
+
+def _with_flags(xfuser_args: Any, values: dict[str, Any]) -> Any:
+    given = sp_args.from_mapping(values)
+    if given is not None:
+        setattr(xfuser_args, _MARK, given)
+    _fill_degrees(xfuser_args)
+    return xfuser_args
+
+
+def _wrap_create_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """xDiT calls this once or twice per process: each time flags and degrees are settled on the args object."""
+
+    @functools.wraps(original)
+    def create_config(self: Any) -> Any:
+        given = getattr(self, _MARK, None)
+        _session.args = given
+        if given is None:
+            return original(self)
+        if (problem := unsupported()) is not None:
+            raise RuntimeError(f"--sp-backend {given.backend}: {problem}")
+        _fill_degrees(self)
+        engine_config, input_config = original(self)
+        setattr(engine_config.parallel_config.sp_config, _MARK, given)
+        return engine_config, input_config
+
+    return create_config
+
+
+def _wrap_get_nproc(original: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(original)
+    def get_nproc_from_args(args: list[str]) -> int:
+        return launch.num_processes(args, original)
+
+    return get_nproc_from_args
+
+
+def _fill_degrees(xfuser_args: Any) -> None:
+    given = getattr(xfuser_args, _MARK, None)
+    if given is None:
+        return
+    registry = sys.modules.get("xfuser.model_executor.models.runner_models.base_model")
+    entry = registry.MODEL_REGISTRY.get(xfuser_args.model) if registry is not None else None
+    _session.model = launch.model_facts(xfuser_args.model, getattr(entry, "settings", None))
+    if (planned := launch.fill_degrees(xfuser_args, given, _session.model)) is not None:
+        _log(planned)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _wrap_check_distributed_env(original: Callable[..., None]) -> Callable[..., None]:
+    """A Ray worker never parsed a command line: the flags reach it inside the pickled configuration."""
+
+    @functools.wraps(original)
+    def _check_distributed_env(self: Any, parallel_config: Any) -> None:
+        carried = getattr(parallel_config.sp_config, _MARK, None)
+        if carried is not None:
+            _session.args = carried
+        original(self, parallel_config)
+
+    return _check_distributed_env
+
+
+def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace yunchang's Ulysses and Ring groups by those of the plan, built from xDiT's true rank lists.
+
+    yunchang assumes that the ranks of a sequence-parallel group are contiguous, which tensor parallelism breaks.
+    """
+
+    @functools.wraps(original)
+    def init_model_parallel_group(
+        group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
+    ) -> Any:
+        given = _session.args
+        if parallel_mode != "sequence" or given is None or len(group_ranks[0]) == 1:
+            return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
+        import torch.distributed as dist
+        from yunchang.globals import PROCESS_GROUP
+
+        mesh_args = given if given.backend in ("torus", "auto") else replace(given, plan="usp")
+        mesh = build_mesh(
+            group_ranks,
+            mesh_args,
+            heads=_session.model.heads if _session.model else None,
+            kv_heads=_session.model.kv_heads if _session.model else None,
+            ulysses_degree=dist.get_world_size(kwargs["ulysses_group"]),
+            ring_degree=dist.get_world_size(kwargs["ring_group"]),
+            backend=backend,
+        )
+        # One object, imported by name in several modules of xDiT: mutate it, never rebind it.
+        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = mesh.ulysses_group, mesh.ring_group
+        kwargs |= {"ulysses_group": mesh.ulysses_group, "ring_group": mesh.ring_group}
+        coordinator = original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
+        _use(mesh, given)
+        return coordinator
+
+    return init_model_parallel_group
+
+
+def _use(mesh: Mesh, given: TorusArgs) -> None:
+    """Attention of this process runs on ``mesh`` from now on."""
+    _session.mesh = mesh
+    why_xdit = _why_xdit(given, mesh)
+    if why_xdit is None:
+        original = importlib.import_module("xfuser.model_executor.layers.usp").USP
+        original = getattr(original, "__wrapped__", original)
+        _session.usp = usp.TorusUSP(original=original, host=_XditHost(), mesh=mesh, strict=given.strict, log=_log)
+    else:
+        _session.usp = None
+    usp.activate(_session.usp)
+    runs = "Torus Attention" if why_xdit is None else f"xDiT's own attention ({why_xdit})"
+    _log(f"--sp-backend {given.backend}: {runs}; {mesh}")
+
+
+def _why_xdit(given: TorusArgs, mesh: Mesh) -> str | None:
+    """Why attention stays with xDiT's own code; None where Torus Attention takes it."""
+    if given.backend not in ("torus", "auto"):
+        return f"--sp-backend {given.backend} is xDiT's own"
+    if given.backend == "auto" and mesh.layout.num_machines == 1:
+        return "the sequence-parallel group sits inside one machine, so torus has nothing to hide"
+    return None
+
+
+def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def destroy_model_parallel() -> None:
+        _session.mesh = _session.usp = None
+        usp.activate(None)
+        original()
+
+    return destroy_model_parallel
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+
+
+def _wrap_usp(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def USP(*args: Any, **kwargs: Any) -> Any:
+        if _session.usp is None:
+            return original(*args, **kwargs)
+        return _session.usp(*args, **kwargs)
+
+    return USP
+
+
+class _XditHost:
+    """``usp.Host`` over xDiT's runtime state."""
+
+    def attention_backend(self, explicit: Any) -> str:
+        from xfuser.core.distributed import get_runtime_state
+
+        backend = explicit if explicit is not None else get_runtime_state().attention_backend
+        return str(backend.name)
+
+    def raw_attention(self, backend: str) -> Callable[..., Any]:
+        from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+        return ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+
+    def fp8_communication(self) -> bool:
+        from xfuser.core.distributed import get_runtime_state
+
+        return getattr(get_runtime_state(), "fp8_comms", None) is not None
+
+    def cached_by_pipefusion(self, attn_layer: Any) -> bool:
+        from xfuser.core.distributed import get_runtime_state
+
+        if attn_layer is None or get_runtime_state().num_pipeline_patch == 1:
+            return False  # entries exist for every wrapped layer also without PipeFusion; then the cache is an identity
+        from xfuser.core.cache_manager.cache_manager import get_cache_manager
+
+        manager = get_cache_manager()
+        return bool(manager.has_cache_entry(attn_layer)) if hasattr(manager, "has_cache_entry") else True
+
+
+def _wrap_check_backend(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _check_if_backend_compatible_with_current_configuration(self: Any, attention_backend: Any) -> None:
+        if _session.usp is not None and attention_backend.name not in usp.LSE_BACKENDS:
+            raise RuntimeError(
+                f"attention backend {attention_backend.name} returns no log-sum-exp, which --sp-backend "
+                f"{_session.args.backend if _session.args else 'torus'} needs to merge partial results; use "
+                f"--attention_backend with one of {', '.join(sorted(usp.LSE_BACKENDS))}"
+            )
+        original(self, attention_backend)
+
+    return _check_if_backend_compatible_with_current_configuration
+
+
+def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the user named no attention backend, do not let xDiT pick one that torus must refuse (FLASH_4, SDPA)."""
+
+    @functools.wraps(original)
+    def _select_attention_backend(self: Any, engine_config: Any = None) -> Any:
+        chosen = original(self, engine_config)
+        named = engine_config is not None and engine_config.runtime_config.attention_backend
+        if _session.usp is None or named or chosen.name in usp.LSE_BACKENDS:
+            return chosen
+        import torch
+        from xfuser.envs import PACKAGES_CHECKER
+
+        have = PACKAGES_CHECKER.get_packages_info()
+        if have.get("has_flash_attn_3"):
+            name = "FLASH_3"
+        elif torch.cuda.is_available() and torch.version.hip is None and torch.backends.cudnn.is_available():
+            name = "CUDNN"
+        else:
+            name = "FLASH" if have.get("has_flash_attn") else "SDPA_FLASH"
+        _log(f"attention backend {name} instead of {chosen.name}, which returns no log-sum-exp")
+        return type(chosen)[name]
+
+    return _select_attention_backend
+
+
+def _log(message: str) -> None:
+    """Once per job, through xDiT's own logger."""
+    import torch.distributed as dist
+    from xfuser.logger import init_logger
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        init_logger("xfuser.sf_xfuser").info(message)
+
+
+# -- the records -----------------------------------------------------------------------------------------------------
+
+_UNTIL_UPSTREAM = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        module="xfuser.config.args",
+        name="xFuserArgs.add_cli_args",
+        wrap=_wrap_add_args,
+        why="example scripts build their parser here: the flags appear in every one of them",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.config.args",
+        name="xFuserArgs.add_runner_args",
+        wrap=_wrap_add_args,
+        why="the runner and the xdit command build their parser here",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="argparse",
+        name="ArgumentParser.parse_known_args",
+        wrap=_wrap_parse_known_args,
+        why="the HTTP service (entrypoints/launch.py) parses with a plain ArgumentParser that would refuse the flags",
+        remove_when="the HTTP service builds its parser with xFuserArgs.add_cli_args",
+    ),
+    Hook(
+        module="xfuser.config.args",
+        name="xFuserArgs.__init__",
+        wrap=_wrap_init,
+        why="scripts that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.config.args",
+        name="xFuserArgs.from_cli_args",
+        wrap=_wrap_from_cli_args,
+        why="copies dataclass fields only, so flags would be lost; degrees are read from the object before any runtime",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.config.args",
+        name="xFuserArgs.from_runner_args",
+        wrap=_wrap_from_runner_args,
+        why="as from_cli_args, for the runner's dictionary",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.config.args",
+        name="xFuserArgs.create_config",
+        wrap=_wrap_create_config,
+        why="asserts that the degrees multiply to the number of processes; the pickled config carries the flags to Ray",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.cli",
+        name="get_nproc_from_args",
+        wrap=_wrap_get_nproc,
+        why="starts one process when no degree is given",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.core.distributed.runtime_state",
+        name="RuntimeState._check_distributed_env",
+        wrap=_wrap_check_distributed_env,
+        why="initialises the groups, in Ray workers from the pickled configuration alone",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.core.distributed.parallel_state",
+        name="init_model_parallel_group",
+        wrap=_wrap_init_group,
+        why="the only place where the true rank lists of sequence-parallel groups arrive; yunchang guesses them wrong "
+        "under tensor parallelism",
+        remove_when="xDiT builds its Ulysses and Ring groups from these lists and by a given layout",
+    ),
+    Hook(
+        module="xfuser.core.distributed.parallel_state",
+        name="destroy_model_parallel",
+        wrap=_wrap_destroy,
+        why="the mesh's process groups end with xDiT's",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.core.distributed.runtime_state",
+        name="RuntimeState._select_attention_backend",
+        wrap=_wrap_select_backend,
+        why="may pick a backend without log-sum-exp, which partial results cannot be merged from",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.core.distributed.runtime_state",
+        name="RuntimeState._check_if_backend_compatible_with_current_configuration",
+        wrap=_wrap_check_backend,
+        why="the one gate that every choice of attention backend passes: a backend without log-sum-exp is refused here",
+        remove_when=_UNTIL_UPSTREAM,
+    ),
+    Hook(
+        module="xfuser.model_executor.layers.usp",
+        name="USP",
+        wrap=_wrap_usp,
+        why="the attention call of every sequence-parallel transformer; models bind this name when they are imported",
+        remove_when=_UNTIL_UPSTREAM,
+        sweep=True,
+    ),
+)

@@ -1,0 +1,226 @@
+"""A drop-in for xDiT's ``USP``: serves the calls that Torus Attention computes exactly, hands the others back.
+
+Knows the contract of ``USP`` and nothing of where it lives: all that is asked of xDiT goes through :class:`Host`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.kernels import AttendFunction
+from sf_xfuser.mesh import Mesh
+
+# xDiT's attention backends that return the natural-log log-sum-exp that a merge needs, for dense attention.
+LSE_BACKENDS = frozenset(
+    {"SDPA_FLASH", "SDPA_EFFICIENT", "CUDNN", "FLASH", "FLASH_3", "FLASH_3_FP8", "AITER", "SAGE", "NPU"}
+)
+
+# Entries of ``attention_kwargs`` that give keys an order or a mask: KV that arrives in any order cannot serve them.
+_ORDERED_KWARGS = ("attn_mask", "indices_k", "valid_kv_len", "ulysses_extra_inputs", "pre_quantized")
+
+
+class Host(Protocol):
+    """What a call asks of xDiT at run time."""
+
+    def attention_backend(self, explicit: Any) -> str:
+        """Name of the attention backend that serves a call (``explicit``: the call's own ``backend=``)."""
+
+    def raw_attention(self, backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        """The registered function of a backend, without the joint-tensor decorator."""
+
+    def fp8_communication(self) -> bool:
+        """Whether xDiT compresses its all-to-all for this run."""
+
+    def cached_by_pipefusion(self, attn_layer: Any) -> bool:
+        """Whether USP itself keeps a PipeFusion KV cache for this layer."""
+
+
+@dataclass(eq=False)
+class TorusUSP:
+    """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function.
+
+    ``served`` and ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
+    """
+
+    original: Callable[..., torch.Tensor]
+    host: Host
+    mesh: Mesh
+    strict: bool
+    log: Callable[[str], None]
+    served: int = 0
+    handed_back: Counter[str] = field(default_factory=Counter)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        joint_query: torch.Tensor | None = None,
+        joint_key: torch.Tensor | None = None,
+        joint_value: torch.Tensor | None = None,
+        joint_strategy: str | None = None,
+        attn_layer: Any = None,
+        combine_qkv_a2a: bool | None = None,
+        backend: Any = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        head_balance_layer: Any = None,
+        kv_head_repeat: int = 1,
+        **newer: Any,
+    ) -> torch.Tensor:
+        """Attention over the sequence-parallel group. Tensors [B, H, S_local, D]; returns [B, H, S_local(+S_joint), D].
+
+        As USP does, the joint query is put in front of or behind the local one, and its output comes back with it.
+        ``combine_qkv_a2a`` (one all-to-all instead of three) changes nothing here: chunks travel one by one.
+        """
+        name = self.host.attention_backend(backend)
+        reason = self.why_not(
+            name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
+        )
+        if reason is not None:
+            self._note(reason)
+            if kv_head_repeat != 1:
+                newer["kv_head_repeat"] = kv_head_repeat  # xDiT before 0.7 has no such parameter
+            return self.original(
+                query,
+                key,
+                value,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                joint_query=joint_query,
+                joint_key=joint_key,
+                joint_value=joint_value,
+                joint_strategy=joint_strategy,
+                attn_layer=attn_layer,
+                combine_qkv_a2a=combine_qkv_a2a,
+                backend=backend,
+                attention_kwargs=attention_kwargs,
+                head_balance_layer=head_balance_layer,
+                **newer,
+            )
+        if not joint_strategy:
+            joint_key = joint_value = None
+        elif joint_query is not None:
+            parts = (joint_query, query) if joint_strategy == "front" else (query, joint_query)
+            query = torch.cat(parts, dim=2)
+        if torch.compiler.is_compiling():
+            return torch.ops.sf_xfuser.torus_usp(query, key, value, joint_key, joint_value, joint_strategy or "", name)
+        self.served += 1
+        return self.attend(query, key, value, joint_key, joint_value, joint_strategy or None, name)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        joint_key: torch.Tensor | None,
+        joint_value: torch.Tensor | None,
+        joint_strategy: Any,
+        backend: str,
+    ) -> torch.Tensor:
+        return torus_attention(
+            query,
+            key,
+            value,
+            mesh=self.mesh,
+            attend=_adapt(self.host.raw_attention(backend)),
+            joint_key=joint_key,
+            joint_value=joint_value,
+            joint_strategy=joint_strategy,
+        )
+
+    def why_not(
+        self,
+        backend: str,
+        dropout_p: float,
+        is_causal: bool,
+        joint_strategy: str | None,
+        attn_layer: Any,
+        attention_kwargs: dict[str, Any] | None,
+        kv_head_repeat: int,
+        newer: dict[str, Any],
+    ) -> str | None:
+        """Why this call goes to xDiT's own USP; None if torus serves it. No communication; alike on all ranks,
+        because everything it looks at is."""
+        if is_causal:
+            return "causal attention needs keys in order"
+        if dropout_p:
+            return "attention dropout"
+        for key in _ORDERED_KWARGS:
+            if attention_kwargs is not None and attention_kwargs.get(key) is not None:
+                return f"attention_kwargs[{key!r}] needs keys in order"
+        if backend not in LSE_BACKENDS:
+            return f"attention backend {backend} returns no log-sum-exp"
+        if self.host.fp8_communication():
+            return "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all"
+        if self.host.cached_by_pipefusion(attn_layer):
+            return "PipeFusion's KV cache sits inside USP for this layer"
+        if joint_strategy and kv_head_repeat != 1:
+            return "joint tensors with repeated KV heads, which xDiT refuses"
+        if newer:
+            return f"USP arguments this version does not know: {', '.join(sorted(newer))}"
+        return None
+
+    def _note(self, reason: str) -> None:
+        if self.strict:
+            raise RuntimeError(
+                f"--sp-strict: torus cannot serve this attention call exactly: {reason}. Without --sp-strict it goes "
+                f"to xDiT's own USP"
+            )
+        if torch.compiler.is_compiling():
+            return
+        if reason not in self.handed_back:
+            self.log(f"handed back to xDiT's own USP: {reason}")
+        self.handed_back[reason] += 1
+
+
+def _adapt(raw: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:
+    """A registered xDiT function as ``attend(q, k, v)``, its log-sum-exp brought to [B, H, Sq]."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = raw(q, k, v, dropout_p=0.0, is_causal=False, attention_kwargs=None)
+        if lse.dim() == 4:  # cuDNN in some versions: [B, H, Sq, 1]
+            lse = lse.squeeze(-1)
+        return out, lse[..., : q.shape[2]]  # memory-efficient SDPA pads Sq to a multiple of 32
+
+    return attend
+
+
+# -- torch.compile: one opaque operator, the same graph on every rank ------------------------------------------------
+
+_active: TorusUSP | None = None
+
+
+def activate(usp: TorusUSP | None) -> None:
+    """Name the instance that the compiled operator calls. One sequence-parallel group per process."""
+    global _active
+    _active = usp
+
+
+@torch.library.custom_op("sf_xfuser::torus_usp", mutates_args=())
+def _torus_usp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    joint_key: torch.Tensor | None,
+    joint_value: torch.Tensor | None,
+    joint_strategy: str,
+    backend: str,
+) -> torch.Tensor:
+    if _active is None:
+        raise RuntimeError("a compiled model calls Torus Attention, but its mesh is gone; compile again after set-up")
+    _active.served += 1
+    return _active.attend(query, key, value, joint_key, joint_value, joint_strategy or None, backend)
+
+
+@_torus_usp.register_fake
+def _(query, key, value, joint_key, joint_value, joint_strategy, backend):  # type: ignore[no-untyped-def]
+    b, h, s, d = query.shape
+    return query.new_empty(b, s, h, d).transpose(1, 2)

@@ -1,0 +1,258 @@
+"""The plugin inside xDiT, in one process: what autoload does, what the flags reach, what is undone."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from argparse import ArgumentParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from sf_xfuser import TorusArgs, plugin
+from tests.launch import run
+
+BASE = ["--model", "m", "--ulysses_degree", "2"]
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+    )
+
+
+# -- autoload --------------------------------------------------------------------------------------------------------
+
+
+def test_importing_torch_costs_one_finder_and_imports_nothing_of_ours():
+    finished = python(
+        "import sys, torch\n"
+        "assert 'xfuser' not in sys.modules and 'sf_xfuser.plugin' not in sys.modules\n"
+        "assert sum(type(f).__name__ == '_FirstImport' for f in sys.meta_path) == 1\n"
+        "mine = sorted(m for m in sys.modules if m.startswith('sf_xfuser'))\n"
+        "assert mine == ['sf_xfuser', 'sf_xfuser._autoload', 'sf_xfuser.args'], mine\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_autoload_can_be_kept_out():
+    finished = python(
+        "import sys, torch\nassert not any('FirstImport' in type(f).__name__ for f in sys.meta_path)\n",
+        SF_XFUSER_AUTOLOAD="0",
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_broken_plugin_warns_and_never_breaks_an_import(tmp_path):
+    finished = python(
+        "import sf_xfuser.plugin as p\n"
+        "def broken(): raise KeyError('planted')\n"
+        "p.enable = broken\n"
+        "import torch\n"
+        "try:\n    import xfuser\n"
+        "except (NotImplementedError, ImportError) as error:\n    print('xDiT itself:', error)\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "could not be enabled" in finished.stderr and "planted" in finished.stderr
+
+
+def test_importing_the_package_touches_nothing():
+    finished = python("import sys, sf_xfuser\nassert 'torch' not in sys.modules and 'xfuser' not in sys.modules\n")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_only_the_plugin_and_the_cpu_platform_import_xdit():
+    package = Path(find_spec("sf_xfuser").submodule_search_locations[0])
+    importing = {
+        path.name
+        for path in package.rglob("*.py")
+        if any(line.strip().startswith(("import xfuser", "from xfuser")) for line in path.read_text().splitlines())
+    }
+    assert importing <= {"plugin.py", "platform_cpu.py"}
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As if torchrun had started this process among two."""
+    plugin.enable()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    yield
+    plugin._session.command_line = None
+
+
+@pytest.mark.parametrize("spelled", [["--sp-backend", "torus"], ["--sp_backend=torus"]])
+@pytest.mark.parametrize("plain", [False, True])
+def test_scripts_that_use_add_cli_args(launched, spelled, plain):
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    parser = xFuserArgs.add_cli_args(ArgumentParser() if plain else FlexibleArgumentParser())
+    xfuser_args = xFuserArgs.from_cli_args(parser.parse_args([*BASE, *spelled]))
+    assert getattr(xfuser_args, plugin._MARK) == TorusArgs(backend="torus")
+
+
+def test_the_runners_parser(launched):
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    values = vars(
+        xFuserArgs.add_runner_args(FlexibleArgumentParser()).parse_args(["--model", "m", "--sp-backend", "ulysses"])
+    )
+    xfuser_args = xFuserArgs.from_runner_args(values)
+    assert (xfuser_args.ulysses_degree, xfuser_args.ring_degree) == (2, 1)
+
+
+def test_the_http_services_plain_parser_and_keyword_arguments(launched):
+    """entrypoints/launch.py: its parser knows none of the flags, and xFuserArgs is built by keyword."""
+    from xfuser import xFuserArgs
+
+    parser = ArgumentParser()
+    parser.add_argument("--model_path")
+    assert parser.parse_args(["--model_path", "m", "--sp-backend", "torus", "--sp-plan=paper"]).model_path == "m"
+    xfuser_args = xFuserArgs(model="m", ulysses_degree=2)
+    assert getattr(xfuser_args, plugin._MARK) == TorusArgs(backend="torus", plan="paper")
+    assert getattr(pickle.loads(pickle.dumps(xfuser_args)), plugin._MARK).plan == "paper"
+
+
+def test_a_parser_that_knows_the_flags_or_never_sees_them_is_left_alone(launched):
+    parser = ArgumentParser()
+    parser.add_argument("--sp-backend")
+    assert parser.parse_args(["--sp-backend", "mine"]).sp_backend == "mine"
+    assert plugin._session.command_line is None
+    with pytest.raises(SystemExit):
+        ArgumentParser().parse_args(["--sp-unknown", "x"])
+
+
+def test_without_the_flag_nothing_is_marked_or_filled(launched):
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
+    xfuser_args = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m"]))
+    assert not hasattr(xfuser_args, plugin._MARK)
+    assert (xfuser_args.ulysses_degree, xfuser_args.ring_degree) == (1, 1)
+    assert plugin.explain() == "no --sp-backend: xDiT runs untouched"
+
+
+REFUSED = {
+    "degrees": (["--sp-backend", "torus", "--ulysses_degree", "3"], r"ulysses_degree=3 x ring_degree=1 = 3, but 2 "),
+    "unknown heads": (["--sp-backend", "torus"], r"heads is not known.*--ulysses_degree.*no transformer/config.json"),
+    "other degrees": (["--sp-backend", "torus", "--pipefusion_parallel_degree", "3"], r"multiply to 3, which does not"),
+    "conflict": (["--sp-backend", "ring", "--ulysses_degree", "2"], r"--sp-backend ring excludes ulysses_degree=2"),
+    "topology": (["--sp-backend", "torus", "--sp-topology", "2x2"], r"describes 4 ranks, but the job has 2"),
+    "separate vae": (
+        ["--sp-backend", "torus", "--vae_parallel_size", "1"],
+        r"does not work with --vae_parallel_size 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_before_anything_is_started(launched, case):
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    argv, message = REFUSED[case]
+    parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", "m", *argv])
+    with pytest.raises(ValueError, match=message):
+        xFuserArgs.from_cli_args(arguments)
+
+
+def test_an_unsupported_version_is_refused_with_the_supported_ones(launched, monkeypatch):
+    from xfuser import xFuserArgs
+
+    xfuser_args = xFuserArgs(model="m", ulysses_degree=2)
+    setattr(xfuser_args, plugin._MARK, TorusArgs(backend="torus"))
+    real = plugin.importlib.metadata.version
+    monkeypatch.setattr(plugin.importlib.metadata, "version", lambda name: "0.9.1" if name == "xfuser" else real(name))
+    with pytest.raises(RuntimeError, match=r"xfuser 0\.9\.1 is not supported; supported: 0\.5\.0 to 0\.7\.x"):
+        xfuser_args.create_config()
+
+
+def test_a_missing_package_is_named(launched, monkeypatch):
+    real = plugin.importlib.util.find_spec
+    monkeypatch.setattr(plugin.importlib.util, "find_spec", lambda name: None if name == "yunchang" else real(name))
+    assert plugin.unsupported() == "package yunchang is missing: pip install yunchang"
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_record_is_in_place_and_undone():
+    finished = python(
+        "import torch\n"
+        "from sf_xfuser import plugin\n"
+        "import xfuser\n"
+        "assert not plugin.import_hooked_modules()\n"
+        "states = {f'{h.module}.{h.name}': s for h, s in plugin.hook_states()}\n"
+        "assert set(states.values()) == {'applied'}, states\n"
+        "import importlib, sys\n"
+        "usp = importlib.import_module('xfuser.model_executor.layers.usp')\n"
+        "flux = importlib.import_module('xfuser.model_executor.models.transformers.transformer_flux')\n"
+        "hooked = usp.USP\n"
+        "original = hooked.__wrapped__\n"
+        "assert flux.USP is hooked\n"
+        "import argparse\n"
+        "parse = argparse.ArgumentParser.parse_known_args\n"
+        "plugin.disable()\n"
+        "assert usp.USP is original and flux.USP is original\n"
+        "assert argparse.ArgumentParser.parse_known_args is parse.__wrapped__\n"
+        "from xfuser import xFuserArgs\n"
+        "assert '--sp-backend' not in xFuserArgs.add_cli_args(argparse.ArgumentParser())._option_string_actions\n"
+        "assert not any(v is hooked for m in list(sys.modules.values()) if m and m.__name__.startswith('xfuser')\n"
+        "               for v in vars(m).values())\n"
+        "plugin.enable()\n"
+        "assert usp.USP is not original and flux.USP is usp.USP\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_enable_by_hand_when_autoload_is_off():
+    finished = python(
+        "import sf_xfuser\nsf_xfuser.enable()\n"
+        "from xfuser import xFuserArgs\nfrom xfuser.config import FlexibleArgumentParser\n"
+        "xFuserArgs.add_cli_args(FlexibleArgumentParser()).parse_args(['--model', 'm', '--sp-backend', 'torus'])\n",
+        SF_XFUSER_AUTOLOAD="0",
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+# -- the command lines -----------------------------------------------------------------------------------------------
+
+
+def test_xdit_help_shows_the_flags():
+    xdit = Path(sys.executable).with_name("xdit")
+    assert "--sp-backend" in run([str(xdit), "--help"]).output
+
+
+def test_unmodified_examples_show_the_flags():
+    """The example scripts that the xfuser wheel installs, as they are."""
+    examples = Path(find_spec("xfuser").submodule_search_locations[0]).parent / "examples"
+    script = examples / "cogvideox_usp_example.py"
+    assert "--sp-backend" in run([sys.executable, str(script), "--help"]).output
+
+
+def test_doctor():
+    import json
+
+    from sf_xfuser import cli, doctor
+
+    finished = python(
+        "import sys; from sf_xfuser.cli import main; sys.exit(main(['doctor', '--json']))", NCCL_P2P_DISABLE="1"
+    )
+    report = json.loads(finished.stdout)
+    assert finished.returncode == 0 and report["usable"] is True
+    by_name = {finding["name"]: finding for finding in report["findings"]}
+    assert by_name["xfuser.model_executor.layers.usp.USP"]["detail"] == "applied"
+    assert by_name["NCCL_P2P_DISABLE"]["status"] == "warn"
+    assert by_name["two_sided over gloo"]["detail"] == "available"
+    failing = doctor.Finding(section="s", name="n", status="fail", detail="d")
+    assert not doctor.usable([failing]) and cli.main(["doctor"]) == 0
