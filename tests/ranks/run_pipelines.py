@@ -1,0 +1,47 @@
+"""Several runs of run_pipeline.py in one launch. Usage: run_pipelines.py CASES.json [THEN.json ...]
+
+CASES.json maps names to argument lists. Between cases xDiT's groups and state are taken down and set up again in the
+same processes. A case that raises is reported, with its error, by every rank, and the next one goes on. What torus did
+with the attention calls of a case is reported too (``sf_xfuser.explain()``).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import run_pipeline  # the directory of a script is on its path
+import torch
+import torch.distributed as dist
+
+import sf_xfuser
+
+
+def main() -> None:
+    for name, argv in json.loads(Path(sys.argv[1]).read_text()).items():
+        sys.argv = ["run_pipeline.py", *argv]
+        torch.compiler.reset()
+        explained = ""
+        try:
+            run_pipeline.run_rank(run_pipeline.parse_arguments())
+            text, explained = "ok", sf_xfuser.explain()
+        except (ValueError, RuntimeError) as error:
+            text = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        print(f"@@{name}|{dist.get_rank()}|{text}|{explained}@@", flush=True)
+        destroy_model_parallel()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def destroy_model_parallel() -> None:
+    """As RuntimeState.destroy_distributed_env, but the world stays: torchrun's store cannot serve a second one."""
+    from xfuser.core.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()
