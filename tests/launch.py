@@ -39,8 +39,13 @@ def run(
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        # torchrun's ranks have sessions of their own: only the agent can end them, and it does on SIGTERM.
+        process.terminate()
+        try:
+            output, _ = process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
         raise AssertionError(f"still running after {timeout} s: {' '.join(command)}\n{output[-8000:]}") from None
     failed = process.returncode != 0
     assert failed == expect_failure, f"exit status {process.returncode} of {' '.join(command)}\n{output[-8000:]}"

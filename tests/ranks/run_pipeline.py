@@ -29,7 +29,7 @@ PROMPT = "A small cat sits on a red chair near the window while the rain falls o
 def reference_latents(folder: str | Path, text_length: int, *, steps: int = STEPS, seed: int = SEED) -> torch.Tensor:
     """The final latents of the model in ``folder``, by plain diffusers in this process: what every split must give."""
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    return _denoise(pipeline, text_length, steps=steps, seed=seed, **_small_input(folder))
+    return _denoise(pipeline, text_length, steps=steps, seed=seed, **small_input(folder))
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def _text(pipeline: Any, text_length: int) -> dict[str, Any]:
     return dict(zip(names, pipeline.encode_prompt(PROMPT, None, None, max_sequence_length=text_length), strict=True))
 
 
-def _small_input(folder: str | Path) -> dict[str, Any]:
+def small_input(folder: str | Path) -> dict[str, Any]:
     return json.loads(Path(folder, "small_input.json").read_text(encoding="utf-8"))
 
 
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", metavar="BACKEND", help="torch.compile the transformer with this backend")
     parser.set_defaults(height=None, width=None, num_frames=None, guidance_scale=None, num_inference_steps=STEPS)
     arguments = parser.parse_args()
-    for name, value in _small_input(arguments.model).items():
+    for name, value in small_input(arguments.model).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     return arguments
@@ -140,7 +140,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     pipeline = xdit_pipeline(arguments, engine_config)
     if arguments.compile:
         pipeline.transformer.compile(backend=arguments.compile)
-    size: Mapping[str, Any] = {name: getattr(arguments, name) for name in _small_input(arguments.model)}
+    size: Mapping[str, Any] = {name: getattr(arguments, name) for name in small_input(arguments.model)}
     latents = _denoise(
         pipeline, arguments.text_length, steps=arguments.num_inference_steps, seed=arguments.seed, **size
     )

@@ -1,0 +1,451 @@
+"""What xDiT lacks on a machine without an accelerator, as hooks: its pipelines then run on CPU ranks over gloo.
+
+``needed()`` probes, ``HOOKS`` is the data, and the caller installs it (``HookSet(HOOKS).install()``) before ``xfuser``
+is imported, because several xDiT modules decide at import what they offer. ``HookSet.remove()`` gives every hooked
+attribute back; what a module computed at its import (``HAS_LONG_CTX_ATTN``) stays until it is imported again.
+
+One way of speaking about tensors: q/k/v are ``[B, H, S, D]`` and an LSE is ``[B, H, Sq]``, as in xDiT's registry.
+
+Not served: options of xDiT that name a GPU kernel (fp8, AITER, Sparge), its cache-dit adapter, the runner models that
+write ``torch.Generator(device="cuda")``, and ``xFuserLongContextAttention`` objects (Sana with sequence parallelism),
+whose ring package does not import with yunchang 0.6.4 on any platform.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sf_xfuser.hooks import Hook
+
+_SENDS = "_sf_gloo_sends"  # attribute of a PipelineGroupCoordinator: {slot: (Work, tensor)}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+
+
+def needed() -> bool:
+    """True iff no accelerator that xDiT knows can be used here: also for a CUDA build of PyTorch without a GPU.
+
+    Asks in the same way as ``xfuser/envs.py``, but does not trust ``torch.version.cuda``. Never raises, imports
+    nothing of xDiT.
+    """
+    return not any(_usable(name) for name in ("cuda", "musa", "npu", "mps"))
+
+
+def _usable(accelerator: str) -> bool:
+    try:
+        if accelerator == "musa":
+            __import__("torch_musa")  # xfuser.envs imports it too: without it torch.musa does not exist
+        owner = torch.backends if accelerator == "mps" else torch
+        return bool(getattr(owner, accelerator).is_available())
+    except Exception:
+        return False
+
+
+# --- an absent triton ---------------------------------------------------------------------------------------------
+#
+# xDiT imports triton in one module without a guard and without declaring it, and a CPU build of PyTorch does not
+# bring it. While that module is imported `triton` is a stand-in; elsewhere its absence must stay visible, since
+# PyTorch, diffusers and xDiT itself ask for it.
+
+
+class _NoKernel:
+    """What ``triton.jit`` gives without triton: a kernel that can be defined and not launched."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise RuntimeError("this attention backend of xDiT is a Triton kernel and triton is not installed")
+
+
+class _NoTriton(ModuleType):
+    language: ModuleType
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _NoKernel
+
+
+def _lend_triton(path: Any) -> Any:
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
+        stand_in = _NoTriton("triton")
+        stand_in.language = stand_in
+        sys.modules["triton"] = sys.modules["triton.language"] = stand_in
+    return path
+
+
+def _take_triton_back(triton: Any) -> Any:
+    if isinstance(triton, _NoTriton):
+        sys.modules.pop("triton", None)
+        sys.modules.pop("triton.language", None)
+    return triton
+
+
+# --- device and packages -------------------------------------------------------------------------------------------
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    """A wrap: the replacement takes any arguments and returns ``value``."""
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return value
+
+        return replacement
+
+    return wrap
+
+
+def _packages(found: dict[str, Any]) -> dict[str, Any]:
+    """xDiT's package table without the GPU kernels (a CUDA build may have them installed), with yunchang."""
+    kernels = [name for name in found if name.startswith("has_") and name != "has_long_ctx_attn"]
+    return {**found, **dict.fromkeys(kernels, False), "has_long_ctx_attn": _yunchang_process_group() is not None}
+
+
+def _yunchang_process_group(_: object = None) -> Any:
+    """yunchang's one ``PROCESS_GROUP`` object (mutated by ``set_seq_parallel_pg``), or None without yunchang."""
+    try:
+        from yunchang.globals import PROCESS_GROUP
+    except ImportError:
+        return None
+    return PROCESS_GROUP
+
+
+def _existing_names(names: list[str]) -> list[str]:
+    package = sys.modules["xfuser.core.distributed"]
+    return [name for name in names if hasattr(package, name)]
+
+
+def _float32_by_default(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) < 2:  # (warmup_steps, dtype, ...)
+            kwargs.setdefault("dtype", torch.float32)
+        init(self, *args, **kwargs)
+
+    return replacement
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q ``[B, H, Sq, D]`` on k/v ``[B, Hkv, Skv, D]``: (out in q's dtype, natural-log LSE ``[B, H, Sq]``).
+
+    The inputs may be views; the LSE is float32 (float64 for float64). Raises ValueError for an empty sequence.
+    """
+    if query.numel() == 0 or key.numel() == 0:
+        # PyTorch 2.13 dies of SIGFPE here; on a GPU the same call returns an empty tensor or an error.
+        raise ValueError(f"attention of q {tuple(query.shape)} on k {tuple(key.shape)}: a sequence is empty")
+    # The CPU kernel reads D with stride 1 whatever the stride is: a transposed view gave an error of 1.5, unreported.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, scale=scale)
+    return out, lse
+
+
+class _CpuAten:
+    """``torch.ops.aten`` with the one operator that has no CPU kernel replaced by its CPU twin."""
+
+    _scaled_dot_product_flash_attention = staticmethod(flash_attention)
+
+    def __init__(self, aten: Any) -> None:
+        self._aten = aten
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._aten, name)
+
+
+def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(select)
+    def replacement(self: Any, engine_config: Any = None) -> Any:
+        if engine_config and engine_config.runtime_config.attention_backend:
+            return select(self, engine_config)
+        from xfuser.core.distributed.attention_backend import AttentionBackendType
+
+        return AttentionBackendType.SDPA_FLASH
+
+    return replacement
+
+
+# --- PipeFusion over gloo ------------------------------------------------------------------------------------------
+#
+# gloo delivers a send when the receiver has posted its receive (rendezvous), and forgets one whose Work has been
+# dropped. xDiT drops the Work of every asynchronous send, and may overwrite the tensor at once. So each send gets a
+# copy, kept with its Work in the *slot* it belongs to: (name, segment), the same key as the receive buffer of the
+# peer. A stage sends into a slot again one denoising step later, and for that it needs a result which the peer can
+# only have produced from the previous tensor of that slot: waiting for the old Work then returns at once, and the
+# memory held is bounded by the number of receive buffers.
+
+
+def _keep(pipeline_group: Any, slot: tuple[Any, ...], work: Any, tensor: torch.Tensor) -> None:
+    sends: dict[Any, Any] = vars(pipeline_group).setdefault(_SENDS, {})
+    earlier = sends.get(slot)
+    sends[slot] = (work, tensor)
+    if earlier is not None:
+        earlier[0].wait()
+
+
+def _pipeline_isend(_: Callable[..., None]) -> Callable[..., None]:
+    def pipeline_isend(self: Any, tensor: torch.Tensor, name: str = "latent", segment_idx: int = -1) -> None:
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        self._check_shape_and_buffer(tensor_send_to_next=copy, name=name, segment_idx=segment_idx)
+        _keep(self, (name, segment_idx), self._pipeline_isend(copy), copy)
+
+    return pipeline_isend
+
+
+def _pipeline_isend_skip(_: Callable[..., None]) -> Callable[..., None]:
+    def pipeline_isend_skip(self: Any, tensor: torch.Tensor) -> None:
+        from xfuser.core.distributed import get_runtime_state
+
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        _keep(self, ("skip", get_runtime_state().pipeline_patch_idx), self._pipeline_isend_skip(copy), copy)
+
+    return pipeline_isend_skip
+
+
+def _communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size]:
+    """xDiT's handshake before the first tensor of a slot; the sender does not wait, and the dtype goes along.
+
+    The receiver sizes its buffer with ``self.dtype``; xDiT leaves it at the configured one, whatever the model has.
+    """
+
+    def communicate_shapes(
+        self: Any, tensor_send_to_next: torch.Tensor | None = None, recv_prev: bool = False
+    ) -> torch.Size:
+        if tensor_send_to_next is not None:
+            handshake = sum(len(shapes) for shapes in self.send_shape.values())  # xDiT has just added this one
+            header = torch.tensor([tensor_send_to_next.dim(), _DTYPES.index(tensor_send_to_next.dtype)])
+            shape = torch.tensor(tensor_send_to_next.shape, dtype=torch.int64)
+            for part, message in (("header", header), ("shape", shape)):
+                work = torch.distributed.isend(message, dst=self.next_rank, group=self.device_group)
+                _keep(self, (part, handshake), work, message)
+        if not recv_prev:
+            return torch.Size([0, 0, 0])
+        header = torch.empty(2, dtype=torch.int64)
+        torch.distributed.recv(header, src=self.prev_rank, group=self.device_group)
+        dim, dtype = header.tolist()
+        shape = torch.empty(dim, dtype=torch.int64)
+        torch.distributed.recv(shape, src=self.prev_rank, group=self.device_group)
+        self.dtype = _DTYPES[dtype]
+        return torch.Size(shape.tolist())
+
+    return communicate_shapes
+
+
+def _destroy_after_delivery(destroy: Callable[..., None]) -> Callable[..., None]:
+    """A stage that is done first must not leave with sends that nobody has received (on CUDA: the stream sync)."""
+
+    @functools.wraps(destroy)
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
+        for work, _ in vars(self).pop(_SENDS, {}).values():
+            work.wait()
+        destroy(self, *args, **kwargs)
+
+    return replacement
+
+
+# --- runner --------------------------------------------------------------------------------------------------------
+
+
+class HostEvent:
+    """``torch.cuda.Event`` on the host clock: CPU work has been done when the call that did it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time_s: float | None = None
+
+    def record(self, stream: Any = None) -> None:
+        self._time_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end_event: HostEvent) -> float:
+        """Milliseconds from this event to ``end_event``; RuntimeError where one of them was not recorded."""
+        if self._time_s is None or end_event._time_s is None:
+            raise RuntimeError("elapsed_time needs two recorded events; call record() on both")
+        return (end_event._time_s - self._time_s) * 1e3
+
+
+def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    def is_cuda(target: Any) -> bool:
+        kind = target.type if isinstance(target, torch.device) else str(target).partition(":")[0]
+        return bool(kind == "cuda")
+
+    @functools.wraps(to)
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple("cpu" if is_cuda(value) else value for value in args)
+        kwargs = {key: "cpu" if is_cuda(value) else value for key, value in kwargs.items()}
+        return to(self, *args, **kwargs)
+
+    return replacement
+
+
+# --- the hooks -----------------------------------------------------------------------------------------------------
+
+_ENVS = "xfuser.envs"
+_COORDINATOR = "xfuser.core.distributed.group_coordinator"
+_NO_CPU_IN_XDIT = "xDiT names a CPU device itself (envs.get_device_version and its neighbours stop raising)"
+_NO_GLOO_IN_XDIT = "xDiT's PipelineGroupCoordinator keeps the Work of its sends and does not wait for handshakes"
+
+_PROCESS_GROUP_HOLDERS = (
+    "xfuser.model_executor.layers.usp",
+    "xfuser.core.sparge_attention.head_balance",
+    "xfuser.core.distributed.fp8_comms",
+)
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        module="xfuser.core.sparge_attention",
+        name="__path__",
+        wrap=_lend_triton,
+        why="core/sparge_attention/block_mask.py, the next import, has an unguarded `import triton`: lend a stand-in",
+        remove_when="block_mask.py guards the import as core/vsa_attention.py does",
+    ),
+    Hook(
+        module="xfuser.core.sparge_attention.block_mask",
+        name="triton",
+        wrap=_take_triton_back,
+        why="the stand-in for triton must not outlive the import that needed it",
+        remove_when="block_mask.py guards the import as core/vsa_attention.py does",
+    ),
+    *(
+        Hook(
+            module=_ENVS,
+            name=name,
+            wrap=_always(False),
+            sweep=True,
+            why=f"envs.py: {name} asks how PyTorch was built, not whether there is a GPU",
+            remove_when=_NO_CPU_IN_XDIT,
+        )
+        for name in ("_is_cuda", "_is_hip")
+    ),
+    Hook(
+        module=_ENVS,
+        name="get_device_version",
+        wrap=_always(None),
+        sweep=True,
+        why="envs.py: raises NotImplementedError without an accelerator, and config/config.py asks at import",
+        remove_when=_NO_CPU_IN_XDIT,
+    ),
+    Hook(
+        module=_ENVS,
+        name="get_torch_distributed_backend",
+        wrap=_always("gloo"),
+        sweep=True,
+        why="envs.py: raises NotImplementedError without an accelerator; parallel_state.py asks it for the backend",
+        remove_when=_NO_CPU_IN_XDIT,
+    ),
+    Hook(
+        module=_ENVS,
+        name="PACKAGES_CHECKER.packages_info",
+        wrap=_packages,
+        sweep=True,
+        why="envs.py: yunchang counts as absent without CUDA (sp_degree > 1 refused), installed GPU kernels as usable",
+        remove_when="envs.check_long_ctx_attn no longer asks for CUDA",
+    ),
+    *(
+        Hook(
+            module=module,
+            name="PROCESS_GROUP",
+            wrap=_yunchang_process_group,
+            why="without CUDA the module sets PROCESS_GROUP = None instead of importing yunchang's",
+            remove_when="the module imports yunchang.globals.PROCESS_GROUP unconditionally",
+            required=False,
+        )
+        for module in _PROCESS_GROUP_HOLDERS
+    ),
+    Hook(
+        module="xfuser.core.distributed",
+        name="__all__",
+        wrap=_existing_names,
+        why="core/distributed/__init__.py: __all__ names init_model_parallel_group, which it lacks: `import *` fails",
+        remove_when="the package imports every name of its __all__",
+    ),
+    Hook(
+        module="xfuser.config.config",
+        name="RuntimeConfig.__init__",
+        wrap=_float32_by_default,
+        why="config/config.py: the default dtype float16 sizes the PipeFusion receive buffers; CPU models are float32",
+        remove_when="the default dtype depends on the device",
+    ),
+    Hook(
+        module="xfuser.core.distributed.attention_backend",
+        name="aten",
+        wrap=_CpuAten,
+        why="attention_backend.py: SDPA_FLASH calls aten._scaled_dot_product_flash_attention, which has no CPU kernel",
+        remove_when="PyTorch registers a CPU kernel for that operator or xDiT calls the CPU one",
+    ),
+    Hook(
+        module="xfuser.core.distributed.runtime_state",
+        name="RuntimeState._select_attention_backend",
+        wrap=_sdpa_flash_by_default,
+        why="runtime_state.py: the default is SDPA (no LSE, refused by ring), or CUDNN with a CUDA build without a GPU",
+        remove_when="xDiT's default on a CPU returns an LSE",
+    ),
+    *(
+        Hook(
+            module=_COORDINATOR,
+            name=f"PipelineGroupCoordinator.{name}",
+            wrap=wrap,
+            why=f"group_coordinator.py: {why}",
+            remove_when=_NO_GLOO_IN_XDIT,
+        )
+        for name, wrap, why in (
+            ("pipeline_isend", _pipeline_isend, "drops the Work of the send, and gloo then drops the send"),
+            ("pipeline_isend_skip", _pipeline_isend_skip, "drops the Work of the send, and gloo then drops the send"),
+            ("_communicate_shapes", _communicate_shapes, "waits for its own send: asynchronous PipeFusion deadlocks"),
+            ("destroy", _destroy_after_delivery, "does not wait for sends that are still under way"),
+        )
+    ),
+    Hook(
+        module="torch.cuda",
+        name="synchronize",
+        wrap=_always(None),
+        sweep=True,
+        why="runner.py, runner_models/base_model.py, group_coordinator.py call it unconditionally; it raises here",
+        remove_when="xDiT asks torch.accelerator, or synchronizes only where there is a device",
+    ),
+    Hook(
+        module="torch.cuda",
+        name="Event",
+        wrap=lambda _: HostEvent,
+        why="runner_models/base_model.py times every run with torch.cuda.Event, which cannot be made here",
+        remove_when="xDiT times with torch.Event or on the host clock",
+    ),
+    Hook(
+        module="diffusers.pipelines.pipeline_utils",
+        name="DiffusionPipeline.to",
+        wrap=_to_cpu,
+        why='runner_models (base_model.py or loading/placement.py) and the examples move a pipeline to "cuda:<rank>"',
+        remove_when="they use envs.get_device",
+    ),
+    Hook(
+        module="xfuser.model_executor.models.runner_models.base_model",
+        name="xFuserModel._local_onload_device",
+        wrap=_always(torch.device("cpu")),
+        why='runner_models/base_model.py: the offload options build a "cuda:<rank>" device',
+        remove_when="it uses envs.get_device",
+        required=False,
+    ),
+)

@@ -1,0 +1,34 @@
+"""Runs in every Python process that has this folder on PYTHONPATH: installs the CPU platform before xfuser exists.
+
+Stands in for the plugin's autoload, so that the platform is tested without the plugin. With TINY_FLUX set to a model
+folder it also registers the runner model "tiny-flux", as a user's own package would through ``register_model``.
+"""
+
+import os
+
+from sf_xfuser import platform_cpu
+from sf_xfuser.hooks import Hook, HookSet
+
+
+def _register_tiny_flux(path):
+    from xfuser.model_executor.models.runner_models.base_model import register_model
+    from xfuser.model_executor.models.runner_models.flux import xFuserFluxModel
+
+    @register_model("tiny-flux")
+    class TinyFlux(xFuserFluxModel):
+        def _customize_settings(self, config):
+            self.settings.model_name = os.environ["TINY_FLUX"]
+
+    return path
+
+
+REGISTER = Hook(
+    module="xfuser.model_executor.models.runner_models",
+    name="__path__",
+    wrap=_register_tiny_flux,
+    why="`python -m xfuser.runner` knows only the models that were registered before it looks one up",
+    remove_when="xDiT discovers registered models of other packages",
+)
+
+HOOK_SET = HookSet([*platform_cpu.HOOKS, *([REGISTER] if "TINY_FLUX" in os.environ else [])])
+HOOK_SET.install()
