@@ -287,16 +287,51 @@ class HostEvent:
         return (end_event._time_s - self._time_s) * 1e3
 
 
-def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    def is_cuda(target: Any) -> bool:
-        kind = target.type if isinstance(target, torch.device) else str(target).partition(":")[0]
-        return bool(kind == "cuda")
+def _cpu_for_cuda(value: Any) -> Any:
+    """``value``, or the CPU where it names a CUDA device."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
 
-    @functools.wraps(to)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args = tuple("cpu" if is_cuda(value) else value for value in args)
-        kwargs = {key: "cpu" if is_cuda(value) else value for key, value in kwargs.items()}
-        return to(self, *args, **kwargs)
+
+def _to_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return call(*map(_cpu_for_cuda, args), **{key: _cpu_for_cuda(value) for key, value in kwargs.items()})
+
+    return replacement
+
+
+class _CpuTorch:
+    """``torch`` for a module of xDiT that writes CUDA devices as strings: what takes a device gets the CPU."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._owner, name)
+        return _to_cpu(found) if name in ("tensor", "empty", "Generator") else found
+
+
+def _without_streams(apply: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(apply)
+    def replacement(module: Any, onload_device: Any, *args: Any, **kwargs: Any) -> None:
+        if torch.device(onload_device).type == "cuda":
+            onload_device = torch.device("cpu")
+            kwargs.update({key: False for key in ("use_stream", "record_stream") if key in kwargs})
+        apply(module, onload_device, *args, **kwargs)
+
+    return replacement
+
+
+def _cpu_fsdp(fsdp: type) -> Callable[..., Any]:
+    @functools.wraps(fsdp, updated=())
+    def replacement(module: Any, process_group: Any = None, **kwargs: Any) -> Any:
+        if kwargs.pop("sync_module_states", False):  # FSDP refuses to do it on a CPU
+            group = process_group or torch.distributed.group.WORLD
+            for tensor in (*module.parameters(), *module.buffers()):
+                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
+        return fsdp(module, process_group, **{**kwargs, "device_id": torch.device("cpu")})
 
     return replacement
 
@@ -440,12 +475,52 @@ HOOKS: tuple[Hook, ...] = (
         why='runner_models (base_model.py or loading/placement.py) and the examples move a pipeline to "cuda:<rank>"',
         remove_when="they use envs.get_device",
     ),
+    *(
+        Hook(
+            module="diffusers.pipelines.pipeline_utils",
+            name=f"DiffusionPipeline.enable_{kind}_cpu_offload",
+            wrap=_to_cpu,
+            why='runner_models/base_model.py: the offload options name the device "cuda:<rank>"',
+            remove_when="it uses envs.get_device",
+        )
+        for kind in ("model", "sequential")
+    ),
     Hook(
-        module="xfuser.model_executor.models.runner_models.base_model",
-        name="xFuserModel._local_onload_device",
-        wrap=_always(torch.device("cpu")),
-        why='runner_models/base_model.py: the offload options build a "cuda:<rank>" device',
-        remove_when="it uses envs.get_device",
-        required=False,
+        module="diffusers.hooks",
+        name="apply_group_offloading",
+        wrap=_without_streams,
+        why='runner_models/base_model.py: group offload names the device "cuda:<rank>" and asks for CUDA streams',
+        remove_when="it uses envs.get_device, and streams only where the device has them",
+    ),
+    *(
+        Hook(
+            module=module,
+            name=f"{owner}.to",
+            wrap=_to_cpu,
+            why='runner_models (loading/shard.py, lingbot_video.py) move single components to "cuda:<rank>"',
+            remove_when="they use envs.get_device",
+        )
+        for module, owner in (
+            ("diffusers.models.modeling_utils", "ModelMixin"),
+            ("transformers.modeling_utils", "PreTrainedModel"),
+        )
+    ),
+    *(
+        Hook(
+            module=f"xfuser.model_executor.models.runner_models.{module}",
+            name="torch",
+            wrap=_CpuTorch,
+            why=f'runner_models/{module}: makes tensors or a torch.Generator on the device "cuda"',
+            remove_when="it uses envs.get_device",
+            required=False,
+        )
+        for module in ("loading.meta_load", "ideogram4", "krea2", "lingbot_video", "ltx", "minimax_h3")
+    ),
+    Hook(
+        module="xfuser.core.distributed.sharding",
+        name="FSDP",
+        wrap=_cpu_fsdp,
+        why="sharding.py: passes the rank as device_id, which FSDP takes for one of the accelerator",
+        remove_when="it passes a torch.device, and synchronizes the states itself on a CPU",
     ),
 )

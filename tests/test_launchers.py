@@ -25,6 +25,17 @@ def flux(tmp_path_factory) -> Path:
     return save_tiny_model("flux", tmp_path_factory.mktemp("launchers") / "FLUX.1-dev")
 
 
+def test_xdit_command_without_degrees(flux, tmp_path):
+    """The number of processes comes from --sp-topology, the degrees from the plan, the heads from the registry."""
+    command = [str(Path(sys.executable).with_name("xdit")), "--master_port", "29573", "--model", "tiny-flux"]
+    command += ["--prompt", "a cat", "--seed", "1", "--height", "128", "--width", "128", "--num_inference_steps", "1"]
+    command += ["--max_sequence_length", "16", "--num_iterations", "1", "--output_directory", str(tmp_path)]
+    env = {"TINY_FLUX": str(flux), "PYTHONPATH": str(RANKS / "site")}
+    finished = run([*command, "--sp-backend=torus", "--sp-topology", "2x2"], env=env)
+    assert "Torus Attention; 2 machine(s) x 2 rank(s): torus=2 ulysses=2 ring=1" in finished.output
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
 def test_two_torchrun_nodes(tmp_path):
     """examples/05_two_nodes.sh as it is: two agents, one rendezvous, two machines by --sp-topology."""
     example = Path(__file__).parents[1] / "examples" / "05_two_nodes.sh"

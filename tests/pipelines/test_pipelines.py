@@ -101,7 +101,7 @@ def finished(request, model_folder, tmp_path_factory):
         }  # fmt: skip
         (folder / "cases.json").write_text(json.dumps(argv))
         output = torchrun("run_pipelines.py", folder / "cases.json", nproc=4, timeout=400).output
-        for name, rank, outcome, explained in re.findall(r"@@(.*?)\|(\d)\|(.*?)\|(.*?)@@", output, re.DOTALL):
+        for name, rank, outcome, explained in re.findall(r"@<([^|]*)\|(\d)\|(.*?)\|(.*?)>@", output, re.DOTALL):
             cases[name].outcome[int(rank)] = outcome
             cases[name].explained = explained
         for name, case in cases.items():

@@ -1,13 +1,15 @@
 """Several runs of run_pipeline.py in one launch. Usage: run_pipelines.py CASES.json [THEN.json ...]
 
-CASES.json maps names to argument lists. Between cases xDiT's groups and state are taken down and set up again in the
-same processes. A case that raises is reported, with its error, by every rank, and the next one goes on. What torus did
-with the attention calls of a case is reported too (``sf_xfuser.explain()``).
+CASES.json maps names to argument lists; an argument "N:--flag" is for rank N alone. Between cases xDiT's groups and
+state are taken down and set up again in the same processes. A case that raises is reported, with its error, by every
+rank, and the next one goes on. What torus did with the attention calls of a case is reported too
+(``sf_xfuser.explain()``).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -21,7 +23,7 @@ import sf_xfuser
 
 def main() -> None:
     for name, argv in json.loads(Path(sys.argv[1]).read_text()).items():
-        sys.argv = ["run_pipeline.py", *argv]
+        sys.argv = ["run_pipeline.py", *for_this_rank(argv)]
         torch.compiler.reset()
         explained = ""
         try:
@@ -30,10 +32,16 @@ def main() -> None:
         except (ValueError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        print(f"@@{name}|{dist.get_rank()}|{text}|{explained}@@", flush=True)
+        print(f"@<{name}|{dist.get_rank()}|{text}|{explained}>@", flush=True)
         destroy_model_parallel()
         dist.barrier()
     dist.destroy_process_group()
+
+
+def for_this_rank(argv: list[str]) -> list[str]:
+    rank = os.environ["RANK"]
+    return [arg.partition(":")[2] if arg[0].isdigit() and ":" in arg else arg
+            for arg in argv if not (arg[0].isdigit() and ":" in arg) or arg.partition(":")[0] == rank]  # fmt: skip
 
 
 def destroy_model_parallel() -> None:

@@ -1,10 +1,12 @@
-"""Runs in every Python process that has this folder on PYTHONPATH: installs the CPU platform before xfuser exists.
+"""Runs in every Python process that has this folder on PYTHONPATH.
 
-Stands in for the plugin's autoload, so that the platform is tested without the plugin. With TINY_FLUX set to a model
-folder it also registers the runner model "tiny-flux", as a user's own package would through ``register_model``.
+With SF_XFUSER_AUTOLOAD=0 it installs the CPU platform before xfuser exists, in the plugin's place, so that the platform
+is tested without the plugin. With TINY_FLUX set to a model folder it registers the runner model "tiny-flux", as a
+user's own package would through ``register_model``.
 """
 
 import os
+from dataclasses import replace
 
 from sf_xfuser import platform_cpu
 from sf_xfuser.hooks import Hook, HookSet
@@ -16,8 +18,7 @@ def _register_tiny_flux(path):
 
     @register_model("tiny-flux")
     class TinyFlux(xFuserFluxModel):
-        def _customize_settings(self, config):
-            self.settings.model_name = os.environ["TINY_FLUX"]
+        settings = replace(xFuserFluxModel.settings, model_name=os.environ["TINY_FLUX"])
 
     return path
 
@@ -30,5 +31,6 @@ REGISTER = Hook(
     remove_when="xDiT discovers registered models of other packages",
 )
 
-HOOK_SET = HookSet([*platform_cpu.HOOKS, *([REGISTER] if "TINY_FLUX" in os.environ else [])])
+PLATFORM = platform_cpu.HOOKS if os.environ.get("SF_XFUSER_AUTOLOAD") == "0" else ()
+HOOK_SET = HookSet([*PLATFORM, *([REGISTER] if "TINY_FLUX" in os.environ else [])])
 HOOK_SET.install()

@@ -1,0 +1,107 @@
+"""Rank side of test_usp.py: xDiT's USP by name, hooked, against xDiT's own function in the same groups.
+
+Prints ``@@case|rank|max abs difference|served or handed back with its reason@@`` for every case.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from xfuser import xFuserArgs
+from xfuser.config import FlexibleArgumentParser
+from xfuser.core.cache_manager.cache_manager import get_cache_manager
+from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_rank, runtime_state
+from xfuser.core.distributed.attention_backend import AttentionBackendType
+from xfuser.model_executor.layers import usp
+
+import sf_xfuser
+
+B, H, D = 2, 8, 16
+JOINT = 5
+
+
+class AnyRuntimeState(runtime_state.RuntimeState):
+    """A runtime state without a pipeline: groups and attention backend are all that USP asks for."""
+
+
+def tensors(heads=H, tokens=12, kv_heads=None, kv_tokens=None, seed=0):
+    make = torch.Generator().manual_seed(1000 * seed + get_sequence_parallel_rank())
+
+    def rand(h, s):
+        return torch.randn(B, s, h, D, generator=make).transpose(1, 2)
+
+    return (
+        rand(heads, tokens),
+        rand(kv_heads or heads, kv_tokens or tokens),
+        rand(kv_heads or heads, kv_tokens or tokens),
+    )
+
+
+def joint(strategy, heads=H):
+    make = torch.Generator().manual_seed(7)  # alike on every rank
+    q, k, v = (torch.randn(B, JOINT, heads, D, generator=make).transpose(1, 2) for _ in range(3))
+    return {"joint_query": q, "joint_key": k, "joint_value": v, "joint_strategy": strategy}
+
+
+def cases():
+    layer = torch.nn.Identity()
+    yield "plain", tensors(), {}
+    yield "longer keys", tensors(kv_tokens=20), {}
+    yield "shorter keys", tensors(kv_tokens=4), {}
+    yield "joint front", tensors(), joint("front")
+    yield "joint rear", tensors(), joint("rear")
+    yield "repeated kv heads", tensors(kv_heads=4), {"kv_head_repeat": 2}
+    yield "repeated kv heads combined", tensors(kv_heads=4), {"kv_head_repeat": 2, "combine_qkv_a2a": True}
+    yield "combined", tensors(), {"combine_qkv_a2a": True}
+    yield "backend named", tensors(), {"backend": AttentionBackendType.SDPA_FLASH}
+    yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
+    yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
+    yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
+    if get_runtime_state().parallel_config.ring_degree == 1:
+        yield "causal", tensors(), {"is_causal": True}
+        yield "backend without lse", tensors(), {"backend": AttentionBackendType.SDPA}
+        mask = torch.ones(B, 1, 1, 12 * dist.get_world_size(), dtype=torch.bool)
+        mask[..., -3:] = False
+        yield "mask", tensors(), {"backend": AttentionBackendType.SDPA, "attention_kwargs": {"attn_mask": mask}}
+    cached = torch.nn.Identity()
+    get_cache_manager().register_cache_entry(cached, layer_type="attn", cache_type="naive_cache")
+    yield "cache entry without PipeFusion", tensors(), {"attn_layer": cached}
+    get_runtime_state().num_pipeline_patch = 2
+    yield "cache of PipeFusion", tensors(), {"attn_layer": cached}
+    get_runtime_state().num_pipeline_patch = 1
+
+
+def main() -> None:
+    parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
+    engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *sys.argv[1:]])).create_config()
+    runtime_state._RUNTIME = AnyRuntimeState(engine_config)
+    get_runtime_state().patch_mode = False
+    for name, (q, k, v), kwargs in cases():
+        # xDiT's own function may change the kwargs it is given; each side gets its own.
+        expected = usp.USP.__wrapped__(q, k, v, **copied(kwargs))
+        before = served()
+        try:
+            out = usp.USP(q, k, v, **copied(kwargs))
+        except RuntimeError as error:
+            print(f"@@{name}|{dist.get_rank()}|nan|{type(error).__name__}: {error}@@", flush=True)
+            continue
+        assert out.shape == expected.shape and out.dtype == expected.dtype
+        difference = (out - expected).abs().max().item()
+        how = "served" if served() > before else sf_xfuser.explain().splitlines()[-1]
+        print(f"@@{name}|{dist.get_rank()}|{difference}|{how}@@", flush=True)
+    dist.barrier()
+    get_runtime_state().destroy_distributed_env()
+
+
+def copied(kwargs):
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+
+
+def served() -> int:
+    return int(next(line for line in sf_xfuser.explain().splitlines() if "served by torus" in line).rpartition(" ")[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The drop-in for USP, called by xDiT's name, against xDiT's own function at the same degrees."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from tests.launch import torchrun
+
+SERVED = ("plain", "longer keys", "shorter keys", "joint front", "joint rear", "repeated kv heads",
+          "repeated kv heads combined", "combined", "backend named", "attn_layer", "kwargs of None",
+          "cache entry without PipeFusion")  # fmt: skip
+HANDED_BACK = {
+    "valid_kv_len": "attention_kwargs['valid_kv_len'] needs keys in order",
+    "causal": "causal attention needs keys in order",
+    "backend without lse": "attention backend SDPA returns no log-sum-exp",
+    "mask": "attention_kwargs['attn_mask'] needs keys in order",
+    "cache of PipeFusion": "PipeFusion's KV cache sits inside USP",
+}
+RING_REFUSES = {"causal", "backend without lse", "mask"}  # xDiT's own ring cannot run these either
+
+
+def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
+    """case -> (difference, what happened) of each rank."""
+    output = torchrun("usp_calls.py", *flags, nproc=4).output
+    found: dict[str, list[tuple[float, str]]] = {}
+    for name, _, difference, how in re.findall(r"@@(.*?)\|(\d)\|(.*?)\|(.*?)@@", output, re.DOTALL):
+        found.setdefault(name, []).append((float(difference), how))
+    return found
+
+
+@pytest.mark.parametrize(("topology", "ulysses", "ring"), [("2x2", 4, 1), ("2x2", 2, 2), ("4x1", 2, 2), ("1x4", 1, 4)])
+def test_equals_xdits_own(topology, ulysses, ring):
+    found = calls("--sp-backend", "torus", "--sp-topology", topology, "--ulysses_degree", str(ulysses),
+                  "--ring_degree", str(ring))  # fmt: skip
+    expected = {*SERVED, *HANDED_BACK} - (RING_REFUSES if ring > 1 else set())
+    assert set(found) == expected
+    for name, ranks in found.items():
+        assert len(ranks) == 4, name
+        for difference, how in ranks:
+            if name in SERVED:
+                assert how == "served", f"{name}: {how}"
+                assert difference <= 2e-6, f"{name}: {difference}"
+            else:
+                assert HANDED_BACK[name] in how, f"{name}: {how}"
+                assert difference == 0.0, f"{name}: {difference}"
+
+
+def test_strict_raises_on_every_rank_and_before_any_communication():
+    found = calls("--sp-backend", "torus", "--sp-topology", "2x2", "--ulysses_degree", "4", "--sp-strict")
+    for name in HANDED_BACK:
+        assert len(found[name]) == 4
+        for difference, how in found[name]:
+            assert math.isnan(difference) and "--sp-strict: torus cannot serve" in how and HANDED_BACK[name] in how
+    assert all(how == "served" for name in SERVED for _, how in found[name])
