@@ -31,7 +31,7 @@ class _FirstImport:
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname == "xfuser":
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             _enable()
 
 

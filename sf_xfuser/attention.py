@@ -77,9 +77,9 @@ def _agree(
 ) -> _Call:
     tensors = (query, key, value, joint_key, joint_value)
     signature = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), joint_strategy)
-    call = mesh.calls.get(signature)
-    if call is not None:
-        return call
+    known: _Call | None = mesh.calls.get(signature)
+    if known is not None:
+        return known
     error = _shape_error(mesh, tensors, joint_strategy)
     described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
     reports = mesh.agreement.gather("attention call", {"error": error, "tensors": described, "joint": joint_strategy})

@@ -133,7 +133,7 @@ def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
             f"data, CFG, pipefusion and tensor parallel degrees multiply to {others}, which does not divide the "
             f"{world_size} processes"
         )
-    return world_size // others
+    return world_size // int(others)
 
 
 def _check_degrees(given: TorusArgs, ulysses: int, ring: int, sp_size: int, world_size: int) -> None:
@@ -155,7 +155,7 @@ def _world_size(xfuser_args: Any) -> int | None:
     if xfuser_args.use_ray:
         return int(xfuser_args.ray_world_size)
     if dist.is_initialized():
-        return dist.get_world_size()
+        return int(dist.get_world_size())
     return sp_args.launch_environment().world_size
 
 

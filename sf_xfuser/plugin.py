@@ -334,7 +334,8 @@ class _XditHost:
     def raw_attention(self, backend: str) -> Callable[..., Any]:
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
-        return ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+        function: Callable[..., Any] = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+        return function
 
     def fp8_communication(self) -> bool:
         from xfuser.core.distributed import get_runtime_state
@@ -381,7 +382,7 @@ def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
         have = PACKAGES_CHECKER.get_packages_info()
         if have.get("has_flash_attn_3"):
             name = "FLASH_3"
-        elif torch.cuda.is_available() and torch.version.hip is None and torch.backends.cudnn.is_available():
+        elif torch.cuda.is_available() and torch.version.hip is None and torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
             name = "CUDNN"
         else:
             name = "FLASH" if have.get("has_flash_attn") else "SDPA_FLASH"

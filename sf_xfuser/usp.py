@@ -111,7 +111,8 @@ class TorusUSP:
             parts = (joint_query, query) if joint_strategy == "front" else (query, joint_query)
             query = torch.cat(parts, dim=2)
         if torch.compiler.is_compiling():
-            return torch.ops.sf_xfuser.torus_usp(query, key, value, joint_key, joint_value, joint_strategy or "", name)
+            out: torch.Tensor = _torus_usp(query, key, value, joint_key, joint_value, joint_strategy or "", name)
+            return out
         self.served += 1
         return self.attend(query, key, value, joint_key, joint_value, joint_strategy or None, name)
 

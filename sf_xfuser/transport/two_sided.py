@@ -28,26 +28,32 @@ class TwoSided(Transport):
         self._posted: list[_Transfer] = []
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        ops = [(dist.irecv, "receive from", parcel) for parcel in receives]
-        ops += [(dist.isend, "send to", parcel) for parcel in sends]
         if self._grouped:
-            p2p = [dist.P2POp(op, parcel.tensor, self._ranks[parcel.peer], self._group) for op, _, parcel in ops]
-            works = dist.batch_isend_irecv(p2p) if p2p else []
-            # NCCL coalesces the round into fewer Works than parcels: waiting for any of the round waits for all.
-            transfers = [_Transfer(w, *ops[i][1:], round) for i, w in enumerate(works)]
-            self._posted += transfers
-            return _Received(self, transfers)
-        transfers = [
-            _Transfer(
-                op(parcel.tensor, self._ranks[parcel.peer], self._group, tag=round * _SLOTS_PER_ROUND + parcel.slot),
-                direction,
-                parcel,
-                round,
-            )
-            for op, direction, parcel in ops
-        ]
-        self._posted += transfers[len(receives) :]
-        return _Received(self, transfers[: len(receives)])
+            return self._exchange_grouped(round, sends, receives)
+        transfers: dict[str, list[_Transfer]] = {}
+        for direction, start, parcels in (("receive from", dist.irecv, receives), ("send to", dist.isend, sends)):
+            transfers[direction] = []
+            for parcel in parcels:
+                work = start(
+                    parcel.tensor,
+                    self._ranks[parcel.peer],
+                    group=self._group,
+                    tag=round * _SLOTS_PER_ROUND + parcel.slot,
+                )
+                assert work is not None, "this rank is not in the lane's group"
+                transfers[direction].append(_Transfer(work, direction, parcel, round))
+        self._posted += transfers["send to"]
+        return _Received(self, transfers["receive from"])
+
+    def _exchange_grouped(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
+        ops = [(dist.irecv, "receive from", parcel) for parcel in receives]
+        ops += [(dist.isend, "send to", parcel) for parcel in sends]  # type: ignore[misc]
+        p2p = [dist.P2POp(op, parcel.tensor, self._ranks[parcel.peer], self._group) for op, _, parcel in ops]
+        works = dist.batch_isend_irecv(p2p) if p2p else []
+        # NCCL coalesces the round into fewer Works than parcels: waiting for any of the round waits for all.
+        transfers = [_Transfer(w, *ops[i][1:], round) for i, w in enumerate(works)]
+        self._posted += transfers
+        return _Received(self, transfers)
 
     def drain(self) -> None:
         posted, self._posted = self._posted, []

@@ -1,0 +1,31 @@
+"""The numbered examples run as their first lines say (3 and 5: test_launchers.py; the demo: make demo)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from sf_xfuser.tiny_models import save_tiny_model
+from tests.launch import run
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+
+
+def test_explain_a_plan():
+    output = run([sys.executable, str(EXAMPLES / "01_explain_a_plan.py"), "--machines", "4"]).output
+    assert "torus=4 ulysses=2 ring=4" in output and "2.00x the bytes between machines" in output
+
+
+def test_attention_on_four_ranks():
+    output = run([*TORCHRUN, str(EXAMPLES / "02_attention_on_four_ranks.py")]).output
+    differences = re.findall(r"rank \d: max abs difference from one process (\S+)", output)
+    assert len(differences) == 4 and all(0 <= float(x) < 1e-5 for x in differences)
+
+
+def test_enable_by_hand(tmp_path):
+    model = save_tiny_model("wan", tmp_path / "wan")
+    command = [*TORCHRUN, str(EXAMPLES / "04_enable_by_hand.py"), str(model)]
+    output = run(command, env={"SF_XFUSER_AUTOLOAD": "0"}).output
+    assert re.search(r"served by torus: [1-9]", output)

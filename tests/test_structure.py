@@ -1,0 +1,65 @@
+"""The structure that the README promises."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# From the bottom up; a module may import those of earlier rows, and those of its own row.
+ROWS = [
+    {"args", "hooks"},
+    {"topology", "plan", "agreement"},
+    {"kernels", "transport", "schedule"},
+    {"mesh"},
+    {"attention", "launch", "tiny_models", "platform_cpu"},
+    {"usp"},
+    {"plugin"},
+    {"doctor"},
+    {"cli"},
+]
+ANYWHERE = {"", "__version__", "_autoload", "__init__"}  # lazy by construction
+
+
+def sources() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {"kernels": list((ROOT / "kernels").rglob("*.py"))}
+    for path in (ROOT / "sf_xfuser").rglob("*.py"):
+        name = path.relative_to(ROOT / "sf_xfuser").parts[0].removesuffix(".py")
+        found.setdefault(name, []).append(path)
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Names directly below sf_xfuser that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sf_xfuser":
+            tail = node.module.split(".")[1:]
+            found |= {tail[0]} if tail else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sf_xfuser.")}
+    return found
+
+
+def test_imports_run_one_way():
+    row_of = {name: n for n, row in enumerate(ROWS) for name in row}
+    files = sources()
+    assert set(files) - ANYWHERE == set(row_of), "a module is missing from ROWS"
+    for name, paths in files.items():
+        if name in ANYWHERE:
+            continue
+        for path in paths:
+            upward = {other for other in imports(path) - ANYWHERE if row_of[other] > row_of[name]}
+            assert not upward, f"{path} imports {upward}, which stand above it"
+
+
+def test_only_args_reads_the_environment():
+    for name, paths in sources().items():
+        for path in paths:
+            assert name == "args" or "os.environ" not in path.read_text(), path
+
+
+def test_the_readme_lists_every_module():
+    table = (ROOT / "README.md").read_text()
+    for name in set(sources()) - {"__init__"}:
+        assert f"`sf_xfuser/{name}" in table or f"`{name}" in table or f"{name}/`" in table, name
