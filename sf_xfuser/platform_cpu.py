@@ -6,9 +6,9 @@ attribute back; what a module computed at its import (``HAS_LONG_CTX_ATTN``) sta
 
 One way of speaking about tensors: q/k/v are ``[B, H, S, D]`` and an LSE is ``[B, H, Sq]``, as in xDiT's registry.
 
-Not served: options of xDiT that name a GPU kernel (fp8, AITER, Sparge), its cache-dit adapter, the runner models that
-write ``torch.Generator(device="cuda")``, and ``xFuserLongContextAttention`` objects (Sana with sequence parallelism),
-whose ring package does not import with yunchang 0.6.4 on any platform.
+Not served: options of xDiT that name a GPU kernel (fp8, AITER, Sparge), its cache-dit adapter, and
+``xFuserLongContextAttention`` objects (Sana with sequence parallelism), whose ring package does not import with
+yunchang 0.6.4 on any platform.
 """
 
 from __future__ import annotations
@@ -313,13 +313,14 @@ class _CpuTorch:
         return _to_cpu(found) if name in ("tensor", "empty", "Generator") else found
 
 
-def _without_streams(apply: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(apply)
-    def replacement(module: Any, onload_device: Any, *args: Any, **kwargs: Any) -> None:
-        if torch.device(onload_device).type == "cuda":
-            onload_device = torch.device("cpu")
-            kwargs.update({key: False for key in ("use_stream", "record_stream") if key in kwargs})
-        apply(module, onload_device, *args, **kwargs)
+def _nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
+    """Host memory is where the weights are: offloading from a CUDA device is done before it begins."""
+
+    @functools.wraps(offload)
+    def replacement(*args: Any, **kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        if all(_cpu_for_cuda(value) is value for value in values if isinstance(value, (str, torch.device))):
+            offload(*args, **kwargs)
 
     return replacement
 
@@ -477,20 +478,17 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *(
         Hook(
-            module="diffusers.pipelines.pipeline_utils",
-            name=f"DiffusionPipeline.enable_{kind}_cpu_offload",
-            wrap=_to_cpu,
-            why='runner_models/base_model.py: the offload options name the device "cuda:<rank>"',
-            remove_when="it uses envs.get_device",
+            module=module,
+            name=name,
+            wrap=_nothing_to_offload,
+            why='runner_models/base_model.py: the offload options name the device "cuda:<rank>", and CUDA streams',
+            remove_when="it offloads only where envs.get_device is not the CPU",
         )
-        for kind in ("model", "sequential")
-    ),
-    Hook(
-        module="diffusers.hooks",
-        name="apply_group_offloading",
-        wrap=_without_streams,
-        why='runner_models/base_model.py: group offload names the device "cuda:<rank>" and asks for CUDA streams',
-        remove_when="it uses envs.get_device, and streams only where the device has them",
+        for module, name in (
+            ("diffusers.hooks", "apply_group_offloading"),
+            ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline.enable_model_cpu_offload"),
+            ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline.enable_sequential_cpu_offload"),
+        )
     ),
     *(
         Hook(

@@ -113,8 +113,11 @@ def unsupported() -> str | None:
     for package in ("xfuser", "yunchang", "diffusers"):
         if importlib.util.find_spec(package) is None:
             return f"package {package} is missing: pip install {package}"
-    text = importlib.metadata.version("xfuser")
-    release = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    try:
+        text = importlib.metadata.version("xfuser")
+        release = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    except importlib.metadata.PackageNotFoundError:  # a source tree: only the features can be checked
+        text, release = "(a source tree)", OLDEST
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
     if missing or not OLDEST <= release < TOO_NEW:
         lacks = f", where {', '.join(missing)} is not found" if missing else ""
@@ -250,6 +253,8 @@ def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
         group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
     ) -> Any:
         given = _session.args
+        if parallel_mode == "sequence" and given is not None and len(group_ranks[0]) == 1:
+            _log(f"--sp-backend {given.backend} has nothing to do: each sequence-parallel group is one rank")
         if parallel_mode != "sequence" or given is None or len(group_ranks[0]) == 1:
             return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
         import torch.distributed as dist

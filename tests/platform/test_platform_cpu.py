@@ -50,6 +50,18 @@ def test_pipefusion_delivers_every_send_and_is_exact(tiny_flux):
     assert "2 patches" in output
 
 
+def test_fsdp_shards_and_equals_the_whole_module():
+    """Ranks that start with other weights than rank 0 (FSDP1 brings them in step), and the per-block path (FSDP2)."""
+    output = torchrun("platform_sharding.py", nproc=2, env=PLATFORM_ONLY).output
+    assert output.count("equals the whole module") == 4
+
+
+def test_cuda_devices_in_xdit_mean_the_cpu(tiny_flux):
+    """The offload options, single components, and the tensors and generators of the runner models."""
+    finished = run([sys.executable, str(RANKS / "platform_devices.py"), str(tiny_flux)], env=PLATFORM_ONLY)
+    assert finished.output.count("same image") == 3
+
+
 @pytest.mark.parametrize(
     ("launcher", "degrees"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 
 import torch
@@ -29,13 +30,13 @@ def spread(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def check(mesh, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, joint_tokens, seed):
+def check(mesh, device, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, joint_tokens, seed):
     """One call; every rank makes the same global tensors and keeps its own part of them."""
     make = torch.Generator().manual_seed(seed)
     D = 16
 
     def rand(h, s):
-        return torch.randn(batch, s, h, D, generator=make).to(dtype).transpose(1, 2)  # [B,H,S,D] view of [B,S,H,D]
+        return torch.randn(batch, s, h, D, generator=make).to(device, dtype).transpose(1, 2)  # view of [B,S,H,D]
 
     q, k, v = rand(heads, tokens), rand(kv_heads, kv_tokens), rand(kv_heads, kv_tokens)
     jq, jk, jv = rand(heads, joint_tokens), rand(kv_heads, joint_tokens), rand(kv_heads, joint_tokens)
@@ -57,7 +58,7 @@ def check(mesh, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, join
     assert torch.equal(out, again), f"not bitwise repeatable: {what}"
     # The error of the whole result: each rank has checked its own rows, so take the largest of the ranks.
     exact = attention64(full_q, full_k, full_v)
-    ours = torch.zeros(1, dtype=torch.float64)
+    ours = torch.zeros(1, dtype=torch.float64, device=device)
     if out.numel():
         ours = (out.double() - exact).abs().max().view(1)
     dist.all_reduce(ours, dist.ReduceOp.MAX)
@@ -70,7 +71,12 @@ def check(mesh, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, join
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    """``attention_accuracy.py SIZES [cuda]``: group sizes that divide the world; CPU and gloo, or GPUs and NCCL."""
+    device = torch.device("cpu")
+    if sys.argv[2:] == ["cuda"]:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     world = dist.get_world_size()
     sizes = [int(x) for x in sys.argv[1].split(",")]
     worst = 0.0
@@ -106,7 +112,7 @@ def main() -> None:
                     base | even | {"dtype": torch.bfloat16, "tokens": 40, "kv_tokens": 64},
                 ]
                 for seed, case in enumerate(cases):
-                    worst = max(worst, check(mesh, seed=seed, **case))
+                    worst = max(worst, check(mesh, device, seed=seed, **case))
     if dist.get_rank() == 0:
         print(f"worst error {worst:.2f}x single-process SDPA")
     dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -74,13 +75,15 @@ def case_degrees_are_not_the_world(rank):
 
 
 def case_a_rank_is_missing(rank):
-    m = mesh()
-    if rank != 1:
-        torus_attention(*qkv(), mesh=m)
-    else:
-        import time
-
+    m = mesh()  # --sp-timeout 5
+    started = time.monotonic()
+    if rank == 1:
         time.sleep(8)
+        return
+    try:
+        torus_attention(*qkv(), mesh=m)
+    finally:
+        assert time.monotonic() - started < 15, "the wait is not bounded by --sp-timeout"
 
 
 def main() -> None:
@@ -95,7 +98,7 @@ def main() -> None:
         try:
             globals()[f"case_{name}"](rank)
             text = "nothing was raised"
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, AssertionError) as error:
             text = f"{type(error).__name__}: {error}"
         print(f"@@{name} {rank} {text}@@", flush=True)
         dist.barrier()

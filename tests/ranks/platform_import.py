@@ -52,7 +52,7 @@ def from_platform(value):
 
 def traces():
     """Every attribute of a host module, or of a class in one, that platform_cpu made."""
-    roots = ("xfuser", "yunchang", "diffusers.pipelines", "torch.cuda")
+    roots = ("xfuser", "yunchang", "diffusers", "transformers.modeling_utils", "torch.cuda")
     for name, module in list(sys.modules.items()):
         if not (name in roots or name.startswith(tuple(f"{root}." for root in roots))):
             continue
