@@ -164,28 +164,19 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_from_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``from_cli_args`` takes a namespace, ``from_runner_args`` a dictionary."""
+
     @functools.wraps(original)
-    def from_cli_args(cls: Any, args: Namespace) -> Any:
-        return _with_flags(original(cls, args), vars(args))
+    def from_args(cls: Any, args: Namespace | dict[str, Any]) -> Any:
+        xfuser_args = original(cls, args)
+        given = sp_args.from_mapping(args if isinstance(args, dict) else vars(args))
+        if given is not None:
+            setattr(xfuser_args, _MARK, given)
+        _fill_degrees(xfuser_args)
+        return xfuser_args
 
-    return from_cli_args
-
-
-def _wrap_from_runner_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def from_runner_args(cls: Any, args: dict[str, Any]) -> Any:
-        return _with_flags(original(cls, args), args)
-
-    return from_runner_args
-
-
-def _with_flags(xfuser_args: Any, values: dict[str, Any]) -> Any:
-    given = sp_args.from_mapping(values)
-    if given is not None:
-        setattr(xfuser_args, _MARK, given)
-    _fill_degrees(xfuser_args)
-    return xfuser_args
+    return from_args
 
 
 def _wrap_create_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -410,105 +401,87 @@ def _log(message: str) -> None:
 
 _UNTIL_UPSTREAM = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
 
+_ARGS = "xfuser.config.args"
+_RUNTIME = "xfuser.core.distributed.runtime_state"
+_GROUPS = "xfuser.core.distributed.parallel_state"
+
+
+def _hook(module: str, name: str, wrap: Callable[[Any], Any], why: str, **options: Any) -> Hook:
+    return Hook(module=module, name=name, wrap=wrap, why=why, **{"remove_when": _UNTIL_UPSTREAM, **options})
+
+
 HOOKS: tuple[Hook, ...] = (
-    Hook(
-        module="xfuser.config.args",
-        name="xFuserArgs.add_cli_args",
-        wrap=_wrap_add_args,
-        why="example scripts build their parser here: the flags appear in every one of them",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(
+        _ARGS,
+        "xFuserArgs.add_cli_args",
+        _wrap_add_args,
+        "example scripts build their parser here: the flags appear in every one of them",
     ),
-    Hook(
-        module="xfuser.config.args",
-        name="xFuserArgs.add_runner_args",
-        wrap=_wrap_add_args,
-        why="the runner and the xdit command build their parser here",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(
+        _ARGS,
+        "xFuserArgs.add_runner_args",
+        _wrap_add_args,
+        "the runner and the xdit command build their parser here",
     ),
-    Hook(
-        module="argparse",
-        name="ArgumentParser.parse_known_args",
-        wrap=_wrap_parse_known_args,
-        why="the HTTP service (entrypoints/launch.py) parses with a plain ArgumentParser that would refuse the flags",
+    _hook(
+        "argparse",
+        "ArgumentParser.parse_known_args",
+        _wrap_parse_known_args,
+        "the HTTP service (entrypoints/launch.py) parses with a plain ArgumentParser that would refuse the flags",
         remove_when="the HTTP service builds its parser with xFuserArgs.add_cli_args",
     ),
-    Hook(
-        module="xfuser.config.args",
-        name="xFuserArgs.__init__",
-        wrap=_wrap_init,
-        why="scripts that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(
+        _ARGS,
+        "xFuserArgs.__init__",
+        _wrap_init,
+        "scripts that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
     ),
-    Hook(
-        module="xfuser.config.args",
-        name="xFuserArgs.from_cli_args",
-        wrap=_wrap_from_cli_args,
-        why="copies dataclass fields only, so flags would be lost; degrees are read from the object before any runtime",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(
+        _ARGS,
+        "xFuserArgs.from_cli_args",
+        _wrap_from_args,
+        "copies dataclass fields only, so flags would be lost; degrees are read from the object before any runtime",
     ),
-    Hook(
-        module="xfuser.config.args",
-        name="xFuserArgs.from_runner_args",
-        wrap=_wrap_from_runner_args,
-        why="as from_cli_args, for the runner's dictionary",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(_ARGS, "xFuserArgs.from_runner_args", _wrap_from_args, "as from_cli_args, for the runner's dictionary"),
+    _hook(
+        _ARGS,
+        "xFuserArgs.create_config",
+        _wrap_create_config,
+        "asserts that the degrees multiply to the number of processes; the pickled config carries the flags to Ray",
     ),
-    Hook(
-        module="xfuser.config.args",
-        name="xFuserArgs.create_config",
-        wrap=_wrap_create_config,
-        why="asserts that the degrees multiply to the number of processes; the pickled config carries the flags to Ray",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook("xfuser.cli", "get_nproc_from_args", _wrap_get_nproc, "starts one process when no degree is given"),
+    _hook(
+        _RUNTIME,
+        "RuntimeState._check_distributed_env",
+        _wrap_check_distributed_env,
+        "initialises the groups, in Ray workers from the pickled configuration alone",
     ),
-    Hook(
-        module="xfuser.cli",
-        name="get_nproc_from_args",
-        wrap=_wrap_get_nproc,
-        why="starts one process when no degree is given",
-        remove_when=_UNTIL_UPSTREAM,
-    ),
-    Hook(
-        module="xfuser.core.distributed.runtime_state",
-        name="RuntimeState._check_distributed_env",
-        wrap=_wrap_check_distributed_env,
-        why="initialises the groups, in Ray workers from the pickled configuration alone",
-        remove_when=_UNTIL_UPSTREAM,
-    ),
-    Hook(
-        module="xfuser.core.distributed.parallel_state",
-        name="init_model_parallel_group",
-        wrap=_wrap_init_group,
-        why="the only place where the true rank lists of sequence-parallel groups arrive; yunchang guesses them wrong "
-        "under tensor parallelism",
+    _hook(
+        _GROUPS,
+        "init_model_parallel_group",
+        _wrap_init_group,
+        "the only place where the true rank lists of sequence-parallel groups arrive; yunchang guesses, wrongly under "
+        "tensor parallelism",
         remove_when="xDiT builds its Ulysses and Ring groups from these lists and by a given layout",
     ),
-    Hook(
-        module="xfuser.core.distributed.parallel_state",
-        name="destroy_model_parallel",
-        wrap=_wrap_destroy,
-        why="the mesh's process groups end with xDiT's",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(_GROUPS, "destroy_model_parallel", _wrap_destroy, "the mesh's process groups end with xDiT's"),
+    _hook(
+        _RUNTIME,
+        "RuntimeState._select_attention_backend",
+        _wrap_select_backend,
+        "may pick a backend without log-sum-exp, which partial results cannot be merged from",
     ),
-    Hook(
-        module="xfuser.core.distributed.runtime_state",
-        name="RuntimeState._select_attention_backend",
-        wrap=_wrap_select_backend,
-        why="may pick a backend without log-sum-exp, which partial results cannot be merged from",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(
+        _RUNTIME,
+        "RuntimeState._check_if_backend_compatible_with_current_configuration",
+        _wrap_check_backend,
+        "the one gate that every choice of attention backend passes: a backend without log-sum-exp is refused here",
     ),
-    Hook(
-        module="xfuser.core.distributed.runtime_state",
-        name="RuntimeState._check_if_backend_compatible_with_current_configuration",
-        wrap=_wrap_check_backend,
-        why="the one gate that every choice of attention backend passes: a backend without log-sum-exp is refused here",
-        remove_when=_UNTIL_UPSTREAM,
-    ),
-    Hook(
-        module="xfuser.model_executor.layers.usp",
-        name="USP",
-        wrap=_wrap_usp,
-        why="the attention call of every sequence-parallel transformer; models bind this name when they are imported",
-        remove_when=_UNTIL_UPSTREAM,
+    _hook(
+        "xfuser.model_executor.layers.usp",
+        "USP",
+        _wrap_usp,
+        "the attention call of every sequence-parallel transformer; models bind this name when they are imported",
         sweep=True,
     ),
 )

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -24,9 +23,13 @@ from typing import Any
 import torch
 
 from sf_xfuser.hooks import Hook
-
-_SENDS = "_sf_gloo_sends"  # attribute of a PipelineGroupCoordinator: {slot: (Work, tensor)}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+from sf_xfuser.platform_cpu.cuda_names import CpuTorch, HostEvent, cpu_fsdp, nothing_to_offload, to_cpu
+from sf_xfuser.platform_cpu.pipefusion import (
+    communicate_shapes,
+    destroy_after_delivery,
+    pipeline_isend,
+    pipeline_isend_skip,
+)
 
 
 def needed() -> bool:
@@ -184,159 +187,6 @@ def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-# --- PipeFusion over gloo ------------------------------------------------------------------------------------------
-#
-# gloo delivers a send when the receiver has posted its receive (rendezvous), and forgets one whose Work has been
-# dropped. xDiT drops the Work of every asynchronous send, and may overwrite the tensor at once. So each send gets a
-# copy, kept with its Work in the *slot* it belongs to: (name, segment), the same key as the receive buffer of the
-# peer. A stage sends into a slot again one denoising step later, and for that it needs a result which the peer can
-# only have produced from the previous tensor of that slot: waiting for the old Work then returns at once, and the
-# memory held is bounded by the number of receive buffers.
-
-
-def _keep(pipeline_group: Any, slot: tuple[Any, ...], work: Any, tensor: torch.Tensor) -> None:
-    sends: dict[Any, Any] = vars(pipeline_group).setdefault(_SENDS, {})
-    earlier = sends.get(slot)
-    sends[slot] = (work, tensor)
-    if earlier is not None:
-        earlier[0].wait()
-
-
-def _pipeline_isend(_: Callable[..., None]) -> Callable[..., None]:
-    def pipeline_isend(self: Any, tensor: torch.Tensor, name: str = "latent", segment_idx: int = -1) -> None:
-        copy = tensor.clone(memory_format=torch.contiguous_format)
-        self._check_shape_and_buffer(tensor_send_to_next=copy, name=name, segment_idx=segment_idx)
-        _keep(self, (name, segment_idx), self._pipeline_isend(copy), copy)
-
-    return pipeline_isend
-
-
-def _pipeline_isend_skip(_: Callable[..., None]) -> Callable[..., None]:
-    def pipeline_isend_skip(self: Any, tensor: torch.Tensor) -> None:
-        from xfuser.core.distributed import get_runtime_state
-
-        copy = tensor.clone(memory_format=torch.contiguous_format)
-        _keep(self, ("skip", get_runtime_state().pipeline_patch_idx), self._pipeline_isend_skip(copy), copy)
-
-    return pipeline_isend_skip
-
-
-def _communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size]:
-    """xDiT's handshake before the first tensor of a slot; the sender does not wait, and the dtype goes along.
-
-    The receiver sizes its buffer with ``self.dtype``; xDiT leaves it at the configured one, whatever the model has.
-    """
-
-    def communicate_shapes(
-        self: Any, tensor_send_to_next: torch.Tensor | None = None, recv_prev: bool = False
-    ) -> torch.Size:
-        if tensor_send_to_next is not None:
-            handshake = sum(len(shapes) for shapes in self.send_shape.values())  # xDiT has just added this one
-            header = torch.tensor([tensor_send_to_next.dim(), _DTYPES.index(tensor_send_to_next.dtype)])
-            shape = torch.tensor(tensor_send_to_next.shape, dtype=torch.int64)
-            for part, message in (("header", header), ("shape", shape)):
-                work = torch.distributed.isend(message, dst=self.next_rank, group=self.device_group)
-                _keep(self, (part, handshake), work, message)
-        if not recv_prev:
-            return torch.Size([0, 0, 0])
-        header = torch.empty(2, dtype=torch.int64)
-        torch.distributed.recv(header, src=self.prev_rank, group=self.device_group)
-        dim, dtype = header.tolist()
-        shape = torch.empty(dim, dtype=torch.int64)
-        torch.distributed.recv(shape, src=self.prev_rank, group=self.device_group)
-        self.dtype = _DTYPES[dtype]
-        return torch.Size(shape.tolist())
-
-    return communicate_shapes
-
-
-def _destroy_after_delivery(destroy: Callable[..., None]) -> Callable[..., None]:
-    """A stage that is done first must not leave with sends that nobody has received (on CUDA: the stream sync)."""
-
-    @functools.wraps(destroy)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
-        for work, _ in vars(self).pop(_SENDS, {}).values():
-            work.wait()
-        destroy(self, *args, **kwargs)
-
-    return replacement
-
-
-# --- runner --------------------------------------------------------------------------------------------------------
-
-
-class HostEvent:
-    """``torch.cuda.Event`` on the host clock: CPU work has been done when the call that did it returns."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._time_s: float | None = None
-
-    def record(self, stream: Any = None) -> None:
-        self._time_s = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end_event: HostEvent) -> float:
-        """Milliseconds from this event to ``end_event``; RuntimeError where one of them was not recorded."""
-        if self._time_s is None or end_event._time_s is None:
-            raise RuntimeError("elapsed_time needs two recorded events; call record() on both")
-        return (end_event._time_s - self._time_s) * 1e3
-
-
-def _cpu_for_cuda(value: Any) -> Any:
-    """``value``, or the CPU where it names a CUDA device."""
-    if isinstance(value, torch.device):
-        return torch.device("cpu") if value.type == "cuda" else value
-    return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
-
-
-def _to_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return call(*map(_cpu_for_cuda, args), **{key: _cpu_for_cuda(value) for key, value in kwargs.items()})
-
-    return replacement
-
-
-class _CpuTorch:
-    """``torch`` for a module of xDiT that writes CUDA devices as strings: what takes a device gets the CPU."""
-
-    def __init__(self, owner: Any) -> None:
-        self._owner = owner
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._owner, name)
-        return _to_cpu(found) if name in ("tensor", "empty", "Generator") else found
-
-
-def _nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
-    """Host memory is where the weights are: offloading from a CUDA device is done before it begins."""
-
-    @functools.wraps(offload)
-    def replacement(*args: Any, **kwargs: Any) -> None:
-        values = (*args, *kwargs.values())
-        if all(_cpu_for_cuda(value) is value for value in values if isinstance(value, (str, torch.device))):
-            offload(*args, **kwargs)
-
-    return replacement
-
-
-def _cpu_fsdp(fsdp: type) -> Callable[..., Any]:
-    @functools.wraps(fsdp, updated=())
-    def replacement(module: Any, process_group: Any = None, **kwargs: Any) -> Any:
-        if kwargs.pop("sync_module_states", False):  # FSDP refuses to do it on a CPU
-            group = process_group or torch.distributed.group.WORLD
-            for tensor in (*module.parameters(), *module.buffers()):
-                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
-        return fsdp(module, process_group, **{**kwargs, "device_id": torch.device("cpu")})
-
-    return replacement
-
-
 # --- the hooks -----------------------------------------------------------------------------------------------------
 
 _ENVS = "xfuser.envs"
@@ -448,10 +298,10 @@ HOOKS: tuple[Hook, ...] = (
             remove_when=_NO_GLOO_IN_XDIT,
         )
         for name, wrap, why in (
-            ("pipeline_isend", _pipeline_isend, "drops the Work of the send, and gloo then drops the send"),
-            ("pipeline_isend_skip", _pipeline_isend_skip, "drops the Work of the send, and gloo then drops the send"),
-            ("_communicate_shapes", _communicate_shapes, "waits for its own send: asynchronous PipeFusion deadlocks"),
-            ("destroy", _destroy_after_delivery, "does not wait for sends that are still under way"),
+            ("pipeline_isend", pipeline_isend, "drops the Work of the send, and gloo then drops the send"),
+            ("pipeline_isend_skip", pipeline_isend_skip, "drops the Work of the send, and gloo then drops the send"),
+            ("_communicate_shapes", communicate_shapes, "waits for its own send: asynchronous PipeFusion deadlocks"),
+            ("destroy", destroy_after_delivery, "does not wait for sends that are still under way"),
         )
     ),
     Hook(
@@ -472,7 +322,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         module="diffusers.pipelines.pipeline_utils",
         name="DiffusionPipeline.to",
-        wrap=_to_cpu,
+        wrap=to_cpu,
         why='runner_models (base_model.py or loading/placement.py) and the examples move a pipeline to "cuda:<rank>"',
         remove_when="they use envs.get_device",
     ),
@@ -480,7 +330,7 @@ HOOKS: tuple[Hook, ...] = (
         Hook(
             module=module,
             name=name,
-            wrap=_nothing_to_offload,
+            wrap=nothing_to_offload,
             why='runner_models/base_model.py: the offload options name the device "cuda:<rank>", and CUDA streams',
             remove_when="it offloads only where envs.get_device is not the CPU",
         )
@@ -494,7 +344,7 @@ HOOKS: tuple[Hook, ...] = (
         Hook(
             module=module,
             name=f"{owner}.to",
-            wrap=_to_cpu,
+            wrap=to_cpu,
             why='runner_models (loading/shard.py, lingbot_video.py) move single components to "cuda:<rank>"',
             remove_when="they use envs.get_device",
         )
@@ -507,7 +357,7 @@ HOOKS: tuple[Hook, ...] = (
         Hook(
             module=f"xfuser.model_executor.models.runner_models.{module}",
             name="torch",
-            wrap=_CpuTorch,
+            wrap=CpuTorch,
             why=f'runner_models/{module}: makes tensors or a torch.Generator on the device "cuda"',
             remove_when="it uses envs.get_device",
             required=False,
@@ -517,7 +367,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         module="xfuser.core.distributed.sharding",
         name="FSDP",
-        wrap=_cpu_fsdp,
+        wrap=cpu_fsdp,
         why="sharding.py: passes the rank as device_id, which FSDP takes for one of the accelerator",
         remove_when="it passes a torch.device, and synchronizes the states itself on a CPU",
     ),

@@ -1,0 +1,82 @@
+"""Places of the runner and of diffusers that name CUDA: events, ``"cuda:<rank>"`` devices, offload, FSDP."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class HostEvent:
+    """``torch.cuda.Event`` on the host clock: CPU work has been done when the call that did it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time_s: float | None = None
+
+    def record(self, stream: Any = None) -> None:
+        self._time_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end_event: HostEvent) -> float:
+        """Milliseconds from this event to ``end_event``; RuntimeError where one of them was not recorded."""
+        if self._time_s is None or end_event._time_s is None:
+            raise RuntimeError("elapsed_time needs two recorded events; call record() on both")
+        return (end_event._time_s - self._time_s) * 1e3
+
+
+def _cpu_for_cuda(value: Any) -> Any:
+    """``value``, or the CPU where it names a CUDA device."""
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+
+def to_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return call(*map(_cpu_for_cuda, args), **{key: _cpu_for_cuda(value) for key, value in kwargs.items()})
+
+    return replacement
+
+
+class CpuTorch:
+    """``torch`` for a module of xDiT that writes CUDA devices as strings: what takes a device gets the CPU."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._owner, name)
+        return to_cpu(found) if name in ("tensor", "empty", "Generator") else found
+
+
+def nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
+    """Host memory is where the weights are: offloading from a CUDA device is done before it begins."""
+
+    @functools.wraps(offload)
+    def replacement(*args: Any, **kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        if all(_cpu_for_cuda(value) is value for value in values if isinstance(value, (str, torch.device))):
+            offload(*args, **kwargs)
+
+    return replacement
+
+
+def cpu_fsdp(fsdp: type) -> Callable[..., Any]:
+    @functools.wraps(fsdp, updated=())
+    def replacement(module: Any, process_group: Any = None, **kwargs: Any) -> Any:
+        if kwargs.pop("sync_module_states", False):  # FSDP refuses to do it on a CPU
+            group = process_group or torch.distributed.group.WORLD
+            for tensor in (*module.parameters(), *module.buffers()):
+                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
+        return fsdp(module, process_group, **{**kwargs, "device_id": torch.device("cpu")})
+
+    return replacement
