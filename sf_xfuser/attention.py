@@ -31,6 +31,8 @@ def torus_attention(
     joint_key: torch.Tensor | None = None,
     joint_value: torch.Tensor | None = None,
     joint_strategy: Literal["front", "rear"] | None = None,
+    q_tokens: Sequence[int] | None = None,
+    kv_tokens: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Dense, non-causal attention over the tokens of all ranks of ``mesh``. Collective over the group.
 
@@ -39,13 +41,18 @@ def torus_attention(
     and ``joint_value`` [B, H_kv, S_j, D] hold tokens that every rank has; they are attended once, at the first
     (``"front"``) or last (``"rear"``) KV. Returns [B, H, S_q, D] (a view of [B, S_q, H, D]) in the input dtype.
 
+    ``q_tokens[w]`` and ``kv_tokens[w]`` are S_q and S_kv at each position ``w`` of ``mesh``. A caller that knows them
+    gives both, and nothing but chunks is exchanged once a call shape has been seen; left out, the ranks tell each other
+    their counts at every call, since a rank cannot know that another's have changed.
+
     ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 in a fixed order,
     so the same call gives the same bits. On CUDA the work is on the current stream. Nothing stays posted afterwards.
 
     Raises ValueError on every rank when ranks disagree or a shape cannot be split, RuntimeError when a rank is missing
     and TransportError when a transfer is not done in time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
-    call = _agree(mesh, query, key, value, joint_key, joint_value, joint_strategy)
+    counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
+    call = _agree(mesh, (query, key, value, joint_key, joint_value), joint_strategy, counts)
     return _Run(mesh, call, attend, query, key, value, joint_key, joint_value).run()
 
 
@@ -63,34 +70,39 @@ class _Call:
     joint_tokens: int
     q_heads: tuple[tuple[int, int], ...]
     kv_heads: tuple[tuple[int, int], ...]
-    kv_of_q: tuple[tuple[int, ...], ...]  # per head group: local KV head of each local query head; () where equal
+    kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
 
 
 def _agree(
     mesh: Mesh,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    joint_key: torch.Tensor | None,
-    joint_value: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor | None],
     joint_strategy: str | None,
+    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
 ) -> _Call:
-    tensors = (query, key, value, joint_key, joint_value)
-    signature = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), joint_strategy)
-    known: _Call | None = mesh.calls.get(signature)
+    """The call that all ranks make; ``tensors`` are query, key, value, joint key and joint value of this one."""
+    shapes = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), joint_strategy)
+    known: _Call | None = mesh.calls.get((shapes, counts))
     if known is not None:
         return known
-    error = _shape_error(mesh, tensors, joint_strategy)
+    error = _shape_error(mesh, tensors, joint_strategy, counts)
     described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
     reports = mesh.agreement.gather("attention call", {"error": error, "tensors": described, "joint": joint_strategy})
     if refusal := _refusal(mesh, reports):
         raise ValueError(refusal)
-    call = _make_call(mesh, reports, joint_strategy)
-    mesh.calls[signature] = call
-    return call
+    assert tensors[0] is not None  # a missing query is a TypeError of the caller's
+    seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
+    if (shapes, seen) not in mesh.calls:
+        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, tensors[0].device)
+    agreed: _Call = mesh.calls[shapes, seen]
+    return agreed
 
 
-def _shape_error(mesh: Mesh, tensors: Sequence[torch.Tensor | None], joint_strategy: str | None) -> str | None:
+def _shape_error(
+    mesh: Mesh,
+    tensors: Sequence[torch.Tensor | None],
+    joint_strategy: str | None,
+    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> str | None:
     """What is wrong with this rank's arguments, seen from this rank alone."""
     query, key, value, joint_key, joint_value = tensors
     assert query is not None and key is not None and value is not None
@@ -106,6 +118,10 @@ def _shape_error(mesh: Mesh, tensors: Sequence[torch.Tensor | None], joint_strat
             return f"{name} {tuple(x.shape)} and query {tuple(query.shape)} differ in batch or head size"
     if key.shape != value.shape:
         return f"key and value must have the same shape, got {tuple(key.shape)} and {tuple(value.shape)}"
+    if counts is not None and any(len(tokens) != mesh.layout.world_size for tokens in counts):
+        return f"q_tokens and kv_tokens need one count for each of {mesh.layout.world_size} positions, got {counts}"
+    if counts is not None and (counts[0][mesh.position], counts[1][mesh.position]) != (query.shape[2], key.shape[2]):
+        return f"q_tokens and kv_tokens {counts} do not say {query.shape[2]} and {key.shape[2]} for this rank"
     heads, kv_heads, ways = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
     if kv_heads == 0 or heads % kv_heads:
         return f"{heads} query heads are not a multiple of {kv_heads} key heads"
@@ -143,25 +159,29 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _make_call(mesh: Mesh, reports: list[dict[str, Any]], joint_strategy: Any) -> _Call:
+def _make_call(
+    mesh: Mesh,
+    reports: list[dict[str, Any]],
+    counts: tuple[tuple[int, ...], tuple[int, ...]],
+    joint_strategy: Any,
+    device: torch.device,
+) -> _Call:
     ways = mesh.layout.ulysses_degree
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     bounds = list(accumulate((heads // ways + (p < heads % ways) for p in range(ways)), initial=0))
     q_heads = tuple(pairwise(bounds))
     kv_ranges = tuple((low // repeat, -(-high // repeat)) for low, high in q_heads)
-    identity = repeat == 1
+    group = mesh.layout.head_group(mesh.position)
+    kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
     return _Call(
         schedule=build_schedule(mesh.layout, mesh.position, joint_strategy),
-        q_tokens=tuple(r["tensors"][0][0][2] for r in reports),
-        kv_tokens=tuple(r["tensors"][1][0][2] for r in reports),
+        q_tokens=counts[0],
+        kv_tokens=counts[1],
         joint_tokens=reports[0]["tensors"][3][0][2] if joint_strategy else 0,
         q_heads=q_heads,
         kv_heads=kv_ranges,
-        kv_of_q=tuple(
-            () if identity else tuple(h // repeat - kv_low for h in range(low, high))
-            for (low, high), (kv_low, _) in zip(q_heads, kv_ranges, strict=True)
-        ),
+        kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=device),
     )
 
 
@@ -202,7 +222,6 @@ class _Run:
         group = mesh.layout.head_group(self.own)
         self.B, _, _, self.D = query.shape
         self.H, self.H_kv = (high - low for low, high in (call.q_heads[group], call.kv_heads[group]))
-        self.kv_of_q = torch.tensor(call.kv_of_q[group], device=query.device) if call.kv_of_q[group] else None
 
         self.q_rows = _Rows(schedule.queries, [call.q_tokens[s] for s in schedule.queries])
         self.q_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D)
@@ -252,6 +271,7 @@ class _Run:
     def _attend(self, step: Attend) -> None:
         """Attend queries to keys as soon as both are here, and merge."""
         slab = self.slab_of[step.keys[-1]]
+        self.kv_SBHD.pop(slab - 1, None)  # slabs are attended in order: the one before is not needed any more
         q_rows, kv_rows = self.q_rows[step.queries], self.kv_rows[slab][step.keys]
         self._await("q", step.queries)
         self._await("k", step.keys)
@@ -266,8 +286,8 @@ class _Run:
                 (self.kv_SBHD[slab]["v"], kv_rows),
             )
         )
-        if self.kv_of_q is not None:
-            k, v = k.index_select(1, self.kv_of_q), v.index_select(1, self.kv_of_q)
+        if self.call.kv_of_q is not None:
+            k, v = k.index_select(1, self.call.kv_of_q), v.index_select(1, self.call.kv_of_q)
         out, lse = self.attend(q, k, v)
         total_out, total_lse = self.o_SBHD[q_rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, q_rows]
         if self.begun.isdisjoint(step.queries):

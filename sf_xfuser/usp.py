@@ -126,11 +126,14 @@ class TorusUSP:
         joint_strategy: Any,
         backend: str,
     ) -> torch.Tensor:
+        world_size = self.mesh.layout.world_size
         return torus_attention(
             query,
             key,
             value,
             mesh=self.mesh,
+            q_tokens=(query.shape[2],) * world_size,  # xDiT gives every rank of a group the same number of tokens
+            kv_tokens=(key.shape[2],) * world_size,
             attend=_adapt(self.host.raw_attention(backend)),
             joint_key=joint_key,
             joint_value=joint_value,

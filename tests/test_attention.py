@@ -23,6 +23,7 @@ REFUSALS = {
     "bad_shape_on_one_rank": ("ValueError", r"rank 1: query must have 4 dimensions"),
     "too_few_heads": ("ValueError", "2 heads cannot be split over torus=2 x ulysses=2"),
     "kv_heads_do_not_divide": ("ValueError", "4 query heads are not a multiple of 3 key heads"),
+    "counts_that_do_not_fit": ("ValueError", r"rank 3: q_tokens and kv_tokens .* do not say 8 and 8 for this rank"),
     "joint_without_strategy": ("ValueError", "give all three or none"),
     "heads_that_no_plan_splits": ("ValueError", r"6 heads cannot be split over torus=2 x ulysses=2.*legal for 4 ranks"),
     "product_is_not_the_world": ("ValueError", "describes 2 ranks, but the sequence-parallel group has 4"),

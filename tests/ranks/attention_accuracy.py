@@ -51,8 +51,10 @@ def check(mesh, device, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joi
         full_q = local_q = torch.cat(ends(jq, local_q), dim=2)
         full_k, full_v = torch.cat(ends(jk, k), dim=2), torch.cat(ends(jv, v), dim=2)
         kwargs = {"joint_key": jk, "joint_value": jv, "joint_strategy": joint}
+    extra = joint_tokens if joint else 0
+    counts = {"q_tokens": [n + extra for n in spread(tokens, world)], "kv_tokens": spread(kv_tokens, world)}
     out = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)
-    again = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)
+    again = torus_attention(local_q, local_k, local_v, mesh=mesh, **counts, **kwargs)
     what = f"{mesh.layout} {heads=} {kv_heads=} {tokens=} {kv_tokens=} {batch=} {dtype=} {joint=}"
     assert out.shape == local_q.shape and out.dtype == dtype, what
     assert torch.equal(out, again), f"not bitwise repeatable: {what}"
@@ -110,6 +112,9 @@ def main() -> None:
                     base | even | {"heads": 4 * ways, "dtype": torch.bfloat16, "joint": "rear", "tokens": 23},
                     base | {"heads": 6 * ways, "kv_heads": 3} | {"batch": 2, "tokens": 3, "kv_tokens": 6},
                     base | even | {"dtype": torch.bfloat16, "tokens": 40, "kv_tokens": 64},
+                    # From one call to the next only one rank's shape changes.
+                    base | even | {"tokens": 40, "kv_tokens": 40},
+                    base | even | {"tokens": 41, "kv_tokens": 41},
                 ]
                 for seed, case in enumerate(cases):
                     worst = max(worst, check(mesh, device, seed=seed, **case))

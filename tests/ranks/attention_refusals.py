@@ -49,6 +49,10 @@ def case_kv_heads_do_not_divide(rank):
     torus_attention(*qkv(heads=4, kv_heads=3), mesh=mesh())
 
 
+def case_counts_that_do_not_fit(rank):
+    torus_attention(*qkv(), mesh=mesh(), q_tokens=[8, 8, 8, 9], kv_tokens=[8] * 4)
+
+
 def case_joint_without_strategy(rank):
     q, k, v = qkv()
     torus_attention(q, k, v, mesh=mesh(), joint_key=k, joint_value=v)
