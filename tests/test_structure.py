@@ -12,6 +12,7 @@ ROWS = [
     {"topology", "plan", "agreement"},
     {"kernels", "transport", "schedule"},
     {"mesh"},
+    {"call"},
     {"attention", "launch", "tiny_models", "platform_cpu"},
     {"usp"},
     {"plugin"},

@@ -1,0 +1,139 @@
+"""What the ranks of a group agree on before an attention call: shapes, dtypes, and who holds how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from sf_xfuser.mesh import Mesh
+from sf_xfuser.schedule import Schedule, build_schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One agreed call shape. ``q_tokens[w]`` and ``kv_tokens[w]`` are the token counts at position ``w``;
+    ``q_heads[p]`` and ``kv_heads[p]`` the half-open head ranges of head group ``p``."""
+
+    schedule: Schedule
+    q_tokens: tuple[int, ...]
+    kv_tokens: tuple[int, ...]
+    joint_tokens: int
+    q_heads: tuple[tuple[int, int], ...]
+    kv_heads: tuple[tuple[int, int], ...]
+    kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
+
+
+def agree(
+    mesh: Mesh,
+    tensors: Sequence[torch.Tensor | None],
+    joint_strategy: str | None,
+    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> Call:
+    """The call that all ranks make; ``tensors`` are query, key, value, joint key and joint value of this one."""
+    shapes = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), joint_strategy)
+    known: Call | None = mesh.calls.get((shapes, counts))
+    if known is not None:
+        return known
+    error = _shape_error(mesh, tensors, joint_strategy, counts)
+    described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
+    reports = mesh.agreement.gather("attention call", {"error": error, "tensors": described, "joint": joint_strategy})
+    if refusal := _refusal(mesh, reports):
+        raise ValueError(refusal)
+    assert tensors[0] is not None  # a missing query is a TypeError of the caller's
+    seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
+    if (shapes, seen) not in mesh.calls:
+        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, tensors[0].device)
+    agreed: Call = mesh.calls[shapes, seen]
+    return agreed
+
+
+def _shape_error(
+    mesh: Mesh,
+    tensors: Sequence[torch.Tensor | None],
+    joint_strategy: str | None,
+    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> str | None:
+    """What is wrong with this rank's arguments, seen from this rank alone."""
+    query, key, value, joint_key, joint_value = tensors
+    assert query is not None and key is not None and value is not None
+    names = ("query", "key", "value", "joint_key", "joint_value")
+    for name, x in zip(names, tensors, strict=True):
+        if x is None:
+            continue
+        if x.dim() != 4:
+            return f"{name} must have 4 dimensions [batch, heads, tokens, head size], got shape {tuple(x.shape)}"
+        if not x.is_floating_point() or x.dtype != query.dtype or x.device != query.device:
+            return f"{name} is {x.dtype} on {x.device}, but query is {query.dtype} on {query.device}; give all alike"
+        if (x.shape[0], x.shape[3]) != (query.shape[0], query.shape[3]):
+            return f"{name} {tuple(x.shape)} and query {tuple(query.shape)} differ in batch or head size"
+    if key.shape != value.shape:
+        return f"key and value must have the same shape, got {tuple(key.shape)} and {tuple(value.shape)}"
+    if counts is not None and any(len(tokens) != mesh.layout.world_size for tokens in counts):
+        return f"q_tokens and kv_tokens need one count for each of {mesh.layout.world_size} positions, got {counts}"
+    if counts is not None and (counts[0][mesh.position], counts[1][mesh.position]) != (query.shape[2], key.shape[2]):
+        return f"q_tokens and kv_tokens {counts} do not say {query.shape[2]} and {key.shape[2]} for this rank"
+    heads, kv_heads, ways = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
+    if kv_heads == 0 or heads % kv_heads:
+        return f"{heads} query heads are not a multiple of {kv_heads} key heads"
+    if heads < ways:
+        return f"{heads} heads cannot be split over torus={mesh.layout.torus} x ulysses={mesh.layout.ulysses} ranks"
+    if (joint_key is None) != (joint_value is None) or (joint_key is None) != (joint_strategy is None):
+        return "joint_key, joint_value and joint_strategy go together: give all three or none"
+    if joint_strategy not in (None, "front", "rear"):
+        return f"joint_strategy must be 'front' or 'rear', got {joint_strategy!r}"
+    if joint_key is None or joint_value is None:
+        return None
+    if joint_key.shape != joint_value.shape or joint_key.shape[1] != kv_heads:
+        shapes = f"{tuple(joint_key.shape)} and {tuple(joint_value.shape)}"
+        return f"joint_key and joint_value must have one shape with {kv_heads} heads, got {shapes}"
+    return None
+
+
+def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
+    """Why this call cannot run, worded alike on every rank; None if it can."""
+    errors = [f"rank {mesh.members[w]}: {r['error']}" for w, r in enumerate(reports) if r["error"]]
+    if errors:
+        return "; ".join(errors)
+
+    def common(report: dict[str, Any]) -> Any:  # all but the token counts of query, key and value
+        return [
+            [x[0][:2] + (x[0][2:] if index > 2 else x[0][3:]), *x[1:]] if x else None
+            for index, x in enumerate(report["tensors"])
+        ], report["joint"]
+
+    if any(common(r) != common(reports[0]) for r in reports):
+        seen = "; ".join(f"rank {mesh.members[w]}: {r['tensors']} {r['joint'] or ''}" for w, r in enumerate(reports))
+        return f"ranks disagree on shape, dtype or joint tokens (only token counts may differ): {seen}"
+    if not sum(r["tensors"][1][0][2] for r in reports) + (reports[0]["tensors"][3] or [[0, 0, 0]])[0][2]:
+        return "no rank holds any key: there is nothing to attend to"
+    return None
+
+
+def _make_call(
+    mesh: Mesh,
+    reports: list[dict[str, Any]],
+    counts: tuple[tuple[int, ...], tuple[int, ...]],
+    joint_strategy: Any,
+    device: torch.device,
+) -> Call:
+    ways = mesh.layout.ulysses_degree
+    heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
+    repeat = heads // kv_heads
+    bounds = list(accumulate((heads // ways + (p < heads % ways) for p in range(ways)), initial=0))
+    q_heads = tuple(pairwise(bounds))
+    kv_ranges = tuple((low // repeat, -(-high // repeat)) for low, high in q_heads)
+    group = mesh.layout.head_group(mesh.position)
+    kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
+    return Call(
+        schedule=build_schedule(mesh.layout, mesh.position, joint_strategy),
+        q_tokens=counts[0],
+        kv_tokens=counts[1],
+        joint_tokens=reports[0]["tensors"][3][0][2] if joint_strategy else 0,
+        q_heads=q_heads,
+        kv_heads=kv_ranges,
+        kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=device),
+    )
