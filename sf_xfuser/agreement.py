@@ -6,12 +6,15 @@ never comes can then be named, and the wait is bounded whatever the backend.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+
+_worlds = itertools.count()
 
 
 class Agreement:
@@ -29,6 +32,11 @@ class Agreement:
         self._rank = dist.get_rank()
         self._timeout_s = timeout_s
         self._count = 0
+
+    @classmethod
+    def of_world(cls, timeout_s: float) -> Agreement:
+        """One among all ranks of the job, with a scope of its own. Collective: made in the same order on all ranks."""
+        return cls(f"world{next(_worlds)}", range(dist.get_world_size()), timeout_s)
 
     def gather(self, topic: str, value: Any) -> list[Any]:
         """Every rank's ``value`` (JSON), in the order of ``ranks``. Collective.
@@ -57,12 +65,15 @@ class Agreement:
             values.append(seen)
         return values
 
-    def check(self, topic: str, error: str | None) -> None:
-        """Raise ValueError with the same text on every rank if any rank has an ``error``. Collective."""
-        errors = self.gather(topic, error)
-        spelled = [f"rank {rank}: {text}" for rank, text in zip(self._ranks, errors, strict=True) if text]
-        if spelled:
-            raise ValueError("; ".join(dict.fromkeys(spelled)) if len(set(errors)) > 1 else str(errors[0]))
+    def require_same(self, topic: str, flags: dict[str, Any]) -> None:
+        """Raise ValueError, with the same text on every rank, unless all ranks have the same ``flags``. Collective."""
+        reports = self.gather(topic, flags)
+        by_rank = {name: {rank: r.get(name) for rank, r in zip(self._ranks, reports, strict=True)} for name in flags}
+        differing = [f"{name} by rank: {seen}" for name, seen in by_rank.items() if len(set(seen.values())) > 1]
+        if differing:
+            raise ValueError(
+                f"ranks were started with different flags: {'; '.join(differing)}. Give all ranks the same flags"
+            )
 
     def _absent(self, prefix: str, topic: str) -> str:
         absent = [rank for rank in self._ranks if not self._store.check([f"{prefix}/{rank}"])]

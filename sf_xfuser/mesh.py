@@ -70,15 +70,10 @@ def gather_topology(args: TorusArgs, agreement: Agreement, world_size: int) -> T
 
     Raises ValueError on every rank if ranks were started with different ``--sp-*`` flags.
     """
-    reports = agreement.gather("flags and host", {"args": asdict(args), "facts": asdict(probe())})
-    differing = sorted({name for r in reports for name in r["args"] if r["args"][name] != reports[0]["args"][name]})
-    if differing:
-        seen = {name: {rank: r["args"][name] for rank, r in enumerate(reports)} for name in differing}
-        spelled = "; ".join(f"--sp-{name} by rank: {values}" for name, values in seen.items())
-        raise ValueError(f"ranks were started with different flags: {spelled}. Give all ranks the same flags")
+    agreement.require_same("flags", {f"--sp-{name}": value for name, value in asdict(args).items()})
     if args.topology != "auto":
         return Topology.parse(args.topology, world_size)
-    return Topology.from_facts([RankFacts(**report["facts"]) for report in reports])
+    return Topology.from_facts([RankFacts(**facts) for facts in agreement.gather("host", asdict(probe()))])
 
 
 def build_mesh(
@@ -100,8 +95,7 @@ def build_mesh(
     world_size = dist.get_world_size()
     rank = dist.get_rank()
     incarnation = next(_incarnation)
-    world = Agreement(f"world{incarnation}", range(world_size), args.timeout)
-    topology = gather_topology(args, world, world_size)
+    topology = gather_topology(args, Agreement.of_world(args.timeout), world_size)
     for ranks in sp_rank_lists:
         if list(ranks) != sorted(set(ranks)):
             raise ValueError(f"a sequence-parallel group must list ascending distinct ranks, got {list(ranks)}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from sf_xfuser import args as sp_args
 from sf_xfuser import launch, platform_cpu, usp
+from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.launch import ModelFacts
@@ -38,6 +39,8 @@ class _Session:
     mesh: Mesh | None = None
     usp: usp.TorusUSP | None = None
 
+
+_DEGREES = ("dp", "cfg", "pp", "tp", "ulysses", "ring")  # of xDiT's ParallelConfig
 
 _session = _Session()
 _hook_set: HookSet | None = None
@@ -225,9 +228,16 @@ def _wrap_check_distributed_env(original: Callable[..., None]) -> Callable[..., 
 
     @functools.wraps(original)
     def _check_distributed_env(self: Any, parallel_config: Any) -> None:
+        import torch.distributed as dist
+        from xfuser.core.distributed import model_parallel_is_initialized
+
         carried = getattr(parallel_config.sp_config, _MARK, None)
         if carried is not None:
             _session.args = carried
+        if _session.args is not None and dist.is_initialized() and not model_parallel_is_initialized():
+            # Ranks that make different process groups would wait for each other for half an hour.
+            degrees = {f"{name}_degree": getattr(parallel_config, f"{name}_degree") for name in _DEGREES}
+            Agreement.of_world(_session.args.timeout).require_same("parallel degrees", degrees)
         original(self, parallel_config)
 
     return _check_distributed_env
@@ -454,7 +464,7 @@ HOOKS: tuple[Hook, ...] = (
         _RUNTIME,
         "RuntimeState._check_distributed_env",
         _wrap_check_distributed_env,
-        "initialises the groups, in Ray workers from the pickled configuration alone",
+        "initialises the groups, in Ray workers from the pickled configuration alone; ranks compare degrees before it",
     ),
     _hook(
         _GROUPS,

@@ -30,6 +30,10 @@ REFUSED = {
         [*TORUS, "1:--sp-strict"],
         "ValueError: ranks were started with different flags: --sp-strict by rank",
     ),
+    "degrees differ": (
+        [*TORUS, "--ulysses_degree", "0:4", "1:2", "2:4", "3:4", "--ring_degree", "0:1", "1:2", "2:1", "3:1"],
+        r"ValueError: ranks were started with different flags: ulysses_degree by rank: \{0: 4, 1: 2, 2: 4",
+    ),
     "plan and degrees": (
         [*TORUS, "--sp-plan", "ring=4", "--ulysses_degree", "4"],
         "ValueError: --sp-plan ring=4 means ulysses_degree=1 and ring_degree=4, but ulysses_degree=4 and ring_degree=1",
