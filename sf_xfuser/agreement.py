@@ -44,6 +44,9 @@ class Agreement:
         Raises RuntimeError, naming the ranks that did not come, after the timeout.
         """
         prefix = f"sf_xfuser/{self._scope}/{self._count}"
+        if self._count >= 2:
+            # The last gather ended, so every rank had come to it, and had read all of the one before.
+            self._store.delete_key(f"sf_xfuser/{self._scope}/{self._count - 2}/{self._rank}")
         self._count += 1
         self._store.set(f"{prefix}/{self._rank}", json.dumps([topic, value]))
         deadline = time.monotonic() + self._timeout_s
