@@ -230,7 +230,8 @@ def make_plan(
             reason = "the group sits inside one machine: nothing crosses machines, the paper's degrees"
         else:
             reason = "fewest bytes between machines" + (", which is the paper's layout" if chosen == paper else "")
-    if divisible is not None and divisible % chosen.ulysses_degree:
+    # A degree that xDiT was given is xDiT's to check: it pads the heads of some models (Z-Image) to fit.
+    if ulysses_degree is None and divisible is not None and divisible % chosen.ulysses_degree:
         raise ValueError(_indivisible(divisible, chosen, world_size))
     return Plan(
         layout=chosen,

@@ -48,6 +48,10 @@ def test_coordinates_and_groups_are_consistent(n, m, heads):
             assert list(ulysses) == sorted(ulysses) and list(ring) == sorted(ring)
 
 
+def test_a_given_degree_is_kept_where_xdit_pads_the_heads():
+    assert make_plan(2, 2, heads=30, ulysses_degree=4).layout.ulysses_degree == 4
+
+
 def test_usp_layout_is_xdits_own():
     """xDiT puts Ulysses on neighbouring ranks: 2 machines x 4 with ulysses_degree 4 keeps Ulysses inside."""
     layout = usp_layout(2, 4, 4)
