@@ -38,15 +38,19 @@ class Agreement:
         """One among all ranks of the job, with a scope of its own. Collective: made in the same order on all ranks."""
         return cls(f"world{next(_worlds)}", range(dist.get_world_size()), timeout_s)
 
+    def of_group(self, index: int, ranks: Sequence[int]) -> Agreement:
+        """One among ``ranks``, the ``index``-th group of this one's. Local."""
+        return Agreement(f"{self._scope}/group{index}", ranks, self._timeout_s)
+
     def gather(self, topic: str, value: Any) -> list[Any]:
         """Every rank's ``value`` (JSON), in the order of ``ranks``. Collective.
 
         Raises RuntimeError, naming the ranks that did not come, after the timeout.
         """
-        prefix = f"sf_xfuser/{self._scope}/{self._count}"
+        prefix = self._prefix(self._count)
         if self._count >= 2:
             # The last gather ended, so every rank had come to it, and had read all of the one before.
-            self._store.delete_key(f"sf_xfuser/{self._scope}/{self._count - 2}/{self._rank}")
+            self._store.delete_key(f"{self._prefix(self._count - 2)}/{self._rank}")
         self._count += 1
         self._store.set(f"{prefix}/{self._rank}", json.dumps([topic, value]))
         deadline = time.monotonic() + self._timeout_s
@@ -77,6 +81,9 @@ class Agreement:
             raise ValueError(
                 f"ranks were started with different flags: {'; '.join(differing)}. Give all ranks the same flags"
             )
+
+    def _prefix(self, count: int) -> str:
+        return f"sf_xfuser/{self._scope}/{count}"
 
     def _absent(self, prefix: str, topic: str) -> str:
         absent = [rank for rank in self._ranks if not self._store.check([f"{prefix}/{rank}"])]

@@ -138,11 +138,10 @@ def _topology() -> Iterator[Finding]:
 
 def _environment() -> Iterator[Finding]:
     seen = sp_args.environment(_TRAPS)
-    for name, (values, cost) in _TRAPS.items():
-        if seen.get(name, "").lower() in values:
-            detail = f"{name}={seen[name]}: {cost}"
-            yield Finding(section="environment", name=name, status="warn", detail=detail)
-    if not any(seen.get(name, "").lower() in values for name, (values, _) in _TRAPS.items()):
-        yield Finding(
-            section="environment", name="traps", status="ok", detail=f"none of {len(_TRAPS)} known ones is set"
-        )
+    sprung = {name: cost for name, (values, cost) in _TRAPS.items() if seen.get(name, "").lower() in values}
+    for name, cost in sprung.items():
+        detail = f"{name}={seen[name]}: {cost}"
+        yield Finding(section="environment", name=name, status="warn", detail=detail)
+    if not sprung:
+        detail = f"none of {len(_TRAPS)} known ones is set"
+        yield Finding(section="environment", name="traps", status="ok", detail=detail)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -16,8 +15,6 @@ from sf_xfuser.plan import Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.transport import Transport, TwoSided
-
-_incarnation = itertools.count()
 
 
 @dataclass(eq=False)
@@ -94,8 +91,8 @@ def build_mesh(
     """
     world_size = dist.get_world_size()
     rank = dist.get_rank()
-    incarnation = next(_incarnation)
-    topology = gather_topology(args, Agreement.of_world(args.timeout), world_size)
+    world = Agreement.of_world(args.timeout)
+    topology = gather_topology(args, world, world_size)
     for ranks in sp_rank_lists:
         if list(ranks) != sorted(set(ranks)):
             raise ValueError(f"a sequence-parallel group must list ascending distinct ranks, got {list(ranks)}")
@@ -126,7 +123,7 @@ def build_mesh(
             peer_index={lane: group.index for lane, group in lanes.items()},
             ulysses_group=_of(ulysses, position).handle,
             ring_group=_of(ring, position).handle,
-            agreement=Agreement(f"group{incarnation}.{index}", members, args.timeout),
+            agreement=world.of_group(index, members),
         )
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")

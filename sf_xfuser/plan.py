@@ -29,6 +29,16 @@ class Layout:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @classmethod
+    def fitting(cls, num_machines: int, ranks_per_machine: int, torus: int, ulysses: int) -> Layout:
+        """The layout of N x M ranks with these head degrees (``torus`` divides N, ``ulysses`` divides M)."""
+        return cls(
+            torus=torus,
+            ulysses=ulysses,
+            ring_across=num_machines // torus,
+            ring_inside=ranks_per_machine // ulysses,
+        )
+
     @property
     def num_machines(self) -> int:
         return self.torus * self.ring_across
@@ -137,12 +147,7 @@ def legal_layouts(num_machines: int, ranks_per_machine: int, heads: int | None) 
     for torus in _divisors(num_machines):
         for ulysses in _divisors(ranks_per_machine):
             if heads is None or heads % (torus * ulysses) == 0:
-                yield Layout(
-                    torus=torus,
-                    ulysses=ulysses,
-                    ring_across=num_machines // torus,
-                    ring_inside=ranks_per_machine // ulysses,
-                )
+                yield Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
@@ -154,12 +159,7 @@ def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int)
             f"ulysses_degree={ulysses_degree} does not divide the {num_machines * ranks_per_machine} ranks of the "
             f"sequence-parallel group; allowed: {_divisors(num_machines * ranks_per_machine)}"
         )
-    return Layout(
-        torus=torus,
-        ulysses=ulysses,
-        ring_across=num_machines // torus,
-        ring_inside=ranks_per_machine // ulysses,
-    )
+    return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def paper_layout(num_machines: int, ranks_per_machine: int, heads: int) -> Layout:
@@ -176,12 +176,7 @@ def usp_layout(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -
             f"ulysses_degree={ulysses_degree} cannot be laid out as xDiT does over {num_machines} machine(s) of "
             f"{ranks_per_machine} rank(s); use a divisor of {num_machines * ranks_per_machine} or --sp-plan auto"
         )
-    return Layout(
-        torus=torus,
-        ulysses=ulysses,
-        ring_across=num_machines // torus,
-        ring_inside=ranks_per_machine // ulysses,
-    )
+    return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def make_plan(
@@ -257,12 +252,7 @@ def _explicit_layout(num_machines: int, ranks_per_machine: int, heads: int | Non
             f"divide {num_machines} and ulysses must divide {ranks_per_machine}; legal: "
             f"{_spell(legal_layouts(num_machines, ranks_per_machine, heads))}"
         )
-    return Layout(
-        torus=torus,
-        ulysses=ulysses,
-        ring_across=num_machines // torus,
-        ring_inside=ranks_per_machine // ulysses,
-    )
+    return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def _indivisible(heads: int, layout: Layout, world_size: int) -> str:

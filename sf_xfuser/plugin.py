@@ -59,8 +59,7 @@ def enable(args: TorusArgs | None = None) -> None:
     if args is not None:
         _session.command_line = args
     if _hook_set is None:
-        hooks = (*HOOKS, *platform_cpu.HOOKS) if platform_cpu.needed() else HOOKS
-        _hook_set = HookSet(hooks)
+        _hook_set = HookSet(_hooks())
     _hook_set.install()
 
 
@@ -96,8 +95,13 @@ def explain() -> str:
 
 def hook_states() -> list[tuple[Hook, str]]:
     """Every record with its state (see ``HookSet.state``), for ``doctor``."""
-    hooks = (*HOOKS, *platform_cpu.HOOKS) if platform_cpu.needed() else HOOKS
-    return [(hook, _hook_set.state(hook) if _hook_set is not None else "off") for hook in hooks]
+    if _hook_set is None:
+        return [(hook, "off") for hook in _hooks()]
+    return [(hook, _hook_set.state(hook)) for hook in _hook_set.hooks]
+
+
+def _hooks() -> tuple[Hook, ...]:
+    return (*HOOKS, *platform_cpu.HOOKS) if platform_cpu.needed() else HOOKS
 
 
 def import_hooked_modules() -> dict[str, str]:
