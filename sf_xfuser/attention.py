@@ -6,7 +6,10 @@ is contiguous; ``attend`` sees [B, H, S, D] views of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate
 from typing import Literal
 
@@ -15,10 +18,10 @@ import torch
 from sf_xfuser.call import Call, agree
 from sf_xfuser.kernels import AttendFunction, merge_, sdpa_attend
 from sf_xfuser.mesh import Mesh
-from sf_xfuser.schedule import JOINT, Attend, Exchange, Message
+from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
 from sf_xfuser.transport import Parcel, Ticket
 
-_SLOT = {"q": 0, "k": 1, "v": 2, "o": 3}
+_SLOT = {"q": 0, "kv": 1, "o": 2}
 
 
 def torus_attention(
@@ -57,15 +60,25 @@ def torus_attention(
 
 
 class _Rows:
-    """Where each source's tokens lie in a buffer of chunks: ``rows[a, ..., b]`` is the slice from a to b."""
+    """Where pieces lie in a buffer: ``rows[a, ..., b]`` is the slice from a to b."""
 
-    def __init__(self, sources: Sequence[int], tokens: Sequence[int]) -> None:
-        ends = list(accumulate(tokens, initial=0))
+    def __init__(self, pieces: Sequence[Piece], tokens: Callable[[int], int]) -> None:
+        ends = list(accumulate((high - low for low, high in (p.span(tokens(p.source)) for p in pieces)), initial=0))
         self.total = ends[-1]
-        self._span = {source: slice(ends[i], ends[i + 1]) for i, source in enumerate(sources)}
+        self._span = {piece: slice(ends[i], ends[i + 1]) for i, piece in enumerate(pieces)}
 
-    def __getitem__(self, sources: Sequence[int]) -> slice:
-        return slice(self._span[sources[0]].start, self._span[sources[-1]].stop)
+    def __getitem__(self, pieces: Sequence[Piece]) -> slice:
+        return slice(self._span[pieces[0]].start, self._span[pieces[-1]].stop)
+
+
+class _Local(Ticket):
+    """Something that is here, once it has been put in place."""
+
+    def __init__(self, place: Callable[[], object]) -> None:
+        self._place = place
+
+    def wait(self) -> None:
+        self._place()
 
 
 class _Run:
@@ -83,32 +96,29 @@ class _Run:
         joint_value: torch.Tensor | None,
     ) -> None:
         self.mesh, self.call, self.attend = mesh, call, attend
-        self.local = {"q": query, "k": key, "v": value}
-        self.joint = {"k": joint_key, "v": joint_value}
+        self.local = {"q": (query,), "kv": (key, value)}
         schedule = call.schedule
         self.own = schedule.position
         group = mesh.layout.head_group(self.own)
         self.B, _, _, self.D = query.shape
         self.H, self.H_kv = (high - low for low, high in (call.q_heads[group], call.kv_heads[group]))
 
-        self.q_rows = _Rows(schedule.queries, [call.q_tokens[s] for s in schedule.queries])
+        self.q_rows = _Rows(schedule.queries, call.q_tokens.__getitem__)
         self.q_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D)
         self.o_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
         self.lse_BHS = query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
-        self.begun: set[int] = set()  # queries whose accumulator holds something
-        self.slab_of = {source: n for n, slab in enumerate(schedule.slabs) for source in slab}
-        self.kv_rows = [_Rows(slab, [self._kv_tokens(s) for s in slab]) for slab in schedule.slabs]
-        self.kv_SBHD: dict[int, dict[str, torch.Tensor]] = {}
-        self.arriving: dict[tuple[str, int], Ticket] = {}
-        self.outputs: list[tuple[Ticket, Parcel, int]] = []
-
-        self._place("q", self.own, self._head_slice("q", group))
-        for name in ("k", "v"):
-            self._place(name, self.own, self._head_slice(name, group))
-            joint = self.joint[name]
-            if joint is not None:
-                low, high = call.kv_heads[group]
-                self._place(name, JOINT, joint[:, low:high].permute(2, 0, 1, 3))
+        self.begun: set[Piece] = set()  # queries whose accumulator holds something
+        self.slab_of = {piece: n for n, slab in enumerate(schedule.slabs) for piece in slab}
+        self.kv_rows = [_Rows(slab, self._kv_tokens) for slab in schedule.slabs]
+        self.kv_S2BHD: dict[int, torch.Tensor] = {}  # by slab: K and V of a token lie together, and travel together
+        self.arriving: dict[tuple[str, Piece], Ticket] = {}
+        # What this rank holds already is put in place when it is first asked for: the wire comes first.
+        for name in ("q", "kv"):
+            self.arriving[name, Piece(self.own)] = _Local(partial(self._pack, name, Piece(self.own), group, place=True))
+        if joint_key is not None and joint_value is not None:
+            self.arriving["kv", Piece(JOINT)] = _Local(partial(self._place_joint, joint_key, joint_value, group))
+        self.outputs: list[tuple[Ticket, Parcel, Message]] = []
+        self.posted: list[tuple[float, Ticket, Exchange, int]] = []  # for a trace: when, what, bytes to receive
 
     def run(self) -> torch.Tensor:
         for step in self.call.schedule.steps:
@@ -130,33 +140,33 @@ class _Run:
             [parcel for parcel in sends if parcel.tensor.numel()],
             [parcel for _, parcel in receives if parcel.tensor.numel()],
         )
+        if self.mesh.trace is not None:
+            moved = sum(parcel.tensor.nbytes for _, parcel in receives)
+            self.posted.append((time.perf_counter(), ticket, step, moved))
         for message, parcel in receives:
             if message.tensor == "o":
-                self.outputs.append((ticket, parcel, message.peer))
+                self.outputs.append((ticket, parcel, message))
             else:
-                self.arriving.update({(message.tensor, source): ticket for source in message.sources})
+                self.arriving.update({(message.tensor, piece): ticket for piece in message.pieces})
 
     def _attend(self, step: Attend) -> None:
         """Attend queries to keys as soon as both are here, and merge."""
-        slab = self.slab_of[step.keys[-1]]
-        self.kv_SBHD.pop(slab - 1, None)  # slabs are attended in order: the one before is not needed any more
-        q_rows, kv_rows = self.q_rows[step.queries], self.kv_rows[slab][step.keys]
-        self._await("q", step.queries)
-        self._await("k", step.keys)
-        self._await("v", step.keys)
-        if q_rows.start == q_rows.stop or kv_rows.start == kv_rows.stop:
-            return
-        q, k, v = (
-            x[rows].permute(1, 2, 0, 3)
-            for x, rows in (
-                (self.q_SBHD, q_rows),
-                (self.kv_SBHD[slab]["k"], kv_rows),
-                (self.kv_SBHD[slab]["v"], kv_rows),
-            )
-        )
+        with self._traced("wait", step):
+            self._await("q", step.queries)
+            self._await("kv", step.keys)
+        q_rows, kv_rows = self.q_rows[step.queries], self.kv_rows[step.slab][step.keys]
+        if q_rows.start != q_rows.stop and kv_rows.start != kv_rows.stop:
+            self._attend_rows(step, q_rows, kv_rows)
+        if step.last:
+            self.kv_S2BHD.pop(step.slab, None)
+
+    def _attend_rows(self, step: Attend, q_rows: slice, kv_rows: slice) -> None:
+        q = self.q_SBHD[q_rows].permute(1, 2, 0, 3)
+        k, v = self.kv_S2BHD[step.slab][kv_rows].permute(1, 2, 3, 0, 4)
         if self.call.kv_of_q is not None:
             k, v = k.index_select(1, self.call.kv_of_q), v.index_select(1, self.call.kv_of_q)
-        out, lse = self.attend(q, k, v)
+        with self._traced("compute", step):
+            out, lse = self.attend(q, k, v)
         total_out, total_lse = self.o_SBHD[q_rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, q_rows]
         if self.begun.isdisjoint(step.queries):
             total_out.copy_(out)
@@ -168,57 +178,87 @@ class _Run:
     def _collect(self) -> torch.Tensor:
         """Put the head groups of this rank's own tokens together; leave nothing posted."""
         call, layout = self.call, self.mesh.layout
-        query = self.local["q"]
+        (query,) = self.local["q"]
         out_BSHD = query.new_empty(self.B, query.shape[2], query.shape[1], self.D)
         low, high = call.q_heads[layout.head_group(self.own)]
-        out_BSHD[:, :, low:high] = self.o_SBHD[self.q_rows[(self.own,)]].transpose(0, 1)
-        for ticket, parcel, peer in self.outputs:
+        out_BSHD[:, :, low:high] = self.o_SBHD[self.q_rows[(Piece(self.own),)]].transpose(0, 1)
+        for ticket, parcel, message in self.outputs:
             ticket.wait()
-            low, high = call.q_heads[layout.head_group(peer)]
-            out_BSHD[:, :, low:high] = parcel.tensor.transpose(0, 1)
+            low, high = call.q_heads[layout.head_group(message.peer)]
+            first, end = message.pieces[0].span(query.shape[2])
+            out_BSHD[:, first:end, low:high] = parcel.tensor.transpose(0, 1)
         for lane in self.mesh.lanes.values():
             lane.drain()
+        self._trace_wire()
         return out_BSHD.transpose(1, 2)
+
+    # -- for a trace --------------------------------------------------------------------------------------------------
+
+    def _traced(self, lane: str, step: Attend) -> AbstractContextManager[None]:
+        if self.mesh.trace is None:
+            return nullcontext()
+        queries, keys = ("+".join(str(s) for s in sorted({p.source for p in x})) for x in (step.queries, step.keys))
+        return self.mesh.trace.span(lane, f"Q {queries} x KV {keys}".replace(str(JOINT), "joint"), self.q_SBHD.device)
+
+    def _trace_wire(self) -> None:
+        """What arrived when, in rounds; where the transport knows."""
+        if self.mesh.trace is None:
+            return
+        for started_s, ticket, step, moved in self.posted:
+            if ticket.arrived_s is not None and moved:
+                name = f"{step.receives[0].tensor} from {'+'.join(str(m.peer) for m in step.receives)}"
+                self.mesh.trace.add(step.lane, name, started_s, ticket.arrived_s, moved)
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
     def _kv_tokens(self, source: int) -> int:
         return self.call.joint_tokens if source == JOINT else self.call.kv_tokens[source]
 
-    def _head_slice(self, name: str, group: int) -> torch.Tensor:
+    def _pack(self, name: str, piece: Piece, group: int, place: bool = False) -> torch.Tensor:
+        """This rank's own tokens in ``piece`` and the heads of ``group``, contiguous: [S,B,H,D] or [S,2,B,H,D]. In a
+        tensor of their own, to be sent, or in their buffer."""
         low, high = (self.call.q_heads if name == "q" else self.call.kv_heads)[group]
-        return self.local[name][:, low:high].permute(2, 0, 1, 3)
+        first, end = piece.span(self.local[name][0].shape[2])
+        parts = [x[:, low:high, first:end].permute(2, 0, 1, 3) for x in self.local[name]]
+        buffer = self._buffer(name, (piece,)) if place else None
+        if name == "kv":
+            return torch.stack(parts, dim=1, out=buffer)
+        return parts[0].contiguous() if buffer is None else buffer.copy_(parts[0])
 
-    def _place(self, name: str, source: int, chunk_SBHD: torch.Tensor) -> None:
-        self._buffer(name, (source,)).copy_(chunk_SBHD)
+    def _place_joint(self, joint_key: torch.Tensor, joint_value: torch.Tensor, group: int) -> None:
+        low, high = self.call.kv_heads[group]
+        joint_S2BHD = self._buffer("kv", (Piece(JOINT),))
+        for n, joint in enumerate((joint_key, joint_value)):
+            joint_S2BHD[:, n] = joint[:, low:high].permute(2, 0, 1, 3)
 
-    def _buffer(self, name: str, sources: Sequence[int]) -> torch.Tensor:
-        """The rows of ``sources`` in their buffer; a slab's buffers are made when first asked for."""
+    def _buffer(self, name: str, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The rows of ``pieces`` in their buffer; a slab's buffer is made when first asked for."""
         if name == "q":
-            return self.q_SBHD[self.q_rows[sources]]
-        slab = self.slab_of[sources[0]]
-        if slab not in self.kv_SBHD:
-            shape = (self.kv_rows[slab].total, self.B, self.H_kv, self.D)
-            self.kv_SBHD[slab] = {x: self.q_SBHD.new_empty(shape) for x in ("k", "v")}
-        return self.kv_SBHD[slab][name][self.kv_rows[slab][sources]]
+            return self.q_SBHD[self.q_rows[pieces]]
+        slab = self.slab_of[pieces[0]]
+        if slab not in self.kv_S2BHD:
+            self.kv_S2BHD[slab] = self.q_SBHD.new_empty(self.kv_rows[slab].total, 2, self.B, self.H_kv, self.D)
+        return self.kv_S2BHD[slab][self.kv_rows[slab][pieces]]
 
     def _incoming(self, message: Message) -> torch.Tensor:
         if message.tensor != "o":
-            return self._buffer(message.tensor, message.sources)
+            return self._buffer(message.tensor, message.pieces)
         low, high = self.call.q_heads[self.mesh.layout.head_group(message.peer)]
-        return self.q_SBHD.new_empty(self.call.q_tokens[self.own], self.B, high - low, self.D)
+        first, end = message.pieces[0].span(self.call.q_tokens[self.own])
+        return self.q_SBHD.new_empty(end - first, self.B, high - low, self.D)
 
     def _outgoing(self, message: Message) -> torch.Tensor:
         """The chunk to send, contiguous: packed from the inputs, forwarded from a slab, or a final output."""
         if message.tensor == "o":
-            return self.o_SBHD[self.q_rows[message.sources]].to(self.q_SBHD.dtype)
-        if self.mesh.layout.head_group(message.peer) == self.mesh.layout.head_group(self.own):  # a ring neighbour
-            self._await(message.tensor, message.sources)
-            return self._buffer(message.tensor, message.sources)
-        return self._head_slice(message.tensor, self.mesh.layout.head_group(message.peer)).contiguous()
+            return self.o_SBHD[self.q_rows[message.pieces]].to(self.q_SBHD.dtype)
+        group = self.mesh.layout.head_group(message.peer)
+        if group == self.mesh.layout.head_group(self.own):  # a ring neighbour
+            self._await(message.tensor, message.pieces)
+            return self._buffer(message.tensor, message.pieces)
+        return self._pack(message.tensor, message.pieces[0], group)
 
-    def _await(self, name: str, sources: Sequence[int]) -> None:
-        for source in sources:
-            ticket = self.arriving.pop((name, source), None)
+    def _await(self, name: str, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            ticket = self.arriving.pop((name, piece), None)
             if ticket is not None:
                 ticket.wait()

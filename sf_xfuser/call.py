@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from sf_xfuser.mesh import Mesh
-from sf_xfuser.schedule import Schedule, build_schedule
+from sf_xfuser.plan import Layout
+from sf_xfuser.schedule import Cut, Schedule, build_schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,7 @@ def _make_call(
     group = mesh.layout.head_group(mesh.position)
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
     return Call(
-        schedule=build_schedule(mesh.layout, mesh.position, joint_strategy),
+        schedule=build_schedule(mesh.layout, mesh.position, joint_strategy, _cut(mesh.layout, counts[1], device)),
         q_tokens=counts[0],
         kv_tokens=counts[1],
         joint_tokens=reports[0]["tensors"][3][0][2] if joint_strategy else 0,
@@ -137,3 +138,15 @@ def _make_call(
         kv_heads=kv_ranges,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=device),
     )
+
+
+# A part of a slab must be worth an attention call of its own, and a merge.
+_TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
+
+
+def _cut(layout: Layout, kv_tokens: tuple[int, ...], device: torch.device) -> Cut:
+    """How finely KV from other machines is cut: in 2 parts; in 4 where one slab is all there is. As far as the parts
+    stay large. Alike on every rank (docs/performance.md has the rows)."""
+    largest = layout.ulysses * max(kv_tokens) // _TOKENS_PER_PART.get(device.type, 2048)
+    last = 4 if layout.num_machines == 2 else 2
+    return Cut(kv=max(1, min(2, largest)), last_kv=max(1, min(last, largest)))

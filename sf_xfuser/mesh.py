@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
 import torch.distributed as dist
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
-from sf_xfuser.plan import Layout, Plan, make_plan
+from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
+from sf_xfuser.trace import Trace
 from sf_xfuser.transport import Transport, TwoSided
 
 
@@ -24,7 +26,8 @@ class Mesh:
     ``position`` is this rank's machine-major place in ``plan.layout``; ``members[w]`` the global rank at place ``w``.
     ``lanes`` moves chunks inside a machine and across machines; ``peer_index[lane][w]`` is ``w``'s rank in that
     lane's process group. ``ulysses_group`` and ``ring_group`` are process groups for code that wants collectives
-    (xDiT's own USP): ascending global ranks. ``calls`` caches what was agreed per call shape.
+    (xDiT's own USP): ascending global ranks. ``calls`` caches what was agreed per call shape. ``trace``, where set,
+    collects what each call did and when.
     """
 
     plan: Plan
@@ -37,6 +40,7 @@ class Mesh:
     ring_group: dist.ProcessGroup
     agreement: Agreement
     calls: dict[Any, Any] = field(default_factory=dict)
+    trace: Trace | None = None
 
     @property
     def layout(self) -> Layout:
@@ -45,6 +49,11 @@ class Mesh:
     @property
     def members(self) -> tuple[int, ...]:
         return self.grid.members
+
+    def close(self) -> None:
+        """Let go of what the lanes hold; idempotent. Local. No call may follow."""
+        for lane in self.lanes.values():
+            lane.close()
 
     def __str__(self) -> str:
         note = f"; {self.grid.note}" if self.grid.note else ""
@@ -82,11 +91,13 @@ def build_mesh(
     ulysses_degree: int | None = None,
     ring_degree: int | None = None,
     backend: str | None = None,
+    max_imbalance: Fraction = EVEN,
 ) -> Mesh:
     """The mesh of this rank's sequence-parallel group. Collective over the world: every rank passes the same lists.
 
     ``sp_rank_lists``: the global ranks of every sequence-parallel group, each ascending; together every rank once.
-    The degrees are kept where given (``ring_degree`` is checked), else planned. ``backend`` is torch.distributed's.
+    The degrees are kept where given (``ring_degree`` is checked), else planned, with heads no less even than
+    ``max_imbalance`` allows (see ``make_plan``). ``backend`` is torch.distributed's.
     Raises ValueError (bad degrees, heads, flags) or RuntimeError (a rank is missing), on every rank alike.
     """
     world_size = dist.get_world_size()
@@ -99,7 +110,7 @@ def build_mesh(
 
     # Every plan is made on every rank before any group: a refusal of one is seen by all.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
-    plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree) for grid in grids]
+    plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
@@ -137,6 +148,7 @@ def _plan(
     kv_heads: int | None,
     ulysses_degree: int | None,
     ring_degree: int | None,
+    max_imbalance: Fraction,
 ) -> Plan:
     world_size = len(grid.members)
     if ulysses_degree is not None and ulysses_degree * (ring_degree or 1) != world_size:
@@ -153,6 +165,7 @@ def _plan(
         rule=args.rule,
         explicit=args.explicit_plan(),
         ulysses_degree=ulysses_degree,
+        max_imbalance=max_imbalance,
     )
     layout = plan.layout
     if ulysses_degree is not None and layout.ulysses_degree != ulysses_degree:

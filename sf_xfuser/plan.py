@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd
 
+EVEN = Fraction(1)
+"""The ``max_imbalance`` of plans that split heads evenly, as xDiT's models need."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -142,12 +145,19 @@ class Plan:
         return text
 
 
-def legal_layouts(num_machines: int, ranks_per_machine: int, heads: int | None) -> Iterator[Layout]:
-    """Every layout with T | N, U | M and T*U | heads (``heads=None``: any)."""
+def legal_layouts(
+    num_machines: int, ranks_per_machine: int, heads: int | None, max_imbalance: Fraction = EVEN
+) -> Iterator[Layout]:
+    """Every layout with T | N, U | M whose T*U ways split ``heads`` (None: any) no less evenly than allowed."""
     for torus in _divisors(num_machines):
         for ulysses in _divisors(ranks_per_machine):
-            if heads is None or heads % (torus * ulysses) == 0:
+            if heads is None or imbalance(heads, torus * ulysses) <= max_imbalance:
                 yield Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
+
+
+def imbalance(heads: int, ways: int) -> Fraction:
+    """Heads of the rank that has most, over the mean: 1 where they divide, 9/8 for 8 heads over 3."""
+    return Fraction(-(-heads // ways) * ways, heads)
 
 
 def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
@@ -188,11 +198,13 @@ def make_plan(
     rule: str = "auto",
     explicit: dict[str, int] | None = None,
     ulysses_degree: int | None = None,
+    max_imbalance: Fraction = EVEN,
 ) -> Plan:
     """Choose the layout of a sequence-parallel group of ``num_machines`` x ``ranks_per_machine`` ranks.
 
     ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees; otherwise ``rule``
     decides: ``"paper"``, ``"usp"`` or ``"auto"`` (the fewest bytes between machines; ties go to the paper's layout).
+    Where heads do not divide, some ranks may take more than others up to ``max_imbalance`` times the mean.
     Raises ValueError naming what was wrong, what was given and what is allowed.
     """
     world_size = num_machines * ranks_per_machine
@@ -218,7 +230,7 @@ def make_plan(
     else:
         paper = paper_layout(num_machines, ranks_per_machine, divisible)
         chosen = min(
-            legal_layouts(num_machines, ranks_per_machine, divisible),
+            legal_layouts(num_machines, ranks_per_machine, divisible, max_imbalance),
             key=lambda layout: (layout.egress(kv_ratio), layout != paper, -layout.ulysses_degree),
         )
         if num_machines == 1:
@@ -226,14 +238,15 @@ def make_plan(
         else:
             reason = "fewest bytes between machines" + (", which is the paper's layout" if chosen == paper else "")
     # A degree that xDiT was given is xDiT's to check: it pads the heads of some models (Z-Image) to fit.
-    if ulysses_degree is None and divisible is not None and divisible % chosen.ulysses_degree:
+    illegal = divisible is not None and imbalance(divisible, chosen.ulysses_degree) > max_imbalance
+    if ulysses_degree is None and divisible is not None and illegal:
         raise ValueError(_indivisible(divisible, chosen, world_size))
     return Plan(
         layout=chosen,
         rule="explicit" if explicit else rule,
         reason=reason,
         heads=heads,
-        candidates=_explain(num_machines, ranks_per_machine, divisible, kv_ratio, chosen),
+        candidates=_explain(num_machines, ranks_per_machine, divisible, kv_ratio, chosen, max_imbalance),
     )
 
 
@@ -269,7 +282,12 @@ def _spell(layouts: Iterator[Layout]) -> str:
 
 
 def _explain(
-    num_machines: int, ranks_per_machine: int, heads: int | None, kv_ratio: Fraction, chosen: Layout
+    num_machines: int,
+    ranks_per_machine: int,
+    heads: int | None,
+    kv_ratio: Fraction,
+    chosen: Layout,
+    max_imbalance: Fraction,
 ) -> tuple[Candidate, ...]:
     best = chosen.egress(kv_ratio)
     candidates = []
@@ -277,7 +295,7 @@ def _explain(
         egress = layout.egress(kv_ratio)
         if layout == chosen:
             rejected = ""
-        elif heads is not None and heads % layout.ulysses_degree:
+        elif heads is not None and imbalance(heads, layout.ulysses_degree) > max_imbalance:
             rejected = f"illegal: {heads} heads do not split {layout.ulysses_degree} ways"
         elif egress > best:
             rejected = f"{float(egress / best) if best else float('inf'):.2f}x the bytes between machines"

@@ -312,6 +312,8 @@ def _why_xdit(given: TorusArgs, mesh: Mesh) -> str | None:
 def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def destroy_model_parallel() -> None:
+        if _session.mesh is not None:
+            _session.mesh.close()
         _session.mesh = _session.usp = None
         usp.activate(None)
         original()

@@ -1,51 +1,88 @@
 """Torus Attention as data: (layout, position) -> the steps one rank takes in one attention call. Pure.
 
 Positions, degrees and groups are those of ``plan.Layout``. ``X[src]`` is the *chunk* of X that holds ``src``'s tokens
-and this rank's head group. KV arrives in *slabs*, one per machine of origin, each made of R_i *blocks* of U chunks:
+and this rank's head group; a chunk travels in *parts*. KV arrives in *slabs*, one per machine of origin, part by part,
+each part made of R_i *blocks* of U pieces:
 
-    slab (i, j_x)   block j_i         sources (t-i, u', r_x-j_x, r_i-j_i) for all u', own u first
+    slab (i, j_x)   part p, block j_i     part p of sources (t-i, u', r_x-j_x, r_i-j_i) for all u', own u first
 
-    stage           computes                                      meanwhile on the wire
-    0               Q[own machine] x slab 0, block by block       Q chunks of machine t-1, t-2, ...
-    Pull Q   i      Q[machine t-i] x slab 0                       remaining Q, then KV chunks
-    Pull KV  k      all Q x slab k, block by block                the next slab
-    Push O          last block: Q of remote machines first        each O chunk as soon as it is final
+    stage           computes                                        meanwhile on the wire
+    0               Q[own machine] x slab 0, block by block         Q chunks of machine t-1, t-2, ...
+    Pull Q   i      Q[machine t-i] x slab 0                         remaining Q, then KV parts
+    Pull KV  k      remote Q x slab k, part by part                 the remaining KV parts
+    Push O          remote Q x the last part, machine by machine    each O part as soon as it is final
+    own             Q[own machine] x the slabs that are left        O parts
+
+Rounds between machines are posted ``LOOKAHEAD`` arrivals ahead, in the order in which they are needed; the transport
+keeps that order on the wire. What matters is the tail: no O can leave before the last KV part is here, and the wire
+idles from then until the first O is final. So slabs come in parts, remote queries go first, and the attention that only
+this machine wants is left for last, where it covers the O transfers.
 
 Machine order is a rotation (in: t-1, t-2, ...; out: t+1, t+2, ...), so a machine sends to one machine and receives
 from one at a time. Exchanges are *rounds*: the k-th round of a lane on one rank matches the k-th round of that lane on
-every peer, which is what NCCL's grouped sends and receives need. Rounds are posted ``LOOKAHEAD`` stages ahead: deep
-enough that the wire never waits for compute, shallow enough that receive buffers stay few.
+every peer, which is what NCCL's grouped sends and receives need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal, NamedTuple, TypeVar
 
 from sf_xfuser.plan import Layout
 
-LOOKAHEAD = 2
 JOINT = -1
 """Pseudo source of the joint (text) keys and values, which every rank already holds."""
 
+LOOKAHEAD = 4
+"""How many arrivals between machines are posted beyond the one that is about to be consumed: enough that the wire never
+waits for compute, few enough that receive buffers and packed chunks stay few."""
+
+DEFERRED_SLABS = 2
+"""How many of the last slabs the own machine's queries leave for the end: more covers more of the O transfers, and
+holds more KV."""
+
+_T = TypeVar("_T")
 Lane = Literal["inside", "across"]
-Tensor = Literal["q", "k", "v", "o"]
+Tensor = Literal["q", "kv", "o"]
+_INPUTS: tuple[Tensor, ...] = ("q", "kv")
+
+
+class Piece(NamedTuple):
+    """Part ``part`` of the ``parts`` in which ``source``'s tokens are cut; ``span`` gives its rows."""
+
+    source: int
+    part: int = 0
+    parts: int = 1
+
+    def span(self, tokens: int) -> tuple[int, int]:
+        """Half-open range of this piece among the ``tokens`` of its source."""
+        return tokens * self.part // self.parts, tokens * (self.part + 1) // self.parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab."""
+
+    q: int = 1
+    kv: int = 1
+    last_kv: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Chunks of one tensor that go to, or come from, one peer. ``sources`` name whose tokens; they are adjacent in
-    the buffers of both ends. For ``"o"`` the source is the rank the output returns to."""
+    """Pieces of one tensor that go to, or come from, one peer; they are adjacent in the buffers of both ends. For
+    ``"o"`` the source is the rank the output returns to."""
 
     tensor: Tensor
-    sources: tuple[int, ...]
+    pieces: tuple[Piece, ...]
     peer: int
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Start sends and receives; returns at once. A send of received chunks first waits for them."""
+    """Start sends and receives; returns at once. A send of received pieces first waits for them."""
 
     lane: Lane
     round: int
@@ -55,10 +92,12 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Attend ``queries`` to ``keys`` (sources; waits for both) and merge."""
+    """Attend ``queries`` to ``keys`` (waits for both) and merge. ``last`` if no later step reads these keys' slab."""
 
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
+    queries: tuple[Piece, ...]
+    keys: tuple[Piece, ...]
+    slab: int
+    last: bool = False
 
 
 Step = Exchange | Attend
@@ -66,193 +105,262 @@ Step = Exchange | Attend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """One rank's call. ``queries`` and each slab of ``slabs`` list sources in the order of their buffers."""
+    """One rank's call. ``queries`` and each slab of ``slabs`` list pieces in the order of their buffers."""
 
     layout: Layout
     position: int
-    queries: tuple[int, ...]
-    slabs: tuple[tuple[int, ...], ...]
+    queries: tuple[Piece, ...]
+    slabs: tuple[tuple[Piece, ...], ...]
     steps: tuple[Step, ...]
 
 
-def build_schedule(layout: Layout, position: int, joint: Literal["front", "rear"] | None = None) -> Schedule:
-    """The steps of ``position``. ``joint`` places the joint keys at the first or at the last KV, as xDiT's USP does."""
-    return _Builder(layout, position, joint).build()
+def build_schedule(
+    layout: Layout, position: int, joint: Literal["front", "rear"] | None = None, cut: Cut = Cut()
+) -> Schedule:
+    """The steps of ``position``. ``joint`` places the joint keys at the first or at the last KV, as xDiT's USP does.
+    ``cut`` has to be the same on every rank."""
+    return _Builder(layout, position, joint, cut).build()
 
 
 class _Builder:
-    def __init__(self, layout: Layout, position: int, joint: Literal["front", "rear"] | None) -> None:
+    def __init__(self, layout: Layout, position: int, joint: Literal["front", "rear"] | None, cut: Cut) -> None:
         self.layout = layout
         self.own = position
         self.joint = joint
         self.t, self.u, self.r_x, self.r_i = layout.coordinates(position)
         self.steps: list[Step] = []
         self.rounds: dict[Lane, int] = {"inside": 0, "across": 0}
-        # Q sources by machine offset, and KV blocks by slab; own chunk first.
-        self.q_by_machine = [self._local(i, 0, 0) for i in range(layout.torus)]
+        # Parts by machine offset: what starts on the own machine is not cut, the last machine's KV most finely.
+        q_parts = [1] + [cut.q] * (layout.torus - 1)
+        kv_parts = ([1] + [cut.kv] * (layout.torus - 2) + [cut.last_kv])[: layout.torus]
+        # queries[i][part] and slabs[k][part][block]: the U pieces that arrive together, own u first.
+        self.queries = [
+            [self._pieces(i, 0, 0, part, parts) for part in range(parts)] for i, parts in enumerate(q_parts)
+        ]
         self.slabs = [
-            [self._local(i, j_x, j_i) for j_i in range(layout.ring_inside)]
-            for i in range(layout.torus)
+            [[self._pieces(i, j_x, j_i, part, parts) for j_i in range(layout.ring_inside)] for part in range(parts)]
+            for i, parts in enumerate(kv_parts)
             for j_x in range(layout.ring_across)
         ]
-        self.arrivals = [("q", i) for i in range(1, layout.torus)] + [("kv", k) for k in range(1, len(self.slabs))]
+        self.arrivals: list[tuple[Tensor, int, int]] = []  # (tensor, machine offset or slab, part), in order
+        self.arrivals += [("q", i, part) for i in range(1, layout.torus) for part in range(cut.q)]
+        self.arrivals += [("kv", k, part) for k in range(1, len(self.slabs)) for part in range(len(self.slabs[k]))]
         self.posted = 0
 
-    def _local(self, i: int, j_x: int, j_i: int) -> tuple[int, ...]:
-        """The U ranks of one machine that hold block (i, j_x, j_i), own u first."""
+    def _pieces(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
+        """One part of the U chunks of block (i, j_x, j_i), own u first."""
         return tuple(
-            self.layout.position(self.t - i, self.u + du, self.r_x - j_x, self.r_i - j_i)
+            Piece(self.layout.position(self.t - i, self.u + du, self.r_x - j_x, self.r_i - j_i), part, parts)
             for du in range(self.layout.ulysses)
         )
 
     def build(self) -> Schedule:
         self._own_slab()
         for i in range(1, self.layout.torus):
-            self._post_across(arriving=i - 1, present_slab=0)
-            self.steps.append(Attend(self.q_by_machine[i], self._keys(0)))
-        for k in range(1, len(self.slabs)):
-            self._post_across(arriving=self.layout.torus - 1 + k - 1, present_slab=k)
-            for block in range(self.layout.ring_inside):
-                self._post_ring_inside(k, block)
-                self._attend_block(k, block)
-        slabs = [tuple(source for block in slab for source in block) for slab in self.slabs]
-        if self.joint == "front":
-            slabs[0] = (JOINT, *slabs[0])
-        elif self.joint == "rear":
-            slabs[-1] = (*slabs[-1], JOINT)
+            self._post_across(arriving=i * len(self.queries[i]) - 1)
+            self._attend(_flat(self.queries[i]), 0)
+        if self.layout.torus == 1:
+            self._pull_kv_for_own_machine()
+        else:
+            self._pull_kv()
         return Schedule(
             layout=self.layout,
             position=self.own,
-            queries=tuple(source for machine in self.q_by_machine for source in machine),
-            slabs=tuple(slabs),
-            steps=tuple(self.steps),
+            queries=_flat(_flat(self.queries)),
+            slabs=tuple(self._keys(k) for k in range(len(self.slabs))),
+            steps=tuple(self._marked_last()),
         )
 
-    # -- stages ---------------------------------------------------------------------------------------------------
+    # -- stages -------------------------------------------------------------------------------------------------------
 
     def _own_slab(self) -> None:
         """Stage 0: the own chunk at once, then the other chunks of the machine as they arrive."""
-        own, others = self.q_by_machine[0][:1], self.q_by_machine[0][1:]
-        self._post_across(arriving=-1, present_slab=-1)
+        machine = self.queries[0][0]
+        own, others = machine[:1], machine[1:]
+        only = len(self.slabs) == 1
+        self._post_across(arriving=-1)
         if others:
             self._post_local_inputs()
-            self.steps.append(Attend(own, self._keys(0, 0, slice(0, 1))))
-            self._post_across(arriving=-1, present_slab=0)
-            self._post_ring_inside(0, 0)
-            self.steps.append(Attend(others, self._keys(0, 0)))
-            if self._is_last(0, 0):
-                self._push_outputs(0)
-            self.steps.append(Attend(own, self._keys(0, 0, slice(1, None))))
+            self._attend(own, 0, 0, 0, slice(0, 1))
+            self._post_across(arriving=-1)
+            self._post_ring_inside(0, 0, 0)
+            self._attend(others, 0, 0, 0)
+            if only and self.layout.ring_inside == 1:
+                self._push_inside()
+            self._attend(own, 0, 0, 0, slice(1, None))
         else:
-            self._post_across(arriving=-1, present_slab=0)
-            self._post_ring_inside(0, 0)
-            self.steps.append(Attend(own, self._keys(0, 0)))
+            self._post_ring_inside(0, 0, 0)
+            self._attend(own, 0, 0, 0)
         for block in range(1, self.layout.ring_inside):
-            self._post_ring_inside(0, block)
-            self._attend_block(0, block)
+            self._post_ring_inside(0, 0, block)
+            self._attend_own_machine(0, block, final=only and block == self.layout.ring_inside - 1)
 
-    def _attend_block(self, k: int, block: int) -> None:
-        machines = self.q_by_machine if k > 0 else self.q_by_machine[:1]
-        keys = self._keys(k, block)
-        if not self._is_last(k, block):
-            self.steps.append(Attend(tuple(source for machine in machines for source in machine), keys))
-            return
-        for i in range(1, len(machines)):
-            self.steps.append(Attend(machines[i], keys))
-            self._push_outputs(i)
-        own, others = machines[0][:1], machines[0][1:]
-        if others:
-            self.steps.append(Attend(others, keys))
-            self._push_outputs(0)
-        self.steps.append(Attend(own, keys))
+    def _pull_kv_for_own_machine(self) -> None:
+        """A ring across machines and no heads split between them: there is no other machine's Q, and no O to send."""
+        for k in range(1, len(self.slabs)):
+            self._post_across(arriving=k - 1)
+            for block in range(self.layout.ring_inside):
+                self._post_ring_inside(k, 0, block)
+                final = (k, block) == (len(self.slabs) - 1, self.layout.ring_inside - 1)
+                self._attend_own_machine(k, block, final)
 
-    def _is_last(self, k: int, block: int) -> bool:
-        return k == len(self.slabs) - 1 and block == self.layout.ring_inside - 1
+    def _attend_own_machine(self, k: int, block: int, final: bool) -> None:
+        machine = self.queries[0][0]
+        if final and machine[1:]:
+            self._attend(machine[1:], k, 0, block)
+            self._push_inside()
+            self._attend(machine[:1], k, 0, block)
+        else:
+            self._attend(machine, k, 0, block)
 
-    def _keys(self, k: int, block: int | None = None, part: slice = slice(None)) -> tuple[int, ...]:
-        """Sources of a slab, a block of it, or a part of that block; with the joint keys where they belong."""
-        blocks = self.slabs[k] if block is None else [self.slabs[k][block][part]]
-        keys = tuple(source for one in blocks for source in one)
-        if self.joint == "front" and keys[0] == self.own:
-            return (JOINT, *keys)
-        if self.joint == "rear" and keys[-1] == self.slabs[-1][-1][-1]:
-            return (*keys, JOINT)
+    def _pull_kv(self) -> None:
+        remote = _flat(part for machine in self.queries[1:] for part in machine)
+        machine = self.queries[0][0]
+        last_slab = len(self.slabs) - 1
+        deferred = range(max(1, last_slab - DEFERRED_SLABS + 1), last_slab + 1)
+        arriving = (self.layout.torus - 1) * len(self.queries[1]) - 1
+        for k in range(1, len(self.slabs)):
+            for part, blocks in enumerate(self.slabs[k]):
+                arriving += 1
+                self._post_across(arriving)
+                for block in range(len(blocks)):
+                    self._post_ring_inside(k, part, block)
+                    if (k, part, block) == (last_slab, len(self.slabs[k]) - 1, len(blocks) - 1):
+                        self._push_remote_outputs(k, part, block)
+                    else:
+                        self._attend(remote, k, part, block)
+            if k not in deferred:
+                self._attend(machine, k)
+        if machine[1:]:
+            for k in deferred:
+                self._attend(machine[1:], k)
+            self._push_inside()
+        for k in deferred:
+            self._attend(machine[:1], k)
+
+    def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
+        """The last keys for the queries of other machines: each O part leaves as soon as it is final."""
+        for i in range(1, self.layout.torus):
+            for q_part, queries in enumerate(self.queries[i]):
+                self._attend(queries, k, part, block)
+                self._push_across(i, q_part)
+
+    def _attend(
+        self,
+        queries: Sequence[Piece],
+        k: int,
+        part: int | None = None,
+        block: int | None = None,
+        which: slice = slice(None),
+    ) -> None:
+        self.steps.append(Attend(tuple(queries), self._keys(k, part, block, which), k))
+
+    def _keys(
+        self, k: int, part: int | None = None, block: int | None = None, which: slice = slice(None)
+    ) -> tuple[Piece, ...]:
+        """Pieces of a slab, of one block of one part, or some of those; with the joint keys where they belong."""
+        slab = self.slabs[k]
+        keys = _flat(_flat(slab)) if part is None or block is None else slab[part][block][which]
+        if self.joint == "front" and keys[0] == self.slabs[0][0][0][0]:
+            return (Piece(JOINT), *keys)
+        if self.joint == "rear" and keys[-1] == self.slabs[-1][-1][-1][-1]:
+            return (*keys, Piece(JOINT))
         return keys
 
-    # -- rounds ---------------------------------------------------------------------------------------------------
+    def _marked_last(self) -> Iterator[Step]:
+        last = {step.slab: at for at, step in enumerate(self.steps) if isinstance(step, Attend)}
+        for at, step in enumerate(self.steps):
+            yield replace(step, last=True) if isinstance(step, Attend) and last[step.slab] == at else step
 
-    def _exchange(self, lane: Lane, sends: Iterator[Message], receives: Iterator[Message]) -> None:
+    # -- rounds -------------------------------------------------------------------------------------------------------
+
+    def _exchange(self, lane: Lane, sends: Iterable[Message], receives: Iterable[Message]) -> None:
         self.steps.append(Exchange(lane, self.rounds[lane], tuple(sends), tuple(receives)))
         self.rounds[lane] += 1
 
     def _post_local_inputs(self) -> None:
         """Q, K and V chunks between the U ranks of one machine that share a ring coordinate."""
-        peers = self.q_by_machine[0][1:]
+        peers = [piece.source for piece in self.queries[0][0][1:]]
         self._exchange(
             "inside",
-            (Message(x, (self.own,), peer) for peer in peers for x in ("q", "k", "v")),
-            (Message(x, (peer,), peer) for peer in peers for x in ("q", "k", "v")),
+            (Message(x, (Piece(self.own),), peer) for peer in peers for x in _INPUTS),
+            (Message(x, (Piece(peer),), peer) for peer in peers for x in _INPUTS),
         )
 
-    def _post_across(self, arriving: int, present_slab: int) -> None:
-        """Post the rounds between machines up to ``LOOKAHEAD`` beyond the arrival that is about to be consumed.
-
-        A round that forwards a slab (ring across machines) cannot start before that slab is here.
-        """
+    def _post_across(self, arriving: int) -> None:
+        """Post rounds between machines up to ``LOOKAHEAD`` beyond the arrival that is about to be consumed. One that
+        forwards part of a slab (ring across machines) waits until that part is among the arrivals."""
         while self.posted < len(self.arrivals) and self.posted <= arriving + LOOKAHEAD:
-            kind, index = self.arrivals[self.posted]
-            j_x = index % self.layout.ring_across
-            if kind == "kv" and j_x > 0:
-                if index - 1 > present_slab:
-                    return
-                self._forward_slab(index)
+            kind, index, part = self.arrivals[self.posted]
+            i, j_x = (index, 0) if kind == "q" else divmod(index, self.layout.ring_across)
+            if j_x == 0:
+                self._pull_chunks(kind, i, part)
+            elif self._is_present(index - 1, part, arriving):
+                self._forward_slab(index, part)
             else:
-                i = index if kind == "q" else index // self.layout.ring_across
-                self._pull_chunks(("q",) if kind == "q" else ("k", "v"), i)
+                return
             self.posted += 1
 
-    def _pull_chunks(self, tensors: tuple[Tensor, ...], i: int) -> None:
+    def _is_present(self, k: int, part: int, arriving: int) -> bool:
+        """Whether a send may wait for this part: the own slab once the machine's inputs are on their way."""
+        if k == 0:
+            return self.layout.ulysses == 1 or self.rounds["inside"] > 0
+        return self.arrivals.index(("kv", k, part)) <= arriving
+
+    def _pull_chunks(self, tensor: Tensor, i: int, part: int) -> None:
         """Ulysses across machines: send to machine t+i, receive from machine t-i."""
-        to = [self.layout.position(self.t + i, self.u + du, self.r_x, self.r_i) for du in range(self.layout.ulysses)]
+        arriving = self.queries[i][part] if tensor == "q" else self.slabs[i * self.layout.ring_across][part][0]
+        own = Piece(self.own, part, arriving[0].parts)
         self._exchange(
             "across",
-            (Message(x, (self.own,), peer) for peer in to for x in tensors),
-            (Message(x, (source,), source) for source in self._local(i, 0, 0) for x in tensors),
+            (Message(tensor, (own,), peer) for peer in self._ahead(i)),
+            (Message(tensor, (piece,), piece.source) for piece in arriving),
         )
 
-    def _forward_slab(self, k: int) -> None:
-        """Ring across machines: pass the first block of slab k-1 on, receive that of slab k."""
+    def _ahead(self, i: int) -> list[int]:
+        """The U ranks of machine t+i."""
+        return [self.layout.position(self.t + i, self.u + du, self.r_x, self.r_i) for du in range(self.layout.ulysses)]
+
+    def _forward_slab(self, k: int, part: int) -> None:
+        """Ring across machines: pass part of the first block of slab k-1 on, receive that of slab k."""
         after = self.layout.position(self.t, self.u, self.r_x + 1, self.r_i)
         before = self.layout.position(self.t, self.u, self.r_x - 1, self.r_i)
         self._exchange(
             "across",
-            (Message(x, self.slabs[k - 1][0], after) for x in ("k", "v")),
-            (Message(x, self.slabs[k][0], before) for x in ("k", "v")),
+            (Message("kv", self.slabs[k - 1][part][0], after),),
+            (Message("kv", self.slabs[k][part][0], before),),
         )
 
-    def _post_ring_inside(self, k: int, block: int) -> None:
-        """Ring inside the machine: pass this block on, receive the next one of the slab."""
+    def _post_ring_inside(self, k: int, part: int, block: int) -> None:
+        """Ring inside the machine: pass this block on, receive the next one of the part."""
         if block + 1 == self.layout.ring_inside:
             return
         after = self.layout.position(self.t, self.u, self.r_x, self.r_i + 1)
         before = self.layout.position(self.t, self.u, self.r_x, self.r_i - 1)
         self._exchange(
             "inside",
-            (Message(x, self.slabs[k][block], after) for x in ("k", "v")),
-            (Message(x, self.slabs[k][block + 1], before) for x in ("k", "v")),
+            (Message("kv", self.slabs[k][part][block], after),),
+            (Message("kv", self.slabs[k][part][block + 1], before),),
         )
 
-    def _push_outputs(self, i: int) -> None:
-        """Return final outputs to machine t-i (the other ranks of the own machine for i = 0); receive from t+i."""
-        if i == 0:
-            owners = holders = self.q_by_machine[0][1:]
-        else:
-            owners = self.q_by_machine[i]
-            holders = tuple(
-                self.layout.position(self.t + i, self.u + du, self.r_x, self.r_i) for du in range(self.layout.ulysses)
-            )
+    def _push_across(self, i: int, part: int) -> None:
+        """Return a final part of O to machine t-i; receive the same part from t+i."""
+        pieces = self.queries[i][part]
         self._exchange(
-            "across" if i else "inside",
-            (Message("o", (owner,), owner) for owner in owners),
-            (Message("o", (self.own,), holder) for holder in holders),
+            "across",
+            (Message("o", (piece,), piece.source) for piece in pieces),
+            (Message("o", (Piece(self.own, part, pieces[0].parts),), holder) for holder in self._ahead(i)),
         )
+
+    def _push_inside(self) -> None:
+        """Return final outputs to the other ranks of the own machine."""
+        others = self.queries[0][0][1:]
+        self._exchange(
+            "inside",
+            (Message("o", (piece,), piece.source) for piece in others),
+            (Message("o", (Piece(self.own),), piece.source) for piece in others),
+        )
+
+
+def _flat(groups: Iterable[Iterable[_T]]) -> tuple[_T, ...]:
+    return tuple(chain.from_iterable(groups))

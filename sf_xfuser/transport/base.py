@@ -26,7 +26,10 @@ class Parcel:
 
 
 class Ticket(ABC):
-    """A started exchange."""
+    """A started exchange. ``arrived_s``: when all that it receives was here (``time.perf_counter``), where the
+    transport knows; for traces."""
+
+    arrived_s: float | None = None
 
     @abstractmethod
     def wait(self) -> None:
@@ -47,3 +50,6 @@ class Transport(ABC):
     @abstractmethod
     def drain(self) -> None:
         """Until every send of this call has left its tensor: nothing stays posted across calls. Bounded."""
+
+    def close(self) -> None:  # noqa: B027  (nothing to close is a legal implementation)
+        """Let go of what the lane holds; idempotent. Local. No exchange may follow."""
