@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both make the virtual environment first.
+# Two commands do everything: `make demo` and `make test`. Each makes the virtual environment first; so does `make bench`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -22,6 +22,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+# The rows behind docs/performance.md, on an emulated cluster (Linux, iproute2, root or user namespaces).
+bench: $(STAMP)
+	mkdir -p out
+	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

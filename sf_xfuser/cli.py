@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser import __version__
+from sf_xfuser import __version__, emulate
+from sf_xfuser.bench.command import add_bench_arguments, bench_command
 
 _STYLE = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
@@ -28,8 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Exit status 0 when xDiT can run with --sp-backend here, 1 when not.",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    bench = commands.add_parser(
+        "bench",
+        help="compare sequence-parallel methods, on GPUs or on an emulated cluster",
+        description="Every legal way to run one attention call (or, with --pipeline, denoising steps) across the ranks "
+        "of a cluster: xDiT's own and Torus Attention, alternating within one process group, checked against a single "
+        "process first. Under torchrun on its ranks; with --cluster on an emulated cluster, which needs Linux, "
+        "iproute2 and root or user namespaces.",
+    )
+    add_bench_arguments(bench)
+    cluster = commands.add_parser("cluster", help="run a program on an emulated cluster")
+    run = cluster.add_subparsers(dest="verb", required=True).add_parser(
+        "run",
+        help="run a torchrun-style program on every rank",
+        description="Makes machines out of network namespaces, joins them by shaped links, runs the command on every "
+        "rank with torchrun's variables, and counts the bytes between machines.",
+    )
+    emulate.add_cluster_arguments(run)
     options = parser.parse_args(argv)
-    return _doctor(options.json)
+    if options.command == "doctor":
+        return _doctor(options.json)
+    return bench_command(options) if options.command == "bench" else emulate.cluster_command(options)
 
 
 def _doctor(as_json: bool) -> int:

@@ -92,14 +92,22 @@ streets are full of people who walk home from work. A robot holds a blue flower 
 
 
 def save_tiny_model(
-    family: str, folder: str | Path, *, heads: int = 8, head_dim: int = 16, layers: int = 2, seed: int = 0
+    family: str,
+    folder: str | Path,
+    *,
+    heads: int = 8,
+    head_dim: int = 16,
+    layers: int = 2,
+    single_layers: int | None = None,
+    seed: int = 0,
 ) -> Path:
     """Save the tiny pipeline of ``family`` (one of ``FAMILIES``) under ``folder`` and return that path.
 
-    ``heads * head_dim`` is the width of the transformer; ``layers`` counts its blocks, for each kind of block that
-    the family has (flux and hunyuanvideo: two). The same arguments give the same bytes of weights, and the caller's
-    random state is left alone. ``small_input.json`` in the folder repeats ``SMALL_INPUT[family]``, for programs that
-    are given only the folder. Raises ValueError for an unknown family or for sizes that xDiT cannot split.
+    ``heads * head_dim`` is the width of the transformer; ``layers`` counts its blocks. flux and hunyuanvideo have two
+    kinds of block: ``single_layers`` counts those of one stream where it is not ``layers`` too. The same arguments
+    give the same bytes of weights, and the caller's random state is left alone. ``small_input.json`` in the folder
+    repeats ``SMALL_INPUT[family]``, for programs that are given only the folder. Raises ValueError for an unknown
+    family or for sizes that xDiT cannot split.
     """
     if family not in _BUILDERS:
         raise ValueError(f"unknown model family {family!r}; choose one of {', '.join(FAMILIES)}")
@@ -107,11 +115,14 @@ def save_tiny_model(
         raise ValueError(f"heads={heads}: use a multiple of 4, so that 2 and 4 ranks can share them")
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes get even sizes")
-    if layers < 1:
-        raise ValueError(f"layers={layers}: use at least 1")
+    if single_layers is not None and family not in _TWO_KINDS:
+        raise ValueError(f"single_layers={single_layers}: only {' and '.join(_TWO_KINDS)} have blocks of one stream")
+    if min(layers, single_layers or 0) < 0 or layers + (single_layers or 0) < 1:
+        raise ValueError(f"layers={layers}, single_layers={single_layers}: use at least 1 block")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _BUILDERS[family](heads, head_dim, layers)
+        counts = (layers, layers if single_layers is None else single_layers)
+        pipeline = _BUILDERS[family](heads, head_dim, *counts[: 2 if family in _TWO_KINDS else 1])
         _enliven(pipeline.transformer)
     folder = Path(folder)
     pipeline.save_pretrained(folder)
@@ -132,10 +143,10 @@ def _enliven(transformer: torch.nn.Module) -> None:
                 torch.nn.init.normal_(module.bias, std=0.02)
 
 
-# ---- pipelines: (heads, head_dim, layers) -> pipeline ----------------------------------------------------------------
+# ---- pipelines: (heads, head_dim, layers[, single_layers]) -> pipeline -----------------------------------------------
 
 
-def _flux(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
+def _flux(heads: int, head_dim: int, layers: int, single_layers: int) -> DiffusionPipeline:
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -147,7 +158,7 @@ def _flux(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
         transformer=FluxTransformer2DModel(
             in_channels=4 * _LATENT_CHANNELS,  # 2x2 latent pixels are packed into one token
             num_layers=layers,
-            num_single_layers=layers,
+            num_single_layers=single_layers,
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             joint_attention_dim=_TEXT_DIM,
@@ -222,7 +233,7 @@ def _cogvideox(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
     )
 
 
-def _hunyuanvideo(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
+def _hunyuanvideo(heads: int, head_dim: int, layers: int, single_layers: int) -> DiffusionPipeline:
     tokenizer, clip_tokenizer = _llama_tokenizer(), _clip_tokenizer()
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -244,7 +255,7 @@ def _hunyuanvideo(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             num_layers=layers,
-            num_single_layers=layers,
+            num_single_layers=single_layers,
             num_refiner_layers=1,
             guidance_embeds=True,
             text_embed_dim=_TEXT_DIM,
@@ -283,7 +294,8 @@ def _wan(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
     )
 
 
-_BUILDERS: Mapping[str, Callable[[int, int, int], DiffusionPipeline]] = {
+_TWO_KINDS = ("flux", "hunyuanvideo")  # of block: two streams, then one
+_BUILDERS: Mapping[str, Callable[..., DiffusionPipeline]] = {
     "flux": _flux,
     "sd3": _sd3,
     "cogvideox": _cogvideox,
@@ -443,7 +455,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where to write it; made if missing")
     parser.add_argument("--heads", type=int, default=8, help="attention heads, a multiple of 4")
     parser.add_argument("--head-dim", type=int, default=16, help="size of one head, a multiple of 16")
-    parser.add_argument("--layers", type=int, default=2, help="transformer blocks of each kind")
+    parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
+    parser.add_argument("--single-layers", type=int, help="blocks of one stream (flux, hunyuanvideo); as --layers")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     options = parser.parse_args(arguments)
     try:

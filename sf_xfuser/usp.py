@@ -134,7 +134,7 @@ class TorusUSP:
             mesh=self.mesh,
             q_tokens=(query.shape[2],) * world_size,  # xDiT gives every rank of a group the same number of tokens
             kv_tokens=(key.shape[2],) * world_size,
-            attend=_adapt(self.host.raw_attention(backend)),
+            attend=as_attend_function(self.host.raw_attention(backend)),
             joint_key=joint_key,
             joint_value=joint_value,
             joint_strategy=joint_strategy,
@@ -185,7 +185,7 @@ class TorusUSP:
         self.handed_back[reason] += 1
 
 
-def _adapt(raw: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:
+def as_attend_function(raw: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:
     """A registered xDiT function as ``attend(q, k, v)``, its log-sum-exp brought to [B, H, Sq]."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import those of earlier rows, and those of its own row.
 ROWS = [
     {"args", "hooks"},
-    {"topology", "plan", "agreement"},
+    {"topology", "plan", "agreement", "trace", "emulate"},
     {"kernels", "transport", "schedule"},
     {"mesh"},
     {"call"},
@@ -17,6 +17,7 @@ ROWS = [
     {"usp"},
     {"plugin"},
     {"doctor"},
+    {"bench"},
     {"cli"},
 ]
 ANYWHERE = {"", "__version__", "_autoload", "__init__"}  # lazy by construction

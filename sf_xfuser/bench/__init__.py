@@ -1,0 +1,1 @@
+"""A/B measurements of attention calls and denoising steps: arms that alternate inside one process group."""

@@ -1,0 +1,275 @@
+"""The arms of an attention benchmark: for one case, every way to compute the same call across the same ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from math import gcd
+
+import torch
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.bench import xdit_arms
+from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.xdit_arms import XditConfig
+from sf_xfuser.kernels import AttendFunction, sdpa_attend
+from sf_xfuser.mesh import Mesh, build_mesh
+from sf_xfuser.plan import Layout
+from sf_xfuser.trace import Trace
+from sf_xfuser.transport import Parcel, Ticket, Transport
+
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# 8 heads over 3 machines: the busiest rank has 1/8 more to compute, and a third fewer bytes cross machines.
+_MAX_IMBALANCE = Fraction(6, 5)
+SINGLE = "single"
+ALONE = "attention-alone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """``call`` takes this rank's q, k, v [B,H,S,D], returns [B,H,S,D]; None where the arm cannot run, for ``reason``.
+
+    ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
+    ``mesh`` is set where the arm can be traced.
+    """
+
+    name: str
+    description: str
+    family: str
+    layout: str = ""
+    call: Call | None = None
+    reason: str = ""
+    formula_bytes: float | None = None
+    mesh: Mesh | None = None
+
+
+def known_names() -> str:
+    return (
+        f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
+        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus"
+    )
+
+
+def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str] | None) -> list[Arm]:
+    """The arms of ``case`` whose names are ``wanted`` (None: all). Collective over the world, alike on every rank."""
+    arms = [Arm(name=SINGLE, description="one process, the others wait", family="reference")]
+    args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
+    kv_heads = case.kv_heads or case.heads
+    mesh: Mesh | None = None
+    refused = ""
+    try:
+        mesh = build_mesh(
+            [list(range(case.world_size))], args, heads=case.heads, kv_heads=kv_heads, max_imbalance=_MAX_IMBALANCE
+        )
+    except ValueError as error:
+        refused = str(error)
+    arms += _xdit_arms(case, mesh, wanted)
+    if mesh is None:
+        return [*arms, *(Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS)]
+    attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
+    blocking = replace(mesh, lanes={lane: _Blocking(t) for lane, t in mesh.lanes.items()}, calls={})
+    formula = _torus_egress(case, mesh.layout) * _elements(case) * _itemsize(case)
+    alone = Arm(
+        name=ALONE,
+        description="the same attention on every rank, nothing to exchange",
+        family="reference",
+        layout=str(mesh.layout),
+        call=_alone(case, mesh, attend),
+    )
+    ours = [
+        Arm(
+            name=name,
+            description=description,
+            family="ours",
+            layout=str(mesh.layout),
+            call=_torus(case, used, attend),
+            formula_bytes=formula,
+            mesh=used,
+        )
+        for (name, description), used in zip(_OURS, (blocking, mesh), strict=True)
+    ]
+    every = [arms[0], alone, *arms[1:], *ours]
+    return every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
+
+
+# -- ours -------------------------------------------------------------------------------------------------------------
+
+
+_OURS = (("torus-no-overlap", "torus, each transfer waited for at once"), ("torus", "Torus Attention"))
+
+
+def _torus(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torus_attention(query, key, value, mesh=mesh, attend=attend, q_tokens=case.tokens, kv_tokens=case.tokens)
+
+    return call
+
+
+def _alone(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
+    """What this rank computes in the torus arm, as one call on tensors that are simply there."""
+    layout, ways = mesh.layout, mesh.layout.ulysses_degree
+    heads = case.heads // ways + (layout.head_group(mesh.position) < case.heads % ways)
+    mine = layout.ulysses_group(mesh.position)
+    cached: dict[str, torch.Tensor] = {}
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor
+        if not cached:
+            make = torch.Generator().manual_seed(mesh.position)
+            shape = (case.batch, heads, case.seq_len, case.head_dim)
+            every = torch.randn(shape, generator=make, dtype=torch.float32).to(query)
+            cached["q"] = every[:, :, : sum(case.tokens[p] for p in mine)].contiguous()
+            cached["kv"] = every
+        out, _ = attend(cached["q"], cached["kv"], cached["kv"])
+        return out
+
+    return call
+
+
+class _Blocking(Transport):
+    """Waits for each exchange before the next step: the schedule without its overlap."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
+        ticket = self._transport.exchange(round, sends, receives)
+        ticket.wait()
+        return ticket
+
+    def drain(self) -> None:
+        self._transport.drain()
+
+
+def traced(arm: Arm, trace: Trace | None) -> None:
+    """Let the arm's calls report to ``trace``."""
+    if arm.mesh is not None:
+        arm.mesh.trace = trace
+
+
+# -- xDiT's -----------------------------------------------------------------------------------------------------------
+
+
+def _xdit_arms(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> list[Arm]:
+    kv_heads = case.kv_heads or case.heads
+    n, m = case.num_machines, case.ranks_per_machine
+    own = gcd(m, gcd(case.heads, kv_heads))  # xDiT's own layout: Ulysses inside a machine as far as heads allow
+    named: dict[str, XditConfig] = {}
+    for config in xdit_arms.legal_configs(case.world_size, m, case.heads, kv_heads):
+        named[_name(config, own)] = config
+    reasons: dict[str, str] = {}
+    if "ulysses" not in named and "usp-ulysses" not in named:
+        reasons["ulysses"] = f"{gcd(case.heads, kv_heads)} heads do not split {case.world_size} ways"
+    degree = own if mesh is None else mesh.layout.ulysses_degree
+    mapped = [
+        config
+        for config in xdit_arms.legal_configs(case.world_size, m, case.heads, kv_heads, placement="machines-first")
+        if config.ulysses_degree == degree
+    ]
+    named.update({_name(config, own): config for config in mapped})
+    if not mapped:
+        reasons["mapping"] = (
+            f"with ulysses={degree} it is xDiT's own placement"
+            if case.heads % degree == 0
+            else f"xDiT cannot split {case.heads} heads {degree} ways"
+        )
+    order = ("usp", "ulysses", "ring", "xdit", "mapping")
+    names = sorted({*named, *reasons}, key=lambda name: (order.index(name.split("-")[0]), name))
+    names = [name for name in names if wanted is None or name in wanted]
+    missing = xdit_arms.available()
+    if missing is None and case.seq_len % case.world_size:
+        missing = f"xDiT splits tokens evenly, and {case.world_size} ranks do not divide {case.seq_len}"
+    if missing is not None:
+        return [Arm(name=name, description="xDiT", family="xdit", reason=missing) for name in names]
+    members = None if mesh is None else mesh.members
+    calls = xdit_arms.open_arms([named[x] for x in names if x in named], ranks_per_machine=m, members=members)
+    return [
+        Arm(
+            name=name,
+            description=_DESCRIPTIONS[name.split("-")[0]],
+            family="xdit",
+            layout=str(named[name]),
+            call=calls[named[name]],
+            formula_bytes=_xdit_egress(case, named[name], n, m) * _elements(case) * _itemsize(case),
+        )
+        if name in named
+        else Arm(name=name, description=_DESCRIPTIONS[name], family="xdit", reason=reasons[name])
+        for name in names
+    ]
+
+
+_DESCRIPTIONS = {
+    "usp": "xDiT's USP in its own layout",
+    "ulysses": "xDiT, Ulysses over all ranks",
+    "ring": "xDiT, Ring over all ranks",
+    "xdit": "xDiT, other degrees",
+    "mapping": "xDiT's code, Ulysses across machines",
+}
+
+
+def _name(config: XditConfig, own_ulysses: int) -> str:
+    rotation = config.rotation if config.ring_degree > 1 else ""
+    if config.placement == "machines-first":
+        return f"mapping-{rotation}" if rotation else "mapping"
+    if config.ulysses_degree == own_ulysses:
+        return f"usp-{rotation or 'ulysses'}"
+    if not rotation:
+        return "ulysses"
+    if config.ulysses_degree == 1:
+        return f"ring-{rotation}"
+    return f"xdit-u{config.ulysses_degree}r{config.ring_degree}-{rotation}"
+
+
+# -- bytes between machines -------------------------------------------------------------------------------------------
+
+
+def _elements(case: Case) -> int:
+    return case.batch * case.seq_len * case.heads * case.head_dim
+
+
+def _itemsize(case: Case) -> int:
+    return int(torch.empty(0, dtype=getattr(torch, case.dtype)).element_size())
+
+
+def _torus_egress(case: Case, layout: Layout) -> float:
+    """Elements that leave the machine that sends most, in units of ``B*L*H*D``; ``Layout.egress`` for uneven heads.
+
+    A rank sends every head group of other machines its tokens' Q, K and V, and returns the O of other machines' tokens
+    for its own heads; in a ring across machines it passes each KV block on, R_x - 1 times.
+    """
+    ways, repeat = layout.ulysses_degree, case.heads // (case.kv_heads or case.heads)
+    bounds = [p * (case.heads // ways) + min(p, case.heads % ways) for p in range(ways + 1)]
+    q = [high - low for low, high in pairwise(bounds)]
+    kv = [-(-high // repeat) - low // repeat for low, high in pairwise(bounds)]
+    out = [0.0] * layout.num_machines
+    for position in range(layout.world_size):
+        t, own = layout.coordinates(position)[0], layout.head_group(position)
+        away = [p for p in range(ways) if p // layout.ulysses != t]
+        heads = sum(q[p] + 2 * kv[p] for p in away) + len(away) * q[own]
+        heads += (layout.ring_across - 1) * ways * 2 * kv[own]
+        out[layout.machine(position)] += heads / (case.heads * layout.world_size)
+    return max(out)
+
+
+def _xdit_egress(case: Case, config: XditConfig, num_machines: int, ranks_per_machine: int) -> float:
+    """Elements that leave the machine that sends most, in units of ``B*L*H*D``: each rank holds 1/W of Q, K, V.
+
+    Ulysses sends each other member its heads of Q, K, V, and later of O. A ring passes KV blocks to the next member,
+    R - 1 times; so does the all-gather, which is a ring inside, too.
+    """
+    w, g = num_machines * ranks_per_machine, (case.kv_heads or case.heads) / case.heads
+    ulysses, ring = config.groups(num_machines, ranks_per_machine)
+    out = [0.0] * num_machines
+    for group in ulysses:
+        for a in group:
+            others = sum(b // ranks_per_machine != a // ranks_per_machine for b in group)
+            out[a // ranks_per_machine] += others * (2 + 2 * g) / (w * len(group))
+    for group in ring:
+        for a, b in zip(group, (*group[1:], group[0]), strict=True):
+            if a // ranks_per_machine != b // ranks_per_machine:
+                out[a // ranks_per_machine] += 2 * g * (len(group) - 1) / w
+    return max(out)

@@ -1,0 +1,144 @@
+"""One case of a benchmark: a cluster and the shape of an attention call. Grids of them from TOML files."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sf_xfuser.emulate import ClusterSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DTYPES = ("float32", "bfloat16", "float16")
+_CLUSTER_KEYS = ("cluster", "inter_rate", "inter_delay")
+_SHAPE_KEYS = ("seq_len", "heads", "kv_heads", "head_dim", "batch", "dtype", "plan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """``seq_len`` global tokens of ``batch`` sequences, ``heads`` query and ``kv_heads`` key heads (None: as many) of
+    ``head_dim``; ``plan`` as ``--sp-plan``. The cluster as in ``emulate.ClusterSpec``; ``inter_rate_bps`` None where
+    it is not emulated or not shaped. Raises ValueError for what no attention call could mean."""
+
+    num_machines: int
+    ranks_per_machine: int
+    inter_rate_bps: int | None = None
+    inter_delay_s: float = 0.0
+    seq_len: int = 4096
+    heads: int = 8
+    kv_heads: int | None = None
+    head_dim: int = 64
+    batch: int = 1
+    dtype: str = "float32"
+    plan: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "heads", "head_dim", "batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        if not isinstance(kv_heads, int) or kv_heads < 1 or self.heads % kv_heads:
+            raise ValueError(f"kv_heads must divide {self.heads} heads, got {kv_heads!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.seq_len < self.world_size:
+            raise ValueError(f"seq_len={self.seq_len} leaves some of {self.world_size} ranks without a token")
+
+    @property
+    def world_size(self) -> int:
+        return self.num_machines * self.ranks_per_machine
+
+    @property
+    def spec(self) -> ClusterSpec:
+        return ClusterSpec(
+            num_machines=self.num_machines,
+            ranks_per_machine=self.ranks_per_machine,
+            inter_rate_bps=self.inter_rate_bps,
+            inter_delay_s=self.inter_delay_s,
+        )
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens that each rank holds."""
+        w = self.world_size
+        return tuple(self.seq_len // w + (rank < self.seq_len % w) for rank in range(w))
+
+    @property
+    def id(self) -> str:
+        rate = "" if self.inter_rate_bps is None else f" {self.inter_rate_bps / 1e6:g}mbit"
+        delay = f" {self.inter_delay_s * 1e3:g}ms" if self.inter_delay_s else ""
+        kv = "" if self.kv_heads in (None, self.heads) else f"/{self.kv_heads}"
+        batch = "" if self.batch == 1 else f" B{self.batch}"
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        plan = "" if self.plan == "auto" else f" {self.plan}"
+        cluster = f"{self.num_machines}x{self.ranks_per_machine}{rate}{delay}"
+        return f"{cluster} L{self.seq_len} H{self.heads}{kv} D{self.head_dim}{batch}{dtype}{plan}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "cluster": f"{self.num_machines}x{self.ranks_per_machine}",
+            **asdict(self),
+            "kv_heads": self.kv_heads or self.heads,
+        }
+
+
+def make_case(values: Mapping[str, Any]) -> Case:
+    """A case from ``cluster``, ``inter_rate``, ``inter_delay`` (text, as on the command line) and shape fields."""
+    unknown = sorted(set(values) - {*_CLUSTER_KEYS, *_SHAPE_KEYS})
+    if unknown:
+        raise ValueError(f"unknown field(s) {', '.join(unknown)}; allowed: {', '.join((*_CLUSTER_KEYS, *_SHAPE_KEYS))}")
+    if "cluster" not in values:
+        raise ValueError('a case needs cluster = "NxM" (machines x ranks per machine)')
+    spec = ClusterSpec.parse(*(None if values.get(k) is None else str(values[k]) for k in _CLUSTER_KEYS))  # type: ignore[arg-type]
+    shape = {key: values[key] for key in _SHAPE_KEYS if values.get(key) is not None}
+    return Case(**asdict(spec), **shape)
+
+
+def read_grid(path: str | Path) -> list[Case]:
+    """The cases of a TOML file: ``[defaults]`` and ``[[case]]`` tables whose lists stand for one case each.
+
+    Raises ValueError, naming the file and the table, for anything that is not a case.
+    """
+    try:
+        document = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--grid {path}: {error.strerror or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--grid {path} is not TOML: {error}") from None
+    unknown = sorted(set(document) - {"defaults", "case"})
+    tables = document.get("case", [])
+    if unknown or not isinstance(tables, list) or not tables:
+        raise ValueError(
+            f"--grid {path} must hold [[case]] tables, and may hold [defaults]; "
+            + (f"it has {', '.join(unknown)}" if unknown else "it has no [[case]]")
+        )
+    cases: list[Case] = []
+    for number, table in enumerate(tables, 1):
+        values = {**document.get("defaults", {}), **table}
+        choices = [[(k, x) for x in v] if isinstance(v, list) else [(k, v)] for k, v in values.items()]
+        try:
+            cases += [make_case(dict(picked)) for picked in itertools.product(*choices)]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--grid {path}, [[case]] {number}: {error}") from None
+    repeated = sorted({case.id for case in cases if cases.count(case) > 1})
+    if repeated:
+        raise ValueError(f"--grid {path} lists some cases twice: {'; '.join(repeated)}")
+    return cases
+
+
+def launches(cases: list[Case]) -> list[list[Case]]:
+    """Cases that one launch of ranks can run: same machines, same delay (the rate can be changed). Order kept."""
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in cases:
+        shaped = case.inter_rate_bps is not None
+        groups.setdefault((case.num_machines, case.ranks_per_machine, case.inter_delay_s, shaped), []).append(case)
+    return list(groups.values())

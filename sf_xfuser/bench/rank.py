@@ -1,0 +1,516 @@
+"""The rank side of ``sf-xfuser bench``: runs cases on the ranks of this process's job and writes rows.
+
+``python -m sf_xfuser.bench.rank ORDER.json`` is what every rank of an emulated cluster runs; under torchrun on GPUs the
+``bench`` command calls :func:`run` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+
+from sf_xfuser import emulate
+from sf_xfuser.args import launch_environment
+from sf_xfuser.bench import xdit_arms
+from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
+from sf_xfuser.bench.case import Case
+from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.trace import Trace
+
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the ranks are to do. ``arms``: names, None for all. ``repeat`` timed calls of each arm after ``warmup``
+    untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count."""
+
+    cases: tuple[Case, ...]
+    arms: tuple[str, ...] | None = None
+    repeat: int = 7
+    warmup: int = 2
+    seed: int = 0
+    topology: str = "auto"
+    timeout_s: float = 300.0
+    emulated: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        values = json.loads(text)
+        arms = values.pop("arms")
+        return cls(cases=tuple(Case(**c) for c in values.pop("cases")), arms=arms and tuple(arms), **values)
+
+
+@dataclass
+class _Sample:
+    """One arm's figures on rank 0."""
+
+    times_s: list[float] = field(default_factory=list)
+    attention_s: list[float] = field(default_factory=list)
+    exposed_s: list[float] = field(default_factory=list)
+    wire: list[list[list[int]]] = field(default_factory=list)
+    first_call_s: float | None = None
+    peak_bytes: list[int] | None = None
+    max_abs_error: float | None = None
+    rms_error: float | None = None
+    failure: str = ""
+    timeline: dict[str, Any] | None = None
+
+
+def run(order: Order, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
+    """Measure every case. Collective over the job; on rank 0 ``done(rows, timelines)`` follows each case.
+
+    Rows and timelines are those of ``report``. Sets up torch.distributed. Raises what the ranks raise.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device((launch_environment().local_rank or 0) % torch.cuda.device_count())
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=order.timeout_s))
+    try:
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=order.timeout_s))
+        for case in order.cases:
+            if dist.get_world_size() != case.world_size:
+                raise ValueError(f"case {case.id} needs {case.world_size} ranks, the job has {dist.get_world_size()}")
+            measurement = _Measurement(order, case, control, cuda)
+            rows, timelines = measurement.run()
+            measurement.close()
+            if dist.get_rank() == 0:
+                done(rows, timelines)
+        dist.barrier(control)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Measurement:
+    """One case on one rank."""
+
+    def __init__(self, order: Order, case: Case, control: dist.ProcessGroup, cuda: bool) -> None:
+        self.order, self.case, self.control = order, case, control
+        self.rank = dist.get_rank()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        if order.emulated and case.inter_rate_bps is not None:
+            if launch_environment().local_rank == 0:
+                emulate.shape(case.inter_rate_bps)
+            dist.barrier(control)
+        self.arms = open_arms(case, order.topology, order.timeout_s, order.arms)
+        self.samples = {arm.name: _Sample() for arm in self.arms}
+        shards = [self._shard(rank) for rank in range(case.world_size)]
+        self.inputs = tuple(x.to(self.device) for x in shards[self.rank])
+        self.keys, self.values = (torch.cat([shard[n] for shard in shards], dim=2) for n in (1, 2))
+        self.queries = torch.cat([shard[0] for shard in shards], dim=2) if self.rank == 0 else None
+        self.spent = 0.0  # seconds inside attention kernels since last reset
+
+    def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        runnable = [arm for arm in self.arms if arm.call is not None or arm.name == SINGLE]
+        total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
+        with ExitStack() as stack:
+            if xdit_arms.available() is None and any(arm.family == "xdit" and arm.call for arm in self.arms):
+                stack.enter_context(xdit_arms.attention_timer(self._kernel_ran))
+            advance = stack.enter_context(self._progress(total))
+            for arm in runnable:
+                advance(f"{arm.name}: checking")
+                self._gate(arm)
+            for arm in runnable:
+                if not self.samples[arm.name].failure:
+                    advance(f"{arm.name}: memory and timeline")
+                    self._observe(arm)
+            passed = [arm for arm in runnable if not self.samples[arm.name].failure]
+            for number in range(self.order.warmup + self.order.repeat):
+                shift = number % len(passed) if passed else 0
+                for arm in (*passed[shift:], *passed[:shift]):
+                    advance(f"{arm.name}: call {number + 1}")
+                    if arm.name == SINGLE and number >= 2:
+                        continue  # a whole computation on one rank: two calls are enough for a reference
+                    self._time(arm, timed=number >= self.order.warmup or arm.name == SINGLE)
+        if self.rank != 0:
+            return [], []
+        timelines = [s.timeline for s in reversed(self.samples.values()) if s.timeline is not None]
+        return self._rows(), timelines  # torus first
+
+    def close(self) -> None:
+        for arm in self.arms:
+            if arm.mesh is not None:
+                arm.mesh.close()
+
+    # -- measurements ----------------------------------------------------------------------------------------------
+
+    def _gate(self, arm: Arm) -> None:
+        """First call, and whether its result is the single process's."""
+        sample = self.samples[arm.name]
+        started = time.perf_counter()
+        out = self._call(arm)
+        self._synchronize()
+        took = time.perf_counter() - started
+        errors = [0.0, 0.0]
+        if arm.name not in (SINGLE, ALONE):
+            error = (out.float().cpu() - self._expected()).abs()
+            errors = [error.max().item(), error.square().mean().item()]
+        reports = self._gather([took, *errors])
+        sample.first_call_s = max(r[0] for r in reports)
+        if arm.name in (SINGLE, ALONE):
+            return
+        sample.max_abs_error = max(math.inf if math.isnan(r[1]) else r[1] for r in reports)
+        sample.rms_error = math.sqrt(statistics.fmean(r[2] for r in reports))
+        allowed = _TOLERANCE[self.case.dtype]
+        if sample.max_abs_error > allowed:
+            seen = f"{sample.max_abs_error:.2e}"
+            sample.failure = f"wrong result: differs by {seen} from one process ({allowed:g} allowed)"
+
+    def _expected(self) -> torch.Tensor:
+        """This rank's rows of the single-process result, by PyTorch's attention on one process."""
+        if not hasattr(self, "_own_rows"):
+            query = self.inputs[0]
+            repeat = query.shape[1] // self.keys.shape[1]
+            k, v = (x.to(self.device).repeat_interleave(repeat, dim=1) for x in (self.keys, self.values))
+            self._own_rows = torch.nn.functional.scaled_dot_product_attention(query, k, v).float().cpu()
+        return self._own_rows
+
+    def _observe(self, arm: Arm) -> None:
+        """One call each, not timed: activation memory at its peak, and what happens when."""
+        if arm.name == SINGLE:
+            return
+        sample = self.samples[arm.name]
+        self._barrier()
+        with _peak_memory(self.device) as peak:
+            self._call(arm)
+        sample.peak_bytes = self._gather(peak[0])
+        trace = Trace()
+        self._recording = trace if arm.mesh is None else None
+        traced(arm, trace)
+        self._barrier()
+        start = time.perf_counter()
+        self._call(arm)
+        self._synchronize()
+        duration = time.perf_counter() - start
+        traced(arm, None)
+        self._recording = None
+        ranks = self._gather({"duration_s": duration, "spans": trace.finished(start)})
+        sample.timeline = {
+            "case": self.case.id,
+            "arm": arm.name,
+            "duration_s": max(r["duration_s"] for r in ranks),
+            "ranks": [
+                {"rank": rank, "machine": rank // self.case.ranks_per_machine, "spans": report["spans"]}
+                for rank, report in enumerate(ranks)
+            ],
+        }
+
+    def _time(self, arm: Arm, timed: bool) -> None:
+        sample = self.samples[arm.name]
+        self._barrier()
+        before = self._sent()
+        self.spent = 0.0
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            self._call(arm)
+            end.record()
+            end.synchronize()
+            took = start.elapsed_time(end) / 1e3
+        else:
+            started = time.perf_counter()
+            self._call(arm)
+            took = time.perf_counter() - started
+        reports = self._gather([took, self.spent])
+        after = self._sent()
+        if timed and self.rank == 0:
+            sample.times_s.append(max(r[0] for r in reports))
+            sample.attention_s.append(max(r[1] for r in reports))
+            sample.exposed_s.append(statistics.fmean(r[0] - r[1] for r in reports))
+            if before is not None and after is not None:
+                sample.wire.append(
+                    [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(before, after, strict=True)]
+                )
+
+    def _call(self, arm: Arm) -> torch.Tensor:
+        if arm.name == SINGLE:
+            if self.rank != 0:
+                return self.inputs[0]
+            assert self.queries is not None
+            q, k, v = (x.to(self.device) for x in (self.queries, self.keys, self.values))
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            return self._timed_kernel(q, k, v)
+        assert arm.call is not None
+        out: torch.Tensor = arm.call(*self.inputs)
+        return out
+
+    def _timed_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        out: torch.Tensor = sdpa_attend(q, k, v)[0]
+        self._kernel_ran(start, time.perf_counter())
+        return out
+
+    _recording: Trace | None = None
+
+    def _kernel_ran(self, start_s: float, end_s: float) -> None:
+        self.spent += end_s - start_s
+        if self._recording is not None:
+            self._recording.add("compute", "attention", start_s, end_s)
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> list[dict[str, Any]]:
+        alone = self.samples[ALONE].times_s if ALONE in self.samples else []
+        compute = statistics.median(alone) if alone else None
+        rows = [self._row(arm, self.samples[arm.name], compute) for arm in self.arms]
+        add_ratios(rows)
+        return rows
+
+    def _row(self, arm: Arm, sample: _Sample, compute_s: float | None) -> dict[str, Any]:
+        measured = sample.times_s
+        status = "failed" if sample.failure else "ok" if measured else "skipped"
+        wire_s = None
+        if arm.formula_bytes is not None and self.case.inter_rate_bps is not None:
+            wire_s = arm.formula_bytes * 8 / self.case.inter_rate_bps
+        bound = max(compute_s, wire_s or 0.0) if compute_s is not None and arm.name not in (SINGLE, ALONE) else None
+        median = statistics.median(measured) if measured else None
+        attention = statistics.median(sample.attention_s) if measured else None
+        exposed = statistics.median(sample.exposed_s) if measured else None
+        if self.device.type == "cuda" and median is not None and compute_s is not None:
+            attention, exposed = compute_s, median - compute_s  # the host only sees launches
+        return {
+            "kind": "attention",
+            "case": self.case.to_json(),
+            "arm": arm.name,
+            "description": arm.description,
+            "family": arm.family,
+            "status": status,
+            "reason": sample.failure or arm.reason,
+            "layout": arm.layout,
+            **times(measured),
+            "first_call_s": sample.first_call_s,
+            "attention_s": attention,
+            "exposed_s": exposed,
+            "peak_bytes": sample.peak_bytes,
+            "wire_bytes": _mean(sample.wire),
+            "formula_bytes": arm.formula_bytes,
+            "max_abs_error": sample.max_abs_error,
+            "rms_error": sample.rms_error,
+            "bound_s": bound,
+            "bound_compute_s": compute_s,
+            "bound_wire_s": wire_s,
+            "efficiency": bound / median if bound is not None and median else None,
+        }
+
+    # -- small things ----------------------------------------------------------------------------------------------
+
+    def _shard(self, rank: int) -> tuple[torch.Tensor, ...]:
+        """q, k, v of one rank, as views [B,H,S,D] of [B,S,H,D], as xDiT's models hand them over."""
+        case = self.case
+        make = torch.Generator().manual_seed(1000 * self.order.seed + rank)
+        heads = (case.heads, *[case.kv_heads or case.heads] * 2)
+        shapes = [(case.batch, case.tokens[rank], h, case.head_dim) for h in heads]
+        dtype = getattr(torch, case.dtype)
+        return tuple(torch.randn(shape, generator=make).to(dtype).transpose(1, 2) for shape in shapes)
+
+    def _gather(self, value: Any) -> list[Any]:
+        reports: list[Any] = [None] * self.case.world_size
+        dist.all_gather_object(reports, value, group=self.control)
+        return reports
+
+    def _barrier(self) -> None:
+        self._synchronize()
+        dist.barrier(self.control)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _sent(self) -> list[list[int]] | None:
+        if self.rank != 0 or not self.order.emulated or self.case.num_machines == 1:
+            return None
+        return emulate.read_matrix(self.case.num_machines)
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[str], None]]:
+        """``advance(text)`` on rank 0's terminal."""
+        console = Console(stderr=True)
+        if self.rank != 0 or not console.is_terminal:
+            yield lambda text: None
+            return
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(self.case.id, total=total)
+            yield lambda text: progress.update(task, advance=1, description=f"{self.case.id}  {text}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineOrder:
+    """What the ranks are to do with a pipeline. ``case`` goes into the rows; empty where the cluster is real."""
+
+    model: str
+    topology: str
+    plan: str
+    case: dict[str, Any]
+    steps: int
+    rounds: int
+    dtype: str
+    seed: int
+    timeout_s: float
+
+
+def run_pipeline(order: PipelineOrder) -> list[dict[str, Any]]:
+    """Rows of whole denoising steps, on rank 0. Collective over the job. Raises ValueError for an unknown model."""
+    from sf_xfuser.bench.pipeline import SHAPES, PipelineOptions, make_model, measure
+
+    missing = xdit_arms.available()
+    if missing is not None:
+        raise ValueError(f"--pipeline runs xDiT's pipelines: {missing}")
+    with ExitStack() as stack:
+        model, shape = order.model, SHAPES.get(order.model)
+        if shape is not None:  # every rank of a host could share one; making it is a matter of seconds
+            model = str(make_model(order.model, stack.enter_context(tempfile.TemporaryDirectory())))
+        records = measure(
+            PipelineOptions(
+                model=model,
+                topology=order.topology,
+                plan=order.plan,
+                size=shape.size if shape else {},
+                text_length=shape.text_length if shape else 256,
+                steps=order.steps,
+                rounds=order.rounds,
+                dtype=order.dtype,
+                seed=order.seed,
+                timeout=order.timeout_s,
+            )
+        )
+        rank = dist.get_rank()
+        dist.barrier()
+        world_size = dist.get_world_size()
+        dist.destroy_process_group()
+    if rank != 0:
+        return []
+    case = order.case or {"id": f"{order.model} on {world_size} ranks", "model": order.model}
+    rows = [_pipeline_row(case, order.dtype, record) for record in records]
+    add_ratios(rows)
+    return rows
+
+
+def _pipeline_row(case: dict[str, Any], dtype: str, record: dict[str, Any]) -> dict[str, Any]:
+    name = {"single": SINGLE, "torus": "torus"}.get(record["arm"])
+    if name is None:
+        name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["arm"]), "ulysses")
+    family = {SINGLE: "reference", "torus": "ours"}.get(name, "xdit")
+    right = record["max_abs_error"] <= _TOLERANCE[dtype] * 10  # of latents, after several steps
+    attention = statistics.median(record["attention_s"]) if any(record["attention_s"]) else None
+    return {
+        "kind": "pipeline",
+        "case": case,
+        "arm": name,
+        "description": "seconds per denoising step",
+        "family": family,
+        "status": "ok" if right else "failed",
+        "reason": "" if right else f"latents differ by {record['max_abs_error']:.2e} from one process",
+        "layout": record["layout"],
+        **times(record["times_s"]),
+        "first_call_s": record["first_call_s"],
+        "attention_s": attention,
+        "exposed_s": None,
+        "peak_bytes": None,
+        "wire_bytes": None,
+        "formula_bytes": None,
+        "max_abs_error": None if name == SINGLE else record["max_abs_error"],
+        "rms_error": None,
+        "bound_s": None,
+        "bound_compute_s": None,
+        "bound_wire_s": None,
+        "efficiency": None,
+    }
+
+
+def times(measured: list[float]) -> dict[str, Any]:
+    """The fields of a row that describe ``measured`` seconds."""
+    quartiles = statistics.quantiles(measured, n=4) if len(measured) > 1 else [None, None, None]
+    return {
+        "times_s": measured,
+        "median_s": statistics.median(measured) if measured else None,
+        "min_s": min(measured, default=None),
+        "max_s": max(measured, default=None),
+        "q1_s": quartiles[0],
+        "q3_s": quartiles[2],
+    }
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """``ratio_to_usp`` and ``ratio_to_best_xdit``: the other's median over this row's; None for references."""
+    usp = _fastest(rows, lambda row: row["arm"].startswith("usp-"))
+    best = _fastest(rows, lambda row: row["family"] == "xdit")
+    for row in rows:
+        for key, reference in (("ratio_to_usp", usp), ("ratio_to_best_xdit", best)):
+            comparable = row["median_s"] is not None and reference is not None and row["family"] != "reference"
+            row[key] = reference / row["median_s"] if comparable else None
+
+
+def _fastest(rows: Sequence[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool]) -> float | None:
+    return min((row["median_s"] for row in rows if row["status"] == "ok" and wanted(row)), default=None)
+
+
+def _mean(matrices: list[list[list[int]]]) -> list[list[int]] | None:
+    if not matrices:
+        return None
+    size = range(len(matrices[0]))
+    return [[round(statistics.fmean(m[i][j] for m in matrices)) for j in size] for i in size]
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """``[bytes]`` that PyTorch's allocator held at most inside, above what it held before; filled at the end."""
+    peak = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak[0] = torch.cuda.max_memory_allocated() - before
+        return
+    # The profiler sees each allocation of the CPU allocator on this thread, where PyTorch calls are made.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield peak
+    results = profile.profiler.kineto_results
+    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    held = 0
+    for _, change in changes:
+        held += change
+        peak[0] = max(peak[0], held)
+
+
+def main() -> None:
+    """``[--pipeline] ORDER.json``. Rank 0 rewrites ``ORDER.rows`` after each case, so that what was measured survives
+    a failure."""
+    path = Path(sys.argv[-1])
+    rows: list[dict[str, Any]] = []
+    timelines: list[dict[str, Any]] = []
+
+    def done(new_rows: list[dict[str, Any]], new_timelines: list[dict[str, Any]]) -> None:
+        rows.extend(new_rows)
+        timelines.extend(new_timelines)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps({"rows": rows, "timelines": timelines}))
+        partial.replace(path.with_suffix(".rows"))
+
+    if sys.argv[1] == "--pipeline":
+        if found := run_pipeline(PipelineOrder(**json.loads(path.read_text()))):
+            done(found, [])
+    else:
+        run(Order.from_json(path.read_text()), done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""xDiT's own attention call as arms of an A/B run: its USP, unchanged, in any of its layouts, call by call.
+
+What xDiT's USP looks at when it is called is swapped around each call: the two process groups in yunchang's
+``PROCESS_GROUP``, the Ulysses and Ring entries of xDiT's sequence-parallel coordinator, and PyTorch's rotation of KV in
+a ring. That is a dozen assignments (microseconds, no communication), so arms alternate inside one process group and
+a run compares them under the same conditions.
+
+Every arm calls the attention function registered for xDiT's attention backend (on a CPU: PyTorch's CPU flash kernel):
+once per call without Ring, once per KV block with it, from PyTorch's ring template. ``attention_timer`` sits there.
+
+Importing this module needs no xfuser.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser import plugin
+from sf_xfuser.kernels import AttendFunction
+from sf_xfuser.plan import split_degree
+from sf_xfuser.usp import as_attend_function
+
+Rotation = Literal["allgather", "alltoall"]
+Placement = Literal["xdit", "machines-first"]
+Groups = list[tuple[int, ...]]
+
+
+def available() -> str | None:
+    """Why xDiT's arms cannot run in this installation; None if they can."""
+    return plugin.unsupported()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XditConfig:
+    """How xDiT is launched: ``--ulysses_degree``, ``--ring_degree``, and what has no flag.
+
+    ``rotation`` is how a ring moves KV: ``"allgather"`` (PyTorch's default, so xDiT's) or ``"alltoall"``, hop by hop;
+    it says nothing where ``ring_degree`` is 1. ``placement`` ``"xdit"`` puts Ulysses on neighbouring ranks and Ring
+    across, as xDiT does; ``"machines-first"`` is the mapping alone: Ulysses across machines, Ring inside, no overlap.
+    ``combine_qkv`` sends Q, K and V in one all-to-all, as xDiT's Flux does and most of its models do not.
+    """
+
+    ulysses_degree: int
+    ring_degree: int
+    rotation: Rotation = "allgather"
+    placement: Placement = "xdit"
+    combine_qkv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ulysses_degree < 1 or self.ring_degree < 1:
+            raise ValueError(f"degrees must be at least 1: ulysses={self.ulysses_degree}, ring={self.ring_degree}")
+        if self.rotation not in get_args(Rotation) or self.placement not in get_args(Placement):
+            raise ValueError(
+                f"rotation {self.rotation!r} must be one of {get_args(Rotation)}, placement {self.placement!r} one "
+                f"of {get_args(Placement)}"
+            )
+
+    def groups(self, num_machines: int, ranks_per_machine: int) -> tuple[Groups, Groups]:
+        """Every Ulysses group and every Ring group, as machine-major positions. Pure."""
+        world_size = num_machines * ranks_per_machine
+        if self.ulysses_degree * self.ring_degree != world_size:
+            raise ValueError(f"{self} describes {self.ulysses_degree * self.ring_degree} ranks, not {world_size}")
+        if self.placement == "xdit":
+            u = self.ulysses_degree
+            ulysses = [tuple(range(first, first + u)) for first in range(0, world_size, u)]
+            return ulysses, [tuple(range(first, world_size, u)) for first in range(u)]
+        layout = split_degree(num_machines, ranks_per_machine, self.ulysses_degree)
+        positions = range(world_size)
+        return sorted({layout.ulysses_group(p) for p in positions}), sorted({layout.ring_group(p) for p in positions})
+
+    def __str__(self) -> str:
+        parts = [f"ulysses={self.ulysses_degree} ring={self.ring_degree}"]
+        parts += [self.rotation] if self.ring_degree > 1 else []
+        parts += [self.placement] if self.placement != "xdit" else []
+        parts += ["combined"] if self.combine_qkv else []
+        return " ".join(parts)
+
+
+def legal_configs(
+    world_size: int,
+    ranks_per_machine: int,
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    placement: Placement = "xdit",
+    combine_qkv: bool = False,
+) -> list[XditConfig]:
+    """Every pair of degrees that xDiT can run, with both rotations where there is a ring. Pure.
+
+    Ulysses must divide the query heads and, because xDiT splits compact KV, the KV heads. ``"machines-first"`` gives
+    those configurations alone whose groups differ from xDiT's own, so that no arm appears twice.
+    """
+    if world_size % ranks_per_machine:
+        raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")
+    grid = world_size // ranks_per_machine, ranks_per_machine
+    configs = []
+    for u in range(world_size, 0, -1):
+        if world_size % u or heads % u or (kv_heads or heads) % u:
+            continue
+        own = XditConfig(ulysses_degree=u, ring_degree=world_size // u)
+        placed = XditConfig(ulysses_degree=u, ring_degree=world_size // u, placement=placement)
+        if placement != "xdit" and placed.groups(*grid) == own.groups(*grid):
+            continue
+        for rotation in get_args(Rotation)[: 1 if u == world_size else None]:
+            configs.append(
+                XditConfig(
+                    ulysses_degree=u,
+                    ring_degree=world_size // u,
+                    rotation=rotation,
+                    placement=placement,
+                    combine_qkv=combine_qkv,
+                )
+            )
+    return configs
+
+
+class XditArm:
+    """One configuration, ready to be called. Made by :func:`open_arms`; holds no tensors."""
+
+    def __init__(self, config: XditConfig, ulysses_group: dist.ProcessGroup, ring_group: dist.ProcessGroup) -> None:
+        from xfuser.model_executor.layers import usp
+
+        self.config = config
+        self._groups = {"ULYSSES_PG": ulysses_group, "RING_PG": ring_group}
+        self._coordinator = {
+            "ulysses_group": ulysses_group,
+            "ulysses_world_size": dist.get_world_size(ulysses_group),
+            "ulysses_rank": dist.get_rank(ulysses_group),
+            "ring_group": ring_group,
+            "ring_world_size": dist.get_world_size(ring_group),
+            "ring_rank": dist.get_rank(ring_group),
+        }
+        self._usp = inspect.unwrap(usp.USP)  # without the plugin: xDiT's own is what is measured
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of this rank's tokens on everybody's, not causal: [B, H, S, D] in (KV may have fewer heads), out.
+
+        Collective over the sequence-parallel group; every rank holds the same number of tokens.
+        """
+        kv_repeat = query.shape[1] // key.shape[1]
+        compact_kv = {"kv_head_repeat": kv_repeat} if kv_repeat > 1 else {}  # xDiT before 0.7 has no such parameter
+        with self.selected():
+            out: torch.Tensor = self._usp(
+                query,
+                key,
+                value,
+                dropout_p=0.0,
+                is_causal=False,
+                combine_qkv_a2a=self.config.combine_qkv,
+                **compact_kv,
+            )
+        return out
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        """Inside, xDiT is laid out as ``config`` says, for whatever of xDiT's is called; then as it was. Local."""
+        from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
+        from xfuser.core.distributed import get_sp_group
+        from yunchang.globals import PROCESS_GROUP
+
+        # Objects that xDiT's modules hold by name: their entries are changed, the objects stay.
+        changes = ((PROCESS_GROUP, self._groups), (get_sp_group(), self._coordinator))
+        before = [(owner, {name: getattr(owner, name) for name in entries}) for owner, entries in changes]
+        rotation_before = _cp_options.rotate_method
+        try:
+            for owner, entries in changes:
+                vars(owner).update(entries)
+            set_rotate_method(self.config.rotation)
+            yield
+        finally:
+            for owner, entries in before:
+                vars(owner).update(entries)
+            _cp_options.rotate_method = rotation_before
+
+
+def open_arms(
+    configs: Sequence[XditConfig],
+    *,
+    ranks_per_machine: int,
+    members: Sequence[int] | None = None,
+    attention_backend: str | None = None,
+) -> dict[XditConfig, XditArm]:
+    """The arms of ``configs``, which share process groups. Collective over the world; the same arguments everywhere.
+
+    Starts xDiT where it is not started: torch.distributed if need be, xDiT's groups, its runtime state. That asks
+    for an attention backend whose partial results can be merged; ``attention_backend`` names one, None leaves the
+    choice to xDiT (RuntimeError where it takes one that cannot). ``members[p]`` is the rank at machine-major position
+    ``p``, for ``"machines-first"``; the default is rank ``p``.
+    """
+    plugin.enable()  # on a machine without an accelerator xDiT cannot even be imported otherwise
+    _start_xdit(attention_backend)
+    world_size = dist.get_world_size()
+    members = range(world_size) if members is None else members
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def mine(groups: Groups, config: XditConfig) -> dist.ProcessGroup:
+        own: dist.ProcessGroup | None = None
+        for positions in groups:
+            ranks = positions if config.placement == "xdit" else tuple(sorted(members[p] for p in positions))
+            if ranks not in made:
+                made[ranks] = dist.new_group(list(ranks))
+            if dist.get_rank() in ranks:
+                own = made[ranks]
+        assert own is not None, "groups cover every rank"
+        return own
+
+    arms = {}
+    for config in configs:
+        ulysses, ring = config.groups(world_size // ranks_per_machine, ranks_per_machine)
+        arms[config] = XditArm(config, mine(ulysses, config), mine(ring, config))
+    return arms
+
+
+def _start_xdit(attention_backend: str | None) -> None:
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import init_distributed_environment, runtime_state
+
+    if runtime_state.runtime_state_is_initialized():
+        return
+    init_distributed_environment()  # xDiT's world group; torch.distributed too where it is not initialised
+    # Ring over all ranks: xDiT then refuses attention backends that no ring could merge.
+    args = xFuserArgs(model="none", ring_degree=dist.get_world_size(), attention_backend=attention_backend)
+    engine_config, _ = args.create_config()
+    # The base class is what attention needs; the others want a pipeline.
+    runtime_state._RUNTIME = runtime_state.RuntimeState(engine_config)
+
+
+def registered_attention() -> AttendFunction:
+    """xDiT's attention function as Torus Attention calls it: looked up at each call, so ``attention_timer`` sees it."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from xfuser.core.distributed import get_runtime_state
+        from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
+
+        out, lse = as_attend_function(ATTENTION_FUNCTION_REGISTRY[get_runtime_state().attention_backend])(q, k, v)
+        return out, lse
+
+    return attend
+
+
+@contextmanager
+def attention_timer(callback: Callable[[float, float], None]) -> Iterator[None]:
+    """Inside, ``callback(start_s, end_s)`` follows each call of xDiT's attention function, in ``time.perf_counter``.
+
+    It sees every arm of this module and Torus Attention under ``--sp-backend torus``, which look the function up at
+    each call. On an accelerator the times are those of the launch, not of the kernel. After ``open_arms``.
+    """
+    from xfuser.core.distributed import get_runtime_state
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
+
+    backend = get_runtime_state().attention_backend
+    kernel = ATTENTION_FUNCTION_REGISTRY[backend]
+
+    @functools.wraps(kernel)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = kernel(*args, **kwargs)
+        callback(start, time.perf_counter())
+        return result
+
+    ATTENTION_FUNCTION_REGISTRY[backend] = timed
+    try:
+        yield
+    finally:
+        ATTENTION_FUNCTION_REGISTRY[backend] = kernel

@@ -1,0 +1,48 @@
+"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH. Prints what it measured.
+
+``@@{"rank", "records", "rings", "served"}@@``, where ``rings`` lists the ring calls of xDiT's own USP in their order:
+``[ranks of the ring, rotation]``, and ``served`` counts the calls that Torus Attention took.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import torch.distributed as dist
+
+import sf_xfuser
+from sf_xfuser.bench.pipeline import PipelineOptions, measure
+
+
+def main() -> None:
+    sf_xfuser.enable()
+    from torch.distributed.tensor.experimental._attention import _cp_options
+    from xfuser.model_executor.layers import usp
+
+    rings = []
+    templated = usp._templated_ring_attention
+
+    def recorded(group, *args, **kwargs):
+        rings.append([dist.get_process_group_ranks(group), _cp_options.rotate_method.name])
+        return templated(group, *args, **kwargs)
+
+    usp._templated_ring_attention = recorded
+    model, text_length = sys.argv[1], int(sys.argv[2])
+    records = measure(PipelineOptions(model=model, topology="2x2", text_length=text_length, steps=2, rounds=1))
+    served = int(re.search(r"served by torus: (\d+)", sf_xfuser.explain())[1])
+    found = {"rank": dist.get_rank(), "records": records, "rings": rings, "served": served}
+    print(f"@@{json.dumps(found)}@@", flush=True)
+    try:
+        measure(PipelineOptions(model=model, topology="2x2"))
+    except RuntimeError as error:
+        assert "set up in this process already" in str(error), error
+    else:
+        raise AssertionError("a second measurement would have found the groups of the first")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
