@@ -135,6 +135,7 @@ class _Run:
         index = self.mesh.peer_index[step.lane]
         sends = [Parcel(self._outgoing(m), index[m.peer], _SLOT[m.tensor]) for m in step.sends]
         receives = [(m, Parcel(self._incoming(m), index[m.peer], _SLOT[m.tensor])) for m in step.receives]
+        started_s = time.perf_counter()
         ticket = self.mesh.lanes[step.lane].exchange(
             step.round,
             [parcel for parcel in sends if parcel.tensor.numel()],
@@ -142,7 +143,7 @@ class _Run:
         )
         if self.mesh.trace is not None:
             moved = sum(parcel.tensor.nbytes for _, parcel in receives)
-            self.posted.append((time.perf_counter(), ticket, step, moved))
+            self.posted.append((started_s, ticket, step, moved))
         for message, parcel in receives:
             if message.tensor == "o":
                 self.outputs.append((ticket, parcel, message))

@@ -67,9 +67,12 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         )
     except ValueError as error:
         refused = str(error)
+    if xdit_arms.available() is None:
+        xdit_arms.open_arms([], ranks_per_machine=case.ranks_per_machine)  # also where the shape suits none of its arms
     arms += _xdit_arms(case, mesh, wanted)
     if mesh is None:
-        return [*arms, *(Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS)]
+        arms += [Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
+        return [arm for arm in arms if wanted is None or arm.name in wanted]
     attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
     blocking = replace(mesh, lanes={lane: _Blocking(t) for lane, t in mesh.lanes.items()}, calls={})
     formula = _torus_egress(case, mesh.layout) * _elements(case) * _itemsize(case)

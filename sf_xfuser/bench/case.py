@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sf_xfuser.args import TorusArgs
 from sf_xfuser.emulate import ClusterSpec
 
 if sys.version_info >= (3, 11):
@@ -45,8 +46,9 @@ class Case:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        if not isinstance(kv_heads, int) or kv_heads < 1 or self.heads % kv_heads:
+        if not isinstance(kv_heads, int) or isinstance(kv_heads, bool) or kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f"kv_heads must divide {self.heads} heads, got {kv_heads!r}")
+        TorusArgs(plan=self.plan)  # raises ValueError for what no plan could mean
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.seq_len < self.world_size:
@@ -123,9 +125,12 @@ def read_grid(path: str | Path) -> list[Case]:
         )
     cases: list[Case] = []
     for number, table in enumerate(tables, 1):
-        values = {**document.get("defaults", {}), **table}
-        choices = [[(k, x) for x in v] if isinstance(v, list) else [(k, v)] for k, v in values.items()]
         try:
+            values = {**document.get("defaults", {}), **table}
+            empty = [key for key, value in values.items() if value == []]
+            if empty:
+                raise ValueError(f"{empty[0]} is an empty list; give at least one value")
+            choices = [[(k, x) for x in v] if isinstance(v, list) else [(k, v)] for k, v in values.items()]
             cases += [make_case(dict(picked)) for picked in itertools.product(*choices)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"--grid {path}, [[case]] {number}: {error}") from None

@@ -20,16 +20,18 @@ from typing import Any
 from rich.console import Console
 
 from sf_xfuser import __version__, emulate
-from sf_xfuser.args import launch_environment
+from sf_xfuser.args import TorusArgs, launch_environment
 from sf_xfuser.bench import report
 from sf_xfuser.bench.arms import known_names
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
+from sf_xfuser.bench.pipeline import SHAPES
 from sf_xfuser.bench.rank import Order, PipelineOrder, run, run_pipeline
 
 _WIDTH = 150  # of tables, where the output is not a terminal
 # Imports of xDiT and transformers, and PyTorch's profiler and sockets, talk; a benchmark's output is its table.
 _QUIET = {
     "XDIT_LOGGING_LEVEL": "ERROR",
+    "LOG_LEVEL": "error",  # xDiT's older logger
     "TRANSFORMERS_VERBOSITY": "error",
     "KINETO_LOG_LEVEL": "99",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -110,7 +112,12 @@ def _bench(options: argparse.Namespace) -> int:
         return _under_torchrun(options, order, launched.world_size)
     cases = read_grid(options.grid) if options.grid else [_case(options, options.cluster)]
     document = _document()
-    failed = _on_emulated_clusters(options, order, cases, document)
+    try:
+        failed = _on_emulated_clusters(options, order, cases, document)
+    except KeyboardInterrupt:
+        if document["rows"]:
+            _finish(options, document)
+        raise
     return max(_finish(options, document), failed)
 
 
@@ -122,8 +129,13 @@ def _check(options: argparse.Namespace) -> None:
         )
     if not options.timeout > 0 or not math.isfinite(options.timeout):
         raise ValueError(f"--timeout must be a positive number of seconds, got {options.timeout}")
-    if options.grid and (options.cluster or options.pipeline):
-        raise ValueError("--grid names its own clusters and attention cases; leave --cluster and --pipeline out")
+    if options.grid and (options.cluster or options.pipeline or options.inter_rate or options.inter_delay):
+        raise ValueError(
+            "--grid names its own clusters and attention cases; leave --cluster, its rates and --pipeline out"
+        )
+    if options.pipeline and options.pipeline not in SHAPES and not Path(options.pipeline, "model_index.json").is_file():
+        raise ValueError(f"--pipeline must be {', '.join(SHAPES)} or a diffusers folder, got {options.pipeline!r}")
+    TorusArgs(plan=options.plan)
     known = set(known_names().split(", "))
     for arm in options.arms.split(",") if options.arms else ():
         if arm not in known and not arm.startswith("xdit-u"):
@@ -132,6 +144,8 @@ def _check(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path and path != "-" and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{name} {path} is a folder; name a file")
     if options.plot or options.report:
         from sf_xfuser.bench import page
 
@@ -158,11 +172,13 @@ def _on_emulated_clusters(
             request = Path(folder, "order.json")
             request.write_text(replace(order, cases=tuple(group), emulated=True).to_json())
             command = [sys.executable, "-m", "sf_xfuser.bench.rank", str(request)]
-            outcome = emulate.run(group[0].spec, command, env=_QUIET)
-            results = request.with_suffix(".rows")
-            found = json.loads(results.read_text()) if results.is_file() else {"rows": [], "timelines": []}
-        document["rows"] += found["rows"]
-        document["timelines"] += found["timelines"]
+            try:
+                outcome = emulate.run(group[0].spec, command, env=_QUIET)
+            finally:  # also what was measured before Ctrl-C
+                results = request.with_suffix(".rows")
+                found = json.loads(results.read_text()) if results.is_file() else {"rows": [], "timelines": []}
+                document["rows"] += found["rows"]
+                document["timelines"] += found["timelines"]
         measured = report.by_case(found["rows"])
         done += len(measured)
         if outcome.status != 0:
@@ -251,7 +267,7 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
     if options.trace:
         Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
     if options.markdown and rows:
-        Path(options.markdown).write_text(report.markdown_table(rows) + "\n")
+        Path(options.markdown).write_text(report.markdown_table(rows))
     if (options.plot or options.report) and rows:
         from sf_xfuser.bench import page
 

@@ -29,6 +29,7 @@ _COLOURS = {
     "q": "#E69F00",
     "k": "#009E73",
     "v": "#CC79A7",
+    "kv": "#009E73",
     "o": "#D55E00",
     "other": "#56B4E9",
 }
@@ -223,7 +224,7 @@ def _kind(span: Mapping[str, Any]) -> str:
     if span["lane"] in ("compute", "wait"):
         return str(span["lane"])
     tensor = str(span["name"]).split(" ")[0].lower()
-    return tensor if tensor in ("q", "k", "v", "o") else "other"
+    return tensor if tensor in ("q", "k", "v", "kv", "o") else "other"
 
 
 def _label(axes: Axes, x: float, y: float, text: str, color: str = "#000000") -> None:

@@ -122,7 +122,7 @@ class _Measurement:
         runnable = [arm for arm in self.arms if arm.call is not None or arm.name == SINGLE]
         total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
         with ExitStack() as stack:
-            if xdit_arms.available() is None and any(arm.family == "xdit" and arm.call for arm in self.arms):
+            if xdit_arms.available() is None:
                 stack.enter_context(xdit_arms.attention_timer(self._kernel_ran))
             advance = stack.enter_context(self._progress(total))
             for arm in runnable:
@@ -167,7 +167,11 @@ class _Measurement:
         sample.first_call_s = max(r[0] for r in reports)
         if arm.name in (SINGLE, ALONE):
             return
-        sample.max_abs_error = max(math.inf if math.isnan(r[1]) else r[1] for r in reports)
+        finite = all(math.isfinite(x) for r in reports for x in r)
+        if not finite:
+            sample.failure = "wrong result: it is not finite everywhere"
+            return
+        sample.max_abs_error = max(r[1] for r in reports)
         sample.rms_error = math.sqrt(statistics.fmean(r[2] for r in reports))
         allowed = _TOLERANCE[self.case.dtype]
         if sample.max_abs_error > allowed:
@@ -280,7 +284,9 @@ class _Measurement:
         wire_s = None
         if arm.formula_bytes is not None and self.case.inter_rate_bps is not None:
             wire_s = arm.formula_bytes * 8 / self.case.inter_rate_bps
-        bound = max(compute_s, wire_s or 0.0) if compute_s is not None and arm.name not in (SINGLE, ALONE) else None
+        bound = None
+        if compute_s is not None and measured and arm.name not in (SINGLE, ALONE):
+            bound = max(compute_s, wire_s or 0.0)
         median = statistics.median(measured) if measured else None
         attention = statistics.median(sample.attention_s) if measured else None
         exposed = statistics.median(sample.exposed_s) if measured else None
@@ -437,7 +443,7 @@ def _pipeline_row(case: dict[str, Any], dtype: str, record: dict[str, Any]) -> d
 
 def times(measured: list[float]) -> dict[str, Any]:
     """The fields of a row that describe ``measured`` seconds."""
-    quartiles = statistics.quantiles(measured, n=4) if len(measured) > 1 else [None, None, None]
+    quartiles = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else [None, None, None]
     return {
         "times_s": measured,
         "median_s": statistics.median(measured) if measured else None,
