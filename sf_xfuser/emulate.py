@@ -453,6 +453,8 @@ def read_matrix(num_machines: int) -> list[list[int]]:
 def shape(rate_bps: int) -> None:
     """Called by one rank of a machine: from now on this machine sends at ``rate_bps`` bits per second. The cluster must
     have been started with a rate. Raises EmulationError where it was not, or elsewhere."""
+    if "up0:" not in Path("/proc/1/net/dev").read_text():
+        raise EmulationError("this process is not a rank of an emulated cluster: its links are not ours to shape")
     inside = [_tool("ip"), "link", "set", "eth0", "gso_max_size", str(_gso(rate_bps))]
     _call(_shaper("change", rate_bps))
     _call(inside)
