@@ -271,7 +271,8 @@ def test_every_arm_is_measured_or_says_why_not(one_run):
     xdit = ["usp-allgather", "usp-alltoall", "ulysses", "mapping"]
     assert list(status) == ["single", "attention-alone", *xdit, "torus-no-overlap", "torus"]
     for row in one_run.document["rows"]:
-        if row["family"] == "xdit" and (row["arm"] == "mapping" or xdit_arms.available()):
+        assert (row["family"] == "xdit") == (row["arm"] in ("usp-allgather", "usp-alltoall", "ulysses"))
+        if row["arm"] == "mapping" or (row["family"] == "xdit" and xdit_arms.available()):
             assert row["status"] == "skipped" and row["reason"] and row["median_s"] is None, row
         else:
             assert row["status"] == "ok" and not row["reason"], row
