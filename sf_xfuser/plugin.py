@@ -69,6 +69,8 @@ def disable() -> None:
     if _hook_set is not None:
         _hook_set.remove()
         _hook_set = None
+    if _session.mesh is not None:
+        _session.mesh.close()
     usp.activate(None)
     for name, value in vars(_Session()).items():
         setattr(_session, name, value)

@@ -33,6 +33,8 @@ _QUIET = {
     "XDIT_LOGGING_LEVEL": "ERROR",
     "LOG_LEVEL": "error",  # xDiT's older logger
     "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "critical",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "KINETO_LOG_LEVEL": "99",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",

@@ -50,7 +50,10 @@ class TwoSided(Transport):
         arrival = _Arrival(self._pacer)
         self._pacer.receive([x for p in receives for x in self._segments("receive from", p, round)], arrival)
         for transfer in (x for p in sends for x in self._segments("send to", p, round)):
-            transfer.work = self._group.send([transfer.tensor], transfer.parcel.peer, transfer.tag)
+            try:
+                transfer.work = self._group.send([transfer.tensor], transfer.parcel.peer, transfer.tag)
+            except RuntimeError as refused:
+                raise self.failure(transfer, refused) from refused
             self._pacer.sending(transfer)
         return arrival
 
