@@ -173,7 +173,7 @@ def refuse(capsys, *arguments: object) -> str:
         ("--cluster 2x1 --warmup -1", ["--warmup", "at least 0"]),
         ("--cluster 2x1 --timeout nan", ["--timeout", "nan"]),
         ("--grid {folder}/none.toml", ["none.toml", "No such file"]),
-        ("--grid {folder}/none.toml --cluster 2x1", ["--grid", "leave --cluster and --pipeline out"]),
+        ("--grid {folder}/none.toml --cluster 2x1", ["--grid", "leave --cluster, its rates and --pipeline out"]),
         ("--cluster 2x1 --json {folder}/no/rows.json", ["--json", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --report {folder}/no/page.html", ["--report", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --json {folder}", ["--json {folder}"]),
@@ -463,7 +463,7 @@ def test_a_wrong_arm_fails_and_the_others_are_measured(wrong_run):
     torus, blocking = wrong_run.row("torus"), wrong_run.row("torus-no-overlap")
     assert (torus["status"], blocking["status"]) == ("failed", "failed")
     assert "differs by 1.00e-02 from one process" in torus["reason"] and torus["times_s"] == []
-    assert re.search("differs by (inf|nan)", blocking["reason"])
+    assert "not finite" in blocking["reason"] and blocking["max_abs_error"] is None
     assert wrong_run.row("attention-alone")["status"] == "ok"
     if xdit_arms.available() is None:
         usp = wrong_run.row("usp-alltoall")

@@ -123,10 +123,13 @@ def read_grid(path: str | Path) -> list[Case]:
             f"--grid {path} must hold [[case]] tables, and may hold [defaults]; "
             + (f"it has {', '.join(unknown)}" if unknown else "it has no [[case]]")
         )
+    defaults = document.get("defaults", {})
+    if not isinstance(defaults, dict):
+        raise ValueError(f"--grid {path}: [defaults] must be a table, got {defaults!r}")
     cases: list[Case] = []
     for number, table in enumerate(tables, 1):
         try:
-            values = {**document.get("defaults", {}), **table}
+            values = {**defaults, **table}
             empty = [key for key, value in values.items() if value == []]
             if empty:
                 raise ValueError(f"{empty[0]} is an empty list; give at least one value")
