@@ -217,31 +217,23 @@ def _num_nodes(world_size: int) -> int:
 
 def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
     document = _document()
-    if world_size is not None:
-        order = PipelineOrder(
-            model=options.pipeline, topology=options.topology, plan=options.plan, case={}, steps=options.steps,
-            rounds=options.repeat, dtype=options.dtype, seed=options.seed, timeout_s=options.timeout,
-        )  # fmt: skip
-        rows = run_pipeline(order)
-        document["rows"] += rows
-        return _finish(options, document) if rows else 0
-    spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
     order = PipelineOrder(
         model=options.pipeline,
-        topology="auto",
+        topology=options.topology,
         plan=options.plan,
-        case={
-            "id": f"{options.pipeline} on {spec}",
-            "cluster": options.cluster,
-            "model": options.pipeline,
-            **asdict(spec),
-        },
+        case={},
         steps=options.steps,
         rounds=options.repeat,
         dtype=options.dtype,
         seed=options.seed,
         timeout_s=options.timeout,
     )
+    if world_size is not None:
+        document["rows"] += run_pipeline(order)
+        return _finish(options, document) if document["rows"] else 0
+    spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
+    case = {"id": f"{order.model} on {spec}", "cluster": options.cluster, "model": order.model, **asdict(spec)}
+    order = replace(order, topology="auto", case=case)
     Console(stderr=True).print(f"{spec}: starting {spec.world_size} ranks ...")
     with tempfile.TemporaryDirectory(prefix="sf-xfuser-bench-") as folder:
         request = Path(folder, "order.json")

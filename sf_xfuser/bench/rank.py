@@ -12,10 +12,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sf_xfuser.args import launch_environment
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
 from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.report import best_xdit_row, usp_row
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.trace import Trace
 
@@ -161,7 +163,7 @@ class _Measurement:
         took = time.perf_counter() - started
         errors = [0.0, 0.0]
         if arm.name not in (SINGLE, ALONE):
-            error = (out.float().cpu() - self._expected()).abs()
+            error = (out.float().cpu() - self._expected).abs()
             errors = [error.max().item(), error.square().mean().item()]
         reports = self._gather([took, *errors])
         sample.first_call_s = max(r[0] for r in reports)
@@ -178,14 +180,16 @@ class _Measurement:
             seen = f"{sample.max_abs_error:.2e}"
             sample.failure = f"wrong result: differs by {seen} from one process ({allowed:g} allowed)"
 
+    @cached_property
     def _expected(self) -> torch.Tensor:
         """This rank's rows of the single-process result, by PyTorch's attention on one process."""
-        if not hasattr(self, "_own_rows"):
-            query = self.inputs[0]
-            repeat = query.shape[1] // self.keys.shape[1]
-            k, v = (x.to(self.device).repeat_interleave(repeat, dim=1) for x in (self.keys, self.values))
-            self._own_rows = torch.nn.functional.scaled_dot_product_attention(query, k, v).float().cpu()
-        return self._own_rows
+        k, v = self._every_key_and_value()
+        return torch.nn.functional.scaled_dot_product_attention(self.inputs[0], k, v).float().cpu()
+
+    def _every_key_and_value(self) -> tuple[torch.Tensor, ...]:
+        """Those of all ranks, on the device, with one head for each query head."""
+        repeat = self.case.heads // self.keys.shape[1]
+        return tuple(x.to(self.device).repeat_interleave(repeat, dim=1) for x in (self.keys, self.values))
 
     def _observe(self, arm: Arm) -> None:
         """One call each, not timed: activation memory at its peak, and what happens when."""
@@ -249,9 +253,7 @@ class _Measurement:
             if self.rank != 0:
                 return self.inputs[0]
             assert self.queries is not None
-            q, k, v = (x.to(self.device) for x in (self.queries, self.keys, self.values))
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            return self._timed_kernel(q, k, v)
+            return self._timed_kernel(self.queries.to(self.device), *self._every_key_and_value())
         assert arm.call is not None
         out: torch.Tensor = arm.call(*self.inputs)
         return out
@@ -456,16 +458,10 @@ def times(measured: list[float]) -> dict[str, Any]:
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
     """``ratio_to_usp`` and ``ratio_to_best_xdit``: the other's median over this row's; None for references."""
-    usp = _fastest(rows, lambda row: row["arm"].startswith("usp-"))
-    best = _fastest(rows, lambda row: row["family"] == "xdit")
-    for row in rows:
-        for key, reference in (("ratio_to_usp", usp), ("ratio_to_best_xdit", best)):
+    for key, reference in (("ratio_to_usp", usp_row(rows)), ("ratio_to_best_xdit", best_xdit_row(rows))):
+        for row in rows:
             comparable = row["median_s"] is not None and reference is not None and row["family"] != "reference"
-            row[key] = reference / row["median_s"] if comparable else None
-
-
-def _fastest(rows: Sequence[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool]) -> float | None:
-    return min((row["median_s"] for row in rows if row["status"] == "ok" and wanted(row)), default=None)
+            row[key] = reference["median_s"] / row["median_s"] if comparable and reference is not None else None
 
 
 def _mean(matrices: list[list[list[int]]]) -> list[list[int]] | None:
