@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,14 @@ class Agreement:
     def of_group(self, index: int, ranks: Sequence[int]) -> Agreement:
         """One among ``ranks``, the ``index``-th group of this one's. Local."""
         return Agreement(f"{self._scope}/group{index}", ranks, self._timeout_s)
+
+    @property
+    def store_host(self) -> str:
+        """The host of the store; this one where the store is not a server."""
+        store = self._store
+        while hasattr(store, "underlying_store"):
+            store = store.underlying_store
+        return getattr(store, "host", None) or socket.gethostname()
 
     def gather(self, topic: str, value: Any) -> list[Any]:
         """Every rank's ``value`` (JSON), in the order of ``ranks``. Collective.

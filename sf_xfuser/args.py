@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BACKENDS = ("usp", "ulysses", "ring", "torus", "auto")
+TRANSPORTS = ("auto", "tcp", "two_sided")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
 
@@ -29,6 +30,7 @@ class TorusArgs:
     ``backend``: which sequence-parallel backend runs attention (``None``: xDiT untouched).
     ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
     ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
+    ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs, TCP on CPUs.
     ``timeout``: seconds that any wait of this package may last.
     ``strict``: an attention call that torus cannot serve raises instead of going to xDiT's own USP.
     """
@@ -36,6 +38,7 @@ class TorusArgs:
     backend: str | None = None
     plan: str = "auto"
     topology: str = "auto"
+    transport: str = "auto"
     timeout: float = 300.0
     strict: bool = False
 
@@ -45,6 +48,8 @@ class TorusArgs:
         self.explicit_plan()
         if self.topology != "auto" and not re.fullmatch(r"[1-9]\d*[xX][1-9]\d*", self.topology):
             raise ValueError(f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {self.topology!r}")
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"--sp-transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if not self.timeout > 0:
             raise ValueError(f"--sp-timeout must be a positive number of seconds, got {self.timeout}")
 
@@ -101,22 +106,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NxM",
         help="Machines x ranks per machine, or auto (gathered from the hosts). Default: auto",
     )
+    add(
+        "transport",
+        choices=TRANSPORTS,
+        default="auto",
+        help="What moves chunks between ranks: tcp (CPU ranks), two_sided (torch.distributed's sends and receives, "
+        "over NCCL or gloo) or auto (two_sided on GPUs, tcp on CPUs). Default: auto",
+    )
     add("timeout", type=float, default=300.0, metavar="SECONDS", help="Longest wait for another rank. Default: 300")
     add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")
+
+
+_DEFAULTS = (("sp_plan", "auto"), ("sp_topology", "auto"), ("sp_transport", "auto"), ("sp_strict", False))
 
 
 def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
     """The ``sp_*`` entries of parsed arguments as a value; None without ``sp_backend``. Raises ValueError."""
     if values.get("sp_backend") is None:
         ignored = sorted(
-            f"--{key.replace('_', '-')}"
-            for key, default in (("sp_plan", "auto"), ("sp_topology", "auto"), ("sp_strict", False))
-            if values.get(key, default) != default
+            f"--{key.replace('_', '-')}" for key, default in _DEFAULTS if values.get(key, default) != default
         )
         if ignored:
             raise ValueError(f"{', '.join(ignored)} has no effect without --sp-backend; add --sp-backend torus")
         return None
-    names = ("backend", "plan", "topology", "timeout", "strict")
+    names = ("backend", "plan", "topology", "transport", "timeout", "strict")
     return TorusArgs(**{name: values[f"sp_{name}"] for name in names if f"sp_{name}" in values})
 
 

@@ -16,7 +16,7 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import Transport, TwoSided
+from sf_xfuser.transport import Transport, TwoSided, tcp
 
 
 @dataclass(eq=False)
@@ -111,34 +111,63 @@ def build_mesh(
     # Every plan is made on every rank before any group: a refusal of one is seen by all.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
+    transport = _transport(args, backend or dist.get_backend())
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
         members, layout = grid.members, plan.layout
         positions = range(layout.world_size)
+        two_sided = transport == "two_sided"
         inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
-                  for n in range(layout.num_machines)]  # fmt: skip
-        across = groups.new(list(positions), members, bounded=True)
+                  for n in range(layout.num_machines) if two_sided]  # fmt: skip
+        across = [groups.new(list(positions), members, bounded=True)] if two_sided else []
         ulysses = [groups.new(list(g), members) for g in sorted({layout.ulysses_group(p) for p in positions})]
         ring = [groups.new(list(g), members) for g in sorted({layout.ring_group(p) for p in positions})]
         if rank not in members:
             continue
         position = members.index(rank)
-        lanes: dict[Lane, _Group] = {"inside": _of(inside, position), "across": across}
+        agreement = world.of_group(index, members)
+        lanes: dict[Lane, Transport]
+        if two_sided:
+            group_of: dict[Lane, _Group] = {"inside": _of(inside, position), "across": _of(across, position)}
+            lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
+            peer_index = {lane: group.index for lane, group in group_of.items()}
+        else:
+            lanes = {**tcp.connect(agreement, members, position, _peers(layout, position), args.timeout)}
+            peer_index = {lane: {p: p for p in positions} for lane in lanes}
         mine = Mesh(
             plan=plan,
             grid=grid,
             topology=topology,
             position=position,
-            lanes={lane: TwoSided(group.handle, lane, args.timeout) for lane, group in lanes.items()},
-            peer_index={lane: group.index for lane, group in lanes.items()},
+            lanes=lanes,
+            peer_index=peer_index,
             ulysses_group=_of(ulysses, position).handle,
             ring_group=_of(ring, position).handle,
-            agreement=world.of_group(index, members),
+            agreement=agreement,
         )
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
     return mine
+
+
+def _transport(args: TorusArgs, backend: str) -> str:
+    """The transport of the lanes: NCCL's own sends and receives, or TCP between CPU ranks."""
+    if args.transport == "tcp" and backend != "gloo":
+        raise ValueError(f"--sp-transport tcp moves tensors of CPU ranks, but torch.distributed's backend is {backend}")
+    if args.transport != "auto":
+        return args.transport
+    return "tcp" if backend == "gloo" else "two_sided"
+
+
+def _peers(layout: Layout, position: int) -> dict[Lane, list[int]]:
+    """Whom a rank exchanges chunks with: those with the same ring coordinates, and those with the same heads."""
+    others = sorted({*layout.ulysses_group(position), *layout.ring_group(position)} - {position})
+    here = layout.machine(position)
+    return {
+        "inside": [p for p in others if layout.machine(p) == here],
+        "across": [p for p in others if layout.machine(p) != here],
+    }
 
 
 def _plan(

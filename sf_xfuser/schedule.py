@@ -35,7 +35,7 @@ from sf_xfuser.plan import Layout
 JOINT = -1
 """Pseudo source of the joint (text) keys and values, which every rank already holds."""
 
-LOOKAHEAD = 4
+LOOKAHEAD = 2
 """How many arrivals between machines are posted beyond the one that is about to be consumed: enough that the wire never
 waits for compute, few enough that receive buffers and packed chunks stay few."""
 
@@ -145,6 +145,8 @@ class _Builder:
         self.arrivals: list[tuple[Tensor, int, int]] = []  # (tensor, machine offset or slab, part), in order
         self.arrivals += [("q", i, part) for i in range(1, layout.torus) for part in range(cut.q)]
         self.arrivals += [("kv", k, part) for k in range(1, len(self.slabs)) for part in range(len(self.slabs[k]))]
+        # What is passed on is posted while its slab is still held.
+        self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
         self.posted = 0
 
     def _pieces(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
@@ -290,7 +292,7 @@ class _Builder:
     def _post_across(self, arriving: int) -> None:
         """Post rounds between machines up to ``LOOKAHEAD`` beyond the arrival that is about to be consumed. One that
         forwards part of a slab (ring across machines) waits until that part is among the arrivals."""
-        while self.posted < len(self.arrivals) and self.posted <= arriving + LOOKAHEAD:
+        while self.posted < len(self.arrivals) and self.posted <= arriving + self.lookahead:
             kind, index, part = self.arrivals[self.posted]
             i, j_x = (index, 0) if kind == "q" else divmod(index, self.layout.ring_across)
             if j_x == 0:

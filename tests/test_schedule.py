@@ -259,13 +259,16 @@ def arriving(step: Exchange) -> set[tuple[str, Piece]]:
 
 def check_lookahead(s: Schedule) -> None:
     """When a chunk is about to be consumed, at most ``LOOKAHEAD`` rounds that come after its own are posted; and as
-    many as that, or all, unless one of them has to forward what is not here yet."""
+    many as that, or all, unless one of them has to forward what is not here yet. A slab that is passed on is looked
+    ahead of by all of its parts."""
     total = len(input_rounds(s))
+    parts = max(piece.parts for piece in all_keys(s)) if s.layout.ring_across > 1 else 1
+    ahead = max(LOOKAHEAD, parts)
     before = -1
     for posted, needed in lookaheads(s):
-        assert needed <= posted <= needed + LOOKAHEAD
+        assert needed <= posted <= needed + ahead
         if needed > before and s.layout.ring_across == 1:
-            assert posted == min(total, needed + LOOKAHEAD)
+            assert posted == min(total, needed + ahead)
         before = needed
 
 

@@ -1,0 +1,319 @@
+"""Plain TCP between CPU ranks: each rank sends what it has in one strict order, on one thread.
+
+Why not gloo: it moves a chunk only after the receiver has asked for it, and whatever is posted shares the wire, so
+that what is needed first comes last. Here a chunk goes out as soon as those before it have: the order on the wire is
+the sender's program order, which the schedule chose; one connection for each pair of ranks keeps that order, and the
+kernel holds what comes before its receive is posted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from typing import TypeVar
+
+import torch
+
+from sf_xfuser.agreement import Agreement
+from sf_xfuser.args import environment
+from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
+
+UNSENT_BYTES = 128 << 10
+"""How much of a chunk may wait in the kernel for the wire when the next one starts."""
+
+_Lane = TypeVar("_Lane", bound=str)
+_HELLO = struct.Struct("!16sII")  # the listener's token, lane, position
+_HEADER = struct.Struct("!QIIQ")  # exchanges before this one on the lane, round, slot, bytes
+
+
+def connect(
+    agreement: Agreement,
+    members: Sequence[int],
+    position: int,
+    peers: Mapping[_Lane, Sequence[int]],
+    timeout_s: float,
+) -> dict[_Lane, Tcp]:
+    """One transport per lane, each joined to the positions ``peers[lane]``. Collective over ``members``.
+
+    ``members[w]`` is the global rank at position ``w``; if ``w`` is among my peers on a lane, I am among ``w``'s.
+    Raises RuntimeError if a rank is missing, TransportError if one cannot be reached.
+    """
+    deadline = time.monotonic() + timeout_s
+    address = _own_address(agreement)
+    token = secrets.token_bytes(16)
+    found: dict[_Lane, dict[int, socket.socket]] = {lane: {} for lane in peers}
+    expected = {(lane, peer) for lane, others in peers.items() for peer in others}
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family, backlog=max(1, len(expected))) as listener:
+        mine = {"address": address, "port": listener.getsockname()[1], "token": token.hex()}
+        published = agreement.gather("tcp listener", mine)
+        # The kernel takes a connection before it is accepted here: every rank can first connect, then accept.
+        for number, lane in enumerate(peers):
+            for peer in (p for p in peers[lane] if p < position):
+                at = published[peer]
+                where = f"rank {members[position]}: no connection to rank {members[peer]} at {at['address']}"
+                try:
+                    link = socket.create_connection((at["address"], at["port"]), max(0.1, deadline - time.monotonic()))
+                    link.sendall(_HELLO.pack(bytes.fromhex(at["token"]), number, position))
+                except OSError as error:
+                    raise TransportError(
+                        f"{where} port {at['port']}: {error}. Open the TCP ports between the machines, or name the "
+                        f"interface that joins them in GLOO_SOCKET_IFNAME"
+                    ) from error
+                found[lane][peer] = link
+        lanes = tuple(peers)
+        while missing := expected - {(lane, peer) for lane, links in found.items() for peer in links}:
+            listener.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                link, _ = listener.accept()
+                link.settimeout(max(0.1, deadline - time.monotonic()))
+                said, number, peer = _HELLO.unpack(_receive_exactly(link, _HELLO.size))
+            except OSError as error:
+                if time.monotonic() < deadline:
+                    continue  # a stranger that hung up
+                absent = sorted({members[peer] for _, peer in missing})
+                raise TransportError(
+                    f"rank {members[position]}: rank(s) {absent} did not connect within {timeout_s:g} s ({error}); "
+                    f"see their logs, or raise --sp-timeout"
+                ) from error
+            if secrets.compare_digest(said, token) and number < len(lanes) and (lanes[number], peer) in missing:
+                found[lanes[number]][peer] = link
+            else:
+                link.close()
+    for link in (x for links in found.values() for x in links.values()):
+        link.settimeout(None)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A send returns once all but this much is on its way: a chunk does not share the wire with the one behind it.
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    return {lane: Tcp(lane, links, members, position, timeout_s) for lane, links in found.items()}
+
+
+class Tcp(Transport):
+    """``links[w]`` is the connection to position ``w``; parcels name peers by position. Made by :func:`connect`."""
+
+    def __init__(
+        self, lane: str, links: dict[int, socket.socket], members: Sequence[int], position: int, timeout_s: float
+    ) -> None:
+        self._lane = lane
+        self._links = links
+        self._members = members
+        self._position = position
+        self._timeout_s = timeout_s
+        self._exchanges = 0
+        self._error: TransportError | None = None
+        self._lock = threading.Lock()  # over what is due, and the error
+        self._due: set[_Arrival] = set()
+        self._sends: SimpleQueue[tuple[bytes, Parcel, int] | _Arrival | None] = SimpleQueue()
+        self._receives: dict[int, SimpleQueue[tuple[bytes, Parcel, _Arrival] | None]] = {}
+        self._sent: deque[Parcel] = deque()
+        self._threads = [threading.Thread(target=self._run_sends, name="sf-xfuser tcp", daemon=True)]
+        for peer in links:
+            self._receives[peer] = SimpleQueue()
+            run = threading.Thread(target=self._run_receives, args=(peer,), name="sf-xfuser tcp", daemon=True)
+            self._threads.append(run)
+        for thread in self._threads:
+            thread.start()
+
+    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
+        self._let_go()
+        arrival = _Arrival(self, receives)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if receives:
+                self._due.add(arrival)
+        for parcel in receives:
+            self._receives[parcel.peer].put((self._header(parcel, round), parcel, arrival))
+        for parcel in sends:
+            self._sends.put((self._header(parcel, round), parcel, round))
+        self._exchanges += 1
+        return arrival
+
+    def drain(self) -> None:
+        done = _Arrival(self, [])
+        done.event.clear()
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._due.add(done)
+        self._sends.put(done)
+        done.wait()
+        self._let_go()
+
+    def close(self) -> None:
+        self._sends.put(None)
+        for queue in self._receives.values():
+            queue.put(None)
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # the peer was first
+                link.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(self._timeout_s)
+        for link in self._links.values():
+            link.close()
+
+    def failure(self, text: str) -> TransportError:
+        return TransportError(
+            f"rank {self._members[self._position]} on {socket.gethostname()}: {text} (lane {self._lane}, tcp). "
+            f"The peer died, hangs, or makes a different call; see its log, or raise --sp-timeout"
+        )
+
+    def rank(self, peer: int) -> int:
+        return self._members[peer]
+
+    @property
+    def timeout_s(self) -> float:
+        return self._timeout_s
+
+    @property
+    def error(self) -> TransportError | None:
+        return self._error
+
+    def arrived(self, arrival: _Arrival) -> None:
+        with self._lock:
+            self._due.discard(arrival)
+
+    # -- threads ------------------------------------------------------------------------------------------------------
+
+    def _run_sends(self) -> None:
+        while (item := self._sends.get()) is not None:
+            if isinstance(item, _Arrival):
+                item.parcel_is_here(None)
+                continue
+            header, parcel, round = item
+            try:
+                _send_all(self._links[parcel.peer], header, _bytes_of(parcel.tensor))
+            except OSError as error:
+                return self._fail(f"sending round {round} to rank {self.rank(parcel.peer)} failed: {error}")
+            self._sent.append(parcel)  # let go by the thread that made it
+            del item, parcel
+
+    def _run_receives(self, peer: int) -> None:
+        link, queue = self._links[peer], self._receives[peer]
+        while (item := queue.get()) is not None:
+            header, parcel, arrival = item
+            try:
+                seen = _receive_exactly(link, _HEADER.size)
+                if seen != header:
+                    text = "(exchange, round, slot, bytes)"
+                    expected, got = _HEADER.unpack(header), _HEADER.unpack(seen)
+                    return self._fail(f"rank {self.rank(peer)} sent {text} {got}, but {expected} is due")
+                _receive_into(link, _bytes_of(parcel.tensor))
+            except OSError as error:
+                return self._fail(f"receiving from rank {self.rank(peer)} failed: {error}")
+            arrival.parcel_is_here(parcel)
+            del item, parcel, arrival
+
+    def _fail(self, text: str) -> None:
+        with self._lock:
+            self._error = self._error or self.failure(text)
+            due, self._due = self._due, set()
+        for arrival in due:
+            arrival.event.set()
+
+    def _header(self, parcel: Parcel, round: int) -> bytes:
+        return _HEADER.pack(self._exchanges, round, parcel.slot, parcel.tensor.nbytes)
+
+    def _let_go(self) -> None:
+        while self._sent:
+            self._sent.popleft()
+
+
+class _Arrival(Ticket):
+    """Counts the parcels of a round."""
+
+    def __init__(self, transport: Tcp, receives: Sequence[Parcel]) -> None:
+        self._transport = transport
+        self._missing = list(receives)
+        self._lock = threading.Lock()
+        self.event = threading.Event()
+        if not receives:
+            self.event.set()
+
+    def parcel_is_here(self, parcel: Parcel | None) -> None:
+        with self._lock:
+            self._missing = [other for other in self._missing if other is not parcel]
+            if self._missing:
+                return
+        self.arrived_s = time.perf_counter()
+        self._transport.arrived(self)
+        self.event.set()
+
+    def wait(self) -> None:
+        if not self.event.wait(self._transport.timeout_s):
+            senders = sorted({self._transport.rank(parcel.peer) for parcel in self._missing})
+            what = f"nothing came from rank(s) {senders}" if senders else "what was to be sent was not taken"
+            raise self._transport.failure(f"{what} within {self._transport.timeout_s:g} s")
+        if self.arrived_s is None and self._transport.error is not None:
+            raise self._transport.error
+
+
+# -- sockets ----------------------------------------------------------------------------------------------------------
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _send_all(link: socket.socket, header: bytes, body: memoryview) -> None:
+    sent = link.sendmsg([header, body]) - len(header)
+    if sent < 0:
+        link.sendall(header[sent:])
+        sent = 0
+    if sent < len(body):
+        link.sendall(body[sent:])
+
+
+def _receive_exactly(link: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    _receive_into(link, memoryview(data))
+    return bytes(data)
+
+
+def _receive_into(link: socket.socket, body: memoryview) -> None:
+    while body:
+        count = link.recv_into(body, len(body), socket.MSG_WAITALL)
+        if not count:
+            raise ConnectionError("the connection was closed")
+        body = body[count:]
+
+
+def _own_address(agreement: Agreement) -> str:
+    """The address at which the other ranks reach this one: that of the interface named in GLOO_SOCKET_IFNAME, else of
+    the one that leads to the job's store; a rank for which that is itself asks for the way to another. Collective."""
+    interface = environment(["GLOO_SOCKET_IFNAME"]).get("GLOO_SOCKET_IFNAME")
+    if interface:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", interface.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError as error:
+                answer, refused = b"", error
+        if not answer:
+            raise RuntimeError(f"GLOO_SOCKET_IFNAME={interface} has no IPv4 address here: {refused}")
+        own = socket.inet_ntoa(answer[20:24])
+    else:
+        own = _address_towards(agreement.store_host)
+    known = agreement.gather("address", own)
+    elsewhere = [address for address in known if not _is_loopback(address)]
+    return _address_towards(elsewhere[0]) if elsewhere and _is_loopback(own) else own
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _address_towards(host: str) -> str:
+    """The local address of a packet to ``host``; none is sent."""
+    family, kind, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(where)
+        return str(probe.getsockname()[0])
