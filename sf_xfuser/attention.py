@@ -23,6 +23,11 @@ from sf_xfuser.transport import Parcel, Ticket
 
 _SLOT = {"q": 0, "kv": 1, "o": 2}
 
+# On a CPU, queries are attended in runs of rows whose partial result is still in the cache when it is merged. PyTorch's
+# kernel works on fewer rows at a time, and more slowly, below 768.
+_ELEMENTS_AT_ONCE = 64 << 10
+_MIN_ROWS = 768
+
 
 def torus_attention(
     query: torch.Tensor,
@@ -107,6 +112,9 @@ class _Run:
         self.q_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D)
         self.o_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
         self.lse_BHS = query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
+        self.rows_at_once = self.q_rows.total
+        if query.device.type == "cpu":
+            self.rows_at_once = max(_MIN_ROWS, _ELEMENTS_AT_ONCE // (self.B * self.H * self.D))
         self.begun: set[Piece] = set()  # queries whose accumulator holds something
         self.slab_of = {piece: n for n, slab in enumerate(schedule.slabs) for piece in slab}
         self.kv_rows = [_Rows(slab, self._kv_tokens) for slab in schedule.slabs]
@@ -162,19 +170,21 @@ class _Run:
             self.kv_S2BHD.pop(step.slab, None)
 
     def _attend_rows(self, step: Attend, q_rows: slice, kv_rows: slice) -> None:
-        q = self.q_SBHD[q_rows].permute(1, 2, 0, 3)
         k, v = self.kv_S2BHD[step.slab][kv_rows].permute(1, 2, 3, 0, 4)
         if self.call.kv_of_q is not None:
             k, v = k.index_select(1, self.call.kv_of_q), v.index_select(1, self.call.kv_of_q)
+        first = self.begun.isdisjoint(step.queries)
+        self.begun.update(step.queries)
         with self._traced("compute", step):
-            out, lse = self.attend(q, k, v)
-        total_out, total_lse = self.o_SBHD[q_rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, q_rows]
-        if self.begun.isdisjoint(step.queries):
-            total_out.copy_(out)
-            total_lse.copy_(lse)
-            self.begun.update(step.queries)
-        else:
-            merge_(total_out, total_lse, out, lse)
+            for start in range(q_rows.start, q_rows.stop, self.rows_at_once):
+                rows = slice(start, min(start + self.rows_at_once, q_rows.stop))
+                out, lse = self.attend(self.q_SBHD[rows].permute(1, 2, 0, 3), k, v)
+                total_out, total_lse = self.o_SBHD[rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, rows]
+                if first:
+                    total_out.copy_(out)
+                    total_lse.copy_(lse)
+                else:
+                    merge_(total_out, total_lse, out, lse)
 
     def _collect(self) -> torch.Tensor:
         """Put the head groups of this rank's own tokens together; leave nothing posted."""
