@@ -115,6 +115,7 @@ def _transports() -> Iterator[Finding]:
 
     gpu = torch.cuda.is_available()
     backends = {
+        "tcp": (True, ""),
         "two_sided over nccl": (dist.is_nccl_available() and gpu, "" if gpu else "no NVIDIA or AMD GPU here"),
         "two_sided over gloo": (dist.is_gloo_available(), "this torch was built without gloo"),
     }

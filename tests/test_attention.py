@@ -17,6 +17,11 @@ def test_error_is_within_twice_single_process_sdpa(nproc, sizes):
     assert "worst error" in finished.output
 
 
+def test_the_same_over_matched_sends_and_receives():
+    finished = torchrun("attention_accuracy.py", "4", "two_sided", nproc=4)
+    assert "worst error" in finished.output
+
+
 REFUSALS = {
     "disagree_on_dtype": ("ValueError", "ranks disagree on shape, dtype"),
     "disagree_on_heads": ("ValueError", "ranks disagree on shape, dtype"),

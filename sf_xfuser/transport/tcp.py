@@ -31,6 +31,7 @@ UNSENT_BYTES = 128 << 10
 
 _Lane = TypeVar("_Lane", bound=str)
 _HELLO = struct.Struct("!16sII")  # the listener's token, lane, position
+_HELLO_SECONDS = 10.0
 _HEADER = struct.Struct("!QIIQ")  # exchanges before this one on the lane, round, slot, bytes
 
 
@@ -52,7 +53,7 @@ def connect(
     found: dict[_Lane, dict[int, socket.socket]] = {lane: {} for lane in peers}
     expected = {(lane, peer) for lane, others in peers.items() for peer in others}
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=max(1, len(expected))) as listener:
+    with socket.create_server((address, 0), family=family, backlog=max(128, len(expected))) as listener:
         mine = {"address": address, "port": listener.getsockname()[1], "token": token.hex()}
         published = agreement.gather("tcp listener", mine)
         # The kernel takes a connection before it is accepted here: every rank can first connect, then accept.
@@ -74,7 +75,7 @@ def connect(
             listener.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 link, _ = listener.accept()
-                link.settimeout(max(0.1, deadline - time.monotonic()))
+                link.settimeout(_HELLO_SECONDS)  # one who says nothing keeps nobody waiting
                 said, number, peer = _HELLO.unpack(_receive_exactly(link, _HELLO.size))
             except OSError as error:
                 if time.monotonic() < deadline:
@@ -124,12 +125,9 @@ class Tcp(Transport):
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         self._let_go()
-        arrival = _Arrival(self, receives)
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            if receives:
-                self._due.add(arrival)
+        arrival = self._new_arrival(receives)
+        if not receives:
+            self._here(arrival, None)
         for parcel in receives:
             self._receives[parcel.peer].put((self._header(parcel, round), parcel, arrival))
         for parcel in sends:
@@ -138,61 +136,57 @@ class Tcp(Transport):
         return arrival
 
     def drain(self) -> None:
-        done = _Arrival(self, [])
-        done.event.clear()
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            self._due.add(done)
+        done = self._new_arrival([])
         self._sends.put(done)
         done.wait()
         self._let_go()
 
     def close(self) -> None:
+        with self._lock:
+            self._error = self._error or self._failure("the lane was closed")
         self._sends.put(None)
         for queue in self._receives.values():
             queue.put(None)
-        for link in self._links.values():
-            with contextlib.suppress(OSError):  # the peer was first
-                link.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         for thread in self._threads:
             thread.join(self._timeout_s)
         for link in self._links.values():
             link.close()
 
-    def failure(self, text: str) -> TransportError:
+    def _new_arrival(self, receives: Sequence[Parcel]) -> _Arrival:
+        arrival = _Arrival(self, receives)
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._due.add(arrival)
+        return arrival
+
+    def _failure(self, text: str) -> TransportError:
         return TransportError(
             f"rank {self._members[self._position]} on {socket.gethostname()}: {text} (lane {self._lane}, tcp). "
             f"The peer died, hangs, or makes a different call; see its log, or raise --sp-timeout"
         )
 
-    def rank(self, peer: int) -> int:
-        return self._members[peer]
-
-    @property
-    def timeout_s(self) -> float:
-        return self._timeout_s
-
-    @property
-    def error(self) -> TransportError | None:
-        return self._error
-
-    def arrived(self, arrival: _Arrival) -> None:
-        with self._lock:
-            self._due.discard(arrival)
+    def wait(self, arrival: _Arrival) -> None:
+        if not arrival.event.wait(self._timeout_s):
+            senders = sorted({self._members[parcel.peer] for parcel in arrival.missing})
+            what = f"nothing came from rank(s) {senders}" if senders else "what was to be sent was not taken"
+            self._fail(f"{what} within {self._timeout_s:g} s")
+        if not arrival.complete and self._error is not None:
+            raise self._error
 
     # -- threads ------------------------------------------------------------------------------------------------------
 
     def _run_sends(self) -> None:
         while (item := self._sends.get()) is not None:
             if isinstance(item, _Arrival):
-                item.parcel_is_here(None)
+                self._here(item, None)
                 continue
             header, parcel, round = item
             try:
                 _send_all(self._links[parcel.peer], header, _bytes_of(parcel.tensor))
             except OSError as error:
-                return self._fail(f"sending round {round} to rank {self.rank(parcel.peer)} failed: {error}")
+                return self._fail(f"sending round {round} to rank {self._members[parcel.peer]} failed: {error}")
             self._sent.append(parcel)  # let go by the thread that made it
             del item, parcel
 
@@ -205,19 +199,37 @@ class Tcp(Transport):
                 if seen != header:
                     text = "(exchange, round, slot, bytes)"
                     expected, got = _HEADER.unpack(header), _HEADER.unpack(seen)
-                    return self._fail(f"rank {self.rank(peer)} sent {text} {got}, but {expected} is due")
+                    return self._fail(f"rank {self._members[peer]} sent {text} {got}, but {expected} is due")
                 _receive_into(link, _bytes_of(parcel.tensor))
             except OSError as error:
-                return self._fail(f"receiving from rank {self.rank(peer)} failed: {error}")
-            arrival.parcel_is_here(parcel)
+                return self._fail(f"receiving from rank {self._members[peer]} failed: {error}")
+            self._here(arrival, parcel)
             del item, parcel, arrival
 
-    def _fail(self, text: str) -> None:
+    def _here(self, arrival: _Arrival, parcel: Parcel | None) -> None:
+        """A parcel of a round is here; or, with None, all that was to be sent before a drain is on its way."""
         with self._lock:
-            self._error = self._error or self.failure(text)
+            arrival.missing = [other for other in arrival.missing if other is not parcel]
+            arrival.complete = not arrival.missing
+            if arrival.complete:
+                self._due.discard(arrival)
+        if arrival.complete:
+            arrival.arrived_s = time.perf_counter()
+            arrival.event.set()
+
+    def _fail(self, text: str) -> None:
+        """The lane is of no more use, and its peers see that."""
+        with self._lock:
+            self._error = self._error or self._failure(text)
             due, self._due = self._due, set()
         for arrival in due:
             arrival.event.set()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # the peer was first
+                link.shutdown(socket.SHUT_RDWR)
 
     def _header(self, parcel: Parcel, round: int) -> bytes:
         return _HEADER.pack(self._exchanges, round, parcel.slot, parcel.tensor.nbytes)
@@ -228,32 +240,16 @@ class Tcp(Transport):
 
 
 class _Arrival(Ticket):
-    """Counts the parcels of a round."""
+    """A round's receives, until all of them are here; or a drain."""
 
-    def __init__(self, transport: Tcp, receives: Sequence[Parcel]) -> None:
+    def __init__(self, transport: Tcp, missing: Sequence[Parcel]) -> None:
         self._transport = transport
-        self._missing = list(receives)
-        self._lock = threading.Lock()
+        self.missing = list(missing)
+        self.complete = False
         self.event = threading.Event()
-        if not receives:
-            self.event.set()
-
-    def parcel_is_here(self, parcel: Parcel | None) -> None:
-        with self._lock:
-            self._missing = [other for other in self._missing if other is not parcel]
-            if self._missing:
-                return
-        self.arrived_s = time.perf_counter()
-        self._transport.arrived(self)
-        self.event.set()
 
     def wait(self) -> None:
-        if not self.event.wait(self._transport.timeout_s):
-            senders = sorted({self._transport.rank(parcel.peer) for parcel in self._missing})
-            what = f"nothing came from rank(s) {senders}" if senders else "what was to be sent was not taken"
-            raise self._transport.failure(f"{what} within {self._transport.timeout_s:g} s")
-        if self.arrived_s is None and self._transport.error is not None:
-            raise self._transport.error
+        self._transport.wait(self)
 
 
 # -- sockets ----------------------------------------------------------------------------------------------------------

@@ -74,9 +74,11 @@ def check(mesh, device, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joi
 
 
 def main() -> None:
-    """``attention_accuracy.py SIZES [cuda]``: group sizes that divide the world; CPU and gloo, or GPUs and NCCL."""
+    """``attention_accuracy.py SIZES [cuda] [TRANSPORT]``: group sizes that divide the world; CPU and gloo, or GPUs and
+    NCCL."""
+    transport = next((x for x in sys.argv[2:] if x != "cuda"), "auto")
     device = torch.device("cpu")
-    if sys.argv[2:] == ["cuda"]:
+    if "cuda" in sys.argv[2:]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
@@ -94,7 +96,11 @@ def main() -> None:
                 machines, per_machine = torus * across, ulysses * ring // across
                 topology = f"{machines * len(lists)}x{per_machine}"
                 args = TorusArgs(
-                    backend="torus", plan=f"torus={torus},ulysses={ulysses},ring={ring}", topology=topology, timeout=60
+                    backend="torus",
+                    plan=f"torus={torus},ulysses={ulysses},ring={ring}",
+                    topology=topology,
+                    transport=transport,
+                    timeout=60,
                 )
                 mesh = build_mesh(lists, args)
                 assert (mesh.layout.torus, mesh.layout.ulysses, mesh.layout.ring_across) == (torus, ulysses, across)

@@ -1,0 +1,163 @@
+"""Rank side of test_tcp.py: three ranks, joined anew for each case; each prints what it saw."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser.agreement import Agreement
+from sf_xfuser.transport import Parcel, TransportError, tcp
+
+PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
+
+
+def join(timeout_s=20.0):
+    rank = dist.get_rank()
+    agreement = Agreement.of_world(timeout_s)
+    return tcp.connect(agreement, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
+
+
+def content(sender, receiver, round, slot):
+    """What ``sender`` sends, which both ends can make: from 1 byte to 3 MB, of several dtypes."""
+    make = torch.Generator().manual_seed(((sender * 3 + receiver) * 1000 + round) * 10 + slot)
+    count = int(10 ** (torch.rand((), generator=make) * 6.5))
+    dtype = (torch.uint8, torch.float32, torch.bfloat16)[slot]
+    return (torch.rand(max(1, count // dtype.itemsize), generator=make) * 255).to(dtype)
+
+
+def case_everything_arrives(rank):
+    """60 rounds, three of them open at a time; ranks pause at random."""
+    lane, wait = join(), random.Random(rank)
+    open_rounds = []
+    for round in range(60):
+        time.sleep(wait.random() * 0.01)
+        sends = [Parcel(content(rank, peer, round, slot), peer, slot) for peer in PEERS[rank] for slot in range(3)]
+        wanted = [(peer, content(peer, rank, round, slot), slot) for peer in PEERS[rank] for slot in range(3)]
+        receives = [Parcel(torch.zeros_like(x), peer, slot) for peer, x, slot in wanted]
+        open_rounds.append((lane.exchange(round, sends, receives), wanted, receives))
+        if len(open_rounds) == 3 or round == 59:
+            for ticket, wanted, receives in open_rounds:
+                ticket.wait()
+                for (_, x, _), parcel in zip(wanted, receives, strict=True):
+                    assert torch.equal(x, parcel.tensor)
+            lane.drain()
+            open_rounds = []
+    lane.close()
+    lane.close()
+    return "all equal"
+
+
+def case_a_later_send_waits_for_an_earlier_one(rank):
+    """Rank 1 asks for what rank 0 sends it, more than the kernel holds, after 1 s; rank 2 gets a byte after that."""
+    lane = join()
+    big, small = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)
+    started = time.monotonic()
+    if rank == 0:
+        lane.exchange(0, [Parcel(big, 1, 0)], [])
+        lane.exchange(1, [Parcel(small, 2, 0)], [])
+        lane.drain()
+    elif rank == 1:
+        time.sleep(1.0)
+        lane.exchange(0, [], [Parcel(torch.zeros_like(big), 0, 0)]).wait()
+    else:
+        # Two exchanges on every rank: the k-th of one matches the k-th of another.
+        lane.exchange(0, [], [])
+        lane.exchange(1, [], [Parcel(torch.zeros_like(small), 0, 0)]).wait()
+    elapsed = time.monotonic() - started
+    dist.barrier()
+    return f"after {elapsed:.2f} s"
+
+
+def case_another_call(rank):
+    """Rank 0 sends round 1 while rank 1 expects round 2: both are told, or see the connection end."""
+    lane = join(timeout_s=5.0)
+    if rank == 0:
+        lane.exchange(1, [Parcel(torch.ones(8), 1, 0)], [Parcel(torch.ones(8), 1, 0)]).wait()
+    elif rank == 1:
+        lane.exchange(2, [], [Parcel(torch.ones(8), 0, 0)]).wait()
+    return "went unnoticed" if rank != 2 else "not concerned"
+
+
+def case_nothing_comes(rank):
+    lane = join(timeout_s=2.0)
+    if rank == 0:
+        lane.exchange(7, [], [Parcel(torch.ones(8), 1, 0), Parcel(torch.ones(8), 2, 1)]).wait()
+        return "went unnoticed"
+    lane.exchange(7, [Parcel(torch.ones(8), 0, 1)] if rank == 2 else [], [])
+    time.sleep(3.0)
+    return "sent or not"
+
+
+def case_nobody_takes_it(rank):
+    lane = join(timeout_s=2.0)
+    if rank == 0:
+        lane.exchange(0, [Parcel(torch.ones(256 << 20, dtype=torch.uint8), 1, 0)], [])
+        lane.drain()
+        return "went unnoticed"
+    time.sleep(3.0)
+    return "did not ask"
+
+
+def case_a_peer_leaves(rank):
+    lane = join(timeout_s=30.0)
+    if rank == 1:
+        lane.close()
+        return "left"
+    lane.exchange(0, [], [Parcel(torch.ones(8), 1, 0)]).wait()
+    return "went unnoticed"
+
+
+def case_use_after_close(rank):
+    lane = join(timeout_s=5.0)
+    dist.barrier()
+    lane.close()
+    lane.exchange(0, [], [Parcel(torch.ones(8), PEERS[rank][0], 0)]).wait()
+    return "went unnoticed"
+
+
+def case_strangers(rank):
+    """Before each rank's peers come, one who says the wrong thing, one who hangs up and one who says nothing."""
+    create_server, strangers = socket.create_server, []
+
+    def beset(address, **options):
+        listener = create_server(address, **options)
+        for said in (os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", None):
+            stranger = socket.create_connection(listener.getsockname())
+            strangers.append(stranger)
+            if said is not None:
+                stranger.sendall(said)
+                stranger.shutdown(socket.SHUT_WR)
+        return listener
+
+    tcp._HELLO_SECONDS = 1.0
+    socket.create_server = beset
+    try:
+        lane = join()
+    finally:
+        socket.create_server = create_server
+    wanted = [Parcel(torch.zeros(4), peer, 0) for peer in PEERS[rank]]
+    lane.exchange(0, [Parcel(torch.full((4,), float(rank)), peer, 0) for peer in PEERS[rank]], wanted).wait()
+    return "from " + " ".join(str(int(parcel.tensor.sum()) // 4) for parcel in wanted)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for name in sys.argv[1:]:
+        try:
+            said = globals()[f"case_{name}"](rank)
+        except TransportError as error:
+            said = f"TransportError: {error}"
+        print(f"@@{name} {rank} {said}@@", flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""TCP lanes between three real ranks: what arrives, in which order, and what is said when something goes wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.mesh import _transport
+from tests.launch import torchrun
+
+# case -> what ranks 0, 1 and 2 print
+CASES = {
+    "everything_arrives": ("all equal",) * 3,
+    "a_later_send_waits_for_an_earlier_one": (r"after [1-9]\.", r"after [1-9]\.", r"after [1-9]\."),
+    "another_call": (
+        r"TransportError: rank 0 on .*: receiving from rank 1 failed",
+        r"TransportError: .*rank 0 sent \(exchange, round, slot, bytes\) \(0, 1, 0, 32\), but \(0, 2, 0, 32\) is due",
+        "not concerned",
+    ),
+    "nothing_comes": (
+        r"TransportError: .*nothing came from rank\(s\) \[1\] within 2 s \(lane across, tcp\)",
+        "sent or not",
+        "sent or not",
+    ),
+    "nobody_takes_it": (
+        r"TransportError: .*what was to be sent was not taken within 2 s",
+        "did not ask",
+        "did not ask",
+    ),
+    "a_peer_leaves": (
+        r"TransportError: .*receiving from rank 1 failed: the connection was closed",
+        "left",
+        r"TransportError: .*receiving from rank 1 failed: the connection was closed",
+    ),
+    "use_after_close": (r"TransportError: .*the lane was closed",) * 3,
+    "strangers": ("from 1 2", "from 0 2", "from 0 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, dict[str, str]]:
+    """case -> rank -> what it printed, from one launch."""
+    finished = torchrun("tcp_lanes.py", *CASES, nproc=3, timeout=150)
+    reported: dict[str, dict[str, str]] = {name: {} for name in CASES}
+    for name, rank, text in re.findall(r"@@(\w+) (\d) (.*?)@@", finished.output, re.DOTALL):
+        reported[name][rank] = text
+    return reported
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_lane(case, said):
+    for rank, expected in enumerate(CASES[case]):
+        assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+
+
+def test_tcp_is_for_cpu_ranks():
+    assert _transport(TorusArgs(), "gloo") == "tcp"
+    assert _transport(TorusArgs(), "nccl") == "two_sided"
+    assert _transport(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
+    with pytest.raises(ValueError, match=r"tcp moves tensors of CPU ranks, but torch\.distributed's backend is nccl"):
+        _transport(TorusArgs(transport="tcp"), "nccl")
+    with pytest.raises(ValueError, match="--sp-transport must be one of auto, tcp, two_sided, got 'rdma'"):
+        TorusArgs(transport="rdma")
