@@ -233,12 +233,12 @@ class _Builder:
                         self._attend(remote, k, part, block)
             if k not in deferred:
                 self._attend(machine, k)
+        for k in deferred[:-1]:
+            self._attend(machine, k)
         if machine[1:]:
-            for k in deferred:
-                self._attend(machine[1:], k)
+            self._attend(machine[1:], deferred[-1])
             self._push_inside()
-        for k in deferred:
-            self._attend(machine[:1], k)
+        self._attend(machine[:1], deferred[-1])
 
     def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
         """The last keys for the queries of other machines: each O part leaves as soon as it is final."""

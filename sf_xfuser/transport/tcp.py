@@ -185,7 +185,7 @@ class Tcp(Transport):
             header, parcel, round = item
             try:
                 _send_all(self._links[parcel.peer], header, _bytes_of(parcel.tensor))
-            except OSError as error:
+            except Exception as error:  # whatever it is, nobody else would hear of it
                 return self._fail(f"sending round {round} to rank {self._members[parcel.peer]} failed: {error}")
             self._sent.append(parcel)  # let go by the thread that made it
             del item, parcel
@@ -201,7 +201,7 @@ class Tcp(Transport):
                     expected, got = _HEADER.unpack(header), _HEADER.unpack(seen)
                     return self._fail(f"rank {self._members[peer]} sent {text} {got}, but {expected} is due")
                 _receive_into(link, _bytes_of(parcel.tensor))
-            except OSError as error:
+            except Exception as error:  # whatever it is, nobody else would hear of it
                 return self._fail(f"receiving from rank {self._members[peer]} failed: {error}")
             self._here(arrival, parcel)
             del item, parcel, arrival
@@ -256,7 +256,7 @@ class _Arrival(Ticket):
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _send_all(link: socket.socket, header: bytes, body: memoryview) -> None:

@@ -50,12 +50,15 @@ class TwoSided(Transport):
             self.wait(transfer)
 
     def wait(self, transfer: _Transfer) -> None:
-        """Bounded wait for one transfer; on CUDA it orders the current stream."""
+        """Bounded wait for one transfer; on CUDA it orders the current stream. Once: gloo would wait for another."""
+        work, transfer.work = transfer.work, None
+        if work is None:
+            return
         try:
             if self._bounds_itself:
-                transfer.work.wait()
+                work.wait()
             else:
-                transfer.work.wait(timedelta(seconds=self._timeout_s))
+                work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             parcel = transfer.parcel
             what = (
@@ -79,7 +82,7 @@ class _Transfer:
     direction: str
     parcel: Parcel
     round: int
-    work: dist.Work
+    work: dist.Work | None  # None: waited for
 
 
 class _Received(Ticket):
