@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from sf_xfuser.mesh import Mesh
-from sf_xfuser.plan import Layout
+from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.schedule import Cut, Schedule, build_schedule
 
 
@@ -124,9 +123,7 @@ def _make_call(
     ways = mesh.layout.ulysses_degree
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
-    bounds = list(accumulate((heads // ways + (p < heads % ways) for p in range(ways)), initial=0))
-    q_heads = tuple(pairwise(bounds))
-    kv_ranges = tuple((low // repeat, -(-high // repeat)) for low, high in q_heads)
+    q_heads, kv_ranges = head_ranges(heads, kv_heads, ways)
     group = mesh.layout.head_group(mesh.position)
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
     return Call(

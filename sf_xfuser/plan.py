@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import gcd
 
 EVEN = Fraction(1)
@@ -153,6 +154,17 @@ def legal_layouts(
         for ulysses in _divisors(ranks_per_machine):
             if heads is None or imbalance(heads, torus * ulysses) <= max_imbalance:
                 yield Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
+
+
+def head_ranges(
+    heads: int, kv_heads: int, ways: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """(query heads, KV heads) of each of ``ways`` head groups, as half-open ranges. The first groups have one query
+    head more where ``ways`` does not divide ``heads``; a KV head that two groups' query heads share is in both."""
+    repeat = heads // kv_heads
+    bounds = [group * (heads // ways) + min(group, heads % ways) for group in range(ways + 1)]
+    queries = tuple(pairwise(bounds))
+    return queries, tuple((low // repeat, -(-high // repeat)) for low, high in queries)
 
 
 def imbalance(heads: int, ways: int) -> Fraction:

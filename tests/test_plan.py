@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_xfuser.plan import Layout, legal_layouts, make_plan, paper_layout, split_degree, usp_layout
+from sf_xfuser.plan import Layout, head_ranges, legal_layouts, make_plan, paper_layout, split_degree, usp_layout
 from sf_xfuser.topology import RankFacts, Topology, probe
 
 counts = st.integers(1, 12)
@@ -129,3 +129,9 @@ def test_probe_sees_this_host_and_takes_the_override(monkeypatch):
     assert here.machine == here.host and "/" in here.host
     monkeypatch.setenv("SF_XFUSER_MACHINE", "rack7")
     assert probe().machine == "rack7"
+
+
+def test_head_groups_cover_all_heads_and_share_kv_heads_where_they_must():
+    assert head_ranges(8, 8, 3) == (((0, 3), (3, 6), (6, 8)),) * 2
+    # 6 query heads on 2 KV heads, 4 ways: the second KV head serves groups 1 (head 3), 2 and 3.
+    assert head_ranges(6, 2, 4) == (((0, 2), (2, 4), (4, 5), (5, 6)), ((0, 1), (0, 2), (1, 2), (1, 2)))

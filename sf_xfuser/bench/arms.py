@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 from math import gcd
 
 import torch
@@ -17,7 +16,7 @@ from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.xdit_arms import XditConfig
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
-from sf_xfuser.plan import Layout
+from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.trace import Trace
 from sf_xfuser.transport import Parcel, Ticket, Transport
 
@@ -96,7 +95,10 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         for (name, description), used in zip(_OURS, (blocking, mesh), strict=True)
     ]
     every = [arms[0], alone, *arms[1:], *ours]
-    return every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
+    kept = every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
+    if all(arm.mesh is None for arm in kept):
+        mesh.close()  # attention alone asks only for its layout
+    return kept
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
@@ -114,8 +116,10 @@ def _torus(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
 
 def _alone(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
     """What this rank computes in the torus arm, as one call on tensors that are simply there."""
-    layout, ways = mesh.layout, mesh.layout.ulysses_degree
-    heads = case.heads // ways + (layout.head_group(mesh.position) < case.heads % ways)
+    layout = mesh.layout
+    queries, _ = head_ranges(case.heads, case.heads, layout.ulysses_degree)
+    low, high = queries[layout.head_group(mesh.position)]
+    heads = high - low
     mine = layout.ulysses_group(mesh.position)
     cached: dict[str, torch.Tensor] = {}
 
@@ -146,6 +150,9 @@ class _Blocking(Transport):
 
     def drain(self) -> None:
         self._transport.drain()
+
+    def close(self) -> None:
+        self._transport.close()
 
 
 def traced(arm: Arm, trace: Trace | None) -> None:
@@ -249,10 +256,9 @@ def _torus_egress(case: Case, layout: Layout) -> float:
     A rank sends every head group of other machines its tokens' Q, K and V, and returns the O of other machines' tokens
     for its own heads; in a ring across machines it passes each KV block on, R_x - 1 times.
     """
-    ways, repeat = layout.ulysses_degree, case.heads // (case.kv_heads or case.heads)
-    bounds = [p * (case.heads // ways) + min(p, case.heads % ways) for p in range(ways + 1)]
-    q = [high - low for low, high in pairwise(bounds)]
-    kv = [-(-high // repeat) - low // repeat for low, high in pairwise(bounds)]
+    ways = layout.ulysses_degree
+    ranges = head_ranges(case.heads, case.kv_heads or case.heads, ways)
+    q, kv = ([high - low for low, high in of_groups] for of_groups in ranges)
     out = [0.0] * layout.num_machines
     for position in range(layout.world_size):
         t, own = layout.coordinates(position)[0], layout.head_group(position)

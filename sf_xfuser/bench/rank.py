@@ -223,8 +223,8 @@ class _Measurement:
 
     def _time(self, arm: Arm, timed: bool) -> None:
         sample = self.samples[arm.name]
+        before = self._sent()  # before any rank starts: a chunk leaves without being asked for
         self._barrier()
-        before = self._sent()
         self.spent = 0.0
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
