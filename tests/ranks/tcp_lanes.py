@@ -122,12 +122,13 @@ def case_use_after_close(rank):
 
 
 def case_strangers(rank):
-    """Before each rank's peers come, one who says the wrong thing, one who hangs up and one who says nothing."""
+    """Before each rank's peers come, two who say the wrong thing, one who hangs up and one who says nothing."""
     create_server, strangers = socket.create_server, []
 
     def beset(address, **options):
         listener = create_server(address, **options)
-        for said in (os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", None):
+        impostor = tcp._HELLO.pack(os.urandom(16), 0, rank + 1)  # a peer that is due, but for the token
+        for said in (impostor, os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", None):
             stranger = socket.create_connection(listener.getsockname())
             strangers.append(stranger)
             if said is not None:
