@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BACKENDS = ("usp", "ulysses", "ring", "torus", "auto")
@@ -117,19 +117,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")
 
 
-_DEFAULTS = (("sp_plan", "auto"), ("sp_topology", "auto"), ("sp_transport", "auto"), ("sp_strict", False))
-
-
 def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
     """The ``sp_*`` entries of parsed arguments as a value; None without ``sp_backend``. Raises ValueError."""
     if values.get("sp_backend") is None:
         ignored = sorted(
-            f"--{key.replace('_', '-')}" for key, default in _DEFAULTS if values.get(key, default) != default
+            f"--sp-{field.name}"
+            for field in fields(TorusArgs)
+            if field.name not in ("backend", "timeout")
+            and values.get(f"sp_{field.name}", field.default) != field.default
         )
         if ignored:
             raise ValueError(f"{', '.join(ignored)} has no effect without --sp-backend; add --sp-backend torus")
         return None
-    names = ("backend", "plan", "topology", "transport", "timeout", "strict")
+    names = [field.name for field in fields(TorusArgs)]
     return TorusArgs(**{name: values[f"sp_{name}"] for name in names if f"sp_{name}" in values})
 
 

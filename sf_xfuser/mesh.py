@@ -111,13 +111,12 @@ def build_mesh(
     # Every plan is made on every rank before any group: a refusal of one is seen by all.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
-    transport = _transport(args, backend or dist.get_backend())
+    two_sided = _transport(args, backend or dist.get_backend()) == "two_sided"
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
         members, layout = grid.members, plan.layout
         positions = range(layout.world_size)
-        two_sided = transport == "two_sided"
         inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
                   for n in range(layout.num_machines) if two_sided]  # fmt: skip
         across = [groups.new(list(positions), members, bounded=True)] if two_sided else []

@@ -290,7 +290,7 @@ class _Builder:
         )
 
     def _post_across(self, arriving: int) -> None:
-        """Post rounds between machines up to ``LOOKAHEAD`` beyond the arrival that is about to be consumed. One that
+        """Post rounds between machines up to ``lookahead`` beyond the arrival that is about to be consumed. One that
         forwards part of a slab (ring across machines) waits until that part is among the arrivals."""
         while self.posted < len(self.arrivals) and self.posted <= arriving + self.lookahead:
             kind, index, part = self.arrivals[self.posted]

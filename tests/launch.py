@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,14 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     command += [*torchrun_args, str(RANKS / script), *map(str, arguments)]
     return run(command, timeout=timeout, env=env, expect_failure=expect_failure)
+
+
+def reports(output: str, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """name -> rank -> text, of the lines ``@@name rank text@@`` that ``ranks/cases.py`` prints."""
+    reported: dict[str, dict[str, str]] = {name: {} for name in names}
+    for name, rank, text in re.findall(r"@@(\w+) (\d) (.*?)@@", output, re.DOTALL):
+        reported[name][rank] = text
+    return reported
 
 
 def run(

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.launch import torchrun
+from tests.launch import reports, torchrun
 
 
 @pytest.mark.parametrize(("nproc", "sizes"), [(4, "1,2,4"), (6, "3,6"), (8, "8")])
@@ -42,11 +42,7 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def refusals() -> dict[str, dict[str, str]]:
     """case -> rank -> what it raised, from one launch of four ranks."""
-    finished = torchrun("attention_refusals.py", *REFUSALS, nproc=4, timeout=120)
-    reported: dict[str, dict[str, str]] = {name: {} for name in REFUSALS}
-    for name, rank, text in re.findall(r"@@(\w+) (\d) (.*?)@@", finished.output, re.DOTALL):
-        reported[name][rank] = text
-    return reported
+    return reports(torchrun("attention_refusals.py", *REFUSALS, nproc=4, timeout=120).output, REFUSALS)
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -8,7 +8,7 @@ import pytest
 
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.mesh import _transport
-from tests.launch import torchrun
+from tests.launch import reports, torchrun
 
 # case -> what ranks 0, 1 and 2 print
 CASES = {
@@ -42,11 +42,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def said() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
-    finished = torchrun("tcp_lanes.py", *CASES, nproc=3, timeout=150)
-    reported: dict[str, dict[str, str]] = {name: {} for name in CASES}
-    for name, rank, text in re.findall(r"@@(\w+) (\d) (.*?)@@", finished.output, re.DOTALL):
-        reported[name][rank] = text
-    return reported
+    return reports(torchrun("tcp_lanes.py", *CASES, nproc=3, timeout=150).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -51,27 +51,27 @@ def connect(
     address = _own_address(agreement)
     token = secrets.token_bytes(16)
     found: dict[_Lane, dict[int, socket.socket]] = {lane: {} for lane in peers}
-    expected = {(lane, peer) for lane, others in peers.items() for peer in others}
+    missing = {(lane, peer) for lane, others in peers.items() for peer in others if peer > position}
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=max(128, len(expected))) as listener:
+    with socket.create_server((address, 0), family=family, backlog=max(128, len(missing))) as listener:
         mine = {"address": address, "port": listener.getsockname()[1], "token": token.hex()}
         published = agreement.gather("tcp listener", mine)
         # The kernel takes a connection before it is accepted here: every rank can first connect, then accept.
         for number, lane in enumerate(peers):
             for peer in (p for p in peers[lane] if p < position):
                 at = published[peer]
-                where = f"rank {members[position]}: no connection to rank {members[peer]} at {at['address']}"
                 try:
                     link = socket.create_connection((at["address"], at["port"]), max(0.1, deadline - time.monotonic()))
                     link.sendall(_HELLO.pack(bytes.fromhex(at["token"]), number, position))
                 except OSError as error:
                     raise TransportError(
-                        f"{where} port {at['port']}: {error}. Open the TCP ports between the machines, or name the "
-                        f"interface that joins them in GLOO_SOCKET_IFNAME"
+                        f"rank {members[position]}: no connection to rank {members[peer]} at {at['address']} port "
+                        f"{at['port']}: {error}. Open the TCP ports between the machines, or name the interface that "
+                        f"joins them in GLOO_SOCKET_IFNAME"
                     ) from error
                 found[lane][peer] = link
         lanes = tuple(peers)
-        while missing := expected - {(lane, peer) for lane, links in found.items() for peer in links}:
+        while missing:
             listener.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 link, _ = listener.accept()
@@ -87,6 +87,7 @@ def connect(
                 ) from error
             if secrets.compare_digest(said, token) and number < len(lanes) and (lanes[number], peer) in missing:
                 found[lanes[number]][peer] = link
+                missing.remove((lanes[number], peer))
             else:
                 link.close()
     for link in (x for links in found.values() for x in links.values()):
@@ -292,9 +293,7 @@ def _own_address(agreement: Agreement) -> str:
             try:
                 answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
             except OSError as error:
-                answer, refused = b"", error
-        if not answer:
-            raise RuntimeError(f"GLOO_SOCKET_IFNAME={interface} has no IPv4 address here: {refused}")
+                raise RuntimeError(f"GLOO_SOCKET_IFNAME={interface} has no IPv4 address here: {error}") from error
         own = socket.inet_ntoa(answer[20:24])
     else:
         own = _address_towards(agreement.store_host)

@@ -7,6 +7,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from cases import run_cases
 
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
@@ -98,14 +99,7 @@ def main() -> None:
     torch.manual_seed(rank)
     if names[0] == "--uncaught":
         globals()[f"case_{names[1]}"](rank)
-    for name in names:
-        try:
-            globals()[f"case_{name}"](rank)
-            text = "nothing was raised"
-        except (ValueError, RuntimeError, AssertionError) as error:
-            text = f"{type(error).__name__}: {error}"
-        print(f"@@{name} {rank} {text}@@", flush=True)
-        dist.barrier()
+    run_cases(globals(), names, (ValueError, RuntimeError, AssertionError))
     dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from cases import run_cases
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.transport import Parcel, TransportError, tcp
@@ -149,14 +150,7 @@ def case_strangers(rank):
 
 def main() -> None:
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for name in sys.argv[1:]:
-        try:
-            said = globals()[f"case_{name}"](rank)
-        except TransportError as error:
-            said = f"TransportError: {error}"
-        print(f"@@{name} {rank} {said}@@", flush=True)
-        dist.barrier()
+    run_cases(globals(), sys.argv[1:], TransportError)
     dist.destroy_process_group()
 
 
