@@ -14,7 +14,7 @@ from xfuser.core.distributed import (
     runtime_state,
 )
 from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
-from xfuser.core.distributed.parallel_state import destroy_model_parallel
+from xfuser.core.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from xfuser.model_executor.layers.usp import USP
 
 B, H, D = 2, 4, 16
@@ -90,6 +90,7 @@ def main():
             if get_world_group().rank == 0:
                 print(f"U{ulysses} R{ring} joint={joint_strategy}: {worst:.1e}")
         destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 main()
