@@ -25,7 +25,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from sf_xfuser import emulate
+from sf_xfuser import emulate, plugin
 from sf_xfuser.args import launch_environment
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
@@ -85,6 +85,8 @@ def run(order: Order, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device((launch_environment().local_rank or 0) % torch.cuda.device_count())
+    if xdit_arms.available() is None:
+        plugin.enable()  # before the first group: on a CPU all of them then share one event loop
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=order.timeout_s))
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=order.timeout_s))

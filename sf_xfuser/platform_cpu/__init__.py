@@ -24,6 +24,7 @@ import torch
 
 from sf_xfuser.hooks import Hook
 from sf_xfuser.platform_cpu.cuda_names import CpuTorch, HostEvent, cpu_fsdp, nothing_to_offload, to_cpu
+from sf_xfuser.platform_cpu.gloo import share_event_loop
 from sf_xfuser.platform_cpu.pipefusion import (
     communicate_shapes,
     destroy_after_delivery,
@@ -303,6 +304,14 @@ HOOKS: tuple[Hook, ...] = (
             ("_communicate_shapes", communicate_shapes, "waits for its own send: asynchronous PipeFusion deadlocks"),
             ("destroy", destroy_after_delivery, "does not wait for sends that are still under way"),
         )
+    ),
+    Hook(
+        module="torch.distributed.distributed_c10d",
+        name="ProcessGroupGloo.__init__",
+        wrap=share_event_loop,
+        why="PyTorch gives each gloo group a thread that wakes every 10 ms, and xDiT makes some twenty groups",
+        remove_when="PyTorch shares one gloo device among the groups of a process",
+        required=False,
     ),
     Hook(
         module="torch.cuda",

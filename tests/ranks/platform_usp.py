@@ -1,5 +1,7 @@
 """Four ranks: xDiT's USP at U2, R2, U2R2, U4 and R4 equals single-process SDPA of the whole sequence."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from xfuser import xFuserArgs
@@ -90,6 +92,8 @@ def main():
             if get_world_group().rank == 0:
                 print(f"U{ulysses} R{ring} joint={joint_strategy}: {worst:.1e}")
         destroy_model_parallel()
+    threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert sum("gloo_tcp_loop" in name for name in threads) == 1, threads
     destroy_distributed_environment()
 
 
