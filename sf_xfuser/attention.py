@@ -1,8 +1,4 @@
-"""Torus Attention: runs one rank's schedule. Shapes are in names: B batch, H heads, S tokens, D head size.
-
-Chunks travel and wait as [S, B, H, D], so that chunks of several ranks lie one after the other in one buffer and each
-is contiguous; ``attend`` sees [B, H, S, D] views of it.
-"""
+"""Torus Attention: runs one rank's schedule. Shapes are in names: B batch, H heads, S tokens, D head size."""
 
 from __future__ import annotations
 
@@ -10,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import accumulate
 from typing import Literal
 
 import torch
 
+from sf_xfuser.buffers import Buffers
 from sf_xfuser.call import Call, agree
 from sf_xfuser.kernels import AttendFunction, merge_, sdpa_attend
 from sf_xfuser.mesh import Mesh
@@ -64,18 +60,6 @@ def torus_attention(
     return _Run(mesh, call, attend, query, key, value, joint_key, joint_value).run()
 
 
-class _Rows:
-    """Where pieces lie in a buffer: ``rows[a, ..., b]`` is the slice from a to b."""
-
-    def __init__(self, pieces: Sequence[Piece], tokens: Callable[[int], int]) -> None:
-        ends = list(accumulate((high - low for low, high in (p.span(tokens(p.source)) for p in pieces)), initial=0))
-        self.total = ends[-1]
-        self._span = {piece: slice(ends[i], ends[i + 1]) for i, piece in enumerate(pieces)}
-
-    def __getitem__(self, pieces: Sequence[Piece]) -> slice:
-        return slice(self._span[pieces[0]].start, self._span[pieces[-1]].stop)
-
-
 class _Local(Ticket):
     """Something that is here, once it has been put in place."""
 
@@ -87,7 +71,7 @@ class _Local(Ticket):
 
 
 class _Run:
-    """The buffers and open tickets of one call."""
+    """One call: its buffers, and what is on its way."""
 
     def __init__(
         self,
@@ -101,30 +85,18 @@ class _Run:
         joint_value: torch.Tensor | None,
     ) -> None:
         self.mesh, self.call, self.attend = mesh, call, attend
-        self.local = {"q": (query,), "kv": (key, value)}
-        schedule = call.schedule
-        self.own = schedule.position
-        group = mesh.layout.head_group(self.own)
-        self.B, _, _, self.D = query.shape
-        self.H, self.H_kv = (high - low for low, high in (call.q_heads[group], call.kv_heads[group]))
-
-        self.q_rows = _Rows(schedule.queries, call.q_tokens.__getitem__)
-        self.q_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D)
-        self.o_SBHD = query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
-        self.lse_BHS = query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
-        self.rows_at_once = self.q_rows.total
+        self.query = query
+        joint = (joint_key, joint_value) if joint_key is not None and joint_value is not None else ()
+        self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint)
+        self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
-            self.rows_at_once = max(_MIN_ROWS, _ELEMENTS_AT_ONCE // (self.B * self.H * self.D))
+            in_cache = _ELEMENTS_AT_ONCE // (self.buffers.B * self.buffers.H * self.buffers.D)
+            self.rows_at_once = max(_MIN_ROWS, min(in_cache, self.rows_at_once // 4))  # also small beside O
         self.begun: set[Piece] = set()  # queries whose accumulator holds something
-        self.slab_of = {piece: n for n, slab in enumerate(schedule.slabs) for piece in slab}
-        self.kv_rows = [_Rows(slab, self._kv_tokens) for slab in schedule.slabs]
-        self.kv_S2BHD: dict[int, torch.Tensor] = {}  # by slab: K and V of a token lie together, and travel together
-        self.arriving: dict[tuple[str, Piece], Ticket] = {}
         # What this rank holds already is put in place when it is first asked for: the wire comes first.
-        for name in ("q", "kv"):
-            self.arriving[name, Piece(self.own)] = _Local(partial(self._pack, name, Piece(self.own), group, place=True))
-        if joint_key is not None and joint_value is not None:
-            self.arriving["kv", Piece(JOINT)] = _Local(partial(self._place_joint, joint_key, joint_value, group))
+        self.arriving: dict[tuple[str, Piece], Ticket] = {
+            held: _Local(partial(self.buffers.place, *held)) for held in self.buffers.to_place()
+        }
         self.outputs: list[tuple[Ticket, Parcel, Message]] = []
         self.posted: list[tuple[float, Ticket, Exchange, int]] = []  # for a trace: when, what, bytes to receive
 
@@ -142,7 +114,7 @@ class _Run:
         """Start one round. Chunks of no tokens are not sent, alike at both ends."""
         index = self.mesh.peer_index[step.lane]
         sends = [Parcel(self._outgoing(m), index[m.peer], _SLOT[m.tensor]) for m in step.sends]
-        receives = [(m, Parcel(self._incoming(m), index[m.peer], _SLOT[m.tensor])) for m in step.receives]
+        receives = [(m, Parcel(self.buffers.incoming(m), index[m.peer], _SLOT[m.tensor])) for m in step.receives]
         started_s = time.perf_counter()
         ticket = self.mesh.lanes[step.lane].exchange(
             step.round,
@@ -163,45 +135,57 @@ class _Run:
         with self._traced("wait", step):
             self._await("q", step.queries)
             self._await("kv", step.keys)
-        q_rows, kv_rows = self.q_rows[step.queries], self.kv_rows[step.slab][step.keys]
-        if q_rows.start != q_rows.stop and kv_rows.start != kv_rows.stop:
-            self._attend_rows(step, q_rows, kv_rows)
-        if step.last:
-            self.kv_S2BHD.pop(step.slab, None)
+        keys, rows = self.buffers.keys(step.keys), self.buffers.q_rows[step.queries]
+        if keys is not None:
+            self._attend_rows(step, rows, *keys)
+        del keys
+        if step.keys_last:
+            self.buffers.let_go_keys(step.keys)
+        if step.queries_last:
+            self.buffers.let_go_queries(step.queries)
 
-    def _attend_rows(self, step: Attend, q_rows: slice, kv_rows: slice) -> None:
-        k, v = self.kv_S2BHD[step.slab][kv_rows].permute(1, 2, 3, 0, 4)
-        if self.call.kv_of_q is not None:
-            k, v = k.index_select(1, self.call.kv_of_q), v.index_select(1, self.call.kv_of_q)
+    def _attend_rows(self, step: Attend, rows: slice, k: torch.Tensor, v: torch.Tensor) -> None:
         first = self.begun.isdisjoint(step.queries)
         self.begun.update(step.queries)
         with self._traced("compute", step):
-            for start in range(q_rows.start, q_rows.stop, self.rows_at_once):
-                rows = slice(start, min(start + self.rows_at_once, q_rows.stop))
-                out, lse = self.attend(self.q_SBHD[rows].permute(1, 2, 0, 3), k, v)
-                total_out, total_lse = self.o_SBHD[rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, rows]
+            for start in range(rows.start, rows.stop, self.rows_at_once):
+                some = slice(start, min(start + self.rows_at_once, rows.stop))
+                out, lse = self.attend(self.buffers.queries(some), k, v)
+                total_out, total_lse = self.buffers.accumulator(some)
                 if first:
                     total_out.copy_(out)
                     total_lse.copy_(lse)
                 else:
                     merge_(total_out, total_lse, out, lse)
+                del out, lse  # before the next ones are made
 
     def _collect(self) -> torch.Tensor:
         """Put the head groups of this rank's own tokens together; leave nothing posted."""
-        call, layout = self.call, self.mesh.layout
-        (query,) = self.local["q"]
-        out_BSHD = query.new_empty(self.B, query.shape[2], query.shape[1], self.D)
-        low, high = call.q_heads[layout.head_group(self.own)]
-        out_BSHD[:, :, low:high] = self.o_SBHD[self.q_rows[(Piece(self.own),)]].transpose(0, 1)
+        call, layout, own = self.call, self.mesh.layout, self.call.schedule.position
+        B, H, S, D = self.query.shape
+        out_BSHD = self.query.new_empty(B, S, H, D)
+        low, high = call.q_heads[layout.head_group(own)]
+        out_BSHD[:, :, low:high] = self.buffers.o_SBHD[self.buffers.q_rows[(Piece(own),)]].transpose(0, 1)
         for ticket, parcel, message in self.outputs:
             ticket.wait()
             low, high = call.q_heads[layout.head_group(message.peer)]
-            first, end = message.pieces[0].span(query.shape[2])
+            first, end = message.pieces[0].span(S)
             out_BSHD[:, first:end, low:high] = parcel.tensor.transpose(0, 1)
         for lane in self.mesh.lanes.values():
             lane.drain()
         self._trace_wire()
         return out_BSHD.transpose(1, 2)
+
+    def _outgoing(self, message: Message) -> torch.Tensor:
+        if self.buffers.passes_on(message):
+            self._await(message.tensor, message.pieces)
+        return self.buffers.outgoing(message)
+
+    def _await(self, name: str, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            ticket = self.arriving.pop((name, piece), None)
+            if ticket is not None:
+                ticket.wait()
 
     # -- for a trace --------------------------------------------------------------------------------------------------
 
@@ -209,7 +193,7 @@ class _Run:
         if self.mesh.trace is None:
             return nullcontext()
         queries, keys = ("+".join(str(s) for s in sorted({p.source for p in x})) for x in (step.queries, step.keys))
-        return self.mesh.trace.span(lane, f"Q {queries} x KV {keys}".replace(str(JOINT), "joint"), self.q_SBHD.device)
+        return self.mesh.trace.span(lane, f"Q {queries} x KV {keys}".replace(str(JOINT), "joint"), self.query.device)
 
     def _trace_wire(self) -> None:
         """What arrived when, in rounds; where the transport knows."""
@@ -219,57 +203,3 @@ class _Run:
             if ticket.arrived_s is not None and moved:
                 name = f"{step.receives[0].tensor} from {'+'.join(str(m.peer) for m in step.receives)}"
                 self.mesh.trace.add(step.lane, name, started_s, ticket.arrived_s, moved)
-
-    # -- chunks -------------------------------------------------------------------------------------------------------
-
-    def _kv_tokens(self, source: int) -> int:
-        return self.call.joint_tokens if source == JOINT else self.call.kv_tokens[source]
-
-    def _pack(self, name: str, piece: Piece, group: int, place: bool = False) -> torch.Tensor:
-        """This rank's own tokens in ``piece`` and the heads of ``group``, contiguous: [S,B,H,D] or [S,2,B,H,D]. In a
-        tensor of their own, to be sent, or in their buffer."""
-        low, high = (self.call.q_heads if name == "q" else self.call.kv_heads)[group]
-        first, end = piece.span(self.local[name][0].shape[2])
-        parts = [x[:, low:high, first:end].permute(2, 0, 1, 3) for x in self.local[name]]
-        buffer = self._buffer(name, (piece,)) if place else None
-        if name == "kv":
-            return torch.stack(parts, dim=1, out=buffer)
-        return parts[0].contiguous() if buffer is None else buffer.copy_(parts[0])
-
-    def _place_joint(self, joint_key: torch.Tensor, joint_value: torch.Tensor, group: int) -> None:
-        low, high = self.call.kv_heads[group]
-        joint_S2BHD = self._buffer("kv", (Piece(JOINT),))
-        for n, joint in enumerate((joint_key, joint_value)):
-            joint_S2BHD[:, n] = joint[:, low:high].permute(2, 0, 1, 3)
-
-    def _buffer(self, name: str, pieces: Sequence[Piece]) -> torch.Tensor:
-        """The rows of ``pieces`` in their buffer; a slab's buffer is made when first asked for."""
-        if name == "q":
-            return self.q_SBHD[self.q_rows[pieces]]
-        slab = self.slab_of[pieces[0]]
-        if slab not in self.kv_S2BHD:
-            self.kv_S2BHD[slab] = self.q_SBHD.new_empty(self.kv_rows[slab].total, 2, self.B, self.H_kv, self.D)
-        return self.kv_S2BHD[slab][self.kv_rows[slab][pieces]]
-
-    def _incoming(self, message: Message) -> torch.Tensor:
-        if message.tensor != "o":
-            return self._buffer(message.tensor, message.pieces)
-        low, high = self.call.q_heads[self.mesh.layout.head_group(message.peer)]
-        first, end = message.pieces[0].span(self.call.q_tokens[self.own])
-        return self.q_SBHD.new_empty(end - first, self.B, high - low, self.D)
-
-    def _outgoing(self, message: Message) -> torch.Tensor:
-        """The chunk to send, contiguous: packed from the inputs, forwarded from a slab, or a final output."""
-        if message.tensor == "o":
-            return self.o_SBHD[self.q_rows[message.pieces]].to(self.q_SBHD.dtype)
-        group = self.mesh.layout.head_group(message.peer)
-        if group == self.mesh.layout.head_group(self.own):  # a ring neighbour
-            self._await(message.tensor, message.pieces)
-            return self._buffer(message.tensor, message.pieces)
-        return self._pack(message.tensor, message.pieces[0], group)
-
-    def _await(self, name: str, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            ticket = self.arriving.pop((name, piece), None)
-            if ticket is not None:
-                ticket.wait()

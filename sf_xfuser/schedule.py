@@ -92,12 +92,14 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Attend ``queries`` to ``keys`` (waits for both) and merge. ``last`` if no later step reads these keys' slab."""
+    """Attend ``queries`` to ``keys`` (waits for both) and merge. ``keys_last`` if no later step reads these keys' slab,
+    ``queries_last`` if none reads these queries: their output is final."""
 
     queries: tuple[Piece, ...]
     keys: tuple[Piece, ...]
     slab: int
-    last: bool = False
+    keys_last: bool = False
+    queries_last: bool = False
 
 
 Step = Exchange | Attend
@@ -270,9 +272,14 @@ class _Builder:
         return keys
 
     def _marked_last(self) -> Iterator[Step]:
-        last = {step.slab: at for at, step in enumerate(self.steps) if isinstance(step, Attend)}
+        attends = [(at, step) for at, step in enumerate(self.steps) if isinstance(step, Attend)]
+        slab_at = {step.slab: at for at, step in attends}
+        query_at = {piece: at for at, step in attends for piece in step.queries}
         for at, step in enumerate(self.steps):
-            yield replace(step, last=True) if isinstance(step, Attend) and last[step.slab] == at else step
+            if isinstance(step, Attend):
+                final = all(query_at[piece] == at for piece in step.queries)
+                step = replace(step, keys_last=slab_at[step.slab] == at, queries_last=final)
+            yield step
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 

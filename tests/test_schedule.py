@@ -222,13 +222,25 @@ def check_buffers(s: Schedule) -> None:
 
 
 def check_last(s: Schedule) -> None:
-    """A slab's buffer can be let go after the step that says so: nothing attends, forwards or receives it later."""
+    """A slab's buffer can be let go after the step that says so: nothing attends, forwards or receives it later. So can
+    queries, and their output is then final: it is sent after that, not before."""
+    done: list[Piece] = []
+    for step in s.steps:
+        if isinstance(step, Attend):
+            assert set(step.queries).isdisjoint(done)
+            done += step.queries if step.queries_last else []
+        else:
+            outputs = {piece for m in step.sends if m.tensor == "o" for piece in m.pieces}
+            assert outputs <= set(done) and set(done).isdisjoint(
+                p for m in step.receives for p in m.pieces if m.tensor == "q"
+            )
+    assert sorted(done) == sorted(s.queries)
     slab_of = {piece: k for k, slab in enumerate(s.slabs) for piece in slab}
     gone: list[int] = []
     for step in s.steps:
         if isinstance(step, Attend):
             assert step.slab not in gone
-            gone += [step.slab] if step.last else []
+            gone += [step.slab] if step.keys_last else []
         else:
             read = [piece for m in step.sends if reads_slab(s, m) for piece in m.pieces]
             written = [piece for m in step.receives if m.tensor == "kv" for piece in m.pieces]
@@ -410,4 +422,4 @@ def test_transfers_are_in_flight_while_chunks_are_attended(cut):
         assert len(pushes) == 3 * cut.q
         assert all(any(isinstance(x, Attend) for x in s.steps[a:b]) for a, b in pairwise(pushes))
         final = s.steps[-1]
-        assert isinstance(final, Attend) and final.queries == (Piece(w),) and final.last
+        assert isinstance(final, Attend) and final.queries == (Piece(w),) and final.keys_last

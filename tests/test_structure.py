@@ -13,6 +13,7 @@ ROWS = [
     {"kernels", "transport", "schedule"},
     {"mesh"},
     {"call"},
+    {"buffers"},
     {"attention", "launch", "tiny_models", "platform_cpu"},
     {"usp"},
     {"plugin"},
