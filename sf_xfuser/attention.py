@@ -19,9 +19,8 @@ from sf_xfuser.transport import Parcel, Ticket
 
 _SLOT = {"q": 0, "kv": 1, "o": 2}
 
-# On a CPU, queries are attended in runs of rows whose partial result is still in the cache when it is merged. PyTorch's
-# kernel works on fewer rows at a time, and more slowly, below 768.
-_ELEMENTS_AT_ONCE = 64 << 10
+# On a CPU, queries are attended in runs of rows, so that a partial result stays small beside O. PyTorch's kernel works
+# on fewer rows at a time, and more slowly, below 768.
 _MIN_ROWS = 768
 
 
@@ -90,8 +89,7 @@ class _Run:
         self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint)
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
-            in_cache = _ELEMENTS_AT_ONCE // (self.buffers.B * self.buffers.H * self.buffers.D)
-            self.rows_at_once = max(_MIN_ROWS, min(in_cache, self.rows_at_once // 4))  # also small beside O
+            self.rows_at_once = max(_MIN_ROWS, self.rows_at_once // 4)
         self.begun: set[Piece] = set()  # queries whose accumulator holds something
         # What this rank holds already is put in place when it is first asked for: the wire comes first.
         self.arriving: dict[tuple[str, Piece], Ticket] = {

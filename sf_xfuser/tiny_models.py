@@ -18,6 +18,7 @@ import string
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +45,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -365,7 +366,7 @@ def _clip_tokenizer(max_length: int = _CLIP_POSITIONS) -> CLIPTokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    merges = _learn_merges(tokenizer, [_TEXT], vocab_size=400, end_of_word_suffix=mark)
+    merges = _learn_merges(tokenizer, [_TEXT], num_merges=350, mark=mark)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(byte + mark for byte in alphabet), *(a + b for a, b in merges), start, end]
     with tempfile.TemporaryDirectory() as folder:
@@ -400,9 +401,9 @@ def _llama_tokenizer() -> LlamaTokenizerFast:
     prompt. Merges are therefore taken, most frequent first, until the template has shrunk to that many tokens.
     """
     instruction = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    merges = _learn_merges(learner, [instruction, _TEXT], vocab_size=2000)
+    splitter = Tokenizer(models.BPE())
+    splitter.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    merges = _learn_merges(splitter, [instruction, _TEXT], num_merges=2000)
 
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
     characters = sorted({"▁", *(c for c in string.printable if not c.isspace() or c == "\n")})
@@ -430,12 +431,38 @@ def _llama_tokenizer() -> LlamaTokenizerFast:
     return _from_tokenizer_json(LlamaTokenizerFast, tokenizer_with(low), padding_side="right", pad_token="<pad>")
 
 
-def _learn_merges(learner: Tokenizer, texts: list[str], vocab_size: int, **options: Any) -> list[tuple[str, str]]:
-    """The BPE merges of ``texts``, most frequent first, in words as ``learner`` splits them."""
-    learner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options), length=len(texts)
-    )
-    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+def _learn_merges(splitter: Tokenizer, texts: list[str], num_merges: int, mark: str = "") -> list[tuple[str, str]]:
+    """The BPE merges of ``texts``, most frequent first, in words as ``splitter`` splits them, each ending in ``mark``.
+
+    Ties go by the alphabet: the tokenizers library's own trainer breaks them differently in every process, and ranks
+    that made their models themselves would read different tokens.
+    """
+    words: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        plain = splitter.normalizer.normalize_str(text) if splitter.normalizer else text
+        for word, _ in splitter.pre_tokenizer.pre_tokenize_str(plain):
+            words[(*word[:-1], word[-1] + mark)] += 1
+    merges: list[tuple[str, str]] = []
+    while len(merges) < num_merges:
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, times in words.items():
+            for pair in pairwise(word):
+                counts[pair] += times
+        if not counts:
+            break
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        words = Counter({_merged(word, merges[-1]): times for word, times in words.items()})
+    return merges
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    symbols: list[str] = []
+    for symbol in word:
+        if symbols and (symbols[-1], symbol) == pair:
+            symbols[-1] += symbol
+        else:
+            symbols.append(symbol)
+    return tuple(symbols)
 
 
 def _from_tokenizer_json(tokenizer_class: type, tokenizer: Tokenizer, **options: Any) -> Any:

@@ -87,7 +87,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             heads=24,
             head_dim=128,
             layers=0,
-            single_layers=1,
+            single_layers=2,
             size={"height": 1024, "width": 1024, "guidance_scale": 3.5},
             text_length=256,
         ),

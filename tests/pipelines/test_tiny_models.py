@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 from sf_xfuser.tiny_models import FAMILIES, SMALL_INPUT, main, save_tiny_model
+from tests.launch import run
 
 CAT = "A small cat sits on a red chair near the window while the rain falls over the old city and people walk home."
 DOG = "Three dogs run along the sea at night; the moon is white, 7 birds fly over a boat with a torn sail — déjà."
@@ -129,16 +131,24 @@ def test_hunyuan_prompt_survives_the_template_crop(model_folder):
     assert len(tokenizer(instruction).input_ids) == template["crop_start"]
 
 
-def test_same_arguments_same_bytes(tmp_path):
-    def digests(name, **options):
-        files = sorted(save_tiny_model("sd3", tmp_path / name, **options).rglob("*.safetensors"))
-        return {file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+@pytest.mark.parametrize("family", ["sd3", "hunyuanvideo"])  # two CLIPs and T5; Llama and CLIP
+def test_same_arguments_same_bytes(tmp_path, family):
+    """Also in another process: each rank of a job may make its model itself."""
+
+    def digests(folder):
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
     before = torch.random.get_rng_state()
-    first = digests("a")
+    first = digests(save_tiny_model(family, tmp_path / "a"))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert first == digests("b")
-    assert first["transformer"] != digests("c", seed=1)["transformer"]
+    run([sys.executable, "-m", "sf_xfuser.tiny_models", family, str(tmp_path / "b")])
+    assert first == digests(tmp_path / "b")
+    other = digests(save_tiny_model(family, tmp_path / "c", seed=1))
+    assert {name for name in first if first[name] != other[name]} >= {
+        "transformer/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
 
 
 @pytest.mark.parametrize(
