@@ -13,7 +13,6 @@ the bytes sent through ``x{i}-{j}`` are exactly those that machine ``i`` sent to
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -441,7 +440,7 @@ class _Ranks:
             print(f"sf-xfuser cluster: {text}", file=sys.stderr, flush=True)
 
 
-# --- for ranks and for the command line -----------------------------------------------------------------------------
+# --- for ranks --------------------------------------------------------------------------------------------------------
 
 
 def read_matrix(num_machines: int) -> list[list[int]]:
@@ -467,44 +466,6 @@ def _counters(path: str, num_machines: int) -> list[list[int]]:
     if any(f"up{i}" not in sent for i in machines) or f"up{num_machines}" in sent:
         raise EmulationError(f"this process is not a rank of an emulated cluster of {num_machines} machine(s)")
     return [[0 if i == j else sent[f"x{i}-{j}"] for j in machines] for i in machines]
-
-
-def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``sf-xfuser cluster run``."""
-    add = parser.add_argument
-    add("--cluster", required=True, metavar="NxM", help="machines x ranks per machine, such as 4x2")
-    add("--inter-rate", metavar="RATE", help="what a machine can send, such as 100mbit, 2.5gbit. Default: not shaped")
-    add("--inter-delay", metavar="DELAY", help="one-way delay between machines, such as 0.2ms")
-    add("--timeout", type=float, metavar="SECONDS", help="end all ranks after this time")
-    add("--grace", type=float, default=15.0, metavar="SECONDS", help="left to others after a failure. Default: 15")
-    add("--prefix", action="store_true", help="mark each line of output with its machine and rank")
-    add("--json", metavar="FILE", help="write the spec, the status, failures and bytes between machines to FILE")
-    add("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every rank runs")
-
-
-def cluster_command(options: argparse.Namespace) -> int:
-    """``sf-xfuser cluster run``: run, print the bytes between machines on stderr, return the exit status (that of the
-    Outcome; 2: the cluster or its description is at fault; 130: Ctrl-C)."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
-    try:
-        spec = ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
-        outcome = run(spec, argv, timeout_s=options.timeout, grace_s=options.grace, prefix=options.prefix)
-    except (ValueError, EmulationError) as error:
-        print(f"sf-xfuser cluster: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    names = [f"machine{i}" for i in range(spec.num_machines)]
-    table = Table("from \\ to", *(Column(name, justify="right") for name in names), title=f"{spec}: MB sent")
-    for i, row in enumerate(outcome.bytes_between):
-        table.add_row(names[i], *("-" if i == j else f"{count / 1e6:.3f}" for j, count in enumerate(row)))
-    Console(stderr=True).print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"spec": asdict(spec), **asdict(outcome)}, indent=1) + "\n")
-    return outcome.status
 
 
 if __name__ == "__main__":

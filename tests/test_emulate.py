@@ -22,11 +22,11 @@ REASON = emulate.unavailable()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 COMMAND = """
-import argparse, sys
-from sf_xfuser import emulate
-parser = argparse.ArgumentParser()
-emulate.add_cluster_arguments(parser)
-sys.exit(emulate.cluster_command(parser.parse_args()))
+import sys
+from sf_xfuser.cli import main
+status = main(["cluster", "run", *sys.argv[1:]])
+assert "torch" not in sys.modules, "the emulated cluster works without PyTorch"
+sys.exit(status)
 """
 # Every rank says what it sees, leaves a process of its own behind, and tells rank 0 over a socket that it is there.
 SEE = """

@@ -170,27 +170,37 @@ def _on_emulated_clusters(
     failed = done = 0
     for group in launches(list(cases)):
         console.print(f"{group[0].spec}: starting {group[0].world_size} ranks for {len(group)} case(s) ...")
-        with tempfile.TemporaryDirectory(prefix="sf-xfuser-bench-") as folder:
-            request = Path(folder, "order.json")
-            request.write_text(replace(order, cases=tuple(group), emulated=True).to_json())
-            command = [sys.executable, "-m", "sf_xfuser.bench.rank", str(request)]
-            try:
-                outcome = emulate.run(group[0].spec, command, env=_QUIET)
-            finally:  # also what was measured before Ctrl-C
-                results = request.with_suffix(".rows")
-                found = json.loads(results.read_text()) if results.is_file() else {"rows": [], "timelines": []}
-                document["rows"] += found["rows"]
-                document["timelines"] += found["timelines"]
-        measured = report.by_case(found["rows"])
-        done += len(measured)
-        if outcome.status != 0:
+        request = replace(order, cases=tuple(group), emulated=True).to_json()
+        before = len(document["rows"])
+        if _launch(console, group[0].spec, request, document) != 0:
             failed = 1
-            words = "; ".join(f"rank {f.rank} (machine {f.machine}) {f.what}" for f in outcome.failures)
-            missing = [case.id for case in group if case.id not in measured]
-            console.print(f"[bold red]failed[/]: {words or f'status {outcome.status}'}; not measured: {missing}")
+        measured = report.by_case(document["rows"][before:])
+        done += len(measured)
+        if missing := [case.id for case in group if case.id not in measured]:
+            console.print(f"[bold red]not measured[/]: {missing}")
         if len(cases) > 1:
             console.print(f"{done} of {len(cases)} cases measured")
     return failed
+
+
+def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document: dict[str, Any], *flags: str) -> int:
+    """Run ``rank`` on an emulated cluster and add to the document what it measured, also before a failure or Ctrl-C.
+    The status of the cluster; the ranks that failed are named."""
+    with tempfile.TemporaryDirectory(prefix="sf-xfuser-bench-") as folder:
+        path = Path(folder, "order.json")
+        path.write_text(request)
+        try:
+            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", *flags, str(path)], env=_QUIET)
+        finally:
+            results = path.with_suffix(".rows")
+            if results.is_file():
+                found = json.loads(results.read_text())
+                document["rows"] += found["rows"]
+                document["timelines"] += found["timelines"]
+    if outcome.status != 0:
+        words = "; ".join(f"rank {f.rank} (machine {f.machine}) {f.what}" for f in outcome.failures)
+        console.print(f"[bold red]failed[/]: {words or f'status {outcome.status}'}")
+    return outcome.status
 
 
 def _under_torchrun(options: argparse.Namespace, order: Order, world_size: int) -> int:
@@ -234,16 +244,10 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
     spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
     case = {"id": f"{order.model} on {spec}", "cluster": options.cluster, "model": order.model, **asdict(spec)}
     order = replace(order, topology="auto", case=case)
-    Console(stderr=True).print(f"{spec}: starting {spec.world_size} ranks ...")
-    with tempfile.TemporaryDirectory(prefix="sf-xfuser-bench-") as folder:
-        request = Path(folder, "order.json")
-        request.write_text(json.dumps(asdict(order)))
-        command = [sys.executable, "-m", "sf_xfuser.bench.rank", "--pipeline", str(request)]
-        outcome = emulate.run(spec, command, env=_QUIET)
-        results = request.with_suffix(".rows")
-        if results.is_file():
-            document["rows"] += json.loads(results.read_text())["rows"]
-    return max(_finish(options, document), 1 if outcome.status else 0)
+    console = Console(stderr=True)
+    console.print(f"{spec}: starting {spec.world_size} ranks ...")
+    status = _launch(console, spec, json.dumps(asdict(order)), document, "--pipeline")
+    return max(_finish(options, document), 1 if status else 0)
 
 
 # -- output -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,9 @@ from sf_xfuser.args import launch_environment
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
 from sf_xfuser.bench.case import Case
-from sf_xfuser.bench.report import best_xdit_row, usp_row
+from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows, pipeline_rows
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.trace import Trace
-
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,22 +57,6 @@ class Order:
         values = json.loads(text)
         arms = values.pop("arms")
         return cls(cases=tuple(Case(**c) for c in values.pop("cases")), arms=arms and tuple(arms), **values)
-
-
-@dataclass
-class _Sample:
-    """One arm's figures on rank 0."""
-
-    times_s: list[float] = field(default_factory=list)
-    attention_s: list[float] = field(default_factory=list)
-    exposed_s: list[float] = field(default_factory=list)
-    wire: list[list[list[int]]] = field(default_factory=list)
-    first_call_s: float | None = None
-    peak_bytes: list[int] | None = None
-    max_abs_error: float | None = None
-    rms_error: float | None = None
-    failure: str = ""
-    timeline: dict[str, Any] | None = None
 
 
 def run(order: Order, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
@@ -115,7 +97,7 @@ class _Measurement:
                 emulate.shape(case.inter_rate_bps)
             dist.barrier(control)
         self.arms = open_arms(case, order.topology, order.timeout_s, order.arms)
-        self.samples = {arm.name: _Sample() for arm in self.arms}
+        self.samples = {arm.name: Sample() for arm in self.arms}
         shards = [self._shard(rank) for rank in range(case.world_size)]
         self.inputs = tuple(x.to(self.device) for x in shards[self.rank])
         self.keys, self.values = (torch.cat([shard[n] for shard in shards], dim=2) for n in (1, 2))
@@ -147,7 +129,9 @@ class _Measurement:
         if self.rank != 0:
             return [], []
         timelines = [s.timeline for s in reversed(self.samples.values()) if s.timeline is not None]
-        return self._rows(), timelines  # torus first
+        return attention_rows(
+            self.case, self.arms, self.samples, on_gpu=self.device.type == "cuda"
+        ), timelines  # torus first
 
     def close(self) -> None:
         for arm in self.arms:
@@ -177,7 +161,7 @@ class _Measurement:
             return
         sample.max_abs_error = max(r[1] for r in reports)
         sample.rms_error = math.sqrt(statistics.fmean(r[2] for r in reports))
-        allowed = _TOLERANCE[self.case.dtype]
+        allowed = TOLERANCE[self.case.dtype]
         if sample.max_abs_error > allowed:
             seen = f"{sample.max_abs_error:.2e}"
             sample.failure = f"wrong result: differs by {seen} from one process ({allowed:g} allowed)"
@@ -273,53 +257,6 @@ class _Measurement:
         if self._recording is not None:
             self._recording.add("compute", "attention", start_s, end_s)
 
-    # -- results ---------------------------------------------------------------------------------------------------
-
-    def _rows(self) -> list[dict[str, Any]]:
-        alone = self.samples[ALONE].times_s if ALONE in self.samples else []
-        compute = statistics.median(alone) if alone else None
-        rows = [self._row(arm, self.samples[arm.name], compute) for arm in self.arms]
-        add_ratios(rows)
-        return rows
-
-    def _row(self, arm: Arm, sample: _Sample, compute_s: float | None) -> dict[str, Any]:
-        measured = sample.times_s
-        status = "failed" if sample.failure else "ok" if measured else "skipped"
-        wire_s = None
-        if arm.formula_bytes is not None and self.case.inter_rate_bps is not None:
-            wire_s = arm.formula_bytes * 8 / self.case.inter_rate_bps
-        bound = None
-        if compute_s is not None and measured and arm.name not in (SINGLE, ALONE):
-            bound = max(compute_s, wire_s or 0.0)
-        median = statistics.median(measured) if measured else None
-        attention = statistics.median(sample.attention_s) if measured else None
-        exposed = statistics.median(sample.exposed_s) if measured else None
-        if self.device.type == "cuda" and median is not None and compute_s is not None:
-            attention, exposed = compute_s, median - compute_s  # the host only sees launches
-        return {
-            "kind": "attention",
-            "case": self.case.to_json(),
-            "arm": arm.name,
-            "description": arm.description,
-            "family": arm.family,
-            "status": status,
-            "reason": sample.failure or arm.reason,
-            "layout": arm.layout,
-            **times(measured),
-            "first_call_s": sample.first_call_s,
-            "attention_s": attention,
-            "exposed_s": exposed,
-            "peak_bytes": sample.peak_bytes,
-            "wire_bytes": _mean(sample.wire),
-            "formula_bytes": arm.formula_bytes,
-            "max_abs_error": sample.max_abs_error,
-            "rms_error": sample.rms_error,
-            "bound_s": bound,
-            "bound_compute_s": compute_s,
-            "bound_wire_s": wire_s,
-            "efficiency": bound / median if bound is not None and median else None,
-        }
-
     # -- small things ----------------------------------------------------------------------------------------------
 
     def _shard(self, rank: int) -> tuple[torch.Tensor, ...]:
@@ -408,69 +345,7 @@ def run_pipeline(order: PipelineOrder) -> list[dict[str, Any]]:
     if rank != 0:
         return []
     case = order.case or {"id": f"{order.model} on {world_size} ranks", "model": order.model}
-    rows = [_pipeline_row(case, order.dtype, record) for record in records]
-    add_ratios(rows)
-    return rows
-
-
-def _pipeline_row(case: dict[str, Any], dtype: str, record: dict[str, Any]) -> dict[str, Any]:
-    name = {"single": SINGLE, "torus": "torus"}.get(record["arm"])
-    if name is None:
-        name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["arm"]), "ulysses")
-    family = {SINGLE: "reference", "torus": "ours"}.get(name, "xdit")
-    right = record["max_abs_error"] <= _TOLERANCE[dtype] * 10  # of latents, after several steps
-    attention = statistics.median(record["attention_s"]) if any(record["attention_s"]) else None
-    return {
-        "kind": "pipeline",
-        "case": case,
-        "arm": name,
-        "description": "seconds per denoising step",
-        "family": family,
-        "status": "ok" if right else "failed",
-        "reason": "" if right else f"latents differ by {record['max_abs_error']:.2e} from one process",
-        "layout": record["layout"],
-        **times(record["times_s"]),
-        "first_call_s": record["first_call_s"],
-        "attention_s": attention,
-        "exposed_s": None,
-        "peak_bytes": None,
-        "wire_bytes": None,
-        "formula_bytes": None,
-        "max_abs_error": None if name == SINGLE else record["max_abs_error"],
-        "rms_error": None,
-        "bound_s": None,
-        "bound_compute_s": None,
-        "bound_wire_s": None,
-        "efficiency": None,
-    }
-
-
-def times(measured: list[float]) -> dict[str, Any]:
-    """The fields of a row that describe ``measured`` seconds."""
-    quartiles = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else [None, None, None]
-    return {
-        "times_s": measured,
-        "median_s": statistics.median(measured) if measured else None,
-        "min_s": min(measured, default=None),
-        "max_s": max(measured, default=None),
-        "q1_s": quartiles[0],
-        "q3_s": quartiles[2],
-    }
-
-
-def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """``ratio_to_usp`` and ``ratio_to_best_xdit``: the other's median over this row's; None for references."""
-    for key, reference in (("ratio_to_usp", usp_row(rows)), ("ratio_to_best_xdit", best_xdit_row(rows))):
-        for row in rows:
-            comparable = row["median_s"] is not None and reference is not None and row["family"] != "reference"
-            row[key] = reference["median_s"] / row["median_s"] if comparable and reference is not None else None
-
-
-def _mean(matrices: list[list[list[int]]]) -> list[list[int]] | None:
-    if not matrices:
-        return None
-    size = range(len(matrices[0]))
-    return [[round(statistics.fmean(m[i][j] for m in matrices)) for j in size] for i in size]
+    return pipeline_rows(case, order.dtype, records)
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""What was measured, as the rows of a bench document. Pure: seconds and bytes in, plain JSON data out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sf_xfuser.bench.arms import ALONE, SINGLE, Arm
+from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.report import best_xdit_row, usp_row
+
+#: Largest absolute difference from a single process that is still right.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+_OF_LATENTS = 10  # times that, after several denoising steps
+
+
+@dataclass
+class Sample:
+    """One arm's figures on rank 0. ``times_s``, ``attention_s``, ``exposed_s``, ``wire`` (bytes from machine to
+    machine): one entry per timed call."""
+
+    times_s: list[float] = field(default_factory=list)
+    attention_s: list[float] = field(default_factory=list)
+    exposed_s: list[float] = field(default_factory=list)
+    wire: list[list[list[int]]] = field(default_factory=list)
+    first_call_s: float | None = None
+    peak_bytes: list[int] | None = None
+    max_abs_error: float | None = None
+    rms_error: float | None = None
+    failure: str = ""
+    timeline: dict[str, Any] | None = None
+
+
+def attention_rows(
+    case: Case, arms: Sequence[Arm], samples: Mapping[str, Sample], *, on_gpu: bool
+) -> list[dict[str, Any]]:
+    """One row per arm. ``on_gpu``: the host's clock only sees launches, so the time in attention is that of the arm
+    with nothing to exchange, and what a call takes longer is exposed communication."""
+    alone = samples[ALONE].times_s if ALONE in samples else []
+    compute_s = statistics.median(alone) if alone else None
+    rows = []
+    for arm in arms:
+        sample = samples[arm.name]
+        timed = _times(sample.times_s)
+        median_s = timed["median_s"]
+        attention_s = statistics.median(sample.attention_s) if sample.attention_s else None
+        exposed_s = statistics.median(sample.exposed_s) if sample.exposed_s else None
+        if on_gpu and median_s is not None and compute_s is not None:
+            attention_s, exposed_s = compute_s, median_s - compute_s
+        wire_s = None
+        if arm.formula_bytes is not None and case.inter_rate_bps is not None:
+            wire_s = arm.formula_bytes * 8 / case.inter_rate_bps
+        bound_s = None
+        if compute_s is not None and median_s is not None and arm.name not in (SINGLE, ALONE):
+            bound_s = max(compute_s, wire_s or 0.0)
+        rows.append(
+            _row(
+                kind="attention",
+                case=case.to_json(),
+                arm=arm.name,
+                description=arm.description,
+                family=arm.family,
+                status="failed" if sample.failure else "ok" if sample.times_s else "skipped",
+                reason=sample.failure or arm.reason,
+                layout=arm.layout,
+                **timed,
+                first_call_s=sample.first_call_s,
+                attention_s=attention_s,
+                exposed_s=exposed_s,
+                peak_bytes=sample.peak_bytes,
+                wire_bytes=_mean(sample.wire),
+                formula_bytes=arm.formula_bytes,
+                max_abs_error=sample.max_abs_error,
+                rms_error=sample.rms_error,
+                bound_s=bound_s,
+                bound_compute_s=compute_s,
+                bound_wire_s=wire_s,
+                efficiency=bound_s / median_s if bound_s is not None and median_s else None,
+            )
+        )
+    return _with_ratios(rows)
+
+
+def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per record of ``pipeline.measure``: seconds per denoising step."""
+    rows = []
+    for record in records:
+        name = {"single": SINGLE, "torus": "torus"}.get(record["arm"])
+        if name is None:
+            name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["arm"]), "ulysses")
+        right = record["max_abs_error"] <= TOLERANCE[dtype] * _OF_LATENTS
+        rows.append(
+            _row(
+                kind="pipeline",
+                case=dict(case),
+                arm=name,
+                description="seconds per denoising step",
+                family={SINGLE: "reference", "torus": "ours"}.get(name, "xdit"),
+                status="ok" if right else "failed",
+                reason="" if right else f"latents differ by {record['max_abs_error']:.2e} from one process",
+                layout=record["layout"],
+                **_times(record["times_s"]),
+                first_call_s=record["first_call_s"],
+                attention_s=statistics.median(record["attention_s"]) if any(record["attention_s"]) else None,
+                max_abs_error=None if name == SINGLE else record["max_abs_error"],
+            )
+        )
+    return _with_ratios(rows)
+
+
+# Every row has all of them, in this order; None where nothing was measured.
+_FIELDS = (
+    *("kind", "case", "arm", "description", "family", "status", "reason", "layout"),
+    *("times_s", "median_s", "min_s", "max_s", "q1_s", "q3_s", "first_call_s", "attention_s", "exposed_s"),
+    *("peak_bytes", "wire_bytes", "formula_bytes", "max_abs_error", "rms_error"),
+    *("bound_s", "bound_compute_s", "bound_wire_s", "efficiency"),
+)
+
+
+def _row(**known: Any) -> dict[str, Any]:
+    return dict.fromkeys(_FIELDS) | known
+
+
+def _times(measured: Sequence[float]) -> dict[str, Any]:
+    quartiles = statistics.quantiles(measured, n=4, method="inclusive") if len(measured) > 1 else [None, None, None]
+    return {
+        "times_s": list(measured),
+        "median_s": statistics.median(measured) if measured else None,
+        "min_s": min(measured, default=None),
+        "max_s": max(measured, default=None),
+        "q1_s": quartiles[0],
+        "q3_s": quartiles[2],
+    }
+
+
+def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``ratio_to_usp`` and ``ratio_to_best_xdit``: the other's median over this row's; None for references."""
+    for key, reference in (("ratio_to_usp", usp_row(rows)), ("ratio_to_best_xdit", best_xdit_row(rows))):
+        for row in rows:
+            comparable = row["median_s"] is not None and reference is not None and row["family"] != "reference"
+            row[key] = reference["median_s"] / row["median_s"] if comparable and reference is not None else None
+    return rows
+
+
+def _mean(matrices: Sequence[Sequence[Sequence[int]]]) -> list[list[int]] | None:
+    if not matrices:
+        return None
+    size = range(len(matrices[0]))
+    return [[round(statistics.fmean(m[i][j] for m in matrices)) for j in size] for i in size]
