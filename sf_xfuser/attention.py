@@ -20,8 +20,8 @@ from sf_xfuser.transport import Parcel, Ticket
 _SLOT = {"q": 0, "kv": 1, "o": 2}
 
 # On a CPU, queries are attended in runs of rows, so that a partial result stays small beside O. PyTorch's kernel works
-# on fewer rows at a time, and more slowly, below 768.
-_MIN_ROWS = 768
+# on fewer rows at a time, and more slowly, below 768; beyond 1024 it gains nothing.
+_MIN_ROWS, _MAX_ROWS = 768, 1024
 
 
 def torus_attention(
@@ -89,7 +89,7 @@ class _Run:
         self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint)
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
-            self.rows_at_once = max(_MIN_ROWS, self.rows_at_once // 4)
+            self.rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_at_once // 4))
         self.begun: set[Piece] = set()  # queries whose accumulator holds something
         # What this rank holds already is put in place when it is first asked for: the wire comes first.
         self.arriving: dict[tuple[str, Piece], Ticket] = {
