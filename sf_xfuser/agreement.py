@@ -43,6 +43,10 @@ class Agreement:
         """One among ``ranks``, the ``index``-th group of this one's. Local."""
         return Agreement(f"{self._scope}/group{index}", ranks, self._timeout_s)
 
+    def afresh(self, number: int) -> Agreement:
+        """One among the same ranks that counts anew, where some may have come further than others. Local."""
+        return Agreement(f"{self._scope}/afresh{number}", self._ranks, self._timeout_s)
+
     @property
     def store_host(self) -> str:
         """The host of the store; this one where the store is not a server."""

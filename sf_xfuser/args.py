@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BACKENDS = ("usp", "ulysses", "ring", "torus", "auto")
-TRANSPORTS = ("auto", "tcp", "two_sided")
+TRANSPORTS = ("auto", "shm", "tcp", "two_sided")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
 
@@ -30,7 +30,8 @@ class TorusArgs:
     ``backend``: which sequence-parallel backend runs attention (``None``: xDiT untouched).
     ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
     ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
-    ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs, TCP on CPUs.
+    ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs; on CPUs shared
+    memory where the ranks have it, else TCP.
     ``timeout``: seconds that any wait of this package may last.
     ``strict``: an attention call that torus cannot serve raises instead of going to xDiT's own USP.
     """
@@ -110,8 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "transport",
         choices=TRANSPORTS,
         default="auto",
-        help="What moves chunks between ranks: tcp (CPU ranks), two_sided (torch.distributed's sends and receives, "
-        "over NCCL or gloo) or auto (two_sided on GPUs, tcp on CPUs). Default: auto",
+        help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
+        "(torch.distributed's sends and receives, over NCCL or gloo) or auto (two_sided on GPUs; on CPUs shm where "
+        "ranks share memory, else tcp). Default: auto",
     )
     add("timeout", type=float, default=300.0, metavar="SECONDS", help="Longest wait for another rank. Default: 300")
     add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")

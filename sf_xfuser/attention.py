@@ -15,7 +15,7 @@ from sf_xfuser.call import Call, agree
 from sf_xfuser.kernels import AttendFunction, merge_, sdpa_attend
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
-from sf_xfuser.transport import Parcel, Ticket
+from sf_xfuser.transport import Parcel, Ticket, TransportError
 
 _SLOT = {"q": 0, "kv": 1, "o": 2}
 
@@ -55,8 +55,14 @@ def torus_attention(
     and TransportError when a transfer is not done in time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
     counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
-    call = agree(mesh, (query, key, value, joint_key, joint_value), joint_strategy, counts)
-    return _Run(mesh, call, attend, query, key, value, joint_key, joint_value).run()
+    if mesh.failed:
+        mesh.join_again()
+    try:
+        call = agree(mesh, (query, key, value, joint_key, joint_value), joint_strategy, counts)
+        return _Run(mesh, call, attend, query, key, value, joint_key, joint_value).run()
+    except TransportError:
+        mesh.retire()
+        raise
 
 
 class _Local(Ticket):
@@ -86,7 +92,8 @@ class _Run:
         self.mesh, self.call, self.attend = mesh, call, attend
         self.query = query
         joint = (joint_key, joint_value) if joint_key is not None and joint_value is not None else ()
-        self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint)
+        window = None if mesh.window is None else mesh.window.begin()
+        self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint, window)
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
             self.rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_at_once // 4))
@@ -109,18 +116,18 @@ class _Run:
     # -- the verbs ----------------------------------------------------------------------------------------------------
 
     def _exchange(self, step: Exchange) -> None:
-        """Start one round. Chunks of no tokens are not sent, alike at both ends."""
-        index = self.mesh.peer_index[step.lane]
-        sends = [Parcel(self._outgoing(m), index[m.peer], _SLOT[m.tensor]) for m in step.sends]
-        receives = [(m, Parcel(self.buffers.incoming(m), index[m.peer], _SLOT[m.tensor])) for m in step.receives]
+        """Start one round."""
+        index, dtype = self.mesh.peer_index[step.lane], self.query.dtype
+        sends = [
+            Parcel(self._outgoing(m), dtype, index[m.peer], _SLOT[m.tensor], self._landing(step, m)) for m in step.sends
+        ]
+        receives = [
+            (m, Parcel((self.buffers.incoming(m),), dtype, index[m.peer], _SLOT[m.tensor])) for m in step.receives
+        ]
         started_s = time.perf_counter()
-        ticket = self.mesh.lanes[step.lane].exchange(
-            step.round,
-            [parcel for parcel in sends if parcel.tensor.numel()],
-            [parcel for _, parcel in receives if parcel.tensor.numel()],
-        )
+        ticket = self.mesh.lanes[step.lane].exchange(step.round, sends, [parcel for _, parcel in receives])
         if self.mesh.trace is not None:
-            moved = sum(parcel.tensor.nbytes for _, parcel in receives)
+            moved = sum(parcel.nbytes for _, parcel in receives)
             self.posted.append((started_s, ticket, step, moved))
         for message, parcel in receives:
             if message.tensor == "o":
@@ -162,22 +169,29 @@ class _Run:
         call, layout, own = self.call, self.mesh.layout, self.call.schedule.position
         B, H, S, D = self.query.shape
         out_BSHD = self.query.new_empty(B, S, H, D)
-        low, high = call.q_heads[layout.head_group(own)]
+        low, high = call.sizes.q_heads[layout.head_group(own)]
         out_BSHD[:, :, low:high] = self.buffers.o_SBHD[self.buffers.q_rows[(Piece(own),)]].transpose(0, 1)
         for ticket, parcel, message in self.outputs:
             ticket.wait()
-            low, high = call.q_heads[layout.head_group(message.peer)]
+            low, high = call.sizes.q_heads[layout.head_group(message.peer)]
             first, end = message.pieces[0].span(S)
-            out_BSHD[:, first:end, low:high] = parcel.tensor.transpose(0, 1)
+            out_BSHD[:, first:end, low:high] = parcel.parts[0].transpose(0, 1)
         for lane in self.mesh.lanes.values():
             lane.drain()
         self._trace_wire()
         return out_BSHD.transpose(1, 2)
 
-    def _outgoing(self, message: Message) -> torch.Tensor:
+    def _outgoing(self, message: Message) -> tuple[torch.Tensor, ...]:
         if self.buffers.passes_on(message):
             self._await(message.tensor, message.pieces)
         return self.buffers.outgoing(message)
+
+    def _landing(self, step: Exchange, message: Message) -> int:
+        """Where the peer receives this message of ours, in its window."""
+        if step.lane not in self.mesh.window_lanes:
+            return 0
+        mirrored = Message(message.tensor, message.pieces, self.call.schedule.position)
+        return self.call.places[message.peer].window_offset(mirrored)
 
     def _await(self, name: str, pieces: Sequence[Piece]) -> None:
         for piece in pieces:

@@ -2,61 +2,51 @@
 
 Chunks travel and wait as [S, B, H, D] (K and V of a token together, as [S, 2, B, H, D]), so that chunks of several
 ranks lie one after the other in one buffer and each is contiguous; attention sees [B, H, S, D] views of it. A buffer
-is made when it is first asked for and let go once the schedule says that nothing reads it any more.
+into which peers write lies in the window; another is made when it is first asked for and let go once the schedule says
+that nothing reads it any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from sf_xfuser.call import Call
+from sf_xfuser.places import Buffer
 from sf_xfuser.plan import Layout
 from sf_xfuser.schedule import JOINT, Message, Piece
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class Rows:
-    """Where pieces lie in a buffer: ``rows[a, ..., b]`` is the slice from a to b."""
-
-    def __init__(self, pieces: Sequence[Piece], tokens: Callable[[int], int]) -> None:
-        ends = list(accumulate((high - low for low, high in (p.span(tokens(p.source)) for p in pieces)), initial=0))
-        self.total = ends[-1]
-        self._span = {piece: slice(ends[i], ends[i + 1]) for i, piece in enumerate(pieces)}
-
-    def __getitem__(self, pieces: Sequence[Piece]) -> slice:
-        return slice(self._span[pieces[0]].start, self._span[pieces[-1]].stop)
-
-
 class Buffers:
-    """The buffers of one call. Queries of other machines lie apart from those of the own one: no step attends both, and
-    they are done with sooner. What this rank alone attends of its own tokens stays where the caller put it."""
+    """The buffers of one call; ``places`` says what lies where. What this rank alone attends of its own tokens stays
+    where the caller put it."""
 
-    def __init__(self, call: Call, layout: Layout, local: Mapping[str, Tensors], joint: Tensors) -> None:
+    def __init__(
+        self, call: Call, layout: Layout, local: Mapping[str, Tensors], joint: Tensors, window: torch.Tensor | None
+    ) -> None:
         """``local``: this rank's ``"q"`` and ``"kv"`` (key and value), each [B, H, S, D] with all heads; ``joint``: key
-        and value of the joint tokens, or nothing."""
-        self._call, self._layout, self._local, self._joint = call, layout, local, joint
-        schedule = call.schedule
+        and value of the joint tokens, or nothing; ``window``: the bytes into which peers write during this call."""
+        self._call, self._layout, self._local, self._joint, self._window = call, layout, local, joint, window
+        schedule, sizes = call.schedule, call.sizes
+        self.places = call.places[schedule.position]
         self._own = Piece(schedule.position)
         self._group = layout.head_group(schedule.position)
         (self._query,) = local["q"]
         self.B, _, self.S, self.D = self._query.shape
-        self.H, self.H_kv = (high - low for low, high in (call.q_heads[self._group], call.kv_heads[self._group]))
+        self.H, self.H_kv = (high - low for low, high in (sizes.q_heads[self._group], sizes.kv_heads[self._group]))
 
-        self.q_rows = Rows(schedule.queries, call.q_tokens.__getitem__)
+        self.q_rows = self.places.queries
         self.o_SBHD = self._query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
         self.lse_BHS = self._query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
-        self._remote_from = self.q_rows[schedule.queries[: layout.ulysses]].stop
         self._remote = set(schedule.queries[layout.ulysses :])
         self._q_SBHD: dict[bool, torch.Tensor] = {}  # by whether they come from other machines
         if layout.ulysses == 1:
             self._q_SBHD[False] = self._readable("q")[0]
 
-        self._slab_of = {piece: n for n, slab in enumerate(schedule.slabs) for piece in slab}
-        self._kv_rows = [Rows(slab, self._kv_tokens) for slab in schedule.slabs]
         self._kv_S2BHD: dict[int, torch.Tensor] = {}  # by slab
         alone = schedule.slabs[0] == (self._own,) and layout.ring_degree == 1
         self._own_kv_SBHD = self._readable("kv") if alone else ()
@@ -69,8 +59,8 @@ class Buffers:
 
     def keys(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """K and V with a head for each query head, each [B, H, S, D]; None where the pieces hold no token."""
-        slab = self._slab_of[pieces[0]]
-        rows = self._kv_rows[slab][pieces]
+        slab = self.places.slab_of[pieces[0]]
+        rows = self.places.slabs[slab][pieces]
         if rows.start == rows.stop:
             return None
         in_place = self._own_kv_SBHD if slab == 0 else ()
@@ -84,7 +74,7 @@ class Buffers:
 
     def let_go_keys(self, pieces: Sequence[Piece]) -> None:
         """Of the slab that these belong to."""
-        self._kv_S2BHD.pop(self._slab_of[pieces[0]], None)
+        self._kv_S2BHD.pop(self.places.slab_of[pieces[0]], None)
 
     def let_go_queries(self, pieces: Sequence[Piece]) -> None:
         """Those of other machines, when the last of them are named."""
@@ -98,23 +88,22 @@ class Buffers:
         """Whether a ring neighbour is sent what lies in a buffer here, which has to have arrived."""
         return message.tensor != "o" and self._layout.head_group(message.peer) == self._group
 
-    def outgoing(self, message: Message) -> torch.Tensor:
-        """The chunk to send, contiguous: packed from the inputs, forwarded from a slab, or a final output."""
+    def outgoing(self, message: Message) -> Tensors:
+        """The chunk to send, as the parts of a ``Parcel``: views of the inputs, of a slab, or of a final output."""
         if message.tensor == "o":
-            return self.o_SBHD[self.q_rows[message.pieces]].to(self._query.dtype)
+            return (self.o_SBHD[self.q_rows[message.pieces]],)
         if self.passes_on(message):
-            return self._buffer(message.tensor, message.pieces)
+            return (self._buffer(message.tensor, message.pieces),)
         (piece,) = message.pieces
-        parts = self._own_chunk(message.tensor, piece, self._layout.head_group(message.peer))
-        return parts[0].contiguous() if message.tensor == "q" else torch.stack(parts, dim=1)
+        return self._own_chunk(message.tensor, piece, self._layout.head_group(message.peer))
 
     def incoming(self, message: Message) -> torch.Tensor:
         """Where the chunk is to arrive."""
         if message.tensor != "o":
             return self._buffer(message.tensor, message.pieces)
-        low, high = self._call.q_heads[self._layout.head_group(message.peer)]
+        low, high = self._call.sizes.q_heads[self._layout.head_group(message.peer)]
         first, end = message.pieces[0].span(self.S)
-        return self._query.new_empty(end - first, self.B, high - low, self.D)
+        return self._new(self.places.buffer(message), end - first, self.B, high - low, self.D)
 
     # -- what this rank holds from the start --------------------------------------------------------------------------
 
@@ -127,18 +116,18 @@ class Buffers:
     def place(self, name: str, piece: Piece) -> None:
         buffer = self._buffer(name, (piece,))
         if piece.source == JOINT:
-            low, high = self._call.kv_heads[self._group]
-            parts = [x[:, low:high].permute(2, 0, 1, 3) for x in self._joint]
+            low, high = self._call.sizes.kv_heads[self._group]
+            parts = tuple(x[:, low:high].permute(2, 0, 1, 3) for x in self._joint)
         else:
             parts = self._own_chunk(name, piece, self._group)
         for part, into in zip(parts, (buffer,) if name == "q" else buffer.unbind(1), strict=True):
             into.copy_(part)
 
-    def _own_chunk(self, name: str, piece: Piece, group: int) -> list[torch.Tensor]:
+    def _own_chunk(self, name: str, piece: Piece, group: int) -> Tensors:
         """Views of the own tokens in ``piece`` and the heads of ``group``: Q, or K and V, each [S, B, H, D]."""
-        low, high = (self._call.q_heads if name == "q" else self._call.kv_heads)[group]
+        low, high = (self._call.sizes.q_heads if name == "q" else self._call.sizes.kv_heads)[group]
         first, end = piece.span(self._local[name][0].shape[2])
-        return [x[:, low:high, first:end].permute(2, 0, 1, 3) for x in self._local[name]]
+        return tuple(x[:, low:high, first:end].permute(2, 0, 1, 3) for x in self._local[name])
 
     def _readable(self, name: str) -> Tensors:
         """The own tokens and heads where they lie, each [S, B, H, D]; copied where D is strided, which PyTorch's CPU
@@ -151,24 +140,30 @@ class Buffers:
     def _buffer(self, name: str, pieces: Sequence[Piece]) -> torch.Tensor:
         if name == "q":
             return self._queries_at(self.q_rows[pieces])
-        slab = self._slab_of[pieces[0]]
-        return self._slab(slab)[self._kv_rows[slab][pieces]]
+        slab = self.places.slab_of[pieces[0]]
+        return self._slab(slab)[self.places.slabs[slab][pieces]]
 
     def _queries_at(self, rows: slice) -> torch.Tensor:
         """[S, B, H, D]"""
-        remote = rows.start >= self._remote_from
-        offset = self._remote_from if remote else 0
+        first = self.places.remote_from
+        remote = rows.start >= first
+        offset = first if remote else 0
         if remote not in self._q_SBHD:
-            tokens = self.q_rows.total - offset if remote else self._remote_from
-            self._q_SBHD[remote] = self._query.new_empty(tokens, self.B, self.H, self.D)
+            tokens = self.q_rows.total - first if remote else first
+            self._q_SBHD[remote] = self._new(Buffer("q", int(remote)), tokens, self.B, self.H, self.D)
         return self._q_SBHD[remote][rows.start - offset : rows.stop - offset]
 
     def _slab(self, slab: int) -> torch.Tensor:
         """[S, 2, B, H, D]"""
         if slab not in self._kv_S2BHD:
-            tokens = self._kv_rows[slab].total
-            self._kv_S2BHD[slab] = self._query.new_empty(tokens, 2, self.B, self.H_kv, self.D)
+            tokens = self.places.slabs[slab].total
+            self._kv_S2BHD[slab] = self._new(Buffer("kv", slab), tokens, 2, self.B, self.H_kv, self.D)
         return self._kv_S2BHD[slab]
 
-    def _kv_tokens(self, source: int) -> int:
-        return self._call.joint_tokens if source == JOINT else self._call.kv_tokens[source]
+    def _new(self, buffer: Buffer, *shape: int) -> torch.Tensor:
+        """In the window where peers write into it."""
+        offset = self.places.offset.get(buffer)
+        if offset is None or self._window is None:
+            return self._query.new_empty(shape)
+        nbytes = math.prod(shape) * self._query.element_size()
+        return self._window[offset : offset + nbytes].view(self._query.dtype).view(shape)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sf_xfuser.mesh import Mesh
+from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.schedule import Cut, Schedule, build_schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One agreed call shape. ``q_tokens[w]`` and ``kv_tokens[w]`` are the token counts at position ``w``;
-    ``q_heads[p]`` and ``kv_heads[p]`` the half-open head ranges of head group ``p``."""
+    """One agreed call shape. ``places[w]``: where pieces lie on the rank at position ``w``, for this rank and for those
+    into whose windows it writes."""
 
     schedule: Schedule
-    q_tokens: tuple[int, ...]
-    kv_tokens: tuple[int, ...]
-    joint_tokens: int
-    q_heads: tuple[tuple[int, int], ...]
-    kv_heads: tuple[tuple[int, int], ...]
+    sizes: Sizes
+    places: Mapping[int, Places]
     kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
 
 
@@ -46,7 +44,7 @@ def agree(
     assert tensors[0] is not None  # a missing query is a TypeError of the caller's
     seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
     if (shapes, seen) not in mesh.calls:
-        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, tensors[0].device)
+        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, tensors[0])
     agreed: Call = mesh.calls[shapes, seen]
     return agreed
 
@@ -118,7 +116,7 @@ def _make_call(
     reports: list[dict[str, Any]],
     counts: tuple[tuple[int, ...], tuple[int, ...]],
     joint_strategy: Any,
-    device: torch.device,
+    query: torch.Tensor,
 ) -> Call:
     ways = mesh.layout.ulysses_degree
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
@@ -126,14 +124,28 @@ def _make_call(
     q_heads, kv_ranges = head_ranges(heads, kv_heads, ways)
     group = mesh.layout.head_group(mesh.position)
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
-    return Call(
-        schedule=build_schedule(mesh.layout, mesh.position, joint_strategy, _cut(mesh.layout, counts[1], device)),
+    sizes = Sizes(
+        batch=query.shape[0],
+        head_size=query.shape[3],
+        itemsize=query.element_size(),
         q_tokens=counts[0],
         kv_tokens=counts[1],
         joint_tokens=reports[0]["tensors"][3][0][2] if joint_strategy else 0,
         q_heads=q_heads,
         kv_heads=kv_ranges,
-        kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=device),
+    )
+    cut = _cut(mesh.layout, counts[1], query.device)
+    window = mesh.window
+    positions = [mesh.position] if window is None else range(mesh.layout.world_size)
+    schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
+    places = {w: Places(schedule, sizes, mesh.window_lanes) for w, schedule in schedules.items()}
+    if window is not None:
+        window.reserve(max(place.window_bytes for place in places.values()))
+    return Call(
+        schedule=schedules[mesh.position],
+        sizes=sizes,
+        places=places,
+        kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -16,7 +17,9 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import Transport, TwoSided, tcp
+from sf_xfuser.transport import OneSided, Shm, Transport, TransportError, TwoSided, shm, tcp
+
+Lanes = dict[Lane, Transport]
 
 
 @dataclass(eq=False)
@@ -26,7 +29,8 @@ class Mesh:
     ``position`` is this rank's machine-major place in ``plan.layout``; ``members[w]`` the global rank at place ``w``.
     ``lanes`` moves chunks inside a machine and across machines; ``peer_index[lane][w]`` is ``w``'s rank in that
     lane's process group. ``ulysses_group`` and ``ring_group`` are process groups for code that wants collectives
-    (xDiT's own USP): ascending global ranks. ``calls`` caches what was agreed per call shape. ``trace``, where set,
+    (xDiT's own USP): ascending global ranks. ``transport``: what the lanes are, in words. ``connect`` makes them anew
+    after a failure, where that can be done. ``calls`` caches what was agreed per call shape. ``trace``, where set,
     collects what each call did and when.
     """
 
@@ -34,13 +38,17 @@ class Mesh:
     grid: MachineGrid
     topology: Topology
     position: int
-    lanes: dict[Lane, Transport]
+    lanes: Lanes
     peer_index: dict[Lane, dict[int, int]]
     ulysses_group: dist.ProcessGroup
     ring_group: dist.ProcessGroup
     agreement: Agreement
+    transport: str
+    connect: Callable[[Agreement], Lanes] | None = None
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
+    failures: int = 0
+    failed: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -50,14 +58,41 @@ class Mesh:
     def members(self) -> tuple[int, ...]:
         return self.grid.members
 
+    @property
+    def window(self) -> OneSided | None:
+        """The transport that writes into windows."""
+        return next((lane.one_sided for lane in self.lanes.values() if lane.one_sided is not None), None)
+
+    @property
+    def window_lanes(self) -> Collection[Lane]:
+        return [name for name, lane in self.lanes.items() if lane.one_sided is not None]
+
     def close(self) -> None:
         """Let go of what the lanes hold; idempotent. Local. No call may follow."""
         for lane in self.lanes.values():
             lane.close()
 
+    def retire(self) -> None:
+        """After a failed call: let go of the lanes, so that the peers fail, too, instead of waiting. Local."""
+        self.failed = True
+        self.close()
+
+    def join_again(self) -> None:
+        """Before the call that follows a failed one: lanes afresh. Collective, and as every call fails on all ranks or
+        on none, all of them come; RuntimeError or TransportError where one does not."""
+        if self.connect is None:
+            raise TransportError(
+                f"an earlier call has failed, and {self.transport} cannot start afresh: restart the job"
+            )
+        self.failures += 1
+        self.agreement = self.agreement.afresh(self.failures)
+        self.lanes = self.connect(self.agreement)
+        self.calls.clear()
+        self.failed = False
+
     def __str__(self) -> str:
         note = f"; {self.grid.note}" if self.grid.note else ""
-        return f"{self.plan}; ranks {list(self.members)}, topology from {self.topology.source}{note}"
+        return f"{self.plan}; ranks {list(self.members)}, topology from {self.topology.source}{note}; {self.transport}"
 
     def lines(self) -> list[str]:
         """The mesh as text: topology, plan with its alternatives, and where this rank stands."""
@@ -66,6 +101,7 @@ class Mesh:
         if self.grid.note:
             text.append(self.grid.note)
         text += self.plan.lines()
+        text.append(f"chunks move by {self.transport}")
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text
@@ -111,7 +147,8 @@ def build_mesh(
     # Every plan is made on every rank before any group: a refusal of one is seen by all.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
-    two_sided = _transport(args, backend or dist.get_backend()) == "two_sided"
+    wanted = _transport(args, backend or dist.get_backend())
+    two_sided = wanted == "two_sided"
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
@@ -126,13 +163,17 @@ def build_mesh(
             continue
         position = members.index(rank)
         agreement = world.of_group(index, members)
-        lanes: dict[Lane, Transport]
+        lanes: Lanes
+        connect: Callable[[Agreement], Lanes] | None = None
         if two_sided:
             group_of: dict[Lane, _Group] = {"inside": _of(inside, position), "across": _of(across, position)}
             lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
             peer_index = {lane: group.index for lane, group in group_of.items()}
+            transport = f"two_sided ({backend or dist.get_backend()})"
         else:
-            lanes = {**tcp.connect(agreement, members, position, _peers(layout, position), args.timeout)}
+            shared, transport = _shared_lanes(agreement, layout, wanted)
+            connect = functools.partial(_connect, layout, members, position, shared, args.timeout)
+            lanes = connect(agreement)
             peer_index = {lane: {p: p for p in positions} for lane in lanes}
         mine = Mesh(
             plan=plan,
@@ -144,6 +185,8 @@ def build_mesh(
             ulysses_group=_of(ulysses, position).handle,
             ring_group=_of(ring, position).handle,
             agreement=agreement,
+            transport=transport,
+            connect=connect,
         )
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
@@ -151,12 +194,54 @@ def build_mesh(
 
 
 def _transport(args: TorusArgs, backend: str) -> str:
-    """The transport of the lanes: NCCL's own sends and receives, or TCP between CPU ranks."""
-    if args.transport == "tcp" and backend != "gloo":
-        raise ValueError(f"--sp-transport tcp moves tensors of CPU ranks, but torch.distributed's backend is {backend}")
-    if args.transport != "auto":
-        return args.transport
-    return "tcp" if backend == "gloo" else "two_sided"
+    """What moves chunks: ``"two_sided"``, ``"tcp"``, ``"shm"``, or ``"auto"`` between CPU ranks."""
+    if args.transport in ("shm", "tcp") and backend != "gloo":
+        raise ValueError(
+            f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
+        )
+    return "two_sided" if args.transport == "auto" and backend != "gloo" else args.transport
+
+
+def _shared_lanes(agreement: Agreement, layout: Layout, wanted: str) -> tuple[list[Lane], str]:
+    """The lanes whose ranks share memory and are to use it, and all lanes in words. Collective over the group.
+
+    Raises ValueError on every rank where shared memory is demanded and missing.
+    """
+    if wanted == "tcp":
+        return [], "tcp"
+    reports = agreement.gather("shared memory", [shm.identity(), shm.unavailable()])
+    homes = [str(home) if reason is None else None for home, reason in reports]
+    by_machine: dict[int, set[str | None]] = {}
+    for position, home in enumerate(homes):
+        by_machine.setdefault(layout.machine(position), set()).add(home)
+    if len(set(homes)) == 1 and homes[0] is not None:
+        return ["inside", "across"], "shm"
+    if wanted == "shm":
+        raise ValueError(
+            f"--sp-transport shm needs ranks that share the memory of one host; they say "
+            f"{[reason or home for home, reason in reports]}. auto uses it inside each host, and tcp between hosts"
+        )
+    if layout.ranks_per_machine > 1 and all(len(seen) == 1 and None not in seen for seen in by_machine.values()):
+        return ["inside"], "shm inside, tcp across"
+    return [], "tcp"
+
+
+def _connect(
+    layout: Layout,
+    members: Sequence[int],
+    position: int,
+    shared: Collection[Lane],
+    timeout_s: float,
+    agreement: Agreement,
+) -> Lanes:
+    """The lanes of a CPU rank: one in shared memory for all that ``shared`` names, TCP for the others. Collective."""
+    peers = _peers(layout, position)
+    others = {lane: found for lane, found in peers.items() if lane not in shared}
+    lanes: Lanes = {**tcp.connect(agreement, members, position, others, timeout_s)} if others else {}
+    if shared:
+        joined = Shm(agreement, members, position, [p for lane in shared for p in peers[lane]], timeout_s)
+        lanes.update(dict.fromkeys(shared, joined))
+    return lanes
 
 
 def _peers(layout: Layout, position: int) -> dict[Lane, list[int]]:

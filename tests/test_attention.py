@@ -17,8 +17,9 @@ def test_error_is_within_twice_single_process_sdpa(nproc, sizes):
     assert "worst error" in finished.output
 
 
-def test_the_same_over_matched_sends_and_receives():
-    finished = torchrun("attention_accuracy.py", "4", "two_sided", nproc=4)
+@pytest.mark.parametrize("transport", ["tcp", "two_sided"])
+def test_the_same_over_other_transports(transport):
+    finished = torchrun("attention_accuracy.py", "4", transport, nproc=4)
     assert "worst error" in finished.output
 
 

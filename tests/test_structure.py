@@ -11,7 +11,7 @@ ROWS = [
     {"args", "hooks"},
     {"topology", "plan", "agreement", "trace", "emulate"},
     {"kernels", "transport", "schedule"},
-    {"mesh"},
+    {"mesh", "places"},
     {"call"},
     {"buffers"},
     {"attention", "launch", "tiny_models", "platform_cpu"},

@@ -52,10 +52,12 @@ def test_a_lane(case, said):
 
 
 def test_tcp_is_for_cpu_ranks():
-    assert _transport(TorusArgs(), "gloo") == "tcp"
+    assert _transport(TorusArgs(), "gloo") == "auto"
     assert _transport(TorusArgs(), "nccl") == "two_sided"
     assert _transport(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
-    with pytest.raises(ValueError, match=r"tcp moves tensors of CPU ranks, but torch\.distributed's backend is nccl"):
-        _transport(TorusArgs(transport="tcp"), "nccl")
-    with pytest.raises(ValueError, match="--sp-transport must be one of auto, tcp, two_sided, got 'rdma'"):
+    for name in ("tcp", "shm"):
+        assert _transport(TorusArgs(transport=name), "gloo") == name
+        with pytest.raises(ValueError, match=rf"{name} moves tensors of CPU ranks, but .* backend is nccl"):
+            _transport(TorusArgs(transport=name), "nccl")
+    with pytest.raises(ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, got 'rdma'"):
         TorusArgs(transport="rdma")

@@ -18,7 +18,7 @@ from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import Parcel, Ticket, Transport
+from sf_xfuser.transport import OneSided, Parcel, Ticket, Transport
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -142,6 +142,10 @@ class _Blocking(Transport):
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+
+    @property
+    def one_sided(self) -> OneSided | None:
+        return self._transport.one_sided
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         ticket = self._transport.exchange(round, sends, receives)

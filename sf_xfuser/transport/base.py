@@ -15,14 +15,43 @@ class TransportError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """One contiguous tensor on its way to, or from, ``peer`` (index in the lane's group).
+    """A chunk on its way to, or from, ``peer`` (index in the lane's group).
 
-    ``slot`` numbers the parcel among those of one round between the same two ranks, alike at both ends.
+    To be sent: ``parts`` are views of equal shape [S, ...], any strides; the chunk holds them as ``dtype``, several of
+    them side by side as [S, parts, ...]. To be received: one contiguous part, where the chunk is to lie.
+
+    ``slot`` numbers the parcel among those of one round between the same two ranks, alike at both ends. ``offset``:
+    where the chunk lies in the receiver's window, in bytes, where the transport writes into one.
     """
 
-    tensor: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    dtype: torch.dtype
     peer: int
     slot: int
+    offset: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return tuple(first) if len(self.parts) == 1 else (first[0], len(self.parts), *first[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() for part in self.parts) * self.dtype.itemsize
+
+    def write(self, into: torch.Tensor) -> None:
+        """Copy the parts into a contiguous tensor of ``shape``."""
+        for part, place in zip(self.parts, into.unbind(1) if len(self.parts) > 1 else (into,), strict=True):
+            place.copy_(part)
+
+    def packed(self) -> torch.Tensor:
+        """The chunk as one contiguous tensor: the part itself where that is one."""
+        first = self.parts[0]
+        if len(self.parts) == 1 and first.dtype == self.dtype and first.is_contiguous():
+            return first
+        into = first.new_empty(self.shape, dtype=self.dtype)
+        self.write(into)
+        return into
 
 
 class Ticket(ABC):
@@ -39,12 +68,17 @@ class Ticket(ABC):
 class Transport(ABC):
     """One lane of one sequence-parallel group."""
 
+    @property
+    def one_sided(self) -> OneSided | None:
+        """This lane, where its chunks are written into windows."""
+        return None
+
     @abstractmethod
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         """Start moving ``sends`` and filling ``receives``; returns at once.
 
-        The k-th exchange of a call on one rank matches the k-th on every peer. Tensors must be contiguous, of equal
-        size at both ends and untouched until the ticket (receives) or ``drain`` (sends) has returned.
+        The k-th exchange of a call on one rank matches the k-th on every peer, with chunks of equal size at both ends.
+        What a parcel names must be untouched until the ticket (receives) or ``drain`` (sends) has returned.
         """
 
     @abstractmethod
@@ -53,3 +87,21 @@ class Transport(ABC):
 
     def close(self) -> None:  # noqa: B027  (nothing to close is a legal implementation)
         """Let go of what the lane holds; idempotent. Local. No exchange may follow."""
+
+
+class OneSided(Transport):
+    """Senders write into a window of the receiver, at ``Parcel.offset``, and raise a flag. One object serves all lanes
+    of a group that move chunks that way, since they share the window."""
+
+    @property
+    def one_sided(self) -> OneSided:
+        return self
+
+    @abstractmethod
+    def reserve(self, nbytes: int) -> None:
+        """From now on a window has at least ``nbytes`` for each call, the same number on every rank. Collective over
+        the group, between calls. Raises TransportError on every rank if one of them cannot."""
+
+    @abstractmethod
+    def begin(self) -> torch.Tensor:
+        """Start a call. This rank's window in it, as bytes [nbytes]: valid until the next call but one."""

@@ -114,9 +114,9 @@ class Tcp(Transport):
         self._error: TransportError | None = None
         self._lock = threading.Lock()  # over what is due, and the error
         self._due: set[_Arrival] = set()
-        self._sends: SimpleQueue[tuple[bytes, Parcel, int] | _Arrival | None] = SimpleQueue()
+        self._sends: SimpleQueue[tuple[bytes, torch.Tensor, int, int] | _Arrival | None] = SimpleQueue()
         self._receives: dict[int, SimpleQueue[tuple[bytes, Parcel, _Arrival] | None]] = {}
-        self._sent: deque[Parcel] = deque()
+        self._sent: deque[torch.Tensor] = deque()
         self._threads = [threading.Thread(target=self._run_sends, name="sf-xfuser tcp", daemon=True)]
         for peer in links:
             self._receives[peer] = SimpleQueue()
@@ -127,13 +127,15 @@ class Tcp(Transport):
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         self._let_go()
-        arrival = self._new_arrival(receives)
-        if not receives:
+        due = [parcel for parcel in receives if parcel.nbytes]
+        arrival = self._new_arrival(due)
+        if not due:
             self._here(arrival, None)
-        for parcel in receives:
+        for parcel in due:
             self._receives[parcel.peer].put((self._header(parcel, round), parcel, arrival))
         for parcel in sends:
-            self._sends.put((self._header(parcel, round), parcel, round))
+            if parcel.nbytes:
+                self._sends.put((self._header(parcel, round), parcel.packed(), parcel.peer, round))
         self._exchanges += 1
         return arrival
 
@@ -185,13 +187,13 @@ class Tcp(Transport):
             if isinstance(item, _Arrival):
                 self._here(item, None)
                 continue
-            header, parcel, round = item
+            header, chunk, peer, round = item
             try:
-                _send_all(self._links[parcel.peer], header, _bytes_of(parcel.tensor))
+                _send_all(self._links[peer], header, _bytes_of(chunk))
             except Exception as error:  # whatever it is, nobody else would hear of it
-                return self._fail(f"sending round {round} to rank {self._members[parcel.peer]} failed: {error}")
-            self._sent.append(parcel)  # let go by the thread that made it
-            del item, parcel
+                return self._fail(f"sending round {round} to rank {self._members[peer]} failed: {error}")
+            self._sent.append(chunk)  # let go by the thread that made it
+            del item, chunk
 
     def _run_receives(self, peer: int) -> None:
         _leave_computing_undisturbed()
@@ -204,7 +206,7 @@ class Tcp(Transport):
                     text = "(exchange, round, slot, bytes)"
                     expected, got = _HEADER.unpack(header), _HEADER.unpack(seen)
                     return self._fail(f"rank {self._members[peer]} sent {text} {got}, but {expected} is due")
-                _receive_into(link, _bytes_of(parcel.tensor))
+                _receive_into(link, _bytes_of(parcel.packed()))
             except Exception as error:  # whatever it is, nobody else would hear of it
                 return self._fail(f"receiving from rank {self._members[peer]} failed: {error}")
             self._here(arrival, parcel)
@@ -236,7 +238,7 @@ class Tcp(Transport):
                 link.shutdown(socket.SHUT_RDWR)
 
     def _header(self, parcel: Parcel, round: int) -> bytes:
-        return _HEADER.pack(self._exchanges, round, parcel.slot, parcel.tensor.nbytes)
+        return _HEADER.pack(self._exchanges, round, parcel.slot, parcel.nbytes)
 
     def _let_go(self) -> None:
         while self._sent:

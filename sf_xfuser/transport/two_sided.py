@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
@@ -29,17 +30,18 @@ class TwoSided(Transport):
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         """Without a group call around a round, two ranks that both send first would block each other on NCCL."""
-        ops = [(dist.irecv, "receive from", parcel) for parcel in receives]
-        ops += [(dist.isend, "send to", parcel) for parcel in sends]  # type: ignore[misc]
-        p2p = [dist.P2POp(op, parcel.tensor, self._ranks[parcel.peer], self._group) for op, _, parcel in ops]
+        ops = [(dist.irecv, "receive from", parcel, parcel.packed()) for parcel in receives if parcel.nbytes]
+        ops += [(dist.isend, "send to", parcel, parcel.packed()) for parcel in sends if parcel.nbytes]  # type: ignore[misc]
+        p2p = [dist.P2POp(op, tensor, self._ranks[parcel.peer], self._group) for op, _, parcel, tensor in ops]
         try:
             works = dist.batch_isend_irecv(p2p) if p2p else []
         except RuntimeError as refused:
-            peers = sorted({self._ranks[parcel.peer] for _, _, parcel in ops})
+            peers = sorted({self._ranks[parcel.peer] for _, _, parcel, _ in ops})
             raise self._failure(f"starting round {round} with rank(s) {peers} failed", refused) from refused
         # NCCL coalesces the round into fewer Works than parcels: waiting for any of the round waits for all.
         transfers = [
-            _Transfer(direction, parcel, round, work) for (_, direction, parcel), work in zip(ops, works, strict=False)
+            _Transfer(direction, parcel, tensor, round, work)
+            for (_, direction, parcel, tensor), work in zip(ops, works, strict=False)
         ]
         self._posted += transfers
         return _Received(self, transfers)
@@ -63,7 +65,7 @@ class TwoSided(Transport):
             parcel = transfer.parcel
             what = (
                 f"{transfer.direction} rank {self._ranks[parcel.peer]} failed (round {transfer.round}, slot "
-                f"{parcel.slot}, {parcel.tensor.nbytes} bytes)"
+                f"{parcel.slot}, {parcel.nbytes} bytes)"
             )
             raise self._failure(what, error) from error
 
@@ -81,6 +83,7 @@ class _Transfer:
 
     direction: str
     parcel: Parcel
+    tensor: torch.Tensor
     round: int
     work: dist.Work | None  # None: waited for
 

@@ -24,6 +24,10 @@ def join(timeout_s=20.0):
     return tcp.connect(agreement, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
 
 
+def parcel_of(tensor, peer, slot):
+    return Parcel((tensor,), tensor.dtype, peer, slot)
+
+
 def content(sender, receiver, round, slot):
     """What ``sender`` sends, which both ends can make: from 1 byte to 3 MB, of several dtypes."""
     make = torch.Generator().manual_seed(((sender * 3 + receiver) * 1000 + round) * 10 + slot)
@@ -38,15 +42,15 @@ def case_everything_arrives(rank):
     open_rounds = []
     for round in range(60):
         time.sleep(wait.random() * 0.01)
-        sends = [Parcel(content(rank, peer, round, slot), peer, slot) for peer in PEERS[rank] for slot in range(3)]
+        sends = [parcel_of(content(rank, peer, round, slot), peer, slot) for peer in PEERS[rank] for slot in range(3)]
         wanted = [(peer, content(peer, rank, round, slot), slot) for peer in PEERS[rank] for slot in range(3)]
-        receives = [Parcel(torch.zeros_like(x), peer, slot) for peer, x, slot in wanted]
+        receives = [parcel_of(torch.zeros_like(x), peer, slot) for peer, x, slot in wanted]
         open_rounds.append((lane.exchange(round, sends, receives), wanted, receives))
         if len(open_rounds) == 3 or round == 59:
             for ticket, wanted, receives in open_rounds:
                 ticket.wait()
                 for (_, x, _), parcel in zip(wanted, receives, strict=True):
-                    assert torch.equal(x, parcel.tensor)
+                    assert torch.equal(x, parcel.parts[0])
             lane.drain()
             open_rounds = []
     lane.close()
@@ -60,16 +64,16 @@ def case_a_later_send_waits_for_an_earlier_one(rank):
     big, small = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)
     started = time.monotonic()
     if rank == 0:
-        lane.exchange(0, [Parcel(big, 1, 0)], [])
-        lane.exchange(1, [Parcel(small, 2, 0)], [])
+        lane.exchange(0, [parcel_of(big, 1, 0)], [])
+        lane.exchange(1, [parcel_of(small, 2, 0)], [])
         lane.drain()
     elif rank == 1:
         time.sleep(1.0)
-        lane.exchange(0, [], [Parcel(torch.zeros_like(big), 0, 0)]).wait()
+        lane.exchange(0, [], [parcel_of(torch.zeros_like(big), 0, 0)]).wait()
     else:
         # Two exchanges on every rank: the k-th of one matches the k-th of another.
         lane.exchange(0, [], [])
-        lane.exchange(1, [], [Parcel(torch.zeros_like(small), 0, 0)]).wait()
+        lane.exchange(1, [], [parcel_of(torch.zeros_like(small), 0, 0)]).wait()
     elapsed = time.monotonic() - started
     dist.barrier()
     return f"after {elapsed:.2f} s"
@@ -79,18 +83,18 @@ def case_another_call(rank):
     """Rank 0 sends round 1 while rank 1 expects round 2: both are told, or see the connection end."""
     lane = join(timeout_s=5.0)
     if rank == 0:
-        lane.exchange(1, [Parcel(torch.ones(8), 1, 0)], [Parcel(torch.ones(8), 1, 0)]).wait()
+        lane.exchange(1, [parcel_of(torch.ones(8), 1, 0)], [parcel_of(torch.ones(8), 1, 0)]).wait()
     elif rank == 1:
-        lane.exchange(2, [], [Parcel(torch.ones(8), 0, 0)]).wait()
+        lane.exchange(2, [], [parcel_of(torch.ones(8), 0, 0)]).wait()
     return "went unnoticed" if rank != 2 else "not concerned"
 
 
 def case_nothing_comes(rank):
     lane = join(timeout_s=2.0)
     if rank == 0:
-        lane.exchange(7, [], [Parcel(torch.ones(8), 1, 0), Parcel(torch.ones(8), 2, 1)]).wait()
+        lane.exchange(7, [], [parcel_of(torch.ones(8), 1, 0), parcel_of(torch.ones(8), 2, 1)]).wait()
         return "went unnoticed"
-    lane.exchange(7, [Parcel(torch.ones(8), 0, 1)] if rank == 2 else [], [])
+    lane.exchange(7, [parcel_of(torch.ones(8), 0, 1)] if rank == 2 else [], [])
     time.sleep(3.0)
     return "sent or not"
 
@@ -98,7 +102,7 @@ def case_nothing_comes(rank):
 def case_nobody_takes_it(rank):
     lane = join(timeout_s=2.0)
     if rank == 0:
-        lane.exchange(0, [Parcel(torch.ones(256 << 20, dtype=torch.uint8), 1, 0)], [])
+        lane.exchange(0, [parcel_of(torch.ones(256 << 20, dtype=torch.uint8), 1, 0)], [])
         lane.drain()
         return "went unnoticed"
     time.sleep(3.0)
@@ -110,7 +114,7 @@ def case_a_peer_leaves(rank):
     if rank == 1:
         lane.close()
         return "left"
-    lane.exchange(0, [], [Parcel(torch.ones(8), 1, 0)]).wait()
+    lane.exchange(0, [], [parcel_of(torch.ones(8), 1, 0)]).wait()
     return "went unnoticed"
 
 
@@ -118,7 +122,7 @@ def case_use_after_close(rank):
     lane = join(timeout_s=5.0)
     dist.barrier()
     lane.close()
-    lane.exchange(0, [], [Parcel(torch.ones(8), PEERS[rank][0], 0)]).wait()
+    lane.exchange(0, [], [parcel_of(torch.ones(8), PEERS[rank][0], 0)]).wait()
     return "went unnoticed"
 
 
@@ -143,9 +147,9 @@ def case_strangers(rank):
         lane = join()
     finally:
         socket.create_server = create_server
-    wanted = [Parcel(torch.zeros(4), peer, 0) for peer in PEERS[rank]]
-    lane.exchange(0, [Parcel(torch.full((4,), float(rank)), peer, 0) for peer in PEERS[rank]], wanted).wait()
-    return "from " + " ".join(str(int(parcel.tensor.sum()) // 4) for parcel in wanted)
+    wanted = [parcel_of(torch.zeros(4), peer, 0) for peer in PEERS[rank]]
+    lane.exchange(0, [parcel_of(torch.full((4,), float(rank)), peer, 0) for peer in PEERS[rank]], wanted).wait()
+    return "from " + " ".join(str(int(parcel.parts[0].sum()) // 4) for parcel in wanted)
 
 
 def main() -> None:

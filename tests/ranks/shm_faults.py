@@ -1,0 +1,129 @@
+"""Kills or stops one of four ranks at a chosen access to shared memory, scenario after scenario, and prints how the
+others fared: a line of JSON for each.
+
+    python tests/ranks/shm_faults.py kill:RANK:WHERE:NTH stop:RANK:WHERE:NTH ...     WHERE: put, flag, wait or read
+    python tests/ranks/shm_faults.py fuzz:COUNT:SEED                                 that many kills, at random
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+from sf_xfuser.transport import TransportError
+
+WORLD = 4
+TIMEOUT_S = 2.0
+WHERE = ("put", "flag", "wait", "read")
+POINTS = 9  # a rank of 2x2 puts 9 chunks in a call, and waits for as many
+
+
+def rank_main(rank: int, folder: Path, how: str, victim: int, where: str, nth: int) -> int:
+    """Calls until one fails; then, where nobody died, one more, which has to succeed."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    args = TorusArgs(backend="torus", topology="2x2", transport="shm", timeout=TIMEOUT_S)
+    mesh = build_mesh([[0, 1, 2, 3]], args, heads=4)
+    make = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, 4, 16, 8, generator=make) for _ in range(3))
+
+    def call():
+        return torus_attention(q, k, v, mesh=mesh, q_tokens=[16] * WORLD, kv_tokens=[16] * WORLD)
+
+    wanted = call()
+    left = [nth + 1]
+
+    def strike(at: str) -> None:
+        left[0] -= at == where
+        if left[0] == 0:
+            left[0] = -1
+            (folder / "struck").touch()
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
+    if rank == victim:
+        mesh.window.pause = strike
+    try:
+        for _ in range(200):
+            assert torch.equal(call(), wanted)
+        return 0  # nothing was noticed
+    except TransportError as error:
+        struck = (folder / "struck").stat().st_mtime
+        told = {"error": str(error), "after_s": time.time() - struck}
+        (folder / f"{rank}.json").write_text(json.dumps(told))
+    if how == "stop":
+        assert torch.equal(call(), wanted)
+        (folder / f"{rank}.json").write_text(json.dumps({**told, "again": "equal"}))
+    return 3
+
+
+def scenario(how: str, victim: int, where: str, nth: int) -> dict:
+    names = shared_names()
+    with tempfile.TemporaryDirectory() as name:
+        folder, children = Path(name), {}
+        for rank in range(WORLD):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    status = rank_main(rank, folder, how, victim, where, nth)
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+            children[child] = rank
+        victims = {rank: child for child, rank in children.items()}
+        statuses: dict[int, int] = {}
+        deadline = time.monotonic() + 60
+        while children and time.monotonic() < deadline:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+            if ended:
+                statuses[children.pop(ended)] = os.waitstatus_to_exitcode(status)
+                continue
+            others = [rank for rank in range(WORLD) if rank != victim]
+            if how == "stop" and all((folder / f"{rank}.json").exists() for rank in others):
+                os.kill(victims[victim], signal.SIGCONT)
+            time.sleep(0.01)
+        for child in children:  # a hang
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        told = {rank: json.loads(p.read_text()) for rank in range(WORLD) if (p := folder / f"{rank}.json").exists()}
+    return {
+        "scenario": f"{how}:{victim}:{where}:{nth}",
+        "statuses": [statuses.get(rank, "hangs") for rank in range(WORLD)],
+        "told": [told.get(rank) for rank in range(WORLD)],
+        "left": sorted(shared_names() - names),
+    }
+
+
+def shared_names() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("sf-xfuser-")}
+
+
+def main() -> None:
+    for text in sys.argv[1:]:
+        how, *rest = text.split(":")
+        if how == "fuzz":
+            choose = random.Random(int(rest[1]))
+            todo = [
+                ("kill", choose.randrange(WORLD), choose.choice(WHERE), choose.randrange(10 * POINTS))
+                for _ in range(int(rest[0]))
+            ]
+        else:
+            todo = [(how, int(rest[0]), rest[1], int(rest[2]))]
+        for one in todo:
+            print(json.dumps(scenario(*one)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

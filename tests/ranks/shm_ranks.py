@@ -1,0 +1,213 @@
+"""Rank side of test_shm.py: four ranks of one host; each case prints what each rank saw."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from cases import run_cases
+
+from sf_xfuser.agreement import Agreement
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+from sf_xfuser.transport import Parcel, Shm, TransportError, shm
+
+
+def mesh_of(transport, topology="2x2", timeout=20.0, heads=4):
+    return build_mesh(
+        [[0, 1, 2, 3]], TorusArgs(backend="torus", topology=topology, transport=transport, timeout=timeout), heads=heads
+    )
+
+
+def inputs(rank, seed, tokens=8, heads=4):
+    make = torch.Generator().manual_seed(seed * 4 + rank)
+    return [torch.randn(1, heads, tokens, 8, generator=make) for _ in range(3)]
+
+
+def call(mesh, tensors, tokens=8):
+    return torus_attention(*tensors, mesh=mesh, q_tokens=[tokens] * 4, kv_tokens=[tokens] * 4)
+
+
+def case_the_same_bits_as_over_tcp(rank):
+    for topology in ("1x4", "2x2", "4x1"):
+        for heads in (4, 2):  # 2: a ring, whose blocks are passed on
+            over = {name: mesh_of(name, topology, heads=heads) for name in ("shm", "tcp", "auto")}
+            q, k, v = inputs(rank, 0, 300, heads)
+            found = {name: call(mesh, (q, k, v), 300) for name, mesh in over.items()}
+            assert torch.equal(found["shm"], found["tcp"])
+            assert torch.equal(found["auto"], found["tcp"])
+            assert over["auto"].transport == "shm"
+            for mesh in over.values():
+                mesh.close()
+    return "equal"
+
+
+def case_chaos(rank):
+    """10,000 calls with pauses before any access to shared memory; each has the bits of the same call over TCP."""
+    over_tcp, mesh, wait = mesh_of("tcp"), mesh_of("shm"), random.Random(rank)
+    wanted = [call(over_tcp, inputs(rank, seed)) for seed in range(7)]
+    given = [inputs(rank, seed) for seed in range(7)]
+    paused = dict.fromkeys(("put", "flag", "wait", "read"), 0)
+
+    def pause(where):
+        if wait.random() < 0.004:
+            paused[where] += 1
+            time.sleep(wait.random() * 2e-3)
+
+    mesh.window.pause = pause
+    for number in range(EPOCHS):
+        assert torch.equal(call(mesh, given[number % 7]), wanted[number % 7]), f"call {number}"
+    assert min(paused.values()) > 0, paused
+    return f"{EPOCHS} calls equal"
+
+
+def case_memory(rank):
+    """A thousand calls take no more than the first ones; shapes that change each time grow the windows seldom."""
+    mesh = mesh_of("shm")
+    sizes = [8, 40, 24, 8, 56]
+    grown = []
+    for number in range(1000):
+        tokens = sizes[number % 5] + (number // 100)
+        call(mesh, inputs(rank, 0, tokens), tokens)
+        if mesh.window.window_bytes not in grown:
+            grown.append(mesh.window.window_bytes)
+        if number == 300:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
+    assert after[1] == before[1], (before, after)
+    assert after[0] - before[0] < 8 << 10, (before, after)  # KiB
+    assert len(grown) <= 4, grown
+    # Q of the own machine (2 ranks) and of the other, KV of both, O from 3 ranks: 65 tokens x 32 bytes each.
+    exact = 2 * sum(-(-rows * 65 * 32 // 64) * 64 for rows in (2, 2, 2 * 2, 2 * 2, 1, 1, 1))
+    assert exact <= mesh.window.window_bytes <= exact * 9 / 8 + 2 * 4096, (exact, mesh.window.window_bytes)
+    return f"{len(grown)} sizes"
+
+
+def transport(timeout_s=20.0):
+    rank = dist.get_rank()
+    return Shm(Agreement.of_world(timeout_s), [0, 1, 2, 3], rank, [p for p in range(4) if p != rank], timeout_s)
+
+
+def byte(peer, value=0, offset=0):
+    return Parcel((torch.full((1,), value, dtype=torch.uint8),), torch.uint8, peer, 0, offset)
+
+
+def case_only_the_user_may_open_it(rank):
+    modes = []
+    create = shm._Segment.create
+
+    def look(*sizes):
+        segment = create(*sizes)
+        modes.append(oct(os.stat(segment.path).st_mode & 0o7777))
+        return segment
+
+    shm._Segment.create = look
+    try:
+        lane = transport()
+    finally:
+        shm._Segment.create = create
+    lane.close()
+    return " ".join(modes)
+
+
+def case_no_name_is_left(rank):
+    lane = transport()
+    dist.barrier()
+    names = [name for name in os.listdir("/dev/shm") if name.startswith("sf-xfuser-")]
+    lane.close()
+    return f"names: {names}"
+
+
+def case_what_the_dead_left_is_removed(rank):
+    mine = shm._Segment.create(64, 4096)
+    dist.barrier()
+    removed = []
+    if rank == 0:
+        child = os.fork()
+        if child == 0:
+            shm._Segment.create(64, 4096)
+            os._exit(0)
+        os.waitpid(child, 0)
+        removed = shm.remove_leftovers()
+    dist.barrier()
+    kept = os.path.exists(mine.path)
+    mine.unlink()
+    mine.close()
+    return f"removed {len(removed)}, kept the living: {kept}"
+
+
+def case_nothing_comes(rank):
+    lane = transport(timeout_s=1.0)
+    lane.begin()
+    if rank == 3:
+        dist.barrier()
+        return "silent"
+    try:
+        lane.exchange(5, [], [byte(3)]).wait()
+    finally:
+        dist.barrier()
+    return "went unnoticed"
+
+
+def case_one_gives_up(rank):
+    """Rank 0 waits in vain for rank 3; the others, who wait for rank 0, hear of it long before their own time-out."""
+    lane = transport(timeout_s=1.0 if rank == 0 else 30.0)
+    lane.begin()
+    started = time.monotonic()
+    if rank == 3:
+        dist.barrier()
+        return "silent"
+    try:
+        lane.exchange(0, [], [byte(3 if rank == 0 else 0)]).wait()
+    finally:
+        assert time.monotonic() - started < 5
+        dist.barrier()
+    return "went unnoticed"
+
+
+def case_use_after_close(rank):
+    lane = transport()
+    lane.close()
+    lane.close()
+    lane.begin()
+    return "went unnoticed"
+
+
+def case_different_windows(rank):
+    lane = transport()
+    lane.reserve(1 << 20 if rank == 2 else 1 << 22)
+    return "went unnoticed"
+
+
+def case_too_little_memory(rank):
+    lane = transport()
+    free = os.statvfs("/dev/shm")
+    lane.reserve(free.f_bavail * free.f_frsize)
+    return "went unnoticed"
+
+
+def case_shared_memory_is_not_there(rank):
+    """Rank 2 says that it lives elsewhere: auto does without, shm is refused on every rank."""
+    if rank == 2:
+        shm.identity, kept = (lambda: "elsewhere"), shm.identity
+    try:
+        print(f"@@what_auto_takes {rank} {mesh_of('auto').transport}@@", flush=True)
+        mesh_of("shm")
+    finally:
+        if rank == 2:
+            shm.identity = kept
+    return "went unnoticed"
+
+
+EPOCHS = int(os.environ.get("CHAOS_EPOCHS", "10000"))
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    run_cases(globals(), sys.argv[1:], (TransportError, ValueError))
+    dist.destroy_process_group()

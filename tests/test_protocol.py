@@ -1,0 +1,189 @@
+"""The flag protocol of one-sided transports (``transport/shm.py``), in every interleaving of small groups.
+
+A model of the executor: each rank's real schedule, four calls in a row, as a list of operations on shared memory.
+Every reachable interleaving is visited. Since each place and each flag has one writer, how far the ranks have come
+says all that there is to say about memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import pytest
+
+from sf_xfuser.plan import Layout
+from sf_xfuser.schedule import Cut, Exchange, Piece, build_schedule
+
+EPOCHS = 4
+
+
+class Place(NamedTuple):
+    """Where one chunk lies in a window."""
+
+    half: int
+    tensor: str
+    pieces: tuple[Piece, ...]
+    writer: int
+
+
+@dataclass(frozen=True)
+class Write:
+    """Begin to write a chunk on ``peer``; it is whole with the next operation, which raises the flag."""
+
+    peer: int
+    place: Place
+
+
+@dataclass(frozen=True)
+class Raise:
+    peer: int
+
+
+@dataclass(frozen=True)
+class Await:
+    """Until ``peer`` has raised its flag here ``count`` times."""
+
+    peer: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Read what was written into ``places`` the ``nth`` time."""
+
+    places: tuple[Place, ...]
+    nth: int
+
+
+def program(layout, position, cut, *, halves=2, short=0, silent=()):
+    """What attention.py does to shared memory on one rank. To plant faults: another number of ``halves``; ``short``:
+    chunks by which every wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag."""
+    schedule = build_schedule(layout, position, cut=cut)
+    operations: list[Write | Raise | Await | Read] = []
+    due = dict.fromkeys(range(layout.world_size), 0)
+
+    def call(epoch):
+        arriving: dict[tuple, tuple] = {}  # what is due -> (peer, its flag's count, place)
+        outputs = []
+
+        def place_of(message, writer):
+            return Place(epoch % halves, message.tensor, message.pieces, writer)
+
+        def wait_for(due_ones):
+            operations.extend(Await(peer, count - short) for peer, count, _ in due_ones)
+            if due_ones:
+                operations.append(Read(tuple(place for _, _, place in due_ones), 1 + (epoch - 1) // halves))
+
+        def use(tensor, pieces):
+            return list(dict.fromkeys(arriving[tensor, piece] for piece in pieces if (tensor, piece) in arriving))
+
+        for step in schedule.steps:
+            if not isinstance(step, Exchange):
+                wait_for(use("q", step.queries) + use("kv", step.keys))
+                continue
+            for message in step.sends:
+                if message.tensor != "o" and layout.head_group(message.peer) == layout.head_group(position):
+                    wait_for(use(message.tensor, message.pieces))  # a ring passes on what it received
+                if (position, message.peer) not in silent:
+                    operations.extend([Write(message.peer, place_of(message, position)), Raise(message.peer)])
+            for message in step.receives:
+                if (message.peer, position) in silent:
+                    continue
+                due[message.peer] += 1
+                one = (message.peer, due[message.peer], place_of(message, message.peer))
+                if message.tensor == "o":
+                    outputs.append(one)
+                else:
+                    arriving.update({(message.tensor, piece): one for piece in message.pieces})
+        wait_for(outputs)
+
+    for epoch in range(1, EPOCHS + 1):
+        call(epoch)
+    return operations
+
+
+def explore(programs):
+    """Visit every interleaving. (States visited, what went wrong or None.)"""
+    # raised[w][peer][n]: how often w has raised its flag on peer after n operations; written likewise, by place.
+    raised = [
+        [list(accumulate((op == Raise(peer) for op in operations), initial=0)) for peer in range(len(programs))]
+        for operations in programs
+    ]
+    written = [
+        {
+            write: (
+                list(accumulate((op == write for op in operations), initial=0)),
+                list(accumulate((op == write for op in [None, *operations]), initial=0)),  # and its flag raised
+            )
+            for write in {op for op in operations if isinstance(op, Write)}
+        }
+        for operations in programs
+    ]
+
+    def fault(state, w, op):
+        for place in op.places if isinstance(op, Read) else ():
+            begun, whole = (count[state[place.writer]] for count in written[place.writer][Write(w, place)])
+            if not begun == whole == op.nth:
+                return f"rank {w} reads {place}: {begun} writes begun and {whole} whole, but the {op.nth}. is due"
+        return None
+
+    start = (0,) * len(programs)
+    seen, todo = {start}, [start]
+    while todo:
+        state = todo.pop()
+        stuck = True
+        for w, operations in enumerate(programs):
+            if state[w] == len(operations):
+                continue
+            op = operations[state[w]]
+            if isinstance(op, Await) and raised[op.peer][w][state[op.peer]] < op.count:
+                continue
+            stuck = False
+            if found := fault(state, w, op):
+                return len(seen), found
+            after = (*state[:w], state[w] + 1, *state[w + 1 :])
+            if after not in seen:
+                seen.add(after)
+                todo.append(after)
+        if stuck and any(at < len(operations) for at, operations in zip(state, programs, strict=True)):
+            return len(seen), f"nobody can go on at {state}"
+    return len(seen), None
+
+
+GROUPS = {
+    "two machines": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(kv=1, last_kv=2)),
+    "ulysses inside": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=1), Cut()),
+    "ring of two": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=2), Cut()),
+    "three machines": (Layout(torus=3, ulysses=1, ring_across=1, ring_inside=1), Cut()),
+    "ulysses of three": (Layout(torus=1, ulysses=3, ring_across=1, ring_inside=1), Cut()),
+    "ring of three": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut()),
+    "ring across three": (Layout(torus=1, ulysses=1, ring_across=3, ring_inside=1), Cut(kv=2, last_kv=2)),
+}
+
+
+def explored(group, **planted):
+    layout, cut = GROUPS[group]
+    return explore([program(layout, w, cut, **planted) for w in range(layout.world_size)])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_two_halves_and_no_barrier_are_safe(group):
+    visited, fault = explored(group)
+    assert fault is None and visited > 50
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_single_window_would_not_be(group):
+    assert "writes begun" in explored(group, halves=1)[1]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_wait_that_falls_short_is_found(group):
+    assert "writes begun" in explored(group, short=1)[1]
+
+
+def test_empty_chunks_have_to_raise_their_flags():
+    """Rank 0 sends to rank 1, which has nothing to say: only its flags tell rank 0 how far it has come."""
+    assert "writes begun" in explored("ring of two", silent={(1, 0)})[1]

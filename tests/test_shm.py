@@ -1,0 +1,86 @@
+"""Shared-memory windows between real ranks of one host: the same bits as over TCP, and what is said when something goes
+wrong. (``test_protocol.py`` has the argument; ``ranks/shm_faults.py`` kills and stops ranks.)"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from sf_xfuser.transport import shm
+from tests.launch import RANKS, reports, run, torchrun
+from tests.ranks import shm_faults
+
+REASON = shm.unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+EACH = 4
+# case -> what ranks 0 to 3 print
+CASES = {
+    "the_same_bits_as_over_tcp": ("equal",) * EACH,
+    "chaos": ("10000 calls equal",) * EACH,
+    "memory": ("4 sizes",) * EACH,
+    "only_the_user_may_open_it": ("0o600",) * EACH,
+    "no_name_is_left": (r"names: \[\]",) * EACH,
+    "what_the_dead_left_is_removed": ("removed 1, kept the living: True", *["removed 0, kept the living: True"] * 3),
+    "nothing_comes": (
+        *[r"TransportError: .*nothing came from rank 3 in round 5: .*call 1 chunk 1, and says call 0 chunk 0"] * 3,
+        "silent",
+    ),
+    "one_gives_up": (
+        r"TransportError: .*nothing came from rank 3 in round 0: waited 1\.",
+        *[r"TransportError: .*nothing came from rank 0 in round 0: it gave up"] * 2,
+        "silent",
+    ),
+    "use_after_close": (r"TransportError: rank \d: the shm transport was closed",) * EACH,
+    "different_windows": (r"TransportError: shm cannot be used: rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
+    "too_little_memory": (r"TransportError: shm cannot be used: rank 0: /dev/shm has \d+ bytes.*--shm-size",) * EACH,
+    "shared_memory_is_not_there": (r"ValueError: --sp-transport shm needs ranks that share .*elsewhere",) * EACH,
+    "what_auto_takes": ("tcp",) * EACH,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, dict[str, str]]:
+    """case -> rank -> what it printed, from one launch."""
+    programs = [case for case in CASES if case != "what_auto_takes"]
+    return reports(torchrun("shm_ranks.py", *programs, nproc=EACH, timeout=300).output, CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_windows(case, said):
+    for rank, expected in enumerate(CASES[case]):
+        assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+
+
+FAULTS = [f"kill:{rank}:{where}:{3 * rank + n}" for rank in range(4) for n, where in enumerate(shm_faults.WHERE)]
+FAULTS += ["stop:1:put:4", "stop:2:read:7"]
+
+
+@pytest.fixture(scope="module")
+def fared() -> dict[str, dict]:
+    """scenario -> how the ranks fared."""
+    lines = run([sys.executable, str(RANKS / "shm_faults.py"), *FAULTS], timeout=300).output.splitlines()
+    return {found["scenario"]: found for found in map(json.loads, (x for x in lines if x.startswith("{")))}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_survivor_raises_in_time_and_nothing_is_left(fault, fared):
+    found = fared[fault]
+    victim = int(fault.split(":")[1])
+    killed = fault.startswith("kill")
+    assert found["left"] == []
+    assert found["statuses"] == [-9 if killed and rank == victim else 3 for rank in range(4)], found
+    for rank, told in enumerate(found["told"]):
+        if rank == victim and killed:
+            continue
+        assert told["after_s"] < (1.5 if killed else shm_faults.TIMEOUT_S + 1.5), found
+        assert re.search(rf"rank {rank} on .*: nothing came from rank \d in round \d+: .*", told["error"]), found
+        if not killed:
+            assert told["again"] == "equal", found
+    if killed:  # whoever waits for the victim says that it is gone; whoever waits for those hears that they gave up
+        assert any(
+            f"from rank {victim} " in told["error"] and "gone" in told["error"] for told in found["told"] if told
+        )
