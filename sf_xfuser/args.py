@@ -30,9 +30,9 @@ class TorusArgs:
     ``backend``: which sequence-parallel backend runs attention (``None``: xDiT untouched).
     ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
     ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
-    ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs; on CPUs shared
-    memory where the ranks have it, else TCP.
-    ``timeout``: seconds that any wait of this package may last.
+    ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs; on CPUs the fastest
+    in the first call, of shared memory where the ranks have it and TCP.
+    ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
     ``strict``: an attention call that torus cannot serve raises instead of going to xDiT's own USP.
     """
 
@@ -40,7 +40,7 @@ class TorusArgs:
     plan: str = "auto"
     topology: str = "auto"
     transport: str = "auto"
-    timeout: float = 300.0
+    timeout: float = 60.0
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -112,10 +112,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TRANSPORTS,
         default="auto",
         help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
-        "(torch.distributed's sends and receives, over NCCL or gloo) or auto (two_sided on GPUs; on CPUs shm where "
-        "ranks share memory, else tcp). Default: auto",
+        "(torch.distributed's sends and receives, over NCCL or gloo) or auto (two_sided on GPUs; on CPUs the fastest "
+        "in the first call). Default: auto",
     )
-    add("timeout", type=float, default=300.0, metavar="SECONDS", help="Longest wait for another rank. Default: 300")
+    add(
+        "timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="Longest wait for a chunk from another rank. Ranks may come to a call five times that apart. Default: 60",
+    )
     add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")
 
 

@@ -55,14 +55,36 @@ def torus_attention(
     and TransportError when a transfer is not done in time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
     counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
+    tensors = query, key, value, joint_key, joint_value
+
+    def call(attend: AttendFunction) -> torch.Tensor:
+        return _Run(mesh, agree(mesh, tensors, joint_strategy, counts), attend, *tensors).run()
+
     if mesh.failed:
         mesh.join_again()
     try:
-        call = agree(mesh, (query, key, value, joint_key, joint_value), joint_strategy, counts)
-        return _Run(mesh, call, attend, query, key, value, joint_key, joint_value).run()
+        if not mesh.chosen:
+            _choose_transport(mesh, lambda: call(_attend_nothing))
+        return call(attend)
     except TransportError:
         mesh.retire()
         raise
+
+
+def _choose_transport(mesh: Mesh, call: Callable[[], object]) -> None:
+    """Make the first call with each transport that there is and nothing computed: its very chunks, in their order."""
+    seconds = {}
+    for name in mesh.transports:
+        mesh.use(name)
+        call()  # connects, reserves
+        started_s = time.perf_counter()
+        call()
+        seconds[name] = max(mesh.agreement.gather("transport probe", time.perf_counter() - started_s))
+    mesh.choose(seconds)
+
+
+def _attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q, q.new_zeros(q.shape[:3], dtype=torch.float32)
 
 
 class _Local(Ticket):
@@ -92,6 +114,7 @@ class _Run:
         self.mesh, self.call, self.attend = mesh, call, attend
         self.query = query
         joint = (joint_key, joint_value) if joint_key is not None and joint_value is not None else ()
+        self.window_lanes = mesh.window_lanes
         window = None if mesh.window is None else mesh.window.begin()
         self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint, window)
         self.rows_at_once = self.buffers.q_rows.total
@@ -188,7 +211,7 @@ class _Run:
 
     def _landing(self, step: Exchange, message: Message) -> int:
         """Where the peer receives this message of ours, in its window."""
-        if step.lane not in self.mesh.window_lanes:
+        if step.lane not in self.window_lanes:
             return 0
         mirrored = Message(message.tensor, message.pieces, self.call.schedule.position)
         return self.call.places[message.peer].window_offset(mirrored)

@@ -10,8 +10,10 @@ import torch
 
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
-from sf_xfuser.plan import Layout, head_ranges
+from sf_xfuser.plan import head_ranges
 from sf_xfuser.schedule import Cut, Schedule, build_schedule
+
+_SHAPES_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,8 @@ def agree(
     assert tensors[0] is not None  # a missing query is a TypeError of the caller's
     seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
     if (shapes, seen) not in mesh.calls:
+        if len(mesh.calls) == _SHAPES_KEPT:  # the oldest, on every rank alike
+            del mesh.calls[next(iter(mesh.calls))]
         mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, tensors[0])
     agreed: Call = mesh.calls[shapes, seen]
     return agreed
@@ -134,8 +138,7 @@ def _make_call(
         q_heads=q_heads,
         kv_heads=kv_ranges,
     )
-    at_once = "across" in mesh.window_lanes and query.device.type == "cpu"  # what is written into memory is there
-    cut = Cut() if at_once else _cut(mesh.layout, counts[1], query.device)
+    cut = _cut(mesh, counts[1], query.device)
     window = mesh.window
     positions = [mesh.position] if window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
@@ -154,9 +157,12 @@ def _make_call(
 _TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
 
 
-def _cut(layout: Layout, kv_tokens: tuple[int, ...], device: torch.device) -> Cut:
-    """How finely KV from other machines is cut: in 2 parts; in 4 where one slab is all there is. As far as the parts
-    stay large. Alike on every rank (docs/performance.md has the rows)."""
-    largest = layout.ulysses * max(kv_tokens) // _TOKENS_PER_PART.get(device.type, 2048)
-    last = 4 if layout.num_machines == 2 else 2
+def _cut(mesh: Mesh, kv_tokens: tuple[int, ...], device: torch.device) -> Cut:
+    """How finely KV from other machines is cut: in 2 parts; in 4 where one slab is all there is; not at all where no
+    wire is slow. As far as the parts stay large. Alike on every rank, whatever the transport, which so changes no bit
+    of the result (docs/performance.md has the rows)."""
+    if mesh.one_host and device.type == "cpu":
+        return Cut()
+    largest = mesh.layout.ulysses * max(kv_tokens) // _TOKENS_PER_PART.get(device.type, 2048)
+    last = 4 if mesh.layout.num_machines == 2 else 2
     return Cut(kv=max(1, min(2, largest)), last_kv=max(1, min(last, largest)))

@@ -113,8 +113,11 @@ def _transports() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
+    from sf_xfuser.transport import shm
+
     gpu = torch.cuda.is_available()
     backends = {
+        "shm": (shm.unavailable() is None, shm.unavailable() or ""),
         "tcp": (True, ""),
         "two_sided over nccl": (dist.is_nccl_available() and gpu, "" if gpu else "no NVIDIA or AMD GPU here"),
         "two_sided over gloo": (dist.is_gloo_available(), "this torch was built without gloo"),
@@ -122,8 +125,8 @@ def _transports() -> Iterator[Finding]:
     for name, (available, why_not) in backends.items():
         detail = "available" if available else f"not available: {why_not or 'this torch was built without it'}"
         yield Finding(section="transports", name=name, status="ok" if available else "info", detail=detail)
-    for name in ("shm", "symm_mem", "nvshmem"):
-        detail = "not available: one-sided transports are not part of this version"
+    for name in ("symm_mem", "nvshmem"):
+        detail = "not available: one-sided transports between GPUs are not part of this version"
         yield Finding(section="transports", name=name, status="info", detail=detail)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -20,6 +21,11 @@ from sf_xfuser.trace import Trace
 from sf_xfuser.transport import OneSided, Shm, Transport, TransportError, TwoSided, shm, tcp
 
 Lanes = dict[Lane, Transport]
+Connect = Callable[[Agreement], Lanes]
+
+PATIENCE = 5
+"""Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
+call is under way, no chunk may take longer than ``--sp-timeout``."""
 
 
 @dataclass(eq=False)
@@ -29,9 +35,10 @@ class Mesh:
     ``position`` is this rank's machine-major place in ``plan.layout``; ``members[w]`` the global rank at place ``w``.
     ``lanes`` moves chunks inside a machine and across machines; ``peer_index[lane][w]`` is ``w``'s rank in that
     lane's process group. ``ulysses_group`` and ``ring_group`` are process groups for code that wants collectives
-    (xDiT's own USP): ascending global ranks. ``transport``: what the lanes are, in words. ``connect`` makes them anew
-    after a failure, where that can be done. ``calls`` caches what was agreed per call shape. ``trace``, where set,
-    collects what each call did and when.
+    (xDiT's own USP): ascending global ranks. ``transports``: ways to make the lanes, by name; ``transport`` is the one
+    in use, ``chosen`` why, empty until the first call has tried them all. ``one_host``: all ranks share memory.
+    ``calls`` caches what was agreed per call shape. ``trace``, where set, collects what each call did and when.
+    ``log`` is told what is decided later than here.
     """
 
     plan: Plan
@@ -44,9 +51,12 @@ class Mesh:
     ring_group: dist.ProcessGroup
     agreement: Agreement
     transport: str
-    connect: Callable[[Agreement], Lanes] | None = None
+    transports: dict[str, Connect] = field(default_factory=dict)
+    chosen: str = ""
+    one_host: bool = False
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
+    log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
     failures: int = 0
     failed: bool = False
 
@@ -72,6 +82,21 @@ class Mesh:
         for lane in self.lanes.values():
             lane.close()
 
+    def use(self, transport: str) -> None:
+        """Make the lanes those of ``transports[transport]``. Collective between calls."""
+        if transport != self.transport:
+            self.close()
+            self.lanes = self.transports[transport](self.agreement)
+            self.calls.clear()
+            self.transport = transport
+
+    def choose(self, seconds: dict[str, float]) -> None:
+        """Use the fastest. Collective between calls; the same ``seconds`` by transport on every rank."""
+        self.use(min(seconds, key=lambda name: seconds[name]))
+        tried = ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in seconds.items())
+        self.chosen = f"the fastest of {tried}, for the chunks of the first call"
+        self.log(f"--sp-transport auto: {self.transport}, {self.chosen}")
+
     def retire(self) -> None:
         """After a failed call: let go of the lanes, so that the peers fail, too, instead of waiting. Local."""
         self.failed = True
@@ -80,19 +105,17 @@ class Mesh:
     def join_again(self) -> None:
         """Before the call that follows a failed one: lanes afresh. Collective, and as every call fails on all ranks or
         on none, all of them come; RuntimeError or TransportError where one does not."""
-        if self.connect is None:
-            raise TransportError(
-                f"an earlier call has failed, and {self.transport} cannot start afresh: restart the job"
-            )
+        if self.transport not in self.transports:
+            raise TransportError(f"an earlier call failed, and {self.transport} cannot start afresh: restart the job")
         self.failures += 1
         self.agreement = self.agreement.afresh(self.failures)
-        self.lanes = self.connect(self.agreement)
+        self.lanes = self.transports[self.transport](self.agreement)
         self.calls.clear()
         self.failed = False
 
     def __str__(self) -> str:
         note = f"; {self.grid.note}" if self.grid.note else ""
-        return f"{self.plan}; ranks {list(self.members)}, topology from {self.topology.source}{note}; {self.transport}"
+        return f"{self.plan}; ranks {list(self.members)}, topology from {self.topology.source}{note}"
 
     def lines(self) -> list[str]:
         """The mesh as text: topology, plan with its alternatives, and where this rank stands."""
@@ -101,7 +124,7 @@ class Mesh:
         if self.grid.note:
             text.append(self.grid.note)
         text += self.plan.lines()
-        text.append(f"chunks move by {self.transport}")
+        text.append(f"transport {self.transport}: {self.chosen or 'until the first call has tried what there is'}")
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text
@@ -138,7 +161,7 @@ def build_mesh(
     """
     world_size = dist.get_world_size()
     rank = dist.get_rank()
-    world = Agreement.of_world(args.timeout)
+    world = Agreement.of_world(PATIENCE * args.timeout)
     topology = gather_topology(args, world, world_size)
     for ranks in sp_rank_lists:
         if list(ranks) != sorted(set(ranks)):
@@ -163,17 +186,18 @@ def build_mesh(
             continue
         position = members.index(rank)
         agreement = world.of_group(index, members)
-        lanes: Lanes
-        connect: Callable[[Agreement], Lanes] | None = None
+        homes = _homes(agreement)
+        transports: dict[str, Connect] = {}
         if two_sided:
             group_of: dict[Lane, _Group] = {"inside": _of(inside, position), "across": _of(across, position)}
-            lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
+            lanes: Lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
             peer_index = {lane: group.index for lane, group in group_of.items()}
-            transport = f"two_sided ({backend or dist.get_backend()})"
+            transport = "two_sided"
         else:
-            shared, transport = _shared_lanes(agreement, layout, wanted)
-            connect = functools.partial(_connect, layout, members, position, shared, args.timeout)
-            lanes = connect(agreement)
+            for name, shared in _cpu_transports(layout, homes, wanted).items():
+                transports[name] = functools.partial(_connect, layout, members, position, shared, args.timeout)
+            transport = next(iter(transports))
+            lanes = transports[transport](agreement)
             peer_index = {lane: {p: p for p in positions} for lane in lanes}
         mine = Mesh(
             plan=plan,
@@ -186,7 +210,9 @@ def build_mesh(
             ring_group=_of(ring, position).handle,
             agreement=agreement,
             transport=transport,
-            connect=connect,
+            transports=transports,
+            chosen="" if len(transports) > 1 else "the only one here" if args.transport == "auto" else "as asked for",
+            one_host=len(set(homes)) == 1 and homes[0] is not None,
         )
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
@@ -202,28 +228,31 @@ def _transport(args: TorusArgs, backend: str) -> str:
     return "two_sided" if args.transport == "auto" and backend != "gloo" else args.transport
 
 
-def _shared_lanes(agreement: Agreement, layout: Layout, wanted: str) -> tuple[list[Lane], str]:
-    """The lanes whose ranks share memory and are to use it, and all lanes in words. Collective over the group.
+def _homes(agreement: Agreement) -> list[str | None]:
+    """Equal for ranks that share memory; None for one that cannot. Collective over the group."""
+    return agreement.gather("shared memory", None if shm.unavailable() else shm.identity())
 
-    Raises ValueError on every rank where shared memory is demanded and missing.
+
+def _cpu_transports(layout: Layout, homes: Sequence[str | None], wanted: str) -> dict[str, list[Lane]]:
+    """What can move chunks between these CPU ranks: name -> the lanes in shared memory, the others being TCP.
+
+    Raises ValueError, on every rank, where shared memory is demanded and missing.
     """
-    if wanted == "tcp":
-        return [], "tcp"
-    reports = agreement.gather("shared memory", [shm.identity(), shm.unavailable()])
-    homes = [str(home) if reason is None else None for home, reason in reports]
-    by_machine: dict[int, set[str | None]] = {}
+    of_machine: dict[int, set[str | None]] = {}
     for position, home in enumerate(homes):
-        by_machine.setdefault(layout.machine(position), set()).add(home)
+        of_machine.setdefault(layout.machine(position), set()).add(home)
+    found: dict[str, list[Lane]] = {}
     if len(set(homes)) == 1 and homes[0] is not None:
-        return ["inside", "across"], "shm"
-    if wanted == "shm":
+        found["shm"] = ["inside", "across"]
+    elif layout.ranks_per_machine > 1 and all(len(seen) == 1 and None not in seen for seen in of_machine.values()):
+        found["shm inside, tcp across"] = ["inside"]
+    found["tcp"] = []
+    if wanted == "shm" and "shm" not in found:
         raise ValueError(
-            f"--sp-transport shm needs ranks that share the memory of one host; they say "
-            f"{[reason or home for home, reason in reports]}. auto uses it inside each host, and tcp between hosts"
+            f"--sp-transport shm needs ranks that share the memory of one host, which they call {list(homes)}. auto "
+            f"uses it inside each host, and tcp between hosts"
         )
-    if layout.ranks_per_machine > 1 and all(len(seen) == 1 and None not in seen for seen in by_machine.values()):
-        return ["inside"], "shm inside, tcp across"
-    return [], "tcp"
+    return found if wanted == "auto" else {wanted: found[wanted]}
 
 
 def _connect(
@@ -239,7 +268,8 @@ def _connect(
     others = {lane: found for lane, found in peers.items() if lane not in shared}
     lanes: Lanes = {**tcp.connect(agreement, members, position, others, timeout_s)} if others else {}
     if shared:
-        joined = Shm(agreement, members, position, [p for lane in shared for p in peers[lane]], timeout_s)
+        halves = 1 if "across" not in shared and layout.torus > 1 and layout.ring_degree == 1 else 2
+        joined = Shm(agreement, members, position, [p for lane in shared for p in peers[lane]], timeout_s, halves)
         lanes.update(dict.fromkeys(shared, joined))
     return lanes
 

@@ -290,6 +290,7 @@ def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
 def _use(mesh: Mesh, given: TorusArgs) -> None:
     """Attention of this process runs on ``mesh`` from now on."""
     _session.mesh = mesh
+    mesh.log = _log
     why_xdit = _why_xdit(given, mesh)
     if why_xdit is None:
         original = importlib.import_module("xfuser.model_executor.layers.usp").USP

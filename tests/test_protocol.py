@@ -57,9 +57,10 @@ class Read:
     nth: int
 
 
-def program(layout, position, cut, *, halves=2, short=0, silent=()):
-    """What attention.py does to shared memory on one rank. To plant faults: another number of ``halves``; ``short``:
-    chunks by which every wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag."""
+def program(layout, position, cut, *, halves=2, lanes=("inside", "across"), short=0, silent=()):
+    """What attention.py does to shared memory on one rank, where ``lanes`` go through it; what comes over the others is
+    there at once. To plant faults: another number of ``halves``; ``short``: chunks by which every wait falls short;
+    ``silent``: (sender, receiver) pairs whose chunks raise no flag."""
     schedule = build_schedule(layout, position, cut=cut)
     operations: list[Write | Raise | Await | Read] = []
     due = dict.fromkeys(range(layout.world_size), 0)
@@ -82,6 +83,8 @@ def program(layout, position, cut, *, halves=2, short=0, silent=()):
         for step in schedule.steps:
             if not isinstance(step, Exchange):
                 wait_for(use("q", step.queries) + use("kv", step.keys))
+                continue
+            if step.lane not in lanes:
                 continue
             for message in step.sends:
                 if message.tensor != "o" and layout.head_group(message.peer) == layout.head_group(position):
@@ -177,6 +180,23 @@ def test_two_halves_and_no_barrier_are_safe(group):
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_single_window_would_not_be(group):
     assert "writes begun" in explored(group, halves=1)[1]
+
+
+def inside_a_machine(layout, **planted):
+    machine = range(layout.ranks_per_machine)
+    return explore([program(layout, w, Cut(kv=2, last_kv=2), lanes=["inside"], **planted) for w in machine])
+
+
+@pytest.mark.parametrize("torus", [2, 3, 4])
+@pytest.mark.parametrize("ulysses", [2, 3])
+def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses):
+    layout = Layout(torus=torus, ulysses=ulysses, ring_across=1, ring_inside=1)
+    visited, fault = inside_a_machine(layout, halves=1)
+    assert fault is None and visited > 50
+
+
+def test_one_half_is_not_enough_on_a_single_machine():
+    assert "writes begun" in inside_a_machine(GROUPS["ulysses inside"][0], halves=1)[1]
 
 
 @pytest.mark.parametrize("group", GROUPS)

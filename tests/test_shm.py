@@ -3,12 +3,15 @@ wrong. (``test_protocol.py`` has the argument; ``ranks/shm_faults.py`` kills and
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 
 import pytest
 
+from sf_xfuser import mesh
+from sf_xfuser.plan import Layout
 from sf_xfuser.transport import shm
 from tests.launch import RANKS, reports, run, torchrun
 from tests.ranks import shm_faults
@@ -21,7 +24,7 @@ EACH = 4
 CASES = {
     "the_same_bits_as_over_tcp": ("equal",) * EACH,
     "chaos": ("10000 calls equal",) * EACH,
-    "memory": ("4 sizes",) * EACH,
+    "memory": ("as small as they should be",) * EACH,
     "only_the_user_may_open_it": ("0o600",) * EACH,
     "no_name_is_left": (r"names: \[\]",) * EACH,
     "what_the_dead_left_is_removed": ("removed 1, kept the living: True", *["removed 0, kept the living: True"] * 3),
@@ -53,6 +56,22 @@ def said() -> dict[str, dict[str, str]]:
 def test_windows(case, said):
     for rank, expected in enumerate(CASES[case]):
         assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+
+
+def test_shared_memory_is_used_where_ranks_share_it():
+    layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
+    of = functools.partial(mesh._cpu_transports, layout)
+    assert of(["a"] * 4, "auto") == {"shm": ["inside", "across"], "tcp": []}
+    assert of(["a", "a", "b", "b"], "auto") == {"shm inside, tcp across": ["inside"], "tcp": []}
+    assert of(["a", "b", "b", "a"], "auto") == {"tcp": []}
+    assert of(["a", "a", None, None], "auto") == {"tcp": []}
+    assert of([None] * 4, "auto") == {"tcp": []}
+    assert of(["a"] * 4, "tcp") == {"tcp": []}
+    assert of(["a"] * 4, "shm") == {"shm": ["inside", "across"]}
+    with pytest.raises(ValueError, match=r"shm needs ranks that share the memory of one host, .*'b'"):
+        of(["a", "a", "b", "b"], "shm")
+    one_each = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
+    assert mesh._cpu_transports(one_each, ["a", "b"], "auto") == {"tcp": []}
 
 
 FAULTS = [f"kill:{rank}:{where}:{3 * rank + n}" for rank in range(4) for n, where in enumerate(shm_faults.WHERE)]

@@ -9,7 +9,7 @@ from math import gcd
 
 import torch
 
-from sf_xfuser.args import TorusArgs
+from sf_xfuser.args import TRANSPORTS, TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
@@ -18,7 +18,7 @@ from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, Parcel, Ticket, Transport
+from sf_xfuser.transport import OneSided, Parcel, Ticket, Transport, TransportError
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -26,6 +26,7 @@ Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _MAX_IMBALANCE = Fraction(6, 5)
 SINGLE = "single"
 ALONE = "attention-alone"
+NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +50,19 @@ class Arm:
 def known_names() -> str:
     return (
         f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
-        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus"
+        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, "
+        f"{', '.join(over(name) for name in NAMED_TRANSPORTS)}"
     )
 
 
+def over(transport: str) -> str:
+    """The arm that is torus over a named transport."""
+    return f"torus-{transport.replace('_', '-')}"
+
+
 def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str] | None) -> list[Arm]:
-    """The arms of ``case`` whose names are ``wanted`` (None: all). Collective over the world, alike on every rank."""
+    """The arms of ``case`` whose names are ``wanted`` (None: all but those over named transports). Collective over the
+    world, alike on every rank."""
     arms = [Arm(name=SINGLE, description="one process, the others wait", family="reference")]
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
     kv_heads = case.kv_heads or case.heads
@@ -73,7 +81,12 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         arms += [Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
         return [arm for arm in arms if wanted is None or arm.name in wanted]
     attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
-    blocking = replace(mesh, lanes={lane: _Blocking(t) for lane, t in mesh.lanes.items()}, calls={})
+    if not mesh.chosen:  # the first call does it; the arm without overlap is to use the same
+        mine = case.tokens[mesh.position]
+        heads = (case.heads, kv_heads, kv_heads)
+        dtype = getattr(torch, case.dtype)
+        _torus(case, mesh, attend)(*(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads))
+    blocking = replace(mesh, lanes={lane: _Blocking(t) for lane, t in mesh.lanes.items()}, calls={}, transports={})
     formula = _torus_egress(case, mesh.layout) * _elements(case) * _itemsize(case)
     alone = Arm(
         name=ALONE,
@@ -95,10 +108,35 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         for (name, description), used in zip(_OURS, (blocking, mesh), strict=True)
     ]
     every = [arms[0], alone, *arms[1:], *ours]
+    every += [_over(name, case, args, attend, formula) for name in NAMED_TRANSPORTS if wanted and over(name) in wanted]
     kept = every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
     if all(arm.mesh is None for arm in kept):
         mesh.close()  # attention alone asks only for its layout
     return kept
+
+
+def _over(transport: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Arm:
+    """Torus in the same layout, its chunks moved by a named transport."""
+    text = f"Torus Attention over {transport}"
+    try:
+        mesh = build_mesh(
+            [list(range(case.world_size))],
+            replace(args, transport=transport),
+            heads=case.heads,
+            kv_heads=case.kv_heads or case.heads,
+            max_imbalance=_MAX_IMBALANCE,
+        )
+    except (ValueError, TransportError) as error:
+        return Arm(name=over(transport), description=text, family="ours", reason=str(error))
+    return Arm(
+        name=over(transport),
+        description=text,
+        family="ours",
+        layout=str(mesh.layout),
+        call=_torus(case, mesh, attend),
+        formula_bytes=formula,
+        mesh=mesh,
+    )
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------

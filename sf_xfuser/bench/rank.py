@@ -185,7 +185,8 @@ class _Measurement:
         self._barrier()
         with _peak_memory(self.device) as peak:
             self._call(arm)
-        sample.peak_bytes = self._gather(peak[0])
+        window = arm.mesh.window if arm.mesh is not None else None  # memory that PyTorch's allocator does not see
+        sample.peak_bytes = self._gather(peak[0] + (window.window_bytes if window is not None else 0))
         trace = Trace()
         self._recording = trace if arm.mesh is None else None
         traced(arm, trace)

@@ -97,6 +97,11 @@ class OneSided(Transport):
     def one_sided(self) -> OneSided:
         return self
 
+    @property
+    @abstractmethod
+    def window_bytes(self) -> int:
+        """Memory that this rank's window holds, also between calls."""
+
     @abstractmethod
     def reserve(self, nbytes: int) -> None:
         """From now on a window has at least ``nbytes`` for each call, the same number on every rank. Collective over
@@ -104,4 +109,4 @@ class OneSided(Transport):
 
     @abstractmethod
     def begin(self) -> torch.Tensor:
-        """Start a call. This rank's window in it, as bytes [nbytes]: valid until the next call but one."""
+        """Start a call. This rank's window in it, as bytes [nbytes]: valid until the next call."""

@@ -1,19 +1,21 @@
 """One-sided transfers between CPU ranks of one host, through POSIX shared memory.
 
 A sender writes its chunk into the receiver's window and then raises a flag there; the receiver does nothing for data to
-arrive. Each rank has one *segment*: flags, then the two halves of its window.
+arrive. Each rank has one *segment*: flags, then its window.
 
 **Flags.** ``flag[s]`` in the segment of rank ``r`` has one writer, ``s``: its value says how many chunks ``s`` has put
 into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``, where an epoch is one attention call. Both ends know
 the order of a pair's chunks from the schedule, so "the k-th chunk of epoch e is here" is ``flag >= e * 2**16 + k``.
 Values only grow, and nobody resets them.
 
-**Why nothing is overwritten too early.** Epoch e uses half ``e mod 2``. Let ``s`` put into ``r``'s window in epoch e.
-It has finished epoch e-1, in which it waited for every chunk that was due to it. One of those was put by ``r`` in epoch
-e-1 or passed on from one that was (in a Ulysses group every pair exchanges in both directions; in a ring ``s`` receives
-every member's chunk, ``r``'s included), and chunks of no tokens raise their flag like others. ``r`` put that chunk
-after it had finished epoch e-2, the last that read half ``e mod 2``. So no rank waits for another before it writes,
-and there is no barrier. ``tests/test_protocol.py`` checks it for small groups in every interleaving.
+**Why nothing is overwritten too early.** A window has two halves, and epoch e uses half ``e mod 2``. Let ``s`` put into
+``r``'s window in epoch e. It has finished epoch e-1, in which it waited for every chunk that was due to it. One of
+those was put by ``r`` in epoch e-1 or passed on from one that was (in a Ulysses group every pair exchanges in both
+directions; in a ring ``s`` receives every member's chunk, ``r``'s included), and chunks of no tokens raise their flag
+like others. ``r`` put that chunk after it had finished epoch e-2, the last that read half ``e mod 2``. So no rank waits
+for another before it writes, and there is no barrier. Where ``r`` sends ``s`` something after it last read what ``s``
+had put, as inside the machines of a group without a ring (the last is O), a single half will do.
+``tests/test_protocol.py`` checks both for small groups in every interleaving.
 
 **Order of memory.** Chunk before flag is two stores; a reader that sees the flag must see the chunk. x86-64 keeps
 stores in order. Weaker processors are refused, since nothing here could make theirs keep it.
@@ -100,7 +102,13 @@ class Shm(OneSided):
     pause: Callable[[str], None] | None = None
 
     def __init__(
-        self, agreement: Agreement, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
+        self,
+        agreement: Agreement,
+        members: Sequence[int],
+        position: int,
+        peers: Sequence[int],
+        timeout_s: float,
+        halves: int = 2,
     ) -> None:
         """Collective. Raises TransportError on every rank if one of them cannot."""
         self._agreement = agreement
@@ -108,6 +116,7 @@ class Shm(OneSided):
         self._position = position
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
+        self._halves = halves
         self._half_bytes = 0
         self._own: _Segment | None = None
         self._of: dict[int, _Segment] = {}
@@ -119,8 +128,8 @@ class Shm(OneSided):
 
     @property
     def window_bytes(self) -> int:
-        """Of this rank's window, both halves."""
-        return 2 * self._half_bytes
+        """As ``OneSided.window_bytes``."""
+        return self._halves * self._half_bytes
 
     def reserve(self, nbytes: int) -> None:
         """As ``OneSided.reserve``. Makes new segments only where a half of the present ones is too small."""
@@ -135,10 +144,10 @@ class Shm(OneSided):
                 if refusal is None:
                     remove_leftovers()
                     try:
-                        own = _Segment.create(_LINE * len(self._members), half_bytes)
+                        own = _Segment.create(_LINE * len(self._members), half_bytes, self._halves)
                         failed.callback(own.close)
                     except OSError as error:
-                        refusal = _creation_error(error, half_bytes)
+                        refusal = _creation_error(error, self._halves * half_bytes)
                 said = self._agreement.gather("shm segment", [own.path if own else "", refusal, half_bytes])
                 self._raise_together([refusal for _, refusal, _ in said])
                 if len({size for *_, size in said}) > 1:
@@ -146,7 +155,8 @@ class Shm(OneSided):
                 found: dict[int, _Segment] = {}
                 for peer in self._peers:
                     try:
-                        found[peer] = _Segment.open(said[peer][0], _LINE * len(self._members), half_bytes)
+                        path = said[peer][0]
+                        found[peer] = _Segment.open(path, _LINE * len(self._members), half_bytes, self._halves)
                         failed.callback(found[peer].close)
                     except OSError as error:
                         refusal = (
@@ -268,40 +278,41 @@ class _Arrival(Ticket):
 
 
 class _Segment:
-    """Shared memory of one rank as one process sees it: a line for each writer, then the two halves of the window."""
+    """Shared memory of one rank as one process sees it: a line for each writer, then the halves of the window."""
 
-    def __init__(self, file: int, path: str, head_bytes: int, half_bytes: int) -> None:
+    def __init__(self, file: int, path: str, head_bytes: int, half_bytes: int, halves: int) -> None:
         self._file = file
         self.path = path
         pages = -(-head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(file, pages + 2 * half_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        memory = mmap.mmap(file, pages + halves * half_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._flags = [ctypes.c_uint64.from_buffer(memory, at) for at in range(0, head_bytes, _LINE)]
         self._ends = [ctypes.c_uint64.from_buffer(memory, at + _GAVE_UP) for at in range(0, head_bytes, _LINE)]
-        bytes_ = torch.frombuffer(memory, dtype=torch.uint8)
-        self._halves = bytes_[pages : pages + half_bytes], bytes_[pages + half_bytes :]
+        window = torch.frombuffer(memory, dtype=torch.uint8)[pages:]
+        self._halves = [window[n * half_bytes : (n + 1) * half_bytes] for n in range(halves)]
 
     @classmethod
-    def create(cls, head_bytes: int, half_bytes: int) -> _Segment:
+    def create(cls, head_bytes: int, half_bytes: int, halves: int) -> _Segment:
         """Raises OSError, also where memory is short: a page that is missing later would end the process."""
         file = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             free = os.fstatvfs(file)
-            if 2 * half_bytes > free.f_bavail * free.f_frsize:
+            total = -(-head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + halves * half_bytes
+            if total > free.f_bavail * free.f_frsize:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.posix_fallocate(file, 0, -(-head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + 2 * half_bytes)
+            os.posix_fallocate(file, 0, total)
             path = f"{_FOLDER}/{_PREFIX}{os.geteuid()}-{secrets.token_hex(16)}"
             os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file, follow_symlinks=True)  # a link of the file itself
-            return cls(file, path, head_bytes, half_bytes)
+            return cls(file, path, head_bytes, half_bytes, halves)
         except BaseException:
             os.close(file)
             raise
 
     @classmethod
-    def open(cls, path: str, head_bytes: int, half_bytes: int) -> _Segment:
+    def open(cls, path: str, head_bytes: int, half_bytes: int, halves: int) -> _Segment:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return cls(file, path, head_bytes, half_bytes)
+            return cls(file, path, head_bytes, half_bytes, halves)
         except BaseException:
             os.close(file)
             raise
@@ -318,7 +329,7 @@ class _Segment:
             os.close(file)
 
     def half(self, epoch: int) -> torch.Tensor:
-        return self._halves[epoch % 2]
+        return self._halves[epoch % len(self._halves)]
 
     def flag(self, writer: int) -> int:
         return self._flags[writer].value
@@ -371,11 +382,11 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-def _creation_error(error: OSError, half_bytes: int) -> str:
+def _creation_error(error: OSError, window_bytes: int) -> str:
     if error.errno == errno.ENOSPC:
         free = os.statvfs(_FOLDER)
         return (
-            f"{_FOLDER} has {free.f_bavail * free.f_frsize} bytes left, a window needs {2 * half_bytes}; enlarge it "
+            f"{_FOLDER} has {free.f_bavail * free.f_frsize} bytes left, a window needs {window_bytes}; enlarge it "
             f"(docker run --shm-size=8g), or use --sp-transport tcp"
         )
     return f"no shared memory: {error}"
