@@ -177,6 +177,12 @@ def environment(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def set_defaults(values: Mapping[str, str]) -> None:
+    """Set those environment names that are not set."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 def autoload_wanted() -> bool:
     return os.environ.get(AUTOLOAD_VARIABLE, "1").lower() not in ("0", "false", "no", "off")
 

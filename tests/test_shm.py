@@ -1,5 +1,5 @@
 """Shared-memory windows between real ranks of one host: the same bits as over TCP, and what is said when something goes
-wrong. (``test_protocol.py`` has the argument; ``ranks/shm_faults.py`` kills and stops ranks.)"""
+wrong. (``test_protocol.py`` has the argument; ``ranks/faults.py`` kills and stops ranks.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sf_xfuser import mesh
 from sf_xfuser.plan import Layout
 from sf_xfuser.transport import shm
 from tests.launch import RANKS, reports, run, torchrun
-from tests.ranks import shm_faults
+from tests.ranks import faults
 
 REASON = shm.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -74,32 +74,33 @@ def test_shared_memory_is_used_where_ranks_share_it():
     assert mesh._cpu_transports(one_each, ["a", "b"], "auto") == {"tcp": []}
 
 
-FAULTS = [f"kill:{rank}:{where}:{3 * rank + n}" for rank in range(4) for n, where in enumerate(shm_faults.WHERE)]
-FAULTS += ["stop:1:put:4", "stop:2:read:7"]
+FAULTS = [f"shm:kill:{rank}:{where}:{3 * rank + n}" for rank in range(4) for n, where in enumerate(faults.WHERE)]
+FAULTS += ["shm:stop:1:put:4", "shm:stop:2:read:7", "tcp:kill:1:attend:5", "tcp:stop:2:attend:6"]
 
 
 @pytest.fixture(scope="module")
 def fared() -> dict[str, dict]:
     """scenario -> how the ranks fared."""
-    lines = run([sys.executable, str(RANKS / "shm_faults.py"), *FAULTS], timeout=300).output.splitlines()
+    lines = run([sys.executable, str(RANKS / "faults.py"), *FAULTS], timeout=300).output.splitlines()
     return {found["scenario"]: found for found in map(json.loads, (x for x in lines if x.startswith("{")))}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_survivor_raises_in_time_and_nothing_is_left(fault, fared):
+    """Where all live, the next call joins the ranks afresh and succeeds."""
     found = fared[fault]
-    victim = int(fault.split(":")[1])
-    killed = fault.startswith("kill")
+    transport, how, victim, *_ = fault.split(":")
     assert found["left"] == []
-    assert found["statuses"] == [-9 if killed and rank == victim else 3 for rank in range(4)], found
+    assert found["statuses"] == [-9 if how == "kill" and str(rank) == victim else 3 for rank in range(4)], found
     for rank, told in enumerate(found["told"]):
-        if rank == victim and killed:
+        if how == "kill" and str(rank) == victim:
             continue
-        assert told["after_s"] < (1.5 if killed else shm_faults.TIMEOUT_S + 1.5), found
-        assert re.search(rf"rank {rank} on .*: nothing came from rank \d in round \d+: .*", told["error"]), found
-        if not killed:
+        assert told["after_s"] < (1.5 if how == "kill" else faults.TIMEOUT_S + 1.5), found
+        assert told["error"].startswith(f"rank {rank} on ") and transport in told["error"], found
+        if how == "stop":
             assert told["again"] == "equal", found
-    if killed:  # whoever waits for the victim says that it is gone; whoever waits for those hears that they gave up
-        assert any(
-            f"from rank {victim} " in told["error"] and "gone" in told["error"] for told in found["told"] if told
+    if (transport, how) == ("shm", "kill"):  # whoever waits for the victim says that it is gone
+        errors = [told["error"] for told in found["told"] if told]
+        assert any(re.search(rf"from rank {victim} in round \d+: its process is gone", error) for error in errors), (
+            found
         )

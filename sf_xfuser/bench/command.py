@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from sf_xfuser import __version__, emulate
-from sf_xfuser.args import TorusArgs, launch_environment
+from sf_xfuser.args import TorusArgs, launch_environment, set_defaults
 from sf_xfuser.bench import report
 from sf_xfuser.bench.arms import known_names
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
@@ -91,6 +91,7 @@ def bench_command(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     _check(options)
+    set_defaults(_QUIET)
     launched = launch_environment()
     if launched.world_size is None and options.cluster is None and options.grid is None:
         raise ValueError(
@@ -191,7 +192,7 @@ def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document:
         path = Path(folder, "order.json")
         path.write_text(request)
         try:
-            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", *flags, str(path)], env=_QUIET)
+            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", *flags, str(path)])
         finally:
             results = path.with_suffix(".rows")
             if results.is_file():

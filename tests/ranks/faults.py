@@ -1,8 +1,10 @@
-"""Kills or stops one of four ranks at a chosen access to shared memory, scenario after scenario, and prints how the
-others fared: a line of JSON for each.
+"""Kills or stops one of four ranks at a chosen moment, scenario after scenario, and prints how the others fared: a line
+of JSON for each.
 
-    python tests/ranks/shm_faults.py kill:RANK:WHERE:NTH stop:RANK:WHERE:NTH ...     WHERE: put, flag, wait or read
-    python tests/ranks/shm_faults.py fuzz:COUNT:SEED                                 that many kills, at random
+    python tests/ranks/faults.py shm:kill:RANK:WHERE:NTH ...     shm or tcp; kill or stop
+    python tests/ranks/faults.py fuzz:COUNT:SEED                 that many kills over shm, at random
+
+WHERE: before attention (attend), or before an access to shared memory (put, flag, wait, read).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sf_xfuser import kernels
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.mesh import build_mesh
@@ -30,30 +33,37 @@ WHERE = ("put", "flag", "wait", "read")
 POINTS = 9  # a rank of 2x2 puts 9 chunks in a call, and waits for as many
 
 
-def rank_main(rank: int, folder: Path, how: str, victim: int, where: str, nth: int) -> int:
+def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, where: str, nth: int) -> int:
     """Calls until one fails; then, where nobody died, one more, which has to succeed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    args = TorusArgs(backend="torus", topology="2x2", transport="shm", timeout=TIMEOUT_S)
+    args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
     mesh = build_mesh([[0, 1, 2, 3]], args, heads=4)
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, 4, 16, 8, generator=make) for _ in range(3))
 
-    def call():
-        return torus_attention(q, k, v, mesh=mesh, q_tokens=[16] * WORLD, kv_tokens=[16] * WORLD)
+    left = [-1]
 
-    wanted = call()
-    left = [nth + 1]
+    def attend(*tensors):
+        strike("attend")
+        return kernels.sdpa_attend(*tensors)
+
+    def call():
+        counts = {"q_tokens": [16] * WORLD, "kv_tokens": [16] * WORLD}
+        return torus_attention(q, k, v, mesh=mesh, attend=attend, **counts)
 
     def strike(at: str) -> None:
-        left[0] -= at == where
+        left[0] -= at == where and left[0] > 0
         if left[0] == 0:
             left[0] = -1
             (folder / "struck").touch()
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
+    wanted = call()
     if rank == victim:
-        mesh.window.pause = strike
+        left[0] = nth + 1
+        if mesh.window is not None:
+            mesh.window.pause = strike
     try:
         for _ in range(200):
             assert torch.equal(call(), wanted)
@@ -68,7 +78,7 @@ def rank_main(rank: int, folder: Path, how: str, victim: int, where: str, nth: i
     return 3
 
 
-def scenario(how: str, victim: int, where: str, nth: int) -> dict:
+def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dict:
     names = shared_names()
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), {}
@@ -77,7 +87,7 @@ def scenario(how: str, victim: int, where: str, nth: int) -> dict:
             if child == 0:
                 status = 1
                 try:
-                    status = rank_main(rank, folder, how, victim, where, nth)
+                    status = rank_main(rank, folder, transport, how, victim, where, nth)
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
@@ -99,7 +109,7 @@ def scenario(how: str, victim: int, where: str, nth: int) -> dict:
             os.waitpid(child, 0)
         told = {rank: json.loads(p.read_text()) for rank in range(WORLD) if (p := folder / f"{rank}.json").exists()}
     return {
-        "scenario": f"{how}:{victim}:{where}:{nth}",
+        "scenario": f"{transport}:{how}:{victim}:{where}:{nth}",
         "statuses": [statuses.get(rank, "hangs") for rank in range(WORLD)],
         "told": [told.get(rank) for rank in range(WORLD)],
         "left": sorted(shared_names() - names),
@@ -112,15 +122,15 @@ def shared_names() -> set[str]:
 
 def main() -> None:
     for text in sys.argv[1:]:
-        how, *rest = text.split(":")
-        if how == "fuzz":
+        first, *rest = text.split(":")
+        if first == "fuzz":
             choose = random.Random(int(rest[1]))
             todo = [
-                ("kill", choose.randrange(WORLD), choose.choice(WHERE), choose.randrange(10 * POINTS))
+                ("shm", "kill", choose.randrange(WORLD), choose.choice(WHERE), choose.randrange(10 * POINTS))
                 for _ in range(int(rest[0]))
             ]
         else:
-            todo = [(how, int(rest[0]), rest[1], int(rest[2]))]
+            todo = [(first, rest[0], int(rest[1]), rest[2], int(rest[3]))]
         for one in todo:
             print(json.dumps(scenario(*one)), flush=True)
 
