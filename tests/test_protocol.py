@@ -1,6 +1,7 @@
 """The flag protocol of one-sided transports (``transport/shm.py``), in every interleaving of small groups.
 
-A model of the executor: each rank's real schedule, four calls in a row, as a list of operations on shared memory.
+A model of the executor: each rank's real schedule, four calls in a row, as a list of operations on shared memory; or
+all-to-alls (``all_to_all.py``) in turn with such calls.
 Every reachable interleaving is visited. Since each place and each flag has one writer, how far the ranks have come
 says all that there is to say about memory.
 """
@@ -57,9 +58,10 @@ class Read:
     nth: int
 
 
-def program(layout, position, cut, *, halves=2, short=0, silent=()):
-    """What attention.py does to shared memory on one rank. To plant faults: another number of ``halves``; ``short``:
-    chunks by which every wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag."""
+def program(layout, position, cut, *, halves=2, short=0, silent=(), mixed=False, greets=True):
+    """What attention.py does to shared memory on one rank; ``mixed``: and all_to_all.py, in every second call. To plant
+    faults: another number of ``halves``; ``short``: chunks by which every wait falls short; ``silent``: (sender,
+    receiver) pairs whose chunks raise no flag; not ``greets``: all-to-alls tell ring neighbours nothing."""
     schedule = build_schedule(layout, position, cut=cut)
     operations: list[Write | Raise | Await | Read] = []
     due = dict.fromkeys(range(layout.world_size), 0)
@@ -99,8 +101,20 @@ def program(layout, position, cut, *, halves=2, short=0, silent=()):
                     arriving.update({(message.tensor, piece): one for piece in message.pieces})
         wait_for(outputs)
 
+    def all_to_all(epoch):
+        peers = sorted({*layout.ulysses_group(position), *(layout.ring_group(position) if greets else ())} - {position})
+
+        def place(writer):
+            return Place(epoch % halves, "all-to-all", (), writer)
+
+        for peer in peers:
+            operations.extend([Write(peer, place(position)), Raise(peer)])
+            due[peer] += 1
+        operations.extend(Await(peer, due[peer] - short) for peer in peers)
+        operations.append(Read(tuple(place(peer) for peer in peers), 1 + (epoch - 1) // halves))
+
     for epoch in range(1, EPOCHS + 1):
-        call(epoch)
+        (all_to_all if mixed and epoch % 2 == 0 else call)(epoch)
     return operations
 
 
@@ -187,3 +201,13 @@ def test_a_wait_that_falls_short_is_found(group):
 def test_empty_chunks_have_to_raise_their_flags():
     """Rank 0 sends to rank 1, which has nothing to say: only its flags tell rank 0 how far it has come."""
     assert "writes begun" in explored("ring of two", silent={(1, 0)})[1]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_to_alls_in_between_are_safe(group):
+    visited, fault = explored(group, mixed=True)
+    assert fault is None and visited > 50
+
+
+def test_all_to_alls_have_to_greet_the_ring():
+    assert "writes begun" in explored("ring of two", mixed=True, greets=False)[1]

@@ -4,16 +4,17 @@ A sender writes its chunk into the receiver's window and then raises a flag ther
 arrive. Each rank has one *segment*: flags, then the two halves of its window.
 
 **Flags.** ``flag[s]`` in the segment of rank ``r`` has one writer, ``s``: its value says how many chunks ``s`` has put
-into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``, where an epoch is one attention call. Both ends know
-the order of a pair's chunks from the schedule, so "the k-th chunk of epoch e is here" is ``flag >= e * 2**16 + k``.
-Values only grow, and nobody resets them.
+into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``, where an epoch is one attention call or one
+all-to-all. Both ends know the order of a pair's chunks from the schedule, so "the k-th chunk of epoch e is here" is
+``flag >= e * 2**16 + k``. Values only grow, and nobody resets them.
 
 **Why nothing is overwritten too early.** Epoch e uses half ``e mod 2``. Let ``s`` put into ``r``'s window in epoch e.
 It has finished epoch e-1, in which it waited for every chunk that was due to it. One of those was put by ``r`` in epoch
 e-1 or passed on from one that was (in a Ulysses group every pair exchanges in both directions; in a ring ``s`` receives
-every member's chunk, ``r``'s included), and chunks of no tokens raise their flag like others. ``r`` put that chunk
-after it had finished epoch e-2, the last that read half ``e mod 2``. So no rank waits for another before it writes,
-and there is no barrier. ``tests/test_protocol.py`` checks it for small groups in every interleaving.
+every member's chunk, ``r``'s included, and in an all-to-all a chunk of no tokens from each), and chunks of no tokens
+raise their flag like others. ``r`` put that chunk after it had finished epoch e-2, the last that read half ``e mod 2``.
+So no rank waits for another before it writes, and there is no barrier. ``tests/test_protocol.py`` checks it for small
+groups in every interleaving.
 
 **Order of memory.** Chunk before flag is two stores; a reader that sees the flag must see the chunk. x86-64 keeps
 stores in order. Weaker processors are refused, since nothing here could make theirs keep it.
