@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-BACKENDS = ("usp", "ulysses", "ring", "torus", "auto")
+XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
+BACKENDS = (*XDIT_BACKENDS, "torus", "auto")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
@@ -31,9 +32,11 @@ class TorusArgs:
     ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
     ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
     ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs; on CPUs the fastest
-    in the first call, of shared memory where the ranks have it and TCP.
+    in the first call, of shared memory where the ranks have it and TCP. A backend of xDiT's own uses it for yunchang's
+    all-to-all, if it is named.
     ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
-    ``strict``: an attention call that torus cannot serve raises instead of going to xDiT's own USP.
+    ``strict``: a call that cannot be served exactly raises instead of going to xDiT's own USP, or to yunchang's own
+    all-to-all.
     """
 
     backend: str | None = None
@@ -113,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
         "(torch.distributed's sends and receives, over NCCL or gloo) or auto (two_sided on GPUs; on CPUs the fastest "
-        "in the first call). Default: auto",
+        "in the first call). With usp and ulysses: those of yunchang's all-to-all, where one is named. Default: auto",
     )
     add(
         "timeout",

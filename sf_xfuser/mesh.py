@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import TorusArgs
+from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
@@ -34,11 +34,11 @@ class Mesh:
 
     ``position`` is this rank's machine-major place in ``plan.layout``; ``members[w]`` the global rank at place ``w``.
     ``lanes`` moves chunks inside a machine and across machines; ``peer_index[lane][w]`` is ``w``'s rank in that
-    lane's process group. ``ulysses_group`` and ``ring_group`` are process groups for code that wants collectives
-    (xDiT's own USP): ascending global ranks. ``transports``: ways to make the lanes, by name; ``transport`` is the one
-    in use, ``chosen`` why, empty until the first call has tried them all. ``one_host``: all ranks share memory.
-    ``calls`` caches what was agreed per call shape. ``trace``, where set, collects what each call did and when.
-    ``log`` is told what is decided later than here.
+    lane's process group. A backend of xDiT's own has no lanes unless a transport was named. ``ulysses_group`` and
+    ``ring_group`` are process groups for code that wants collectives (xDiT's own USP): ascending global ranks.
+    ``transports``: ways to make the lanes, by name; ``transport`` is the one in use, ``chosen`` why, empty until the
+    first call has tried them all. ``one_host``: all ranks share memory. ``calls`` caches what was agreed per call
+    shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided later than here.
     """
 
     plan: Plan
@@ -188,12 +188,15 @@ def build_mesh(
         agreement = world.of_group(index, members)
         homes = _homes(agreement)
         transports: dict[str, Connect] = {}
+        lanes: Lanes = {}
+        peer_index: dict[Lane, dict[int, int]] = {}
+        transport = "xDiT's own collectives"
         if two_sided:
             group_of: dict[Lane, _Group] = {"inside": _of(inside, position), "across": _of(across, position)}
-            lanes: Lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
+            lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
             peer_index = {lane: group.index for lane, group in group_of.items()}
             transport = "two_sided"
-        else:
+        elif wanted is not None:
             for name, shared in _cpu_transports(layout, homes, wanted).items():
                 transports[name] = functools.partial(_connect, layout, members, position, shared, args.timeout)
             transport = next(iter(transports))
@@ -219,8 +222,11 @@ def build_mesh(
     return mine
 
 
-def _transport(args: TorusArgs, backend: str) -> str:
-    """What moves chunks: ``"two_sided"``, ``"tcp"``, ``"shm"``, or ``"auto"`` between CPU ranks."""
+def _transport(args: TorusArgs, backend: str) -> str | None:
+    """What moves chunks: ``"two_sided"``, ``"tcp"``, ``"shm"``, or ``"auto"`` between CPU ranks; None: nothing of ours
+    does."""
+    if args.backend in XDIT_BACKENDS and args.transport == "auto":
+        return None
     if args.transport in ("shm", "tcp") and backend != "gloo":
         raise ValueError(
             f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
@@ -264,7 +270,7 @@ def _connect(
     agreement: Agreement,
 ) -> Lanes:
     """The lanes of a CPU rank: one in shared memory for all that ``shared`` names, TCP for the others. Collective."""
-    peers = _peers(layout, position)
+    peers = lane_peers(layout, position)
     others = {lane: found for lane, found in peers.items() if lane not in shared}
     lanes: Lanes = {**tcp.connect(agreement, members, position, others, timeout_s)} if others else {}
     if shared:
@@ -274,7 +280,7 @@ def _connect(
     return lanes
 
 
-def _peers(layout: Layout, position: int) -> dict[Lane, list[int]]:
+def lane_peers(layout: Layout, position: int) -> dict[Lane, list[int]]:
     """Whom a rank exchanges chunks with: those with the same ring coordinates, and those with the same heads."""
     others = sorted({*layout.ulysses_group(position), *layout.ring_group(position)} - {position})
     here = layout.machine(position)

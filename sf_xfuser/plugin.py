@@ -1,4 +1,4 @@
-"""The one module that knows xDiT: hook records, and what each of them does.
+"""The one module that knows xDiT and yunchang: hook records, and what each of them does.
 
 Read ``HOOKS`` at the end first: it is the list of places where xDiT is touched. Everything above it is the function
 that one record names. Without ``--sp-backend`` every wrapper calls the original and nothing else.
@@ -19,7 +19,8 @@ from typing import Any
 from sf_xfuser import args as sp_args
 from sf_xfuser import launch, platform_cpu, usp
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import TorusArgs
+from sf_xfuser.all_to_all import MeshAllToAll4D
+from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.launch import ModelFacts
 from sf_xfuser.mesh import Mesh, build_mesh
@@ -31,13 +32,14 @@ _MARK = "sf_xfuser_args"  # attribute that carries TorusArgs on xFuserArgs and, 
 
 @dataclass
 class _Session:
-    """What this process runs: the flags in force, what was read of the model, the mesh, and its USP."""
+    """What this process runs: the flags in force, what was read of the model, the mesh, and what uses it."""
 
     args: TorusArgs | None = None
     command_line: TorusArgs | None = None  # flags taken from a parser that does not know them
     model: ModelFacts | None = None
     mesh: Mesh | None = None
     usp: usp.TorusUSP | None = None
+    all_to_all: MeshAllToAll4D | None = None
 
 
 _DEGREES = ("dp", "cfg", "pp", "tp", "ulysses", "ring")  # of xDiT's ParallelConfig
@@ -59,7 +61,7 @@ def enable(args: TorusArgs | None = None) -> None:
     if args is not None:
         _session.command_line = args
     if _hook_set is None:
-        _hook_set = HookSet(_hooks())
+        _hook_set = HookSet(_hooks(), roots=("xfuser", "yunchang"))
     _hook_set.install()
 
 
@@ -87,6 +89,9 @@ def explain() -> str:
         lines.append("no mesh yet: xDiT has not initialised its sequence-parallel groups")
     else:
         lines += _session.mesh.lines()
+    if _session.all_to_all is not None:
+        lines.append(f"all-to-alls of yunchang served by the mesh: {_session.all_to_all.served}")
+        lines += [f"handed back to yunchang {n} times: {why}" for why, n in _session.all_to_all.handed_back.items()]
     if _session.usp is not None:
         lines.append(f"attention calls served by torus: {_session.usp.served}")
         lines += [f"handed back to xDiT {n} times: {why}" for why, n in _session.usp.handed_back.items()]
@@ -267,7 +272,7 @@ def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
         import torch.distributed as dist
         from yunchang.globals import PROCESS_GROUP
 
-        mesh_args = given if given.backend in ("torus", "auto") else replace(given, plan="usp")
+        mesh_args = replace(given, plan="usp") if given.backend in XDIT_BACKENDS else given
         mesh = build_mesh(
             group_ranks,
             mesh_args,
@@ -288,7 +293,7 @@ def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _use(mesh: Mesh, given: TorusArgs) -> None:
-    """Attention of this process runs on ``mesh`` from now on."""
+    """Attention of this process, and yunchang's all-to-all, run on ``mesh`` from now on."""
     _session.mesh = mesh
     mesh.log = _log
     why_xdit = _why_xdit(given, mesh)
@@ -299,13 +304,18 @@ def _use(mesh: Mesh, given: TorusArgs) -> None:
     else:
         _session.usp = None
     usp.activate(_session.usp)
+    _session.all_to_all = None
+    if mesh.layout.ulysses_degree > 1 and (why_xdit is None or given.transport != "auto"):
+        own = importlib.import_module("yunchang.comm.all_to_all").all_to_all_4D
+        own = getattr(own, "__wrapped__", own)
+        _session.all_to_all = MeshAllToAll4D(original=own, mesh=mesh, strict=given.strict, log=_log)
     runs = "Torus Attention" if why_xdit is None else f"xDiT's own attention ({why_xdit})"
     _log(f"--sp-backend {given.backend}: {runs}; {mesh}")
 
 
 def _why_xdit(given: TorusArgs, mesh: Mesh) -> str | None:
     """Why attention stays with xDiT's own code; None where Torus Attention takes it."""
-    if given.backend not in ("torus", "auto"):
+    if given.backend in XDIT_BACKENDS:
         return f"--sp-backend {given.backend} is xDiT's own"
     if given.backend == "auto" and mesh.layout.num_machines == 1:
         return "the sequence-parallel group sits inside one machine, so torus has nothing to hide"
@@ -317,7 +327,7 @@ def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
     def destroy_model_parallel() -> None:
         if _session.mesh is not None:
             _session.mesh.close()
-        _session.mesh = _session.usp = None
+        _session.mesh = _session.usp = _session.all_to_all = None
         usp.activate(None)
         original()
 
@@ -335,6 +345,16 @@ def _wrap_usp(original: Callable[..., Any]) -> Callable[..., Any]:
         return _session.usp(*args, **kwargs)
 
     return USP
+
+
+def _wrap_all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_to_all_4D(*args: Any, **kwargs: Any) -> Any:
+        if _session.all_to_all is None:
+            return original(*args, **kwargs)
+        return _session.all_to_all(*args, **kwargs)
+
+    return all_to_all_4D
 
 
 class _XditHost:
@@ -501,6 +521,14 @@ HOOKS: tuple[Hook, ...] = (
         "USP",
         _wrap_usp,
         "the attention call of every sequence-parallel transformer; models bind this name when they are imported",
+        sweep=True,
+    ),
+    _hook(
+        "yunchang.comm.all_to_all",
+        "all_to_all_4D",
+        _wrap_all_to_all,
+        "moves the tensors of xFuserLongContextAttention and yunchang's layers: SeqAllToAll4D looks it up at each call",
+        remove_when="yunchang takes the function that moves chunks as an argument",
         sweep=True,
     ),
 )

@@ -13,7 +13,7 @@ ROWS = [
     {"kernels", "transport", "schedule"},
     {"mesh", "places"},
     {"call"},
-    {"buffers"},
+    {"buffers", "all_to_all"},
     {"attention", "launch", "tiny_models", "platform_cpu"},
     {"usp"},
     {"plugin"},

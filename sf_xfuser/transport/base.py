@@ -97,6 +97,11 @@ class OneSided(Transport):
     def one_sided(self) -> OneSided:
         return self
 
+    halves: int
+    """Parts of a window that calls use in turn. With one, a rank may write to a peer as soon as that has sent it what
+    it sends last in an attention call, and so must not in a call of another kind before both have said that they have
+    come to it, nor after it before both have said that they have left it."""
+
     @property
     @abstractmethod
     def window_bytes(self) -> int:

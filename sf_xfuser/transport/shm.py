@@ -4,18 +4,18 @@ A sender writes its chunk into the receiver's window and then raises a flag ther
 arrive. Each rank has one *segment*: flags, then its window.
 
 **Flags.** ``flag[s]`` in the segment of rank ``r`` has one writer, ``s``: its value says how many chunks ``s`` has put
-into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``, where an epoch is one attention call. Both ends know
-the order of a pair's chunks from the schedule, so "the k-th chunk of epoch e is here" is ``flag >= e * 2**16 + k``.
-Values only grow, and nobody resets them.
+into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``, where an epoch is one attention call or one
+all-to-all. Both ends know the order of a pair's chunks from the schedule, so "the k-th chunk of epoch e is here" is
+``flag >= e * 2**16 + k``. Values only grow, and nobody resets them.
 
 **Why nothing is overwritten too early.** A window has two halves, and epoch e uses half ``e mod 2``. Let ``s`` put into
 ``r``'s window in epoch e. It has finished epoch e-1, in which it waited for every chunk that was due to it. One of
 those was put by ``r`` in epoch e-1 or passed on from one that was (in a Ulysses group every pair exchanges in both
-directions; in a ring ``s`` receives every member's chunk, ``r``'s included), and chunks of no tokens raise their flag
-like others. ``r`` put that chunk after it had finished epoch e-2, the last that read half ``e mod 2``. So no rank waits
-for another before it writes, and there is no barrier. Where ``r`` sends ``s`` something after it last read what ``s``
-had put, as inside the machines of a group without a ring (the last is O), a single half will do.
-``tests/test_protocol.py`` checks both for small groups in every interleaving.
+directions; in a ring ``s`` receives every member's chunk, ``r``'s included, and in an all-to-all a chunk of no tokens
+from each), and chunks of no tokens raise their flag like others. ``r`` put that chunk after it had finished epoch e-2,
+the last that read half ``e mod 2``. So no rank waits for another before it writes, and there is no barrier. Where ``r``
+sends ``s`` something after it last read what ``s`` had put, as inside the machines of a group without a ring (the last
+is O), a single half will do. ``tests/test_protocol.py`` checks both for small groups in every interleaving.
 
 **Order of memory.** Chunk before flag is two stores; a reader that sees the flag must see the chunk. x86-64 keeps
 stores in order. Weaker processors are refused, since nothing here could make theirs keep it.
@@ -116,7 +116,7 @@ class Shm(OneSided):
         self._position = position
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
-        self._halves = halves
+        self.halves = halves
         self._half_bytes = 0
         self._own: _Segment | None = None
         self._of: dict[int, _Segment] = {}
@@ -129,7 +129,7 @@ class Shm(OneSided):
     @property
     def window_bytes(self) -> int:
         """As ``OneSided.window_bytes``."""
-        return self._halves * self._half_bytes
+        return self.halves * self._half_bytes
 
     def reserve(self, nbytes: int) -> None:
         """As ``OneSided.reserve``. Makes new segments only where a half of the present ones is too small."""
@@ -144,10 +144,10 @@ class Shm(OneSided):
                 if refusal is None:
                     remove_leftovers()
                     try:
-                        own = _Segment.create(_LINE * len(self._members), half_bytes, self._halves)
+                        own = _Segment.create(_LINE * len(self._members), half_bytes, self.halves)
                         failed.callback(own.close)
                     except OSError as error:
-                        refusal = _creation_error(error, self._halves * half_bytes)
+                        refusal = _creation_error(error, self.halves * half_bytes)
                 said = self._agreement.gather("shm segment", [own.path if own else "", refusal, half_bytes])
                 self._raise_together([refusal for _, refusal, _ in said])
                 if len({size for *_, size in said}) > 1:
@@ -156,7 +156,7 @@ class Shm(OneSided):
                 for peer in self._peers:
                     try:
                         path = said[peer][0]
-                        found[peer] = _Segment.open(path, _LINE * len(self._members), half_bytes, self._halves)
+                        found[peer] = _Segment.open(path, _LINE * len(self._members), half_bytes, self.halves)
                         failed.callback(found[peer].close)
                     except OSError as error:
                         refusal = (

@@ -1,0 +1,177 @@
+"""Ulysses' all-to-all over a mesh's lanes, and the drop-in for yunchang's ``all_to_all_4D`` that is made of it.
+
+Tensors are [B, S, H, D]: B batch, S tokens, H heads, D head size. Knows the contract of that function and nothing of
+where it lives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sf_xfuser.mesh import Mesh, lane_peers
+from sf_xfuser.schedule import Lane
+from sf_xfuser.transport import Parcel, Ticket, TransportError
+
+_TOKENS, _HEADS = 1, 2  # dimensions
+_LANES: tuple[Lane, ...] = ("across", "inside")  # the longer way first
+
+
+@torch.no_grad()
+def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> torch.Tensor:
+    """Among the P ranks of this one's Ulysses group, split one dimension of ``input`` and gather another. Collective
+    over the whole sequence-parallel group, with one shape, dtype and direction on all of its ranks.
+
+    Scatter 2, gather 1: [B, S, H, D] of any strides -> [B, P*S, H/P, D]; scatter 1, gather 2: -> [B, S/P, P*H, D]. The
+    dimension that is split has to divide by P. Parts are in the order of global ranks. The result is contiguous, and
+    nothing stays posted. On CUDA the work is on the current stream. No gradient flows through.
+
+    Once a shape has been seen, nothing but chunks is exchanged. Raises ValueError on every rank when ranks disagree,
+    RuntimeError when a rank is missing and TransportError when a transfer is not done in time.
+    """
+    if mesh.failed:
+        mesh.join_again()
+    try:
+        _agree(mesh, input, scatter_dim, gather_dim)
+        return _run(input, scatter_dim, gather_dim, mesh)
+    except TransportError:
+        mesh.retire()
+        raise
+
+
+def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:
+    """That all ranks make this call, and that their windows hold it."""
+    call = ("all-to-all", input.shape, input.dtype, input.device.type, scatter_dim, gather_dim)
+    if call in mesh.calls:
+        return
+    described = [list(input.shape), str(input.dtype), input.device.type, scatter_dim, gather_dim]
+    reports = mesh.agreement.gather("all-to-all", described)
+    if any(report != reports[0] for report in reports):
+        seen = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
+        raise ValueError(
+            f"ranks disagree on an all-to-all; all ranks of a sequence-parallel group have to give it one shape and "
+            f"dtype: {seen} (shape, dtype, device, scattered dimension, gathered dimension)"
+        )
+    if mesh.window is not None:
+        mesh.window.reserve(input.numel() * input.element_size())
+    mesh.calls[call] = True
+
+
+def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> torch.Tensor:
+    layout, own = mesh.layout, mesh.position
+    group = sorted(layout.ulysses_group(own), key=mesh.members.__getitem__)
+    shape = list(input.shape)
+    shape[scatter_dim] //= len(group)
+    shape[gather_dim] *= len(group)
+    out = input.new_empty(shape)
+    outgoing = dict(zip(group, input.tensor_split(len(group), scatter_dim), strict=True))
+    incoming = dict(zip(group, out.tensor_split(len(group), gather_dim), strict=True))
+
+    # Each member has a slot in the window of each other, of one size and in the order of the group.
+    window = None if mesh.window is None else mesh.window.begin()
+    alone = mesh.window is None or mesh.window.halves > 1  # else the window is that of the call before, and of the next
+    if not alone:
+        _greet(mesh)
+    chunk_bytes = outgoing[own].numel() * input.element_size()
+    slot = {peer: index * chunk_bytes for index, peer in enumerate(group)}
+
+    def landing(peer: int, one_sided: bool) -> torch.Tensor:
+        """Where the chunk of this member arrives: in the window, in the result, or beside it where that is strided."""
+        if one_sided and window is not None:
+            return window[slot[peer] : slot[peer] + chunk_bytes].view(input.dtype).view(incoming[peer].shape)
+        return incoming[peer] if incoming[peer].is_contiguous() else incoming[peer].new_empty(incoming[peer].shape)
+
+    # Ring neighbours, who write into each other's windows in attention calls, are sent a chunk of no tokens: that it is
+    # here says that its sender has finished the call before, which one-sided lanes rely on (transport/shm.py).
+    nothing = input.new_empty(0)
+    arriving: list[tuple[Ticket, dict[int, torch.Tensor]]] = []
+    peers = lane_peers(layout, own)
+    for lane in _LANES:
+        transport, index = mesh.lanes[lane], mesh.peer_index[lane]
+        places = {peer: landing(peer, transport.one_sided is not None) for peer in peers[lane] if peer in slot}
+        sends = [
+            Parcel((outgoing.get(peer, nothing),), input.dtype, index[peer], slot=0, offset=slot[own])
+            for peer in peers[lane]
+        ]
+        receives = [Parcel((places.get(peer, nothing),), input.dtype, index[peer], slot=0) for peer in peers[lane]]
+        arriving.append((transport.exchange(0, sends, receives), places))
+    incoming[own].copy_(outgoing[own])
+    for ticket, places in arriving:
+        ticket.wait()
+        for peer, chunk in places.items():
+            if chunk is not incoming[peer]:
+                incoming[peer].copy_(chunk)
+    if not alone:
+        _greet(mesh)
+    for transport in mesh.lanes.values():
+        transport.drain()
+    return out
+
+
+def _greet(mesh: Mesh) -> None:
+    """Go on when all ranks that write into this one's window have come here."""
+    nothing = (torch.empty(0),)
+    for lane in mesh.window_lanes:
+        index, peers = mesh.peer_index[lane], lane_peers(mesh.layout, mesh.position)[lane]
+        parcels = [Parcel(nothing, torch.float32, index[peer], slot=0) for peer in peers]
+        mesh.lanes[lane].exchange(0, parcels, parcels).wait()
+
+
+@dataclass(eq=False)
+class MeshAllToAll4D:
+    """The replacement: call it as ``all_to_all_4D`` is called. ``original`` is yunchang's own.
+
+    It is what yunchang's ``SeqAllToAll4D`` calls forward and backward, so gradients go the same way. ``served`` and
+    ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
+    """
+
+    original: Callable[..., torch.Tensor]
+    mesh: Mesh
+    strict: bool
+    log: Callable[[str], None]
+    served: int = 0
+    handed_back: Counter[str] = field(default_factory=Counter)
+
+    def __call__(
+        self, input: torch.Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: Any = None, use_sync: bool = False
+    ) -> torch.Tensor:
+        """As :func:`all_to_all_4d`, to the bit what ``original`` returns. ``use_sync``: return when it is done."""
+        reason = self.why_not(input, scatter_idx, gather_idx, group)
+        if reason is not None:
+            self._note(reason)
+            return self.original(input, scatter_idx, gather_idx, group=group, use_sync=use_sync)
+        self.served += 1
+        out = all_to_all_4d(input, scatter_idx, gather_idx, self.mesh)
+        if use_sync and out.is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    def why_not(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
+        """Why this call goes to yunchang's own function; None if the lanes serve it. No communication; alike on all
+        ranks, because everything it looks at is."""
+        if torch.compiler.is_compiling():
+            return "torch.compile traces collectives, not lanes"
+        if group is not self.mesh.ulysses_group:
+            return "its process group is not the mesh's Ulysses group"
+        if input.dim() != 4 or {scatter_idx, gather_idx} != {_TOKENS, _HEADS}:
+            return f"{input.dim()} dimensions, scattered {scatter_idx} and gathered {gather_idx}, are not Ulysses'"
+        ways, length = self.mesh.layout.ulysses_degree, input.shape[scatter_idx]
+        if length % ways:
+            return f"{length} {'heads' if scatter_idx == _HEADS else 'tokens'} do not divide by {ways} ranks"
+        return None
+
+    def _note(self, reason: str) -> None:
+        if self.strict:
+            raise RuntimeError(
+                f"--sp-strict: the mesh cannot serve this all-to-all: {reason}. Without --sp-strict it goes to "
+                f"yunchang's own"
+            )
+        if torch.compiler.is_compiling():
+            return
+        if reason not in self.handed_back:
+            self.log(f"all-to-all handed back to yunchang: {reason}")
+        self.handed_back[reason] += 1

@@ -1,0 +1,122 @@
+"""Ulysses' all-to-all over the mesh's lanes, against yunchang's own function in the same groups: the same bits."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from sf_xfuser.transport import shm
+from tests.launch import reports, torchrun
+
+EACH = 4
+SHM_REASON = shm.unavailable()
+
+# case -> what ranks 0 to 3 print
+CASES = {
+    "shm": ("228 equal",) * EACH,
+    "tcp": ("228 equal",) * EACH,
+    "two_sided": ("228 equal",) * EACH,
+    "ranks_in_another_order": ("76 equal",) * EACH,
+    "interleaved": ("equal",) * EACH,
+    "windows_grow": ("equal",) * EACH,
+    "no_gradient": ("requires_grad: False",) * EACH,
+    "disagree": (r"ValueError: ranks disagree on an all-to-all.* rank 2: \[\[1, 5, 4, 8\], 'torch.float32'",) * EACH,
+    "a_rank_has_failed": (*[r"TransportError: .*nothing came from rank \d in round 0: it gave up"] * 3, "retired"),
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, dict[str, str]]:
+    """case -> rank -> what it printed, from one launch."""
+    return reports(torchrun("all_to_all.py", *CASES, nproc=EACH, timeout=300).output, CASES)
+
+
+@pytest.mark.skipif(SHM_REASON is not None, reason=SHM_REASON or "")
+@pytest.mark.parametrize("case", CASES)
+def test_over_a_mesh(case, said):
+    for rank, expected in enumerate(CASES[case]):
+        assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+
+
+# -- the layers that use it, through xDiT ----------------------------------------------------------------------------
+
+SERVED = {
+    "xfusers_layer": 4,
+    "xfusers_layer_causal": 4,
+    "xfusers_layer_front": 4,
+    "xfusers_layer_rear": 4,
+    "yunchangs_layer": 4,
+    "yunchangs_layer_sync": 4,
+    "gradient": 2,
+    "by_its_name": 1,
+}
+HANDED_BACK = {
+    "another_group": "equal | its process group is not the mesh's Ulysses group",
+    "another_group_again": "equal | its process group is not the mesh's Ulysses group",
+    "heads_do_not_divide": "same error | 5 heads do not divide by {ways} ranks",
+}
+UNTOUCHED = ("five_dimensions", "compiled")
+LAYER_CASES = (*SERVED, *HANDED_BACK, *UNTOUCHED, "lanes")
+
+
+def layers(*flags: str) -> tuple[dict[str, set[str]], str]:
+    """case -> what its four ranks said, as a set; and the whole output."""
+    output = torchrun("all_to_all_layers.py", *flags, nproc=EACH).output
+    found = reports(output, LAYER_CASES)
+    assert all(len(ranks) == EACH for ranks in found.values()), found
+    return {case: set(ranks.values()) for case, ranks in found.items()}, output
+
+
+RUNS = {
+    "torus shm": (("torus", "shm", 4), "chunks move by shm []"),
+    "torus tcp ring": (("torus", "tcp", 2), "chunks move by tcp ['sf-xfuser tcp'"),
+    "torus two_sided": (("torus", "two_sided", 4), "chunks move by two_sided (gloo) []"),
+    "torus auto ring": (("torus", "auto", 2), "chunks move by shm []"),
+    "ulysses shm": (("ulysses", "shm", 4), "chunks move by shm []"),
+    "usp tcp": (("usp", "tcp", 2), "chunks move by tcp ['sf-xfuser tcp'"),
+}
+
+
+@pytest.mark.skipif(SHM_REASON is not None, reason=SHM_REASON or "")
+@pytest.mark.parametrize("run", RUNS)
+def test_layers_are_served(run):
+    (backend, transport, ways), lanes = RUNS[run]
+    found, output = layers(
+        "--sp-backend", backend, "--sp-transport", transport, "--sp-topology", "2x2",
+        "--ulysses_degree", str(ways), "--ring_degree", str(EACH // ways),
+    )  # fmt: skip
+    for case, number in SERVED.items():
+        assert found[case] == {f"equal | {number} served"}, case
+    for case, expected in HANDED_BACK.items():
+        assert found[case] == {expected.format(ways=ways)}, case
+    for case in UNTOUCHED:
+        assert found[case] == {"equal | untouched"}, case
+    assert all(said.startswith(lanes) for said in found["lanes"]), found["lanes"]
+    assert output.count("all-to-all handed back to yunchang: its process group") == 1
+
+
+def test_ulysses_without_a_named_transport_is_untouched():
+    found, _ = layers("--sp-backend", "ulysses", "--sp-topology", "2x2", "--ulysses_degree", "4")
+    assert found.pop("lanes") == {"chunks move by xDiT's own collectives []"}
+    assert found.pop("heads_do_not_divide") == {"same error | untouched"}
+    assert all(said == {"equal | untouched"} for said in found.values()), found
+
+
+def test_without_a_backend_nothing_is_touched():
+    found, _ = layers("--ulysses_degree", "4")
+    assert found.pop("lanes") == {" []"}
+    assert found.pop("heads_do_not_divide") == {"same error | untouched"}
+    assert all(said == {"equal | untouched"} for said in found.values()), found
+
+
+def test_strict_raises_on_every_rank():
+    found, _ = layers(
+        "--sp-backend", "torus", "--sp-transport", "tcp", "--sp-topology", "2x2", "--ulysses_degree", "4", "--sp-strict"
+    )
+    for case, expected in HANDED_BACK.items():
+        (said,) = found[case]
+        why = expected.format(ways=4).partition(" | ")[2]
+        assert said.startswith(f"--sp-strict: the mesh cannot serve this all-to-all: {why}. Without"), said
+    for case, number in SERVED.items():
+        assert found[case] == {f"equal | {number} served"}, case
