@@ -214,7 +214,7 @@ def build_mesh(
             agreement=agreement,
             transport=transport,
             transports=transports,
-            chosen="" if len(transports) > 1 else "the only one here" if args.transport == "auto" else "as asked for",
+            chosen=_why(args, wanted, len(transports)),
             one_host=len(set(homes)) == 1 and homes[0] is not None,
         )
     if mine is None:
@@ -232,6 +232,15 @@ def _transport(args: TorusArgs, backend: str) -> str | None:
             f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
         )
     return "two_sided" if args.transport == "auto" and backend != "gloo" else args.transport
+
+
+def _why(args: TorusArgs, wanted: str | None, num_transports: int) -> str:
+    """``Mesh.chosen`` of a new mesh."""
+    if wanted is None:
+        return "none of ours was named"
+    if args.transport != "auto":
+        return "as asked for"
+    return "" if num_transports > 1 else "the only one here"
 
 
 def _homes(agreement: Agreement) -> list[str | None]:

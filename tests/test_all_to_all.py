@@ -69,12 +69,12 @@ def layers(*flags: str) -> tuple[dict[str, set[str]], str]:
 
 
 RUNS = {
-    "torus shm": (("torus", "shm", 4), "chunks move by shm []"),
-    "torus tcp ring": (("torus", "tcp", 2), "chunks move by tcp ['sf-xfuser tcp'"),
-    "torus two_sided": (("torus", "two_sided", 4), "chunks move by two_sided (gloo) []"),
-    "torus auto ring": (("torus", "auto", 2), "chunks move by shm []"),
-    "ulysses shm": (("ulysses", "shm", 4), "chunks move by shm []"),
-    "usp tcp": (("usp", "tcp", 2), "chunks move by tcp ['sf-xfuser tcp'"),
+    "torus shm": (("torus", "shm", 4), "transport shm: as asked for []"),
+    "torus tcp ring": (("torus", "tcp", 2), "transport tcp: as asked for ['sf-xfuser tcp'"),
+    "torus two_sided": (("torus", "two_sided", 4), "transport two_sided: as asked for []"),
+    "torus auto ring": (("torus", "auto", 2), "transport shm: until the first call has tried what there is ["),
+    "ulysses shm": (("ulysses", "shm", 4), "transport shm: as asked for []"),
+    "usp tcp": (("usp", "tcp", 2), "transport tcp: as asked for ['sf-xfuser tcp'"),
 }
 
 
@@ -98,7 +98,7 @@ def test_layers_are_served(run):
 
 def test_ulysses_without_a_named_transport_is_untouched():
     found, _ = layers("--sp-backend", "ulysses", "--sp-topology", "2x2", "--ulysses_degree", "4")
-    assert found.pop("lanes") == {"chunks move by xDiT's own collectives []"}
+    assert found.pop("lanes") == {"transport xDiT's own collectives: none of ours was named []"}
     assert found.pop("heads_do_not_divide") == {"same error | untouched"}
     assert all(said == {"equal | untouched"} for said in found.values()), found
 

@@ -142,7 +142,7 @@ def main() -> None:
         else:
             say(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
     lanes = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser")})
-    say("lanes", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('chunks move')), '')} {lanes}")
+    say("lanes", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {lanes}")
     dist.barrier()
     sf_xfuser.disable()
     assert all_to_all.all_to_all_4D is yunchang.comm.all_to_all_4D is hooked.__wrapped__ is not hooked
