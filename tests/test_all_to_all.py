@@ -69,12 +69,11 @@ def layers(*flags: str) -> tuple[dict[str, set[str]], str]:
 
 
 RUNS = {
-    "torus shm": (("torus", "shm", 4), "transport shm: as asked for []"),
-    "torus tcp ring": (("torus", "tcp", 2), "transport tcp: as asked for ['sf-xfuser tcp'"),
-    "torus two_sided": (("torus", "two_sided", 4), "transport two_sided: as asked for []"),
-    "torus auto ring": (("torus", "auto", 2), "transport shm: until the first call has tried what there is ["),
+    "torus shm ring": (("torus", "auto", 2), "transport shm: until the first call has tried what there is ["),
+    "torus tcp": (("torus", "tcp", 4), "transport tcp: as asked for ['sf-xfuser tcp'"),
+    "torus two_sided ring": (("torus", "two_sided", 2), "transport two_sided: as asked for []"),
     "ulysses shm": (("ulysses", "shm", 4), "transport shm: as asked for []"),
-    "usp tcp": (("usp", "tcp", 2), "transport tcp: as asked for ['sf-xfuser tcp'"),
+    "usp tcp ring": (("usp", "tcp", 2), "transport tcp: as asked for ['sf-xfuser tcp'"),
 }
 
 
