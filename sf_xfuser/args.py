@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BACKENDS = ("usp", "ulysses", "ring", "torus", "auto")
-TRANSPORTS = ("auto", "shm", "tcp", "two_sided")
+TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
 
@@ -112,8 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TRANSPORTS,
         default="auto",
         help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
-        "(torch.distributed's sends and receives, over NCCL or gloo) or auto (two_sided on GPUs; on CPUs shm where "
-        "ranks share memory, else tcp). Default: auto",
+        "(torch.distributed's sends and receives, over NCCL or gloo), symm_mem (GPUs that NVLink joins; two_sided "
+        "between others), nvshmem (NVIDIA GPUs) or auto (two_sided on GPUs; on CPUs shm where ranks share memory, "
+        "else tcp). Default: auto",
     )
     add("timeout", type=float, default=300.0, metavar="SECONDS", help="Longest wait for another rank. Default: 300")
     add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -17,7 +17,7 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, Shm, Transport, TransportError, TwoSided, shm, tcp
+from sf_xfuser.transport import Nvshmem, OneSided, Shm, SymmMem, Transport, TransportError, TwoSided, shm, symm_mem, tcp
 
 Lanes = dict[Lane, Transport]
 
@@ -148,33 +148,42 @@ def build_mesh(
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
     wanted = _transport(args, backend or dist.get_backend())
-    two_sided = wanted == "two_sided"
+    with_groups = wanted in ("two_sided", "symm_mem")
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
         members, layout = grid.members, plan.layout
         positions = range(layout.world_size)
         inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
-                  for n in range(layout.num_machines) if two_sided]  # fmt: skip
-        across = [groups.new(list(positions), members, bounded=True)] if two_sided else []
+                  for n in range(layout.num_machines) if with_groups]  # fmt: skip
+        across = [groups.new(list(positions), members, bounded=True)] if with_groups else []
         ulysses = [groups.new(list(g), members) for g in sorted({layout.ulysses_group(p) for p in positions})]
         ring = [groups.new(list(g), members) for g in sorted({layout.ring_group(p) for p in positions})]
         if rank not in members:
             continue
         position = members.index(rank)
         agreement = world.of_group(index, members)
-        lanes: Lanes
-        connect: Callable[[Agreement], Lanes] | None = None
-        if two_sided:
-            group_of: dict[Lane, _Group] = {"inside": _of(inside, position), "across": _of(across, position)}
-            lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
-            peer_index = {lane: group.index for lane, group in group_of.items()}
-            transport = f"two_sided ({backend or dist.get_backend()})"
+        connect: Callable[[Agreement], Lanes] | None
+        group_of: dict[Lane, _Group] = {}
+        shared: list[Lane] = []
+        if with_groups:
+            group_of = {"inside": _of(inside, position), "across": _of(across, position)}
+            words = f"two_sided ({backend or dist.get_backend()})"
+            shared, transport = _mapped_lanes(agreement, layout, words) if wanted == "symm_mem" else ([], words)
+            connect = functools.partial(_connect_gpus, layout, members, position, shared, args.timeout, group_of)
+        elif wanted == "nvshmem":
+            peers = [peer for lane in _peers(layout, position).values() for peer in lane]
+            connect, transport = functools.partial(_connect_nvshmem, members, position, peers, args.timeout), "nvshmem"
         else:
             shared, transport = _shared_lanes(agreement, layout, wanted)
             connect = functools.partial(_connect, layout, members, position, shared, args.timeout)
-            lanes = connect(agreement)
-            peer_index = {lane: {p: p for p in positions} for lane in lanes}
+        lanes = connect(agreement)
+        peer_index: dict[Lane, dict[int, int]] = {
+            name: group_of[name].index if isinstance(lane, TwoSided) else {p: p for p in positions}
+            for name, lane in lanes.items()
+        }
+        if any(isinstance(lane, TwoSided) for lane in lanes.values()):
+            connect = None  # torch.distributed cannot start afresh
         mine = Mesh(
             plan=plan,
             grid=grid,
@@ -194,7 +203,7 @@ def build_mesh(
 
 
 def _transport(args: TorusArgs, backend: str) -> str:
-    """What moves chunks: ``"two_sided"``, ``"tcp"``, ``"shm"``, or ``"auto"`` between CPU ranks."""
+    """What moves chunks: a name of ``args.TRANSPORTS``; ``"auto"`` between CPU ranks only."""
     if args.transport in ("shm", "tcp") and backend != "gloo":
         raise ValueError(
             f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
@@ -210,20 +219,40 @@ def _shared_lanes(agreement: Agreement, layout: Layout, wanted: str) -> tuple[li
     if wanted == "tcp":
         return [], "tcp"
     reports = agreement.gather("shared memory", [shm.identity(), shm.unavailable()])
-    homes = [str(home) if reason is None else None for home, reason in reports]
-    by_machine: dict[int, set[str | None]] = {}
-    for position, home in enumerate(homes):
-        by_machine.setdefault(layout.machine(position), set()).add(home)
-    if len(set(homes)) == 1 and homes[0] is not None:
-        return ["inside", "across"], "shm"
+    shared = _joined([None if reason else str(home) for home, reason in reports], layout)
+    if len(shared) == 2:
+        return shared, "shm"
     if wanted == "shm":
         raise ValueError(
             f"--sp-transport shm needs ranks that share the memory of one host; they say "
             f"{[reason or home for home, reason in reports]}. auto uses it inside each host, and tcp between hosts"
         )
+    return shared, "shm inside, tcp across" if shared else "tcp"
+
+
+def _mapped_lanes(agreement: Agreement, layout: Layout, otherwise: str) -> tuple[list[Lane], str]:
+    """The lanes whose GPUs can write to each other's memory, and all lanes in words; ``otherwise``: what the others
+    are. Collective over the group. Raises ValueError on every rank where no lane can."""
+    reports = agreement.gather("NVLink domain", [symm_mem.identity(), symm_mem.unavailable()])
+    shared = _joined([None if reason else str(home) for home, reason in reports], layout)
+    if not shared:
+        raise ValueError(
+            f"--sp-transport symm_mem needs several ranks of each machine on GPUs of one NVLink domain; they say "
+            f"{[reason or home for home, reason in reports]}. two_sided and nvshmem work between machines"
+        )
+    return shared, "symm_mem" if len(shared) == 2 else f"symm_mem inside, {otherwise} across"
+
+
+def _joined(homes: Sequence[str | None], layout: Layout) -> list[Lane]:
+    """The lanes all of whose ranks have one home, by that of each position; None: no home. Pure."""
+    by_machine: dict[int, set[str | None]] = {}
+    for position, home in enumerate(homes):
+        by_machine.setdefault(layout.machine(position), set()).add(home)
+    if len(set(homes)) == 1 and homes[0] is not None:
+        return ["inside", "across"]
     if layout.ranks_per_machine > 1 and all(len(seen) == 1 and None not in seen for seen in by_machine.values()):
-        return ["inside"], "shm inside, tcp across"
-    return [], "tcp"
+        return ["inside"]
+    return []
 
 
 def _connect(
@@ -242,6 +271,42 @@ def _connect(
         joined = Shm(agreement, members, position, [p for lane in shared for p in peers[lane]], timeout_s)
         lanes.update(dict.fromkeys(shared, joined))
     return lanes
+
+
+def _connect_gpus(
+    layout: Layout,
+    members: Sequence[int],
+    position: int,
+    shared: Collection[Lane],
+    timeout_s: float,
+    group_of: Mapping[Lane, _Group],
+    agreement: Agreement,
+) -> Lanes:
+    """The lanes over process groups: one of symmetric memory for all that ``shared`` names, matched sends and receives
+    for the others. Collective."""
+    lanes: Lanes = {name: TwoSided(group.handle, name, timeout_s) for name, group in group_of.items()}
+    if shared:
+        peers = _peers(layout, position)
+        widest = group_of["across" if "across" in shared else "inside"]
+        joined = SymmMem(
+            agreement,
+            members,
+            position,
+            [peer for lane in shared for peer in peers[lane]],
+            timeout_s,
+            widest.handle,
+            widest.index,
+        )
+        lanes.update(dict.fromkeys(shared, joined))
+    return lanes
+
+
+def _connect_nvshmem(
+    members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float, agreement: Agreement
+) -> Lanes:
+    """Both lanes are one. Collective."""
+    joined = Nvshmem(agreement, members, position, peers, timeout_s)
+    return {"inside": joined, "across": joined}
 
 
 def _peers(layout: Layout, position: int) -> dict[Lane, list[int]]:

@@ -59,5 +59,7 @@ def test_tcp_is_for_cpu_ranks():
         assert _transport(TorusArgs(transport=name), "gloo") == name
         with pytest.raises(ValueError, match=rf"{name} moves tensors of CPU ranks, but .* backend is nccl"):
             _transport(TorusArgs(transport=name), "nccl")
-    with pytest.raises(ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, got 'rdma'"):
+    with pytest.raises(
+        ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, symm_mem, nvshmem, got 'rdma'"
+    ):
         TorusArgs(transport="rdma")
