@@ -168,7 +168,19 @@ def test_lanes_whose_ranks_have_one_home(homes, lanes):
     assert mesh._joined(list("abcd"), alone) == []  # nobody is inside
 
 
-BINDINGS = importlib.util.find_spec("nvshmem") is not None
+def nvshmem_is_missing() -> str | None:
+    if importlib.util.find_spec("nvshmem") is None:
+        return "nvshmem4py is not installed"
+    try:
+        import nvshmem.core as core
+
+        core.get_version()
+    except Exception as error:
+        return f"nvshmem4py cannot be used: {str(error).splitlines()[0]}"
+    return None
+
+
+MISSING = nvshmem_is_missing()
 CASES = {
     "nvshmem_is_refused": (r"TransportError: nvshmem cannot be used: rank 0: .*; rank 1: .*; rank 2: ",) * 3,
     "symm_mem_is_refused": (r"ValueError: --sp-transport symm_mem needs .*two_sided and nvshmem work",) * 3,
@@ -179,7 +191,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def said():
     """case -> rank -> what it printed, from one launch."""
-    names = [case for case in CASES if BINDINGS or case != "who_is_which_pe"]
+    names = [case for case in CASES if MISSING is None or case != "who_is_which_pe"]
     return reports(torchrun("nvshmem_ranks.py", *names, nproc=3).output, names)
 
 
@@ -191,7 +203,7 @@ def test_ranks_without_gpus_hear_the_same(case, said):
         assert re.match(expected, said[case][str(rank)]), said[case]
 
 
-@pytest.mark.skipif(not BINDINGS, reason="nvshmem4py is not installed")
+@pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would leave NVSHMEM started by halves")
 def test_a_position_is_a_pe(said):
     """Real ranks hand round a unique id and come as far as NVSHMEM comes without a driver: its bootstrap."""
