@@ -4,6 +4,7 @@ of streams (``virtual.py``). ``gpu/test_one_sided.py`` runs it where there is on
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import subprocess
 import sys
@@ -208,6 +209,27 @@ def test_attention_is_right_and_repeatable(machines, ranks_per_machine, heads, m
             assert torch.equal(first[seed], again[seed])
             expected = whole(world, seed, 40 + 8 * seed, heads)[position]
             assert (first[seed] - expected).abs().max() < 1e-5
+
+
+def test_many_calls_under_delays_have_the_same_bits(monkeypatch):
+    """Delays before whatever a stream does, and on the host; ranks run up to two calls apart."""
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setattr(virtual.Stream, "pause_s", 3e-3)
+    make = virtual.meshes(2, 2, 4)
+
+    def rank(position):
+        mesh, wait = make[position](), random.Random(position)
+        given = [inputs(position, seed, 24 + 8 * seed, 4) for seed in range(3)]
+        first = [torus_attention(*each, mesh=mesh) for each in given]
+        for number in range(200):
+            if wait.random() < 0.1:
+                time.sleep(wait.random() * 1e-2)
+            counts = [24 + 8 * (number % 3)] * 4
+            out = torus_attention(*given[number % 3], mesh=mesh, q_tokens=counts, kv_tokens=counts)
+            assert torch.equal(out, first[number % 3]), number
+        mesh.close()
+
+    unraised(virtual.together(4, rank))
 
 
 def unraised(found):
