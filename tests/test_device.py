@@ -140,6 +140,21 @@ def test_a_wait_that_is_enqueued_after_the_failure_is_released_as_well():
     assert stage.settled() == "first"
 
 
+def test_nothing_is_released_while_peers_are_being_told():
+    stage = Stage(timeout_s=60)
+    tell = stage.dog._tell
+
+    def slowly(suspects):
+        time.sleep(0.2)
+        tell(suspects)
+
+    stage.dog._tell = slowly
+    stage.wait()
+    stage.dog.fail(TransportError("from the host's thread"))
+    assert stage.settled() == "from the host's thread"
+    assert stage.did.index("told") < stage.did.index("released")
+
+
 def test_a_gpu_that_cannot_be_asked_is_a_failure():
     def broken():
         raise RuntimeError("an illegal memory access was encountered")
@@ -273,6 +288,28 @@ def test_sends_may_exceed_the_staging_area(monkeypatch):
     unraised(virtual.together(2, rank))
 
 
+def test_staging_starts_over_only_when_all_streams_have_let_go_of_it(monkeypatch):
+    """Two peers, on two streams, of which one is slow; each is sent as much as the area holds."""
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setattr(virtual.Stream, "pause_chance", 1.0)
+    meeting, nbytes = virtual.Meeting(3), 2 << 20
+
+    def rank(position):
+        others = [peer for peer in range(3) if peer != position]
+        lane = virtual.Virtual(virtual.ThreadAgreement(meeting, position), [0, 1, 2], position, others, 20.0)
+        lane._puts[0].pause_s = 0.05
+        for call in range(8):
+            window = lane.begin()
+            chunks = {peer: torch.full((nbytes, 2), 10 * call + peer, dtype=torch.uint8)[:, 0] for peer in (1, 2)}
+            sends = [Parcel((chunks[peer],), torch.uint8, peer, 0) for peer in others] if position == 0 else []
+            lane.exchange(0, sends, [] if position == 0 else [byte(0)]).wait()
+            lane.drain()
+            assert position == 0 or (window == 10 * call + position).all()
+        lane.close()
+
+    unraised(virtual.together(3, rank))
+
+
 def test_a_window_grows_and_a_new_transport_takes_over(monkeypatch):
     virtual.stand_in(monkeypatch)
     make = lanes()
@@ -352,3 +389,11 @@ def test_no_capture(monkeypatch):
     virtual.stand_in(monkeypatch, capturing=True)
     with pytest.raises(ValueError, match="over virtual cannot be captured in a CUDA graph"):
         lanes()(0)
+
+
+def test_one_hardware_queue_is_warned_about(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    make = lanes()
+    with pytest.warns(UserWarning, match="CUDA_DEVICE_MAX_CONNECTIONS=1.*for --sp-transport virtual"):
+        unraised(virtual.together(2, lambda position: make(position).close()))

@@ -113,9 +113,10 @@ def together(ranks: int, work: Callable[[int], Any], timeout_s: float = 120.0) -
 
 
 class Stream:
-    """Does what it is given one after the other, each after a pause of up to ``pause_s``."""
+    """Does what it is given one after the other, some of it after a pause of up to ``pause_s``."""
 
     pause_s = 0.0
+    pause_chance = 0.1
     by_handle: dict[int, Stream] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -140,7 +141,7 @@ class Stream:
     def _run(self) -> None:
         while True:
             work = self._todo.get()
-            if self.pause_s and self._random.random() < 0.1:
+            if self.pause_s and self._random.random() < self.pause_chance:
                 time.sleep(self._random.random() * self.pause_s)
             work()
 

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -45,6 +46,7 @@ from typing import ClassVar
 import torch
 
 from sf_xfuser.agreement import Agreement
+from sf_xfuser.args import environment
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.driver import Driver
@@ -54,6 +56,7 @@ _STEP = 2 << 20  # bytes: CUDA maps memory in pages of this size
 _STREAMS = 2  # for puts: one packs while the other copies; streams share few hardware queues
 _TELL_S = 5.0  # for a peer to be told of a failure
 _NAN = 0x7FC00000  # as float32
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def captures() -> bool:
@@ -77,6 +80,12 @@ class DeviceWindow(OneSided):
         self._position = position
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
+        if environment([_QUEUES]).get(_QUEUES) == "1":
+            warnings.warn(
+                f"{_QUEUES}=1: with one hardware queue a wait for another rank holds up what that rank waits for; "
+                f"unset it, or set 16 or more, for --sp-transport {self.name}",
+                stacklevel=2,
+            )
         self._device = torch.cuda.current_device()
         self._driver = Driver()
         self._puts = [self._driver.new_stream() for _ in range(min(_STREAMS, len(self._peers)))]
