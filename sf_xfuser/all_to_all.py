@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.mesh import Mesh, lane_peers
+from sf_xfuser.lanes import lane_peers
+from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import Lane
 from sf_xfuser.transport import Parcel, Ticket, TransportError
 

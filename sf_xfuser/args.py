@@ -15,7 +15,7 @@ from typing import Any
 
 XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
 BACKENDS = (*XDIT_BACKENDS, "torus", "auto")
-TRANSPORTS = ("auto", "shm", "tcp", "two_sided")
+TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
 
@@ -115,8 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TRANSPORTS,
         default="auto",
         help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
-        "(torch.distributed's sends and receives, over NCCL or gloo) or auto (two_sided on GPUs; on CPUs the fastest "
-        "in the first call). With usp and ulysses: those of yunchang's all-to-all, where one is named. Default: auto",
+        "(torch.distributed's sends and receives, over NCCL or gloo), symm_mem (GPUs that NVLink joins; two_sided "
+        "between others), nvshmem (NVIDIA GPUs) or auto (two_sided on GPUs; on CPUs the fastest in the first call). "
+        "With usp and ulysses: those of yunchang's all-to-all, where one is named. Default: auto",
     )
     add(
         "timeout",

@@ -205,6 +205,8 @@ class _Run:
             out_BSHD[:, first:end, low:high] = parcel.parts[0].transpose(0, 1)
         for lane in self.mesh.lanes.values():
             lane.drain()
+        if self.mesh.window is not None:
+            self.mesh.window.poison(out_BSHD)
         self._trace_wire()
         return out_BSHD.transpose(1, 2)
 

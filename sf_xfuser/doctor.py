@@ -12,6 +12,7 @@ from typing import Literal
 
 from sf_xfuser import args as sp_args
 from sf_xfuser import topology
+from sf_xfuser.transport import nvshmem, shm, symm_mem
 
 Status = Literal["ok", "info", "warn", "fail"]
 
@@ -113,11 +114,8 @@ def _transports() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
-    from sf_xfuser.transport import shm
-
     gpu = torch.cuda.is_available()
     backends = {
-        "shm": (shm.unavailable() is None, shm.unavailable() or ""),
         "tcp": (True, ""),
         "two_sided over nccl": (dist.is_nccl_available() and gpu, "" if gpu else "no NVIDIA or AMD GPU here"),
         "two_sided over gloo": (dist.is_gloo_available(), "this torch was built without gloo"),
@@ -125,9 +123,10 @@ def _transports() -> Iterator[Finding]:
     for name, (available, why_not) in backends.items():
         detail = "available" if available else f"not available: {why_not or 'this torch was built without it'}"
         yield Finding(section="transports", name=name, status="ok" if available else "info", detail=detail)
-    for name in ("symm_mem", "nvshmem"):
-        detail = "not available: one-sided transports between GPUs are not part of this version"
-        yield Finding(section="transports", name=name, status="info", detail=detail)
+    for name, module in (("shm", shm), ("symm_mem", symm_mem), ("nvshmem", nvshmem)):
+        reason = module.unavailable()
+        detail = f"not available: {reason}" if reason else "available"
+        yield Finding(section="transports", name=name, status="info" if reason else "ok", detail=detail)
 
 
 def _topology() -> Iterator[Finding]:
@@ -146,6 +145,10 @@ def _environment() -> Iterator[Finding]:
     for name, cost in sprung.items():
         detail = f"{name}={seen[name]}: {cost}"
         yield Finding(section="environment", name=name, status="warn", detail=detail)
-    if not sprung:
+    found = {} if nvshmem.unavailable() else nvshmem.cautions(sp_args.environment(nvshmem.VARIABLES), nvshmem.has_efa())
+    for name, text in found.items():
+        detail = f"{name} {text} (for --sp-transport nvshmem)"
+        yield Finding(section="environment", name=name, status="warn", detail=detail)
+    if not sprung and not found:
         detail = f"none of {len(_TRAPS)} known ones is set"
         yield Finding(section="environment", name="traps", status="ok", detail=detail)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,16 +11,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sf_xfuser import lanes
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.lanes import Connect, Group, Lanes, Seat
 from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, Shm, Transport, TransportError, TwoSided, shm, tcp
-
-Lanes = dict[Lane, Transport]
-Connect = Callable[[Agreement], Lanes]
+from sf_xfuser.transport import OneSided, TransportError, TwoSided
 
 PATIENCE = 5
 """Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
@@ -105,7 +103,7 @@ class Mesh:
     def join_again(self) -> None:
         """Before the call that follows a failed one: lanes afresh. Collective, and as every call fails on all ranks or
         on none, all of them come; RuntimeError or TransportError where one does not."""
-        if self.transport not in self.transports:
+        if any(isinstance(lane, TwoSided) for lane in self.lanes.values()):
             raise TransportError(f"an earlier call failed, and {self.transport} cannot start afresh: restart the job")
         self.failures += 1
         self.agreement = self.agreement.afresh(self.failures)
@@ -170,51 +168,47 @@ def build_mesh(
     # Every plan is made on every rank before any group: a refusal of one is seen by all.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
-    wanted = _transport(args, backend or dist.get_backend())
-    two_sided = wanted == "two_sided"
+    wanted = lanes.wanted(args, backend or dist.get_backend())
+    with_groups = wanted in lanes.OVER_GROUPS
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
         members, layout = grid.members, plan.layout
         positions = range(layout.world_size)
         inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
-                  for n in range(layout.num_machines) if two_sided]  # fmt: skip
-        across = [groups.new(list(positions), members, bounded=True)] if two_sided else []
+                  for n in range(layout.num_machines) if with_groups]  # fmt: skip
+        across = [groups.new(list(positions), members, bounded=True)] if with_groups else []
         ulysses = [groups.new(list(g), members) for g in sorted({layout.ulysses_group(p) for p in positions})]
         ring = [groups.new(list(g), members) for g in sorted({layout.ring_group(p) for p in positions})]
         if rank not in members:
             continue
         position = members.index(rank)
         agreement = world.of_group(index, members)
-        homes = _homes(agreement)
-        transports: dict[str, Connect] = {}
-        lanes: Lanes = {}
-        peer_index: dict[Lane, dict[int, int]] = {}
-        transport = "xDiT's own collectives"
-        if two_sided:
-            group_of: dict[Lane, _Group] = {"inside": _of(inside, position), "across": _of(across, position)}
-            lanes = {lane: TwoSided(group.handle, lane, args.timeout) for lane, group in group_of.items()}
-            peer_index = {lane: group.index for lane, group in group_of.items()}
-            transport = "two_sided"
-        elif wanted is not None:
-            for name, shared in _cpu_transports(layout, homes, wanted).items():
-                transports[name] = functools.partial(_connect, layout, members, position, shared, args.timeout)
-            transport = next(iter(transports))
-            lanes = transports[transport](agreement)
-            peer_index = {lane: {p: p for p in positions} for lane in lanes}
+        homes = lanes.homes(agreement)
+        group_of: dict[Lane, Group] = {}
+        if with_groups:
+            group_of = {"inside": _of(inside, position), "across": _of(across, position)}
+        seat = Seat(layout, members, position, args.timeout)
+        transports = {} if wanted is None else lanes.ways(wanted, seat, homes, agreement, group_of)
+        transport = next(iter(transports), lanes.XDITS)
+        made = transports[transport](agreement) if transports else {}
+        peer_index: dict[Lane, dict[int, int]] = {
+            name: group_of[name].index if isinstance(lane, TwoSided) else {p: p for p in positions}
+            for name, lane in made.items()
+        }
         mine = Mesh(
             plan=plan,
             grid=grid,
             topology=topology,
             position=position,
-            lanes=lanes,
+            lanes=made,
             peer_index=peer_index,
             ulysses_group=_of(ulysses, position).handle,
             ring_group=_of(ring, position).handle,
             agreement=agreement,
             transport=transport,
             transports=transports,
-            chosen=_why(args, wanted, len(transports)),
+            chosen=_why(args, len(transports)),
             one_host=len(set(homes)) == 1 and homes[0] is not None,
         )
     if mine is None:
@@ -222,81 +216,13 @@ def build_mesh(
     return mine
 
 
-def _transport(args: TorusArgs, backend: str) -> str | None:
-    """What moves chunks: ``"two_sided"``, ``"tcp"``, ``"shm"``, or ``"auto"`` between CPU ranks; None: nothing of ours
-    does."""
-    if args.backend in XDIT_BACKENDS and args.transport == "auto":
-        return None
-    if args.transport in ("shm", "tcp") and backend != "gloo":
-        raise ValueError(
-            f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
-        )
-    return "two_sided" if args.transport == "auto" and backend != "gloo" else args.transport
-
-
-def _why(args: TorusArgs, wanted: str | None, num_transports: int) -> str:
+def _why(args: TorusArgs, num_transports: int) -> str:
     """``Mesh.chosen`` of a new mesh."""
-    if wanted is None:
+    if num_transports == 0:
         return "none of ours was named"
     if args.transport != "auto":
         return "as asked for"
     return "" if num_transports > 1 else "the only one here"
-
-
-def _homes(agreement: Agreement) -> list[str | None]:
-    """Equal for ranks that share memory; None for one that cannot. Collective over the group."""
-    return agreement.gather("shared memory", None if shm.unavailable() else shm.identity())
-
-
-def _cpu_transports(layout: Layout, homes: Sequence[str | None], wanted: str) -> dict[str, list[Lane]]:
-    """What can move chunks between these CPU ranks: name -> the lanes in shared memory, the others being TCP.
-
-    Raises ValueError, on every rank, where shared memory is demanded and missing.
-    """
-    of_machine: dict[int, set[str | None]] = {}
-    for position, home in enumerate(homes):
-        of_machine.setdefault(layout.machine(position), set()).add(home)
-    found: dict[str, list[Lane]] = {}
-    if len(set(homes)) == 1 and homes[0] is not None:
-        found["shm"] = ["inside", "across"]
-    elif layout.ranks_per_machine > 1 and all(len(seen) == 1 and None not in seen for seen in of_machine.values()):
-        found["shm inside, tcp across"] = ["inside"]
-    found["tcp"] = []
-    if wanted == "shm" and "shm" not in found:
-        raise ValueError(
-            f"--sp-transport shm needs ranks that share the memory of one host, which they call {list(homes)}. auto "
-            f"uses it inside each host, and tcp between hosts"
-        )
-    return found if wanted == "auto" else {wanted: found[wanted]}
-
-
-def _connect(
-    layout: Layout,
-    members: Sequence[int],
-    position: int,
-    shared: Collection[Lane],
-    timeout_s: float,
-    agreement: Agreement,
-) -> Lanes:
-    """The lanes of a CPU rank: one in shared memory for all that ``shared`` names, TCP for the others. Collective."""
-    peers = lane_peers(layout, position)
-    others = {lane: found for lane, found in peers.items() if lane not in shared}
-    lanes: Lanes = {**tcp.connect(agreement, members, position, others, timeout_s)} if others else {}
-    if shared:
-        halves = 1 if "across" not in shared and layout.torus > 1 and layout.ring_degree == 1 else 2
-        joined = Shm(agreement, members, position, [p for lane in shared for p in peers[lane]], timeout_s, halves)
-        lanes.update(dict.fromkeys(shared, joined))
-    return lanes
-
-
-def lane_peers(layout: Layout, position: int) -> dict[Lane, list[int]]:
-    """Whom a rank exchanges chunks with: those with the same ring coordinates, and those with the same heads."""
-    others = sorted({*layout.ulysses_group(position), *layout.ring_group(position)} - {position})
-    here = layout.machine(position)
-    return {
-        "inside": [p for p in others if layout.machine(p) == here],
-        "across": [p for p in others if layout.machine(p) != here],
-    }
 
 
 def _plan(
@@ -334,13 +260,7 @@ def _plan(
     return plan
 
 
-@dataclass(frozen=True)
-class _Group:
-    handle: dist.ProcessGroup
-    index: dict[int, int]  # position -> rank in the process group
-
-
-def _of(groups: Sequence[_Group], position: int) -> _Group:
+def _of(groups: Sequence[Group], position: int) -> Group:
     return next(group for group in groups if position in group.index)
 
 
@@ -351,9 +271,9 @@ class _Groups:
         self._backend = backend
         self._timeout_s = timeout_s
 
-    def new(self, positions: list[int], members: Sequence[int], bounded: bool = False) -> _Group:
+    def new(self, positions: list[int], members: Sequence[int], bounded: bool = False) -> Group:
         ranks = sorted(members[p] for p in positions)
         handle = dist.new_group(
             ranks, backend=self._backend, timeout=timedelta(seconds=self._timeout_s) if bounded else None
         )
-        return _Group(handle, {p: ranks.index(members[p]) for p in positions})
+        return Group(handle, {p: ranks.index(members[p]) for p in positions})

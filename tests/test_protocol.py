@@ -1,4 +1,5 @@
-"""The flag protocol of one-sided transports (``transport/shm.py``), in every interleaving of small groups.
+"""The flag protocol of one-sided transports (``transport/shm.py``; on GPUs ``transport/device.py``), in every
+interleaving of small groups.
 
 A model of the executor: each rank's real schedule, four calls in a row, as a list of operations on shared memory; or
 all-to-alls (``all_to_all.py``) in turn with such calls.
@@ -53,6 +54,11 @@ class Await:
 
 
 @dataclass(frozen=True)
+class Drain:
+    """Until all that was put has arrived: the end of a call, where puts only start when they are made."""
+
+
+@dataclass(frozen=True)
 class Read:
     """Read what was written into ``places`` in ``epoch``."""
 
@@ -61,14 +67,26 @@ class Read:
 
 
 def program(
-    layout, position, cut, *, halves=2, lanes=("inside", "across"), short=0, silent=(), mixed=False, greets=True
+    layout,
+    position,
+    cut,
+    *,
+    halves=2,
+    lanes=("inside", "across"),
+    short=0,
+    silent=(),
+    mixed=False,
+    greets=True,
+    drains=False,
+    epochs=EPOCHS,
 ):
     """What attention.py does to shared memory on one rank, where ``lanes`` go through it; what comes over the others is
-    there at once. ``mixed``: and all_to_all.py, in every second call. To plant faults: another number of ``halves``;
-    ``short``: chunks by which every wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag;
-    not ``greets``: all-to-alls tell ring neighbours nothing, and announce neither their begin nor their end."""
+    there at once. ``mixed``: and all_to_all.py, in every second call. ``drains``: calls end with a Drain. To plant
+    faults: another number of ``halves``; ``short``: chunks by which every wait falls short; ``silent``: (sender,
+    receiver) pairs whose chunks raise no flag; not ``greets``: all-to-alls tell ring neighbours nothing, and announce
+    neither their begin nor their end."""
     schedule = build_schedule(layout, position, cut=cut)
-    operations: list[Write | Raise | Await | Read] = []
+    operations: list[Write | Raise | Await | Read | Drain] = []
     due = dict.fromkeys(range(layout.world_size), 0)
 
     def call(epoch):
@@ -107,6 +125,8 @@ def program(
                 else:
                     arriving.update({(message.tensor, piece): one for piece in message.pieces})
         wait_for(outputs)
+        if drains:
+            operations.append(Drain())
 
     def all_to_all(epoch):
         peers = sorted({*layout.ulysses_group(position), *(layout.ring_group(position) if greets else ())} - {position})
@@ -132,7 +152,7 @@ def program(
         if halves == 1 and greets:
             greet()
 
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, epochs + 1):
         (all_to_all if mixed and epoch % 2 == 0 else call)(epoch)
     return operations
 
@@ -260,3 +280,97 @@ def test_all_to_alls_in_between_are_safe(group):
 
 def test_all_to_alls_have_to_greet_the_ring():
     assert "writes begun" in explored("ulysses and ring", mixed=True, greets=False)[1]
+
+
+# -- over a fabric that keeps no order --------------------------------------------------------------------------------
+
+
+def explore_unordered(programs, flags):
+    """As ``explore``, but a put is only begun by the rank that makes it: the chunk arrives, together with its flag, at
+    any time before the rank's next Drain has ended, and before or after others of the same pair. ``flags``:
+    ``"per chunk"``, each of which is set once a call, or ``"counter"``, one for each pair, which a chunk sets to its
+    number."""
+    puts, number_of = [], []  # by rank and operation: (peer, place) of a put, and its number among those to the peer
+    for operations in programs:
+        counted = dict.fromkeys(range(len(programs)), 0)
+        puts.append({at: (op.peer, op.place) for at, op in enumerate(operations) if isinstance(op, Write)})
+        number_of.append({})
+        for at, (peer, _) in puts[-1].items():
+            counted[peer] += 1
+            number_of[-1][at] = counted[peer]
+    put_at = [{(puts[w][at][0], number): at for at, number in number_of[w].items()} for w in range(len(programs))]
+
+    def arrived(at, flying, w, put):
+        return put < at[w] and (w, put) not in flying
+
+    def ready(state, w, op):
+        at, flying, counters = state
+        if isinstance(op, Drain):
+            return not any(writer == w for writer, _ in flying)
+        if not isinstance(op, Await):
+            return True
+        if flags == "counter":
+            return dict(counters).get((op.peer, w), 0) >= op.count
+        return arrived(at, flying, op.peer, put_at[op.peer][w, op.count])
+
+    def fault(state, w, op):
+        at, flying, _ = state
+        for place in op.places if isinstance(op, Read) else ():
+            begun = [put for put, to in puts[place.writer].items() if to == (w, place) and put < at[place.writer]]
+            whole = all((place.writer, put) not in flying for put in begun)
+            if not begun or not whole or programs[place.writer][begun[-1]].epoch != op.epoch:
+                return f"rank {w} reads {place} of call {op.epoch}: its writes begun are {begun}, {whole=}"
+        return None
+
+    start = ((0,) * len(programs), frozenset(), ())
+    seen, todo = {start}, [start]
+    while todo:
+        state = todo.pop()
+        at, flying, counters = state
+        following = []
+        for w, operations in enumerate(programs):
+            if at[w] == len(operations) or not ready(state, w, op := operations[at[w]]):
+                continue
+            if found := fault(state, w, op):
+                return len(seen), found
+            begun = flying | {(w, at[w])} if isinstance(op, Write) else flying
+            following.append(((*at[:w], at[w] + 1, *at[w + 1 :]), begun, counters))
+        for w, put in flying:
+            counted = dict(counters)
+            if flags == "counter":
+                counted[w, puts[w][put][0]] = number_of[w][put]
+            following.append((at, flying - {(w, put)}, tuple(sorted(counted.items()))))
+        if not following and any(x < len(operations) for x, operations in zip(at, programs, strict=True)):
+            return len(seen), f"nobody can go on at {at}"
+        for after in following:
+            if after not in seen:
+                seen.add(after)
+                todo.append(after)
+    return len(seen), None
+
+
+SMALL = ["two machines", "ulysses inside", "ring of two", "ring of three"]
+
+
+def explored_unordered(group, flags, **planted):
+    layout, cut = GROUPS[group]
+    programs = [program(layout, w, cut, drains=True, epochs=3, **planted) for w in range(layout.world_size)]
+    return explore_unordered([[op for op in each if not isinstance(op, Raise)] for each in programs], flags)
+
+
+@pytest.mark.parametrize("group", SMALL)
+def test_a_flag_for_each_chunk_is_safe_without_any_order(group):
+    visited, fault = explored_unordered(group, "per chunk")
+    assert fault is None and visited > 50
+
+
+@pytest.mark.parametrize("group", ["two machines", "ulysses inside"])
+def test_a_counter_would_not_be(group):
+    """Where several chunks of a pair are on their way at once."""
+    fault = explored_unordered(group, "counter")[1]
+    assert "writes begun" in fault or "nobody can go on" in fault
+
+
+@pytest.mark.parametrize("group", SMALL)
+def test_nor_would_a_single_window(group):
+    assert "writes begun" in explored_unordered(group, "per chunk", halves=1)[1]

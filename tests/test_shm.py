@@ -3,14 +3,13 @@ wrong. (``test_protocol.py`` has the argument; ``ranks/faults.py`` kills and sto
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import sys
 
 import pytest
 
-from sf_xfuser import mesh
+from sf_xfuser import lanes
 from sf_xfuser.plan import Layout
 from sf_xfuser.transport import shm
 from tests.launch import RANKS, reports, run, torchrun
@@ -60,7 +59,10 @@ def test_windows(case, said):
 
 def test_shared_memory_is_used_where_ranks_share_it():
     layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
-    of = functools.partial(mesh._cpu_transports, layout)
+
+    def of(homes, wanted):
+        return lanes.cpu_ways(wanted, homes, layout)
+
     assert of(["a"] * 4, "auto") == {"shm": ["inside", "across"], "tcp": []}
     assert of(["a", "a", "b", "b"], "auto") == {"shm inside, tcp across": ["inside"], "tcp": []}
     assert of(["a", "b", "b", "a"], "auto") == {"tcp": []}
@@ -71,7 +73,7 @@ def test_shared_memory_is_used_where_ranks_share_it():
     with pytest.raises(ValueError, match=r"shm needs ranks that share the memory of one host, .*'b'"):
         of(["a", "a", "b", "b"], "shm")
     one_each = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
-    assert mesh._cpu_transports(one_each, ["a", "b"], "auto") == {"tcp": []}
+    assert lanes.cpu_ways("auto", ["a", "b"], one_each) == {"tcp": []}
 
 
 FAULTS = [f"shm:kill:{rank}:{where}:{3 * rank + n}" for rank in range(4) for n, where in enumerate(faults.WHERE)]

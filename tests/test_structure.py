@@ -11,6 +11,7 @@ ROWS = [
     {"args", "hooks"},
     {"topology", "plan", "agreement", "trace", "emulate"},
     {"kernels", "transport", "schedule"},
+    {"lanes"},
     {"mesh", "places"},
     {"call"},
     {"buffers", "all_to_all"},

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from sf_xfuser.args import TorusArgs
-from sf_xfuser.mesh import _transport
+from sf_xfuser.lanes import wanted
 from tests.launch import reports, torchrun
 
 # case -> what ranks 0, 1 and 2 print
@@ -52,12 +52,14 @@ def test_a_lane(case, said):
 
 
 def test_tcp_is_for_cpu_ranks():
-    assert _transport(TorusArgs(), "gloo") == "auto"
-    assert _transport(TorusArgs(), "nccl") == "two_sided"
-    assert _transport(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
+    assert wanted(TorusArgs(), "gloo") == "auto"
+    assert wanted(TorusArgs(), "nccl") == "two_sided"
+    assert wanted(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
     for name in ("tcp", "shm"):
-        assert _transport(TorusArgs(transport=name), "gloo") == name
+        assert wanted(TorusArgs(transport=name), "gloo") == name
         with pytest.raises(ValueError, match=rf"{name} moves tensors of CPU ranks, but .* backend is nccl"):
-            _transport(TorusArgs(transport=name), "nccl")
-    with pytest.raises(ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, got 'rdma'"):
+            wanted(TorusArgs(transport=name), "nccl")
+    with pytest.raises(
+        ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, symm_mem, nvshmem, got 'rdma'"
+    ):
         TorusArgs(transport="rdma")

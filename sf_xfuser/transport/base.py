@@ -115,3 +115,7 @@ class OneSided(Transport):
     @abstractmethod
     def begin(self) -> torch.Tensor:
         """Start a call. This rank's window in it, as bytes [nbytes]: valid until the next call."""
+
+    def poison(self, result: torch.Tensor) -> None:
+        """After ``drain``, where waits are enqueued and not waited for: let the current stream turn ``result``, which
+        this call computed, into NaN if anything that it waited for did not arrive. Floating point, any shape."""

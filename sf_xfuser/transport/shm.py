@@ -46,6 +46,7 @@ import torch
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError
+from sf_xfuser.transport.block import grown
 
 _FOLDER = "/dev/shm"
 _PREFIX = "sf-xfuser-"
@@ -136,7 +137,7 @@ class Shm(OneSided):
         self._usable()
         if nbytes <= self._half_bytes:
             return
-        half_bytes = _rounded(nbytes)
+        half_bytes = grown(nbytes, mmap.PAGESIZE)
         own: _Segment | None = None
         try:
             with contextlib.ExitStack() as failed:
@@ -374,12 +375,6 @@ def _futex(flag: ctypes.c_uint64, operation: int, value: int, seconds: float | N
     """On the low half of ``flag``, between processes. Lets other threads run; a signal or a change ends a wait."""
     limit = None if seconds is None else ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
     _libc.syscall(_FUTEX, ctypes.byref(flag), operation, ctypes.c_uint32(value), limit, None, 0)
-
-
-def _rounded(nbytes: int) -> int:
-    """Up to a multiple of an eighth of the power of two below: windows that grow with each call grow seldom."""
-    step = max(mmap.PAGESIZE, 1 << max(0, nbytes.bit_length() - 4))
-    return -(-nbytes // step) * step
 
 
 def _creation_error(error: OSError, window_bytes: int) -> str:

@@ -101,7 +101,11 @@ def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dic
                 statuses[children.pop(ended)] = os.waitstatus_to_exitcode(status)
                 continue
             others = [rank for rank in range(WORLD) if rank != victim]
-            if how == "stop" and all((folder / f"{rank}.json").exists() for rank in others):
+            if (
+                how == "stop"
+                and victims[victim] in children
+                and all((folder / f"{rank}.json").exists() for rank in others)
+            ):
                 os.kill(victims[victim], signal.SIGCONT)
             time.sleep(0.01)
         for child in children:  # a hang

@@ -1,0 +1,164 @@
+"""Rank side of gpu/test_one_sided.py: ranks of one host, control over gloo, GPUs shared where there are too few. The
+first argument is the transport; each case prints what each rank saw."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from cases import run_cases
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+from sf_xfuser.transport import Parcel, TransportError, nvshmem
+
+TRANSPORT = sys.argv[1]
+EPOCHS = int(os.environ.get("GPU_EPOCHS", "2000"))
+
+
+def mesh_of(timeout=60.0, heads=None):
+    world = dist.get_world_size()
+    args = TorusArgs(backend="torus", topology=f"{world}x1", transport=TRANSPORT, timeout=timeout)
+    return build_mesh([list(range(world))], args, heads=heads or world)
+
+
+def everyone(lane, call, chunks):
+    """Each rank sends ``chunks[peer]`` [n, 2] (a strided column of it) to each peer; what has come, by peer."""
+    rank = dist.get_rank()
+    window, nbytes = lane.begin(), {peer: x[:, 0].numel() * x.element_size() for peer, x in enumerate(chunks)}
+    others = [peer for peer in range(len(chunks)) if peer != rank]
+    offset = max(nbytes.values())
+    sends = [Parcel((chunks[peer][:, 0],), chunks[peer].dtype, peer, 0, rank * offset) for peer in others]
+    receives = [
+        Parcel((window[peer * offset : peer * offset + nbytes[peer]],), torch.uint8, peer, 0) for peer in others
+    ]
+    lane.exchange(call, sends, receives).wait()
+    came = {parcel.peer: parcel.parts[0].clone() for parcel in receives}
+    lane.drain()
+    return came
+
+
+def case_the_same_bits_as_gloo(rank):
+    """All dtypes, twice: the second transport takes the memory of the first over."""
+    world = dist.get_world_size()
+    for _ in range(2):
+        mesh = mesh_of()
+        for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64):
+            make = torch.Generator().manual_seed(rank)
+            n = 5000
+            whole = [torch.randint(0, 100, (n, 2), generator=make).to(dtype) for _ in range(world)]
+            given = torch.cat([x[:, 0].contiguous().view(torch.uint8) for x in whole])
+            wanted = torch.empty_like(given)
+            dist.all_to_all_single(wanted, given)
+            mesh.window.reserve(n * 8 * world)
+            came = everyone(mesh.window, 0, [x.cuda() for x in whole])
+            for peer, found in came.items():
+                assert torch.equal(found.cpu(), wanted.chunk(world)[peer]), (dtype, peer)
+        mesh.close()
+    return "equal"
+
+
+def case_attention(rank):
+    """Thousands of calls with delays on the GPU and the host; each has the bits of the first with the same inputs."""
+    world, wait = dist.get_world_size(), random.Random(rank)
+    mesh, counts = mesh_of(), {"q_tokens": [64] * world, "kv_tokens": [64] * world}
+
+    def inputs(of, seed):
+        make = torch.Generator().manual_seed(seed * 16 + of)
+        return [torch.randn(1, world, 64, 32, generator=make).cuda().bfloat16() for _ in range(3)]
+
+    given = [inputs(rank, seed) for seed in range(5)]
+    first = [torus_attention(*each, mesh=mesh, **counts) for each in given]
+    for seed, out in enumerate(first):
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(inputs(w, seed) for w in range(world)), strict=True))
+        whole = torch.nn.functional.scaled_dot_product_attention(q, k, v).chunk(world, dim=2)[rank]
+        assert (out - whole).abs().max() < 2e-2
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for number in range(EPOCHS):
+        if wait.random() < 0.05:
+            torch.cuda._sleep(wait.randrange(2_000_000))
+        if wait.random() < 0.02:
+            time.sleep(wait.random() * 5e-3)
+        differing += (torus_attention(*given[number % 5], mesh=mesh, **counts) != first[number % 5]).sum()
+    mesh.close()
+    return f"{int(differing)} differ in {EPOCHS} calls"
+
+
+def case_a_capture_is_refused(rank):
+    mesh = mesh_of()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            mesh.window.begin()
+    finally:
+        dist.barrier()
+        mesh.close()
+
+
+def case_a_lost_peer(rank):
+    """The last of the cases: the group is of no use afterwards."""
+    mesh = mesh_of(timeout=3.0)
+    lane = mesh.window
+    lane.begin()
+    if rank == 0:
+        time.sleep(10)
+        return "silent"
+    result = torch.ones(4, device="cuda")
+    lane.exchange(4, [], [Parcel((result,), torch.float32, 0, 0)]).wait()
+    lane.drain()
+    lane.poison(result)
+    torch.cuda.current_stream().synchronize()
+    assert result.isnan().all()
+    lane.begin()
+
+
+def case_rows(rank):
+    """Put with flag and back between ranks 0 and 1, against a copy on the device."""
+    lane = mesh_of().window
+    for exponent in range(12, 28, 3):
+        nbytes, times = 1 << exponent, []
+        lane.reserve(nbytes)
+        chunk = torch.ones(nbytes, dtype=torch.uint8, device="cuda")
+        for call in range(30):
+            torch.cuda.synchronize()
+            dist.barrier()
+            started = time.perf_counter()
+            lane.begin()
+            if rank < 2:
+                send, due = Parcel((chunk,), torch.uint8, 1 - rank, 0), Parcel((chunk,), torch.uint8, 1 - rank, 0)
+                if rank == 1:
+                    lane.exchange(0, [], [due]).wait()
+                ticket = lane.exchange(1, [send], [due] if rank == 0 else [])
+                ticket.wait()
+            lane.drain()
+            torch.cuda.synchronize()
+            if call >= 10:
+                times.append(time.perf_counter() - started)
+        into, copies = torch.empty_like(chunk), []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            into.copy_(chunk)
+            torch.cuda.synchronize()
+            copies.append(time.perf_counter() - started)
+        if rank == 0:
+            both = (sorted(each)[len(each) // 2] * 1e6 for each in (times, copies))
+            print(
+                "{} {} bytes: there and back {:.1f} us, a copy {:.1f} us".format(TRANSPORT, nbytes, *both), flush=True
+            )
+    lane.close()
+    return "measured"
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    run_cases(globals(), sys.argv[2:], (TransportError, ValueError))
+    if "a_lost_peer" not in sys.argv:
+        nvshmem.finalize()
+        dist.destroy_process_group()

@@ -1,0 +1,399 @@
+"""What transports between GPUs share, without a GPU: places, the watchdog, and the whole protocol with threads in place
+of streams (``virtual.py``). ``gpu/test_one_sided.py`` runs it where there is one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.transport import Parcel, TransportError
+from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
+from sf_xfuser.transport.watchdog import Awaited, Seen, Watchdog
+from tests import virtual
+
+# -- places -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "half_bytes"), [(2, 2 << 20), (7, 6 << 20)])
+def test_nothing_in_a_block_overlaps(ranks, half_bytes):
+    block = Block(ranks=ranks, half_bytes=half_bytes)
+    flags = [block.flag(writer, number) for writer in range(ranks) for number in range(CHUNKS)]
+    assert all(flag % 8 == 0 for flag in flags) and len(set(flags)) == len(flags)
+    assert block.poison + 4 <= min(flags) and max(flags) + 8 <= block.head_bytes
+    starts = [block.head_bytes, *sorted({block.half(1), block.half(2)}), block.staging]
+    assert starts == [block.head_bytes, block.head_bytes, block.head_bytes + half_bytes, starts[-1]]
+    assert block.half(3) == block.half(1) and block.staging + half_bytes == block.nbytes
+    assert all(start % 512 == 0 for start in starts)
+
+
+def test_staged_chunks_do_not_overlap_until_it_starts_over():
+    staging = Staging(10_240)
+    places = [(*staging.take(nbytes), nbytes) for nbytes in (1, 5000, 513, 512, 10_240, 7)]
+    assert [(at, over) for at, over, _ in places] == [
+        (0, False), (512, False), (5632, False), (6656, False), (0, True), (0, True)
+    ]  # fmt: skip
+    staging.restart()
+    assert staging.take(10_240) == (0, False)
+    with_ends = [(at, at + nbytes) for at, _, nbytes in places[:4]]
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(with_ends))
+
+
+def test_windows_grow_seldom_and_by_an_eighth_at_most():
+    sizes = [grown(nbytes, 1 << 21) for nbytes in range(1, 1 << 28, 99_991)]
+    assert sizes == sorted(sizes) and len(set(sizes)) < 50
+    assert all(
+        size <= max(1 << 21, nbytes * 9 / 8 + 1)
+        for size, nbytes in zip(sizes[300:], range(1, 1 << 28, 99_991)[300:], strict=True)
+    )
+
+
+# -- the watchdog -----------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """Two ranks; this one waits for the other's chunk 0. What the watchdog did, in order."""
+
+    def __init__(self, flag=0, gave_up=False, timeout_s=0.2, stubborn=False):
+        self.did: list[str] = []
+        self.ended = threading.Event()
+        self.suspects = ()
+
+        def tell(suspects):
+            self.suspects = suspects
+            self.did.append("told")
+
+        def release(stuck):
+            self.did.append("released")
+            if not stubborn and all(each.done is not None for each in stuck):
+                self.ended.set()
+
+        self.dog = Watchdog(
+            [4, 5],
+            0,
+            timeout_s,
+            enter=lambda: self.did.append("entered"),
+            look=lambda: Seen([[0] * 3, [flag] * 3], gave_up),
+            tell=tell,
+            release=release,
+        )
+
+    def wait(self, **others):
+        awaited = Awaited(**{"epoch": 7, "round": 3, "chunks": ((1, 0),), "done": self.ended.is_set, **others})
+        self.dog.watch(awaited)
+        return awaited
+
+    def settled(self, limit_s=5.0):
+        deadline = time.monotonic() + limit_s
+        while self.dog._watched and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not self.dog._watched
+        return str(self.dog.error)
+
+
+def test_a_late_chunk_is_named_and_peers_are_told_before_the_wait_is_released():
+    stage = Stage(flag=6)
+    stage.wait()
+    words = stage.settled()
+    assert re.search(r"rank 4 on \S+: nothing came from rank 5 in round 3: waited 0\.\d s", words)
+    assert "flag of chunk 0 is to say call 7, and says call 6" in words
+    assert stage.did[:3] == ["entered", "told", "released"] and stage.suspects == [1]
+
+
+def test_a_peer_that_gave_up_is_noticed_long_before_the_time_out():
+    stage = Stage(gave_up=True, timeout_s=60)
+    stage.wait()
+    assert "a rank of its group gave up" in stage.settled()
+
+
+def test_what_arrives_in_time_is_no_failure():
+    stage = Stage(timeout_s=1.0)
+    for _ in range(20):
+        stage.wait()
+    stage.wait(chunks=())
+    stage.ended.set()
+    assert stage.settled() == "None" and stage.did == ["entered"]
+
+
+def test_the_end_of_a_call_is_bounded_too():
+    stage = Stage()
+    stage.wait(chunks=())
+    assert "the end of call 7 did not come: waited" in stage.settled()
+
+
+def test_a_wait_that_is_enqueued_after_the_failure_is_released_as_well():
+    stage = Stage()
+    stage.dog.fail(TransportError("first"))
+    stage.dog.fail(TransportError("second"))
+    late = stage.wait(done=None)
+    time.sleep(0.1)
+    assert stage.did.count("released") > 1
+    late.done = stage.ended.is_set
+    assert stage.settled() == "first"
+
+
+def test_nothing_is_released_while_peers_are_being_told():
+    stage = Stage(timeout_s=60)
+    tell = stage.dog._tell
+
+    def slowly(suspects):
+        time.sleep(0.2)
+        tell(suspects)
+
+    stage.dog._tell = slowly
+    stage.wait()
+    stage.dog.fail(TransportError("from the host's thread"))
+    assert stage.settled() == "from the host's thread"
+    assert stage.did.index("told") < stage.did.index("released")
+
+
+def test_a_gpu_that_cannot_be_asked_is_a_failure():
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    stage = Stage()
+    stage.wait(done=broken)
+    stage.dog._thread.join(5)
+    assert "illegal memory access" in str(stage.dog.error) and "told" in stage.did
+
+
+def test_its_thread_ends_once_closed():
+    stage = Stage(timeout_s=60)
+    stage.wait()
+    stage.dog.close()
+    assert stage.dog._thread.is_alive()
+    stage.ended.set()
+    stage.dog._thread.join(5)
+    assert not stage.dog._thread.is_alive()
+
+
+def test_streams_that_cannot_be_released_end_the_process():
+    program = (
+        "import time; from sf_xfuser.transport import watchdog; from tests.test_device import Stage\n"
+        "watchdog._GRACE_S = 0.1; stage = Stage(stubborn=True); stage.wait(); time.sleep(20)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (
+        ended.returncode == 70 and "nothing came from rank 5" in ended.stderr and "cannot be released" in ended.stderr
+    )
+
+
+# -- the protocol, with threads for streams ---------------------------------------------------------------------------
+
+
+def inputs(rank, seed, tokens, heads, dtype=torch.float32):
+    make = torch.Generator().manual_seed(seed * 16 + rank)
+    return [torch.randn(1, heads, tokens, 8, generator=make).to(dtype) for _ in range(3)]
+
+
+def whole(world, seed, tokens, heads):
+    """The same attention on one rank, cut into the ranks' parts."""
+    q, k, v = (
+        torch.cat(parts, dim=2) for parts in zip(*(inputs(w, seed, tokens, heads) for w in range(world)), strict=True)
+    )
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).split(tokens, dim=2)
+
+
+@pytest.mark.parametrize(
+    ("machines", "ranks_per_machine", "heads"),
+    [(1, 2, 2), (2, 1, 2), (2, 2, 4), (2, 2, 2), (3, 1, 3), (1, 3, 1), (4, 1, 2)],  # fewer heads than ranks: a ring
+)
+def test_attention_is_right_and_repeatable(machines, ranks_per_machine, heads, monkeypatch):
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
+    world = machines * ranks_per_machine
+    make = virtual.meshes(machines, ranks_per_machine, heads)
+
+    def rank(position):
+        mesh = make[position]()
+        first = [torus_attention(*inputs(position, seed, 40 + 8 * seed, heads), mesh=mesh) for seed in range(4)]
+        again = [torus_attention(*inputs(position, seed, 40 + 8 * seed, heads), mesh=mesh) for seed in range(4)]
+        mesh.close()
+        return first, again
+
+    for position, (first, again) in enumerate(unraised(virtual.together(world, rank))):
+        for seed in range(4):
+            assert torch.equal(first[seed], again[seed])
+            expected = whole(world, seed, 40 + 8 * seed, heads)[position]
+            assert (first[seed] - expected).abs().max() < 1e-5
+
+
+def test_many_calls_under_delays_have_the_same_bits(monkeypatch):
+    """Delays before whatever a stream does, and on the host; ranks run up to two calls apart."""
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setattr(virtual.Stream, "pause_s", 3e-3)
+    make = virtual.meshes(2, 2, 4)
+
+    def rank(position):
+        mesh, wait = make[position](), random.Random(position)
+        given = [inputs(position, seed, 24 + 8 * seed, 4) for seed in range(3)]
+        first = [torus_attention(*each, mesh=mesh) for each in given]
+        for number in range(200):
+            if wait.random() < 0.1:
+                time.sleep(wait.random() * 1e-2)
+            counts = [24 + 8 * (number % 3)] * 4
+            out = torus_attention(*given[number % 3], mesh=mesh, q_tokens=counts, kv_tokens=counts)
+            assert torch.equal(out, first[number % 3]), number
+        mesh.close()
+
+    unraised(virtual.together(4, rank))
+
+
+def unraised(found):
+    for each in found:
+        if isinstance(each, Exception):
+            raise each
+    return found
+
+
+def lanes(timeout_s=20.0):
+    """Two ranks and what makes the transport of each."""
+    meeting = virtual.Meeting(2)
+    return lambda rank: virtual.Virtual(virtual.ThreadAgreement(meeting, rank), [4, 5], rank, [1 - rank], timeout_s)
+
+
+def byte(peer, value=0, offset=0):
+    return Parcel((torch.full((1,), value, dtype=torch.uint8),), torch.uint8, peer, 0, offset)
+
+
+def test_sends_may_exceed_the_staging_area(monkeypatch):
+    """More strided chunks than fit: the area starts over once what was there has left."""
+    virtual.stand_in(monkeypatch)
+    make, tokens = lanes(), 1 << 19
+
+    def rank(position):
+        lane = make(position)
+        for call in range(3):
+            window = lane.begin()
+            sent = [torch.full((tokens, 2), 1 + call + n, dtype=torch.uint8) for n in range(4)]
+            parcels = [Parcel((x[:, 0],), torch.uint8, 1 - position, 0, n * tokens) for n, x in enumerate(sent)]
+            parcels += [Parcel((x[:, 1],), torch.uint8, 1 - position, 0, n * tokens) for n, x in enumerate(sent)]
+            arrival = lane.exchange(0, parcels, [byte(1 - position)] * 8)
+            arrival.wait()
+            arrival.wait()
+            lane.drain()
+            for n in range(4):
+                assert (window[n * tokens : (n + 1) * tokens] == 1 + call + n).all()
+        assert lane.window_bytes == 2 * (2 << 20)
+        lane.close()
+
+    unraised(virtual.together(2, rank))
+
+
+def test_staging_starts_over_only_when_all_streams_have_let_go_of_it(monkeypatch):
+    """Two peers, on two streams, of which one is slow; each is sent as much as the area holds."""
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setattr(virtual.Stream, "pause_chance", 1.0)
+    meeting, nbytes = virtual.Meeting(3), 2 << 20
+
+    def rank(position):
+        others = [peer for peer in range(3) if peer != position]
+        lane = virtual.Virtual(virtual.ThreadAgreement(meeting, position), [0, 1, 2], position, others, 20.0)
+        lane._puts[0].pause_s = 0.05
+        for call in range(8):
+            window = lane.begin()
+            chunks = {peer: torch.full((nbytes, 2), 10 * call + peer, dtype=torch.uint8)[:, 0] for peer in (1, 2)}
+            sends = [Parcel((chunks[peer],), torch.uint8, peer, 0) for peer in others] if position == 0 else []
+            lane.exchange(0, sends, [] if position == 0 else [byte(0)]).wait()
+            lane.drain()
+            assert position == 0 or (window == 10 * call + position).all()
+        lane.close()
+
+    unraised(virtual.together(3, rank))
+
+
+def test_a_window_grows_and_a_new_transport_takes_over(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    make = lanes()
+
+    def rank(position):
+        for _ in range(2):
+            lane = make(position)
+            for nbytes in (1, 3 << 20, 2 << 20, 9 << 20):
+                lane.reserve(nbytes)
+                assert lane.begin().numel() >= nbytes
+                lane.exchange(0, [byte(1 - position, 9, nbytes - 1)], [byte(1 - position)]).wait()
+                lane.drain()
+            lane.close()
+            lane.close()
+            with pytest.raises(TransportError, match=f"rank {4 + position}: the virtual transport was closed"):
+                lane.begin()
+
+    unraised(virtual.together(2, rank))
+
+
+def test_ranks_that_want_different_windows_are_refused_alike(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    make = lanes()
+    found = virtual.together(2, lambda position: make(position).reserve((4 + 4 * position) << 20))
+    assert len(set(map(str, found))) == 1 and isinstance(found[0], TransportError)
+    assert re.search(r"virtual cannot be used: rank 4: wants 4194304 .*rank 5: wants 8388608", str(found[0]))
+
+
+def test_what_does_not_come_turns_the_result_to_nan_and_the_next_call_raises(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    make, silent = lanes(timeout_s=0.5), threading.Event()
+
+    def rank(position):
+        lane = make(position)
+        lane.begin()
+        if position == 1:
+            lane.exchange(0, [], [])
+            silent.wait()
+            return lane
+        result = torch.ones(3)
+        lane.exchange(5, [byte(1)], [byte(1)]).wait()  # returns as a stream would go on: when it is released
+        with pytest.raises(TransportError, match="nothing came from rank 5 in round 5: waited"):
+            lane.drain()
+        lane.poison(result)
+        assert result.isnan().all()
+        with pytest.raises(TransportError, match="nothing came from rank 5"):
+            lane.begin()
+        lane.close()
+        silent.set()
+
+    _, peer = unraised(virtual.together(2, rank))
+    result = torch.ones(3)
+    peer.poison(result)  # the other rank knows, too
+    assert result.isnan().all()
+
+
+def test_a_rank_that_closes_within_a_call_is_noticed(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    make = lanes(timeout_s=60.0)
+
+    def rank(position):
+        lane = make(position)
+        lane.begin()
+        if position == 1:
+            lane.close()
+            return
+        started = time.monotonic()
+        lane.exchange(0, [], [byte(1)]).wait()
+        assert time.monotonic() - started < 10
+        lane.begin()
+
+    found, _ = virtual.together(2, rank)
+    assert isinstance(found, TransportError) and "a rank of its group gave up" in str(found)
+
+
+def test_no_capture(monkeypatch):
+    virtual.stand_in(monkeypatch, capturing=True)
+    with pytest.raises(ValueError, match="over virtual cannot be captured in a CUDA graph"):
+        lanes()(0)
+
+
+def test_one_hardware_queue_is_warned_about(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    make = lanes()
+    with pytest.warns(UserWarning, match="CUDA_DEVICE_MAX_CONNECTIONS=1.*for --sp-transport virtual"):
+        unraised(virtual.together(2, lambda position: make(position).close()))
