@@ -63,11 +63,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab."""
+    """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab; and whether the
+    own chunk is attended alone while the others of the machine are on their way (``own_first``)."""
 
     q: int = 1
     kv: int = 1
     last_kv: int = 1
+    own_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ class _Builder:
         # What is passed on is posted while its slab is still held.
         self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
         self.posted = 0
+        self.own_first = cut.own_first
 
     def _pieces(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
         """One part of the U chunks of block (i, j_x, j_i), own u first."""
@@ -178,20 +181,25 @@ class _Builder:
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def _own_slab(self) -> None:
-        """Stage 0: the own chunk at once, then the other chunks of the machine as they arrive."""
+        """Stage 0: the own chunk at once, then the other chunks of the machine as they arrive; or all together."""
         machine = self.queries[0][0]
         own, others = machine[:1], machine[1:]
         only = len(self.slabs) == 1
         self._post_across(arriving=-1)
         if others:
             self._post_local_inputs()
-            self._attend(own, 0, 0, 0, slice(0, 1))
+            if self.own_first:
+                self._attend(own, 0, 0, 0, slice(0, 1))
             self._post_across(arriving=-1)
             self._post_ring_inside(0, 0, 0)
-            self._attend(others, 0, 0, 0)
-            if only and self.layout.ring_inside == 1:
-                self._push_inside()
-            self._attend(own, 0, 0, 0, slice(1, None))
+            final = only and self.layout.ring_inside == 1
+            if not final and not self.own_first:
+                self._attend(machine, 0, 0, 0)
+            else:
+                self._attend(others, 0, 0, 0)
+                if final:
+                    self._push_inside()
+                self._attend(own, 0, 0, 0, slice(1, None) if self.own_first else slice(None))
         else:
             self._post_ring_inside(0, 0, 0)
             self._attend(own, 0, 0, 0)
