@@ -162,7 +162,7 @@ def _cut(mesh: Mesh, kv_tokens: tuple[int, ...], device: torch.device) -> Cut:
     wire is slow. As far as the parts stay large. Alike on every rank, whatever the transport, which so changes no bit
     of the result (docs/performance.md has the rows)."""
     if mesh.one_host and device.type == "cpu":
-        return Cut(own_first=False)
+        return Cut(together=True)
     largest = mesh.layout.ulysses * max(kv_tokens) // _TOKENS_PER_PART.get(device.type, 2048)
     last = 4 if mesh.layout.num_machines == 2 else 2
     return Cut(kv=max(1, min(2, largest)), last_kv=max(1, min(last, largest)))

@@ -63,13 +63,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab; and whether the
-    own chunk is attended alone while the others of the machine are on their way (``own_first``)."""
+    """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab. ``together``:
+    attend what arrives together in one call, where chunks arrive at once and no transfer is worth covering."""
 
     q: int = 1
     kv: int = 1
     last_kv: int = 1
-    own_first: bool = True
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class _Builder:
         # What is passed on is posted while its slab is still held.
         self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
         self.posted = 0
-        self.own_first = cut.own_first
+        self.together = cut.together
 
     def _pieces(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
         """One part of the U chunks of block (i, j_x, j_i), own u first."""
@@ -186,20 +186,20 @@ class _Builder:
         own, others = machine[:1], machine[1:]
         only = len(self.slabs) == 1
         self._post_across(arriving=-1)
+        final = only and self.layout.ring_inside == 1
         if others:
             self._post_local_inputs()
-            if self.own_first:
+            if not self.together:
                 self._attend(own, 0, 0, 0, slice(0, 1))
             self._post_across(arriving=-1)
             self._post_ring_inside(0, 0, 0)
-            final = only and self.layout.ring_inside == 1
-            if not final and not self.own_first:
-                self._attend(machine, 0, 0, 0)
+            if self.together:
+                self._attend_own_machine(0, 0, final)
             else:
                 self._attend(others, 0, 0, 0)
                 if final:
                     self._push_inside()
-                self._attend(own, 0, 0, 0, slice(1, None) if self.own_first else slice(None))
+                self._attend(own, 0, 0, 0, slice(1, None))
         else:
             self._post_ring_inside(0, 0, 0)
             self._attend(own, 0, 0, 0)
@@ -218,12 +218,15 @@ class _Builder:
 
     def _attend_own_machine(self, k: int, block: int, final: bool) -> None:
         machine = self.queries[0][0]
-        if final and machine[1:]:
-            self._attend(machine[1:], k, 0, block)
-            self._push_inside()
-            self._attend(machine[:1], k, 0, block)
-        else:
+        last = final and len(machine) > 1
+        if not last or self.together:
             self._attend(machine, k, 0, block)
+            if last:
+                self._push_inside()
+            return
+        self._attend(machine[1:], k, 0, block)
+        self._push_inside()
+        self._attend(machine[:1], k, 0, block)
 
     def _pull_kv(self) -> None:
         remote = _flat(part for machine in self.queries[1:] for part in machine)
@@ -245,16 +248,23 @@ class _Builder:
                 self._attend(machine, k)
         for k in deferred[:-1]:
             self._attend(machine, k)
-        if machine[1:]:
+        if self.together:
+            self._attend(machine, deferred[-1])
+        elif machine[1:]:
             self._attend(machine[1:], deferred[-1])
+        if machine[1:]:
             self._push_inside()
-        self._attend(machine[:1], deferred[-1])
+        if not self.together:
+            self._attend(machine[:1], deferred[-1])
 
     def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
         """The last keys for the queries of other machines: each O part leaves as soon as it is final."""
+        if self.together:
+            self._attend(_flat(part for machine in self.queries[1:] for part in machine), k, part, block)
         for i in range(1, self.layout.torus):
             for q_part, queries in enumerate(self.queries[i]):
-                self._attend(queries, k, part, block)
+                if not self.together:
+                    self._attend(queries, k, part, block)
                 self._push_across(i, q_part)
 
     def _attend(

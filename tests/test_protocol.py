@@ -218,7 +218,7 @@ GROUPS = {
     "ring of three": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut()),
     "ring across three": (Layout(torus=1, ulysses=1, ring_across=3, ring_inside=1), Cut(kv=2, last_kv=2)),
     "ulysses and ring": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=2), Cut()),
-    "ulysses together": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=1), Cut(own_first=False)),
+    "two machines together": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(together=True)),
 }
 
 

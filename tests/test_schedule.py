@@ -27,7 +27,7 @@ from sf_xfuser.schedule import (
 
 SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
 CUTS = [Cut(q=q, kv=kv, last_kv=last_kv) for q, kv, last_kv in product((1, 2, 3), repeat=3)]
-CUTS += [Cut(own_first=False), Cut(kv=2, last_kv=3, own_first=False)]
+CUTS += [Cut(together=True), Cut(kv=2, last_kv=3, together=True)]
 
 layouts = st.builds(
     Layout,
@@ -336,7 +336,7 @@ def test_every_small_layout(joint):
 
 
 @pytest.mark.parametrize(
-    "cut", CUTS, ids=lambda cut: f"q{cut.q} kv{cut.kv} last{cut.last_kv} {'' if cut.own_first else 'together'}"
+    "cut", CUTS, ids=lambda cut: f"q{cut.q} kv{cut.kv} last{cut.last_kv} {'together' if cut.together else ''}"
 )
 def test_every_cut(cut):
     """Three machines that split heads, two rings across: there are slabs of every kind."""

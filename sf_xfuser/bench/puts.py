@@ -1,7 +1,8 @@
 """What one chunk costs: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
 
 Rank 0 puts a chunk into rank 1's window and raises its flag, as in an attention call; beside it, in turn, a copy of the
-same size within rank 0's own memory. The time is rank 0's, from the call to the chunk being in place.
+same size within rank 0's own memory. The time is rank 0's, from the call to the chunk being in place. Rank 1 reads each
+chunk afterwards, so that a put writes to memory that another core has in its cache, and a copy does not.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def measure(sizes: tuple[int, ...], repeat: int, timeout_s: float) -> list[dict[
                 put = time.perf_counter()
                 target.copy_(source)
                 copied = time.perf_counter()
+            dist.barrier()
+            if rank == 0:
                 if number >= 3:
                     puts.append(put - started)
                     copies.append(copied - put)
