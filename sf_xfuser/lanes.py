@@ -41,6 +41,17 @@ class Seat:
     timeout_s: float
 
 
+@dataclass(frozen=True)
+class Home:
+    """``name`` is equal for ranks that can write to each other's memory; ``refusal``: why this one cannot."""
+
+    name: str
+    refusal: str | None = None
+
+    def __str__(self) -> str:
+        return self.refusal or self.name
+
+
 def wanted(args: TorusArgs, backend: str) -> str | None:
     """A name of ``args.TRANSPORTS``, ``"auto"`` between CPU ranks only; None: nothing of ours moves anything.
     ``backend`` is torch.distributed's. Raises ValueError where the two do not go together."""
@@ -53,9 +64,10 @@ def wanted(args: TorusArgs, backend: str) -> str | None:
     return "two_sided" if args.transport == "auto" and backend != "gloo" else args.transport
 
 
-def homes(agreement: Agreement) -> list[str | None]:
-    """Equal for ranks that share the memory of a host; None for one that cannot. Collective over the group."""
-    return agreement.gather("shared memory", None if shm.unavailable() else shm.identity())
+def gather_homes(world: Agreement, wanted: str | None) -> list[Home]:
+    """The home of each rank of the job: that of its memory, or of its GPU for ``"symm_mem"``. Collective."""
+    memory = symm_mem if wanted == "symm_mem" else shm
+    return [Home(*said) for said in world.gather("home", [memory.identity(), memory.unavailable()])]
 
 
 def lane_peers(layout: Layout, position: int) -> dict[Lane, list[int]]:
@@ -68,65 +80,48 @@ def lane_peers(layout: Layout, position: int) -> dict[Lane, list[int]]:
     }
 
 
-def ways(
-    wanted: str,
-    seat: Seat,
-    homes: Sequence[str | None],
-    agreement: Agreement,
-    group_of: Mapping[Lane, Group],
-) -> dict[str, Connect]:
-    """How the lanes can be made, by name; several for ``"auto"`` only. ``group_of``: for ``OVER_GROUPS``. Collective.
+def shared_lanes(wanted: str | None, homes: Sequence[Home], layout: Layout) -> list[Lane]:
+    """The lanes all of whose ranks can write to each other's memory, by the home of each position. Pure.
 
-    Raises ValueError, on every rank, where the ranks sit so that what is wanted cannot be.
+    Raises ValueError where such memory is demanded and missing.
     """
-    if wanted == "nvshmem":
-        return {wanted: functools.partial(_connect_nvshmem, seat)}
-    if wanted == "two_sided":
-        return {wanted: functools.partial(_connect_groups, seat, group_of, ())}
-    if wanted == "symm_mem":
-        reports = agreement.gather("NVLink domain", [symm_mem.identity(), symm_mem.unavailable()])
-        shared = joined([None if reason else str(home) for home, reason in reports], seat.layout)
-        if not shared:
-            raise ValueError(
-                f"--sp-transport symm_mem needs several ranks of each machine on GPUs of one NVLink domain; they say "
-                f"{[reason or home for home, reason in reports]}. two_sided and nvshmem work between machines"
-            )
-        name = "symm_mem" if len(shared) == 2 else "symm_mem inside, two_sided across"
-        return {name: functools.partial(_connect_groups, seat, group_of, shared)}
-    return {
-        name: functools.partial(_connect_cpus, seat, shared)
-        for name, shared in cpu_ways(wanted, homes, seat.layout).items()
-    }
-
-
-def cpu_ways(wanted: str, homes: Sequence[str | None], layout: Layout) -> dict[str, list[Lane]]:
-    """What can move chunks between CPU ranks: name -> the lanes in shared memory, the others being TCP. Pure.
-
-    Raises ValueError where shared memory is demanded and missing.
-    """
-    shared = joined(homes, layout)
-    found: dict[str, list[Lane]] = {}
-    if shared:
-        found["shm" if len(shared) == 2 else "shm inside, tcp across"] = shared
-    found["tcp"] = []
-    if wanted == "shm" and "shm" not in found:
-        raise ValueError(
-            f"--sp-transport shm needs ranks that share the memory of one host, which they call {list(homes)}. auto "
-            f"uses it inside each host, and tcp between hosts"
-        )
-    return found if wanted == "auto" else {wanted: found[wanted]}
-
-
-def joined(homes: Sequence[str | None], layout: Layout) -> list[Lane]:
-    """The lanes all of whose ranks have one home, by that of each position; None: no home. Pure."""
-    of_machine: dict[int, set[str | None]] = {}
+    of_machine: dict[int, set[Home]] = {}
     for position, home in enumerate(homes):
         of_machine.setdefault(layout.machine(position), set()).add(home)
-    if len(set(homes)) == 1 and homes[0] is not None:
-        return ["inside", "across"]
-    if layout.ranks_per_machine > 1 and all(len(seen) == 1 and None not in seen for seen in of_machine.values()):
-        return ["inside"]
-    return []
+    joined = [len(seen) == 1 and next(iter(seen)).refusal is None for seen in of_machine.values()]
+    shared: list[Lane] = []
+    if all(joined) and len(set(homes)) == 1:
+        shared = ["inside", "across"]
+    elif all(joined) and layout.ranks_per_machine > 1:
+        shared = ["inside"]
+    if wanted == "shm" and len(shared) < 2:
+        raise ValueError(
+            f"--sp-transport shm needs ranks that share the memory of one host; they say {list(map(str, homes))}. auto "
+            f"uses it inside each host, and tcp between hosts"
+        )
+    if wanted == "symm_mem" and not shared:
+        raise ValueError(
+            f"--sp-transport symm_mem needs several ranks of each machine on GPUs of one NVLink domain; they say "
+            f"{list(map(str, homes))}. two_sided and nvshmem work between machines"
+        )
+    return shared
+
+
+def ways(wanted: str, seat: Seat, shared: Sequence[Lane], group_of: Mapping[Lane, Group]) -> dict[str, Connect]:
+    """How the lanes can be made, by name; several for ``"auto"`` only. ``group_of``: for ``OVER_GROUPS``."""
+    if wanted == "nvshmem":
+        return {wanted: functools.partial(_connect_nvshmem, seat)}
+    if wanted in OVER_GROUPS:
+        in_memory = shared if wanted == "symm_mem" else ()
+        name = "symm_mem inside, two_sided across" if len(in_memory) == 1 else wanted
+        return {name: functools.partial(_connect_groups, seat, group_of, in_memory)}
+    found: dict[str, Connect] = {}
+    if shared and wanted != "tcp":
+        name = "shm" if len(shared) == 2 else "shm inside, tcp across"
+        found[name] = functools.partial(_connect_cpus, seat, shared)
+    if wanted != "shm":
+        found["tcp"] = functools.partial(_connect_cpus, seat, ())
+    return found
 
 
 def _connect_cpus(seat: Seat, shared: Collection[Lane], agreement: Agreement) -> Lanes:

@@ -35,8 +35,9 @@ class Mesh:
     lane's process group. A backend of xDiT's own has no lanes unless a transport was named. ``ulysses_group`` and
     ``ring_group`` are process groups for code that wants collectives (xDiT's own USP): ascending global ranks.
     ``transports``: ways to make the lanes, by name; ``transport`` is the one in use, ``chosen`` why, empty until the
-    first call has tried them all. ``one_host``: all ranks share memory. ``calls`` caches what was agreed per call
-    shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided later than here.
+    first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
+    agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
+    later than here.
     """
 
     plan: Plan
@@ -170,6 +171,11 @@ def build_mesh(
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
     wanted = lanes.wanted(args, backend or dist.get_backend())
     with_groups = wanted in lanes.OVER_GROUPS
+    homes = lanes.gather_homes(world, wanted)
+    shared = [
+        lanes.shared_lanes(wanted, [homes[rank] for rank in grid.members], plan.layout)
+        for grid, plan in zip(grids, plans, strict=True)
+    ]
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
@@ -184,12 +190,11 @@ def build_mesh(
             continue
         position = members.index(rank)
         agreement = world.of_group(index, members)
-        homes = lanes.homes(agreement)
         group_of: dict[Lane, Group] = {}
         if with_groups:
             group_of = {"inside": _of(inside, position), "across": _of(across, position)}
         seat = Seat(layout, members, position, args.timeout)
-        transports = {} if wanted is None else lanes.ways(wanted, seat, homes, agreement, group_of)
+        transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], group_of)
         transport = next(iter(transports), lanes.XDITS)
         made = transports[transport](agreement) if transports else {}
         peer_index: dict[Lane, dict[int, int]] = {
@@ -209,7 +214,7 @@ def build_mesh(
             transport=transport,
             transports=transports,
             chosen=_why(args, len(transports)),
-            one_host=len(set(homes)) == 1 and homes[0] is not None,
+            one_host=len(shared[index]) == 2,
         )
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")

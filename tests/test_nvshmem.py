@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sf_xfuser.lanes import joined
+from sf_xfuser.lanes import Home, shared_lanes
 from sf_xfuser.plan import Layout
 from sf_xfuser.transport import nvshmem, symm_mem
 from tests.launch import reports, torchrun
@@ -163,9 +163,17 @@ def test_what_symmetric_memory_needs(change, said):
 )
 def test_lanes_whose_ranks_have_one_home(homes, lanes):
     layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
-    assert joined([None if home == "-" else home for home in homes], layout) == lanes
+    found = [Home(name, "no NVLink" if name == "-" else None) for name in homes]
+    assert shared_lanes("nvshmem", found, layout) == lanes
+    if lanes:
+        assert shared_lanes("symm_mem", found, layout) == lanes
+    else:
+        with pytest.raises(
+            ValueError, match="symm_mem needs several ranks of each machine on GPUs of one NVLink domain"
+        ):
+            shared_lanes("symm_mem", found, layout)
     alone = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=1)
-    assert joined(list("abcd"), alone) == []  # nobody is inside
+    assert shared_lanes("nvshmem", [Home(name) for name in "abcd"], alone) == []  # nobody is inside
 
 
 def nvshmem_is_missing() -> str | None:

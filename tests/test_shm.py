@@ -59,21 +59,22 @@ def test_windows(case, said):
 
 def test_shared_memory_is_used_where_ranks_share_it():
     layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
+    seat = lanes.Seat(layout, range(4), 0, 1.0)
 
-    def of(homes, wanted):
-        return lanes.cpu_ways(wanted, homes, layout)
+    def of(names, wanted):
+        """Home names; - for a rank that cannot."""
+        homes = [lanes.Home(name, "no /dev/shm" if name == "-" else None) for name in names]
+        return list(lanes.ways(wanted, seat, lanes.shared_lanes(wanted, homes, layout), {}))
 
-    assert of(["a"] * 4, "auto") == {"shm": ["inside", "across"], "tcp": []}
-    assert of(["a", "a", "b", "b"], "auto") == {"shm inside, tcp across": ["inside"], "tcp": []}
-    assert of(["a", "b", "b", "a"], "auto") == {"tcp": []}
-    assert of(["a", "a", None, None], "auto") == {"tcp": []}
-    assert of([None] * 4, "auto") == {"tcp": []}
-    assert of(["a"] * 4, "tcp") == {"tcp": []}
-    assert of(["a"] * 4, "shm") == {"shm": ["inside", "across"]}
-    with pytest.raises(ValueError, match=r"shm needs ranks that share the memory of one host, .*'b'"):
-        of(["a", "a", "b", "b"], "shm")
-    one_each = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
-    assert lanes.cpu_ways("auto", ["a", "b"], one_each) == {"tcp": []}
+    assert of("aaaa", "auto") == ["shm", "tcp"]
+    assert of("aabb", "auto") == ["shm inside, tcp across", "tcp"]
+    assert of("abba", "auto") == of("aa--", "auto") == of("----", "auto") == of("aaaa", "tcp") == ["tcp"]
+    assert of("aaaa", "shm") == ["shm"]
+    for names, told in (("aabb", "'b'"), ("aaa-", "'no /dev/shm'")):
+        with pytest.raises(ValueError, match=rf"shm needs ranks that share the memory of one host; .*{told}"):
+            of(names, "shm")
+    alone = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
+    assert lanes.shared_lanes("auto", [lanes.Home("a"), lanes.Home("b")], alone) == []
 
 
 FAULTS = [f"shm:kill:{rank}:{where}:{3 * rank + n}" for rank in range(4) for n, where in enumerate(faults.WHERE)]
