@@ -154,6 +154,9 @@ class MeshAllToAll4D:
     def why_not(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
         """Why this call goes to yunchang's own function; None if the lanes serve it. No communication; alike on all
         ranks, because everything it looks at is."""
+        window = self.mesh.window
+        if window is not None and (reason := window.why_not_now()) is not None:
+            return reason
         if torch.compiler.is_compiling():
             return "torch.compile traces collectives, not lanes"
         if group is not self.mesh.ulysses_group:

@@ -153,6 +153,9 @@ class TorusUSP:
     ) -> str | None:
         """Why this call goes to xDiT's own USP; None if torus serves it. No communication; alike on all ranks,
         because everything it looks at is."""
+        window = self.mesh.window
+        if window is not None and (reason := window.why_not_now()) is not None:
+            return reason
         if is_causal:
             return "causal attention needs keys in order"
         if dropout_p:

@@ -14,8 +14,9 @@ import time
 import pytest
 import torch
 
+from sf_xfuser import all_to_all, usp
 from sf_xfuser.attention import torus_attention
-from sf_xfuser.transport import Parcel, TransportError
+from sf_xfuser.transport import Parcel, TransportError, device
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.watchdog import Awaited, Seen, Watchdog
 from tests import virtual
@@ -389,6 +390,30 @@ def test_no_capture(monkeypatch):
     virtual.stand_in(monkeypatch, capturing=True)
     with pytest.raises(ValueError, match="over virtual cannot be captured in a CUDA graph"):
         lanes()(0)
+
+
+def test_calls_in_a_capture_are_handed_back(monkeypatch):
+    """To xDiT's own USP, and to yunchang's own all-to-all: both are decided alike on all ranks."""
+    virtual.stand_in(monkeypatch)
+    make = virtual.meshes(1, 2, 4)
+    mesh = unraised(virtual.together(2, lambda position: make[position]()))[0]
+    served = usp.TorusUSP(original=None, host=Unasked(), mesh=mesh, strict=False, log=print)
+    exchanged = all_to_all.MeshAllToAll4D(original=None, mesh=mesh, strict=False, log=print)
+    plain = ("FLASH", 0.0, False, None, None, None, 1, {})
+    assert served.why_not(*plain) is None
+    monkeypatch.setattr(device, "captures", lambda: True)
+    assert served.why_not(*plain) == "a CUDA graph is being captured, and the flags of virtual count calls"
+    assert exchanged.why_not(torch.empty(1, 4, 4, 8), 2, 1, None) == served.why_not(*plain)
+
+
+class Unasked:
+    """An xDiT that runs nothing special."""
+
+    def fp8_communication(self):
+        return False
+
+    def cached_by_pipefusion(self, layer):
+        return False
 
 
 def test_one_hardware_queue_is_warned_about(monkeypatch):

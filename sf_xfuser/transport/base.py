@@ -116,6 +116,10 @@ class OneSided(Transport):
     def begin(self) -> torch.Tensor:
         """Start a call. This rank's window in it, as bytes [nbytes]: valid until the next call."""
 
+    def why_not_now(self) -> str | None:
+        """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
+        return None
+
     def poison(self, result: torch.Tensor) -> None:
         """After ``drain``, where waits are enqueued and not waited for: let the current stream turn ``result``, which
         this call computed, into NaN if anything that it waited for did not arrive. Floating point, any shape."""
