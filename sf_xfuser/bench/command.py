@@ -91,8 +91,9 @@ def bench_command(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     _check(options)
-    set_defaults(_QUIET)
     launched = launch_environment()
+    if launched.world_size is not None:
+        set_defaults(_QUIET)
     if launched.world_size is None and options.cluster is None and options.grid is None:
         raise ValueError(
             "give --cluster NxM to emulate a cluster here, --grid FILE, or start the command on every rank: torchrun "
@@ -192,7 +193,7 @@ def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document:
         path = Path(folder, "order.json")
         path.write_text(request)
         try:
-            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", *flags, str(path)])
+            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", *flags, str(path)], env=_QUIET)
         finally:
             results = path.with_suffix(".rows")
             if results.is_file():
