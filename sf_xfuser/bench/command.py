@@ -92,8 +92,6 @@ def bench_command(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     _check(options)
     launched = launch_environment()
-    if launched.world_size is not None:
-        set_defaults(_QUIET)
     if launched.world_size is None and options.cluster is None and options.grid is None:
         raise ValueError(
             "give --cluster NxM to emulate a cluster here, --grid FILE, or start the command on every rank: torchrun "
@@ -210,6 +208,7 @@ def _under_torchrun(options: argparse.Namespace, order: Order, world_size: int) 
     """This process is one rank. Rank 0 shows and stores; its status is the job's."""
     if options.grid:
         raise ValueError("--grid describes emulated clusters; under torchrun give the shape on the command line")
+    set_defaults(_QUIET)
     topology = options.topology
     machines = topology if topology != "auto" else f"{_num_nodes(world_size)}x{world_size // _num_nodes(world_size)}"
     case = _case(options, machines)
@@ -242,6 +241,7 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
         timeout_s=options.timeout,
     )
     if world_size is not None:
+        set_defaults(_QUIET)
         document["rows"] += run_pipeline(order)
         return _finish(options, document) if document["rows"] else 0
     spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
