@@ -6,13 +6,11 @@ where it lives.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from sf_xfuser.drop_in import DropIn
 from sf_xfuser.lanes import lane_peers
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import Lane
@@ -122,20 +120,15 @@ def _greet(mesh: Mesh) -> None:
         mesh.lanes[lane].exchange(0, parcels, parcels).wait()
 
 
-@dataclass(eq=False)
-class MeshAllToAll4D:
+class MeshAllToAll4D(DropIn):
     """The replacement: call it as ``all_to_all_4D`` is called. ``original`` is yunchang's own.
 
-    It is what yunchang's ``SeqAllToAll4D`` calls forward and backward, so gradients go the same way. ``served`` and
-    ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
+    It is what yunchang's ``SeqAllToAll4D`` calls forward and backward, so gradients go the same way.
     """
 
-    original: Callable[..., torch.Tensor]
-    mesh: Mesh
-    strict: bool
-    log: Callable[[str], None]
-    served: int = 0
-    handed_back: Counter[str] = field(default_factory=Counter)
+    cannot = "the mesh cannot serve this all-to-all"
+    owner = "yunchang's own"
+    handing = "all-to-all handed back to yunchang"
 
     def __call__(
         self, input: torch.Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: Any = None, use_sync: bool = False
@@ -143,7 +136,7 @@ class MeshAllToAll4D:
         """As :func:`all_to_all_4d`, to the bit what ``original`` returns. ``use_sync``: return when it is done."""
         reason = self.why_not(input, scatter_idx, gather_idx, group)
         if reason is not None:
-            self._note(reason)
+            self.note(reason)
             return self.original(input, scatter_idx, gather_idx, group=group, use_sync=use_sync)
         self.served += 1
         out = all_to_all_4d(input, scatter_idx, gather_idx, self.mesh)
@@ -154,8 +147,7 @@ class MeshAllToAll4D:
     def why_not(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
         """Why this call goes to yunchang's own function; None if the lanes serve it. No communication; alike on all
         ranks, because everything it looks at is."""
-        window = self.mesh.window
-        if window is not None and (reason := window.why_not_now()) is not None:
+        if (reason := self.mesh.why_not_now()) is not None:
             return reason
         if torch.compiler.is_compiling():
             return "torch.compile traces collectives, not lanes"
@@ -167,15 +159,3 @@ class MeshAllToAll4D:
         if length % ways:
             return f"{length} {'heads' if scatter_idx == _HEADS else 'tokens'} do not divide by {ways} ranks"
         return None
-
-    def _note(self, reason: str) -> None:
-        if self.strict:
-            raise RuntimeError(
-                f"--sp-strict: the mesh cannot serve this all-to-all: {reason}. Without --sp-strict it goes to "
-                f"yunchang's own"
-            )
-        if torch.compiler.is_compiling():
-            return
-        if reason not in self.handed_back:
-            self.log(f"all-to-all handed back to yunchang: {reason}")
-        self.handed_back[reason] += 1

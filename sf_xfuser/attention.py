@@ -23,7 +23,7 @@ _SLOT = {"q": 0, "kv": 1, "o": 2}
 # on fewer rows at a time, and more slowly, below 768; beyond 1024 it gains nothing.
 _MIN_ROWS, _MAX_ROWS = 768, 1024
 
-_LONG_S = 0.5
+_LONG_S = 0.5  # a call that takes longer is tried once
 
 
 def torus_attention(

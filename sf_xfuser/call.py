@@ -18,8 +18,8 @@ _SHAPES_KEPT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One agreed call shape. ``places[w]``: where pieces lie on the rank at position ``w``, for this rank and for those
-    into whose windows it writes."""
+    """One agreed call shape. ``places[w]``: where pieces lie on the rank at position ``w``, for this rank and, where
+    chunks are written into windows, for all."""
 
     schedule: Schedule
     sizes: Sizes

@@ -76,6 +76,10 @@ class Mesh:
     def window_lanes(self) -> Collection[Lane]:
         return [name for name, lane in self.lanes.items() if lane.one_sided is not None]
 
+    def why_not_now(self) -> str | None:
+        """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
+        return None if self.window is None else self.window.why_not_now()
+
     def close(self) -> None:
         """Let go of what the lanes hold; idempotent. Local. No call may follow."""
         for lane in self.lanes.values():

@@ -141,6 +141,7 @@ class _Builder:
         self.queries = [
             [self._pieces(i, 0, 0, part, parts) for part in range(parts)] for i, parts in enumerate(q_parts)
         ]
+        self.remote = _flat(part for machine in self.queries[1:] for part in machine)
         self.slabs = [
             [[self._pieces(i, j_x, j_i, part, parts) for j_i in range(layout.ring_inside)] for part in range(parts)]
             for i, parts in enumerate(kv_parts)
@@ -217,19 +218,25 @@ class _Builder:
                 self._attend_own_machine(k, block, final)
 
     def _attend_own_machine(self, k: int, block: int, final: bool) -> None:
+        if final:
+            self._finish_own_machine(k, 0, block)
+        else:
+            self._attend(self.queries[0][0], k, 0, block)
+
+    def _finish_own_machine(self, k: int, part: int | None = None, block: int | None = None) -> None:
+        """The last keys for the queries of the own machine: the others' outputs leave as soon as they are final."""
         machine = self.queries[0][0]
-        last = final and len(machine) > 1
-        if not last or self.together:
-            self._attend(machine, k, 0, block)
-            if last:
+        own, others = machine[:1], machine[1:]
+        if self.together or not others:
+            self._attend(machine, k, part, block)
+            if others:
                 self._push_inside()
-            return
-        self._attend(machine[1:], k, 0, block)
-        self._push_inside()
-        self._attend(machine[:1], k, 0, block)
+        else:
+            self._attend(others, k, part, block)
+            self._push_inside()
+            self._attend(own, k, part, block)
 
     def _pull_kv(self) -> None:
-        remote = _flat(part for machine in self.queries[1:] for part in machine)
         machine = self.queries[0][0]
         last_slab = len(self.slabs) - 1
         deferred = range(max(1, last_slab - DEFERRED_SLABS + 1), last_slab + 1)
@@ -243,24 +250,17 @@ class _Builder:
                     if (k, part, block) == (last_slab, len(self.slabs[k]) - 1, len(blocks) - 1):
                         self._push_remote_outputs(k, part, block)
                     else:
-                        self._attend(remote, k, part, block)
+                        self._attend(self.remote, k, part, block)
             if k not in deferred:
                 self._attend(machine, k)
         for k in deferred[:-1]:
             self._attend(machine, k)
-        if self.together:
-            self._attend(machine, deferred[-1])
-        elif machine[1:]:
-            self._attend(machine[1:], deferred[-1])
-        if machine[1:]:
-            self._push_inside()
-        if not self.together:
-            self._attend(machine[:1], deferred[-1])
+        self._finish_own_machine(deferred[-1])
 
     def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
         """The last keys for the queries of other machines: each O part leaves as soon as it is final."""
         if self.together:
-            self._attend(_flat(part for machine in self.queries[1:] for part in machine), k, part, block)
+            self._attend(self.remote, k, part, block)
         for i in range(1, self.layout.torus):
             for q_part, queries in enumerate(self.queries[i]):
                 if not self.together:

@@ -5,16 +5,15 @@ Knows the contract of ``USP`` and nothing of where it lives: all that is asked o
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from sf_xfuser.attention import torus_attention
+from sf_xfuser.drop_in import DropIn
 from sf_xfuser.kernels import AttendFunction
-from sf_xfuser.mesh import Mesh
 
 # xDiT's attention backends that return the natural-log log-sum-exp that a merge needs, for dense attention.
 LSE_BACKENDS = frozenset(
@@ -41,20 +40,15 @@ class Host(Protocol):
         """Whether USP itself keeps a PipeFusion KV cache for this layer."""
 
 
-@dataclass(eq=False)
-class TorusUSP:
-    """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function.
+@dataclass(eq=False, kw_only=True)
+class TorusUSP(DropIn):
+    """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function."""
 
-    ``served`` and ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
-    """
+    cannot = "torus cannot serve this attention call exactly"
+    owner = "xDiT's own USP"
+    handing = "handed back to xDiT's own USP"
 
-    original: Callable[..., torch.Tensor]
     host: Host
-    mesh: Mesh
-    strict: bool
-    log: Callable[[str], None]
-    served: int = 0
-    handed_back: Counter[str] = field(default_factory=Counter)
 
     def __call__(
         self,
@@ -85,7 +79,7 @@ class TorusUSP:
             name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
         )
         if reason is not None:
-            self._note(reason)
+            self.note(reason)
             if kv_head_repeat != 1:
                 newer["kv_head_repeat"] = kv_head_repeat  # xDiT before 0.7 has no such parameter
             return self.original(
@@ -153,8 +147,7 @@ class TorusUSP:
     ) -> str | None:
         """Why this call goes to xDiT's own USP; None if torus serves it. No communication; alike on all ranks,
         because everything it looks at is."""
-        window = self.mesh.window
-        if window is not None and (reason := window.why_not_now()) is not None:
+        if (reason := self.mesh.why_not_now()) is not None:
             return reason
         if is_causal:
             return "causal attention needs keys in order"
@@ -174,18 +167,6 @@ class TorusUSP:
         if newer:
             return f"USP arguments this version does not know: {', '.join(sorted(newer))}"
         return None
-
-    def _note(self, reason: str) -> None:
-        if self.strict:
-            raise RuntimeError(
-                f"--sp-strict: torus cannot serve this attention call exactly: {reason}. Without --sp-strict it goes "
-                f"to xDiT's own USP"
-            )
-        if torch.compiler.is_compiling():
-            return
-        if reason not in self.handed_back:
-            self.log(f"handed back to xDiT's own USP: {reason}")
-        self.handed_back[reason] += 1
 
 
 def as_attend_function(raw: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:

@@ -69,9 +69,7 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
     mesh: Mesh | None = None
     refused = ""
     try:
-        mesh = build_mesh(
-            [list(range(case.world_size))], args, heads=case.heads, kv_heads=kv_heads, max_imbalance=_MAX_IMBALANCE
-        )
+        mesh = _mesh(case, args)
     except ValueError as error:
         refused = str(error)
     if xdit_arms.available() is None:
@@ -81,7 +79,8 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         arms += [Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
         return [arm for arm in arms if wanted is None or arm.name in wanted]
     attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
-    if not mesh.chosen:  # the first call does it; the arm without overlap is to use the same
+    ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
+    if ours_wanted and not mesh.chosen:  # the first call does it; the arm without overlap is to use the same
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
@@ -96,47 +95,43 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         call=_alone(case, mesh, attend),
     )
     ours = [
-        Arm(
-            name=name,
-            description=description,
-            family="ours",
-            layout=str(mesh.layout),
-            call=_torus(case, used, attend),
-            formula_bytes=formula,
-            mesh=used,
-        )
+        _our_arm(name, description, case, used, attend, formula)
         for (name, description), used in zip(_OURS, (blocking, mesh), strict=True)
     ]
     every = [arms[0], alone, *arms[1:], *ours]
     every += [_over(name, case, args, attend, formula) for name in NAMED_TRANSPORTS if wanted and over(name) in wanted]
     kept = every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
-    if all(arm.mesh is None for arm in kept):
+    if not ours_wanted:
         mesh.close()  # attention alone asks only for its layout
     return kept
 
 
-def _over(transport: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Arm:
-    """Torus in the same layout, its chunks moved by a named transport."""
-    text = f"Torus Attention over {transport}"
-    try:
-        mesh = build_mesh(
-            [list(range(case.world_size))],
-            replace(args, transport=transport),
-            heads=case.heads,
-            kv_heads=case.kv_heads or case.heads,
-            max_imbalance=_MAX_IMBALANCE,
-        )
-    except (ValueError, TransportError) as error:
-        return Arm(name=over(transport), description=text, family="ours", reason=str(error))
+def _mesh(case: Case, args: TorusArgs) -> Mesh:
+    heads, kv_heads = case.heads, case.kv_heads or case.heads
+    group = list(range(case.world_size))
+    return build_mesh([group], args, heads=heads, kv_heads=kv_heads, max_imbalance=_MAX_IMBALANCE)
+
+
+def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float) -> Arm:
     return Arm(
-        name=over(transport),
-        description=text,
+        name=name,
+        description=description,
         family="ours",
         layout=str(mesh.layout),
         call=_torus(case, mesh, attend),
         formula_bytes=formula,
         mesh=mesh,
     )
+
+
+def _over(transport: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Arm:
+    """Torus in the same layout, its chunks moved by a named transport."""
+    text = f"Torus Attention over {transport}"
+    try:
+        mesh = _mesh(case, replace(args, transport=transport))
+    except (ValueError, TransportError) as error:
+        return Arm(name=over(transport), description=text, family="ours", reason=str(error))
+    return _our_arm(over(transport), text, case, mesh, attend, formula)
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------

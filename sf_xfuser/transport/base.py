@@ -13,6 +13,13 @@ class TransportError(RuntimeError):
     """A transfer did not complete in time or its peer is gone. The group cannot be used any more."""
 
 
+def raise_together(name: str, members: Sequence[int], refusals: Sequence[str | None]) -> None:
+    """TransportError where there is a refusal; they are those of all ranks, so every rank raises alike."""
+    words = [f"rank {members[w]}: {text}" for w, text in enumerate(refusals) if text]
+    if words:
+        raise TransportError(f"{name} cannot be used: {'; '.join(words)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Parcel:
     """A chunk on its way to, or from, ``peer`` (index in the lane's group).

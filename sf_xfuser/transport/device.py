@@ -47,7 +47,7 @@ import torch
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.driver import Driver
 from sf_xfuser.transport.watchdog import Awaited, Seen, Watchdog
@@ -427,13 +427,6 @@ class _Arrival(Ticket):
         chunks, self._chunks = self._chunks, ()
         if chunks:
             self._transport.wait(self._round, chunks)
-
-
-def raise_together(name: str, members: Sequence[int], refusals: Sequence[str | None]) -> None:
-    """TransportError where there is a refusal; they are those of all ranks, so every rank raises alike."""
-    words = [f"rank {members[w]}: {text}" for w, text in enumerate(refusals) if text]
-    if words:
-        raise TransportError(f"{name} cannot be used: {'; '.join(words)}")
 
 
 def _new_event() -> torch.cuda.Event:

@@ -30,8 +30,8 @@ import torch.distributed as dist
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
-from sf_xfuser.transport.base import TransportError
-from sf_xfuser.transport.device import DeviceWindow, raise_together
+from sf_xfuser.transport.base import TransportError, raise_together
+from sf_xfuser.transport.device import DeviceWindow
 from sf_xfuser.transport.driver import Driver
 
 _SET = 9  # nvshmemx signal operation

@@ -45,7 +45,7 @@ from typing import Literal
 import torch
 
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together
 from sf_xfuser.transport.block import grown
 
 _FOLDER = "/dev/shm"
@@ -260,9 +260,7 @@ class Shm(OneSided):
         self._own, self._of = None, {}
 
     def _raise_together(self, refusals: Sequence[str | None]) -> None:
-        words = [f"rank {self._members[w]}: {text}" for w, text in enumerate(refusals) if text]
-        if words:
-            raise TransportError(f"shm cannot be used: {'; '.join(words)}")
+        raise_together("shm", self._members, refusals)
 
 
 class _Arrival(Ticket):

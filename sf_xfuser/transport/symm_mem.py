@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from sf_xfuser import topology
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.transport.device import DeviceWindow, raise_together
+from sf_xfuser.transport.base import raise_together
+from sf_xfuser.transport.device import DeviceWindow
 from sf_xfuser.transport.driver import Driver
 
 
