@@ -93,6 +93,8 @@ def explain() -> str:
         lines.append(f"all-to-alls of yunchang served by the mesh: {_session.all_to_all.served}")
         lines += [f"handed back to yunchang {n} times: {why}" for why, n in _session.all_to_all.handed_back.items()]
     if _session.usp is not None:
+        if _session.usp.check:
+            lines.append(_session.usp.check_line())
         lines.append(f"attention calls served by torus: {_session.usp.served}")
         lines += [f"handed back to xDiT {n} times: {why}" for why, n in _session.usp.handed_back.items()]
     elif _session.mesh is not None:
@@ -300,7 +302,14 @@ def _use(mesh: Mesh, given: TorusArgs) -> None:
     if why_xdit is None:
         original = importlib.import_module("xfuser.model_executor.layers.usp").USP
         original = getattr(original, "__wrapped__", original)
-        _session.usp = usp.TorusUSP(original=original, host=_XditHost(), mesh=mesh, strict=given.strict, log=_log)
+        _session.usp = usp.TorusUSP(
+            original=original,
+            host=_XditHost(),
+            mesh=mesh,
+            strict=given.strict,
+            log=_log,
+            check=given.check == "first",
+        )
     else:
         _session.usp = None
     usp.activate(_session.usp)

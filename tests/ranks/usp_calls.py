@@ -16,7 +16,7 @@ from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_ran
 from xfuser.core.distributed.attention_backend import AttentionBackendType
 from xfuser.model_executor.layers import usp
 
-import sf_xfuser
+import sf_xfuser.usp
 
 B, H, D = 2, 8, 16
 JOINT = 5
@@ -73,7 +73,22 @@ def cases():
     get_runtime_state().num_pipeline_patch = 1
 
 
+def swap_two_rows(torus_attention):
+    """A wrong torus: on rank 2 the first two tokens of one head are each other's."""
+
+    def wrong(*args, **kwargs):
+        out = torus_attention(*args, **kwargs)
+        if dist.get_rank() == 2:
+            out[0, 1, [0, 1]] = out[0, 1, [1, 0]]
+        return out
+
+    return wrong
+
+
 def main() -> None:
+    if "--wrong" in sys.argv:
+        sys.argv.remove("--wrong")
+        sf_xfuser.usp.torus_attention = swap_two_rows(sf_xfuser.usp.torus_attention)
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
     engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *sys.argv[1:]])).create_config()
     runtime_state._RUNTIME = AnyRuntimeState(engine_config)
@@ -91,6 +106,9 @@ def main() -> None:
         difference = (out - expected).abs().max().item()
         how = "served" if served() > before else sf_xfuser.explain().splitlines()[-1]
         print(f"@@{name}|{dist.get_rank()}|{difference}|{how}@@", flush=True)
+    if "--sp-check" in sys.argv:
+        line = next(line for line in sf_xfuser.explain().splitlines() if line.startswith("--sp-check"))
+        print(f"@@checks|{dist.get_rank()}|0|{line}@@", flush=True)
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
 
