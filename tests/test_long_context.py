@@ -48,7 +48,7 @@ def test_without_yunchang_or_xdit(case, said):
 
 
 def test_with_yunchang():
-    """Served calls agree with yunchang's own class; causal ones are handed to it, in groups that are placed as its own."""
+    """Served calls agree with yunchang's own class; causal ones are handed to it, in its own groups."""
     finished = torchrun("long_context.py", "yunchangs_own", nproc=4)
     causal = "equal; 0 served, 1 handed back causal attention needs keys in order"
     wanted = " | ".join(["equal; 1 served, 0 handed back"] * 3 + [causal] * 2)
