@@ -16,10 +16,10 @@ from cases import run_cases
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from run_pipeline import PROMPT, SEED, STEPS, small_input  # the directory of a script is on its path
-from sf_xfuser.kernels import sdpa_attend
 
 import sf_xfuser
 from sf_xfuser.context_parallel import as_attend_function
+from sf_xfuser.kernels import sdpa_attend
 
 FOLDER = Path(sys.argv[1])
 HEADS, HEAD_SIZE = 4, 32
