@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench kernels-table clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -27,6 +27,10 @@ test: $(STAMP)
 bench: $(STAMP)
 	mkdir -p out
 	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
+
+# Registers, shared memory and spills of each kernel, compiled ahead of time; no GPU is needed.
+kernels-table: $(STAMP)
+	$(BIN)/python -m sf_xfuser.bench.kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
