@@ -12,7 +12,7 @@ VERSIONS := 0.5.0 0.6.0 0.7.0
 VERSION_TESTS := tests/test_plugin.py tests/test_usp.py tests/test_all_to_all.py tests/test_launchers.py \
     tests/pipelines/test_pipelines.py
 
-.PHONY: demo test test-versions lint bench clean
+.PHONY: demo test test-versions lint bench kernels-table clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -47,6 +47,10 @@ test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
 bench: $(STAMP)
 	mkdir -p out
 	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
+
+# Registers, shared memory and spills of each kernel, compiled ahead of time; no GPU is needed.
+kernels-table: $(STAMP)
+	$(BIN)/python -m sf_xfuser.bench.kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
