@@ -125,7 +125,7 @@ class TorusContextParallel(DropIn):
         self._attended = True
         reason = self.why_not(attn_mask, dropout_p, is_causal, return_lse, forward_op)
         if reason is not None:
-            self._require_own(reason)
+            self._require_own(reason, attn_mask)
             self.note(reason)
             given = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
             return self.original(query, key, value, *given, forward_op=forward_op, **rest)
@@ -163,20 +163,21 @@ class TorusContextParallel(DropIn):
             return f"a window of {tuple(window)} needs keys in order"
         return None
 
-    def _require_own(self, reason: str) -> None:
-        """Raise ValueError where diffusers' own function would be wrong: its ring does not pass masks on, and its
-        Ulysses takes equal parts."""
-        ring = self.mesh.layout.ring_degree
-        if ring > 1:
-            raise ValueError(
-                f"{self.cannot}: {reason}; {self.owner} can only without a ring, and this mesh has ring_degree={ring}: "
-                f"give args=TorusArgs(backend='torus', plan='torus=T,ulysses=U') with T x U the number of ranks"
+    def _require_own(self, reason: str, attn_mask: torch.Tensor | None) -> None:
+        """Raise ValueError where diffusers' own function would fail or be wrong: its ring does not pass masks on, its
+        Ulysses takes equal parts and splits no mask by heads."""
+        layout, only = self.mesh.layout, None
+        if layout.ring_degree > 1:
+            only = (
+                f"without a ring, and this mesh has ring_degree={layout.ring_degree}: give args=TorusArgs("
+                f"backend='torus', plan='torus=T,ulysses=U') with T x U the number of ranks"
             )
-        if self._uneven:
-            raise ValueError(
-                f"{self.cannot}: {reason}; {self.owner} can only where every sequence divides by the "
-                f"{self.mesh.layout.world_size} ranks: choose such a size and text length"
-            )
+        elif self._uneven:
+            only = f"where sequences divide by the {layout.world_size} ranks: choose such a size and text length"
+        elif attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] > 1:
+            only = f"with a mask that all heads share, and this one has {attn_mask.shape[1]}: leave the mask out"
+        if only is not None:
+            raise ValueError(f"{self.cannot}: {reason}; {self.owner} can only {only}")
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ if version("xfuser") < "0.7":
     SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
 HANDED_BACK = {
     "valid_kv_len": "attention_kwargs['valid_kv_len'] needs keys in order",
+    "gradient": "a gradient is asked for, and Torus Attention computes none",
     "causal": "causal attention needs keys in order",
     "backend without lse": "attention backend SDPA returns no log-sum-exp",
     "mask": "attention_kwargs['attn_mask'] needs keys in order",

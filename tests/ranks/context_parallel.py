@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import run_cases
-from diffusers import DiffusionPipeline, Flux2Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    Flux2Transformer2DModel,
+    LTXVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.attention_dispatch import attention_backend
 from run_pipeline import PROMPT, SEED, STEPS, small_input  # the directory of a script is on its path
 from sf_xfuser.kernels import sdpa_attend
@@ -173,6 +179,16 @@ def case_qwen_strict(rank: int) -> str:
     sf_xfuser.parallelize(model, args=args(ULYSSES, strict=True))
     call()
     return "nothing was raised"
+
+
+def case_ltx_mask_per_head(rank: int) -> str:
+    """LTX repeats its text mask for each head."""
+    model = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=HEADS, attention_head_dim=16, cross_attention_dim=64,
+        num_layers=1, caption_channels=24,
+    )  # fmt: skip
+    given = (random(1, 32, 8), random(1, 16, 24), torch.tensor([500]), torch.ones(1, 16), 2, 4, 4)
+    return compare(model, lambda: torch.no_grad()(model)(*given, return_dict=False)[0], ULYSSES)
 
 
 def case_with_gradients(rank: int) -> None:

@@ -61,6 +61,7 @@ def cases():
     if hasattr(get_cache_manager(), "has_cache_entry"):  # from xfuser 0.7 on; before, each layer given had to have one
         yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
+    yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
     yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
     if get_runtime_state().parallel_config.ring_degree == 1:
         yield "causal", tensors(), {"is_causal": True}
