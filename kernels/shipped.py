@@ -40,8 +40,8 @@ class Shipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Per thread: ``registers``, and bytes spilled to memory; per program: bytes of shared memory. ``load_bits``: of the
-    widest load from global memory, 128 at best; 0 where there is none but those of a copy engine (TMA)."""
+    """Per thread: ``registers``, and bytes spilled to memory; per program: bytes of shared memory. ``load_bits``: of
+    the widest load from global memory, 128 at best; 0 where there is none but those of a copy engine (TMA)."""
 
     registers: int
     spilled_bytes: int
