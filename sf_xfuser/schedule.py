@@ -311,8 +311,9 @@ class _Builder:
         query_at = {piece: at for at, step in attends for piece in step.queries}
         for at, step in enumerate(self.steps):
             if isinstance(step, Attend):
-                final = all(query_at[piece] == at for piece in step.queries)
-                step = replace(step, keys_last=slab_at[step.slab] == at, queries_last=final)
+                last, final = slab_at[step.slab] == at, all(query_at[piece] == at for piece in step.queries)
+                if last or final:
+                    step = replace(step, keys_last=last, queries_last=final)
             yield step
 
     # -- rounds -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -110,20 +111,11 @@ def predict(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig, *, e
 
 
 def bound(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig) -> float:
-    """Seconds that no order of ``arm``'s steps could beat: its attention at the full rate, or its bytes on a link."""
-    work = _Work(cluster, shape)
+    """Seconds that no order of ``arm``'s steps could beat: all that it computes, or all that a lane carries."""
     if isinstance(arm, XditConfig):
         usp = _Usp(cluster, shape, arm)
-        return max(work.alone_s, usp.wire_s)
-    layout, torus = arm.layout, _Torus(cluster, shape, arm)
-    rank_bytes = float(layout.egress(_kv_ratio(shape))) * shape.nbytes / layout.ranks_per_machine
-    return max(work.alone_s, rank_bytes * torus.seconds_per_byte["across"])
-
-
-def _kv_ratio(shape: CallShape) -> Any:
-    from fractions import Fraction
-
-    return Fraction(shape.kv_heads, shape.heads)
+        return max(usp.work.alone_s, usp.wire_s)
+    return _Torus(cluster, shape, arm).bound_s
 
 
 # -- what pieces of work take -----------------------------------------------------------------------------------------
@@ -416,6 +408,8 @@ class _Torus(_Arm):
             kv_heads=kv_heads,
         )
         self.tokens = tokens[0]
+        self.heads = max(high - low for low, high in q_heads)
+        self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
         self.joint = "front" if shape.joint_tokens else None
         self.cut: Cut = choose_cut(arm.layout, self.tokens, cluster.device, at_once=False)
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
@@ -430,6 +424,33 @@ class _Torus(_Arm):
         sizes = {high - low for low, high in self.sizes.q_heads}, {high - low for low, high in self.sizes.kv_heads}
         return all(len(found) == 1 for found in sizes)
 
+    @property
+    def bound_s(self) -> float:
+        """A slab takes an attention call for each of its blocks at least, of all queries at most; each chunk of Q and O and each
+        slab is a round between machines, each further block of a slab one inside."""
+        layout, work = self.layout, self.work
+        slabs, blocks = layout.num_machines, layout.num_machines * layout.ring_inside
+        rows = self.tokens * layout.ulysses_degree
+        keys = layout.world_size * self.tokens + self.shape.joint_tokens
+        busy_s = work.attend(rows, keys, self.heads, 0) + (blocks - 1) * work.compute.attend_us * 1e-6 * work.slower
+        ratio = Fraction(self.shape.kv_heads, self.shape.heads)
+        share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
+        ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
+        messages = ulysses * layout.ulysses + slabs - layout.torus
+        way, inside = self.ways["across"], self.ways["inside"]
+        across_s = (way.start_us * (ulysses + slabs - layout.torus) + way.message_us * messages) * 1e-6
+        passed_on = float(2 * ratio) * self.shape.nbytes / layout.world_size * slabs * (layout.ring_inside - 1)
+        inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
+        return max(
+            busy_s,
+            across_s + share * self.seconds_per_byte["across"],
+            inside_s + passed_on * self.seconds_per_byte["inside"],
+        )
+
+    @cached_property
+    def first(self) -> Schedule:
+        return self.schedule(0)
+
     def schedule(self, position: int) -> Schedule:
         return build_schedule(self.layout, position, self.joint, self.cut)
 
@@ -437,7 +458,8 @@ class _Torus(_Arm):
         return [self._program(replay, number) for number in range(len(replay.ranks))]
 
     def _program(self, replay: Replay, position: int) -> Program:
-        schedule, group = self.schedule(position), self.layout.head_group(position)
+        schedule = self.schedule(position) if position else self.first
+        group = self.layout.head_group(position)
         q_low, q_high = self.sizes.q_heads[group]
         arriving: dict[tuple[str, Piece], tuple[tuple[int, ...], Key]] = {}
         outputs: list[tuple[tuple[int, ...], Key]] = []
@@ -465,7 +487,7 @@ class _Torus(_Arm):
                 for piece in pieces:
                     if wanted := arriving.pop((tensor, piece), None):
                         replay.wait(position, (yield wanted), name)
-            rows, keys = sum(map(self._count, step.queries)), sum(map(self._count, step.keys))
+            rows, keys = self._tokens(step.queries), self._tokens(step.keys)
             merge = MERGE_BYTES if not begun.isdisjoint(step.queries) else 4 + self.work.itemsize
             begun.update(step.queries)
             if rows and keys:
@@ -479,21 +501,25 @@ class _Torus(_Arm):
     def _passes_on(self, message: Message, group: int) -> bool:
         return message.tensor != "o" and self.layout.head_group(message.peer) == group
 
-    def _count(self, piece: Piece) -> int:
-        if piece.source == JOINT:
-            return self.shape.joint_tokens
-        low, high = piece.span(self.tokens)
-        return high - low
+    def _tokens(self, pieces: Sequence[Piece]) -> int:
+        total = 0
+        for source, part, parts in pieces:
+            if source == JOINT:
+                total += self.shape.joint_tokens
+            else:
+                total += self.tokens * (part + 1) // parts - self.tokens * part // parts
+        return total
 
     def _post(self, replay: Replay, position: int, group: int, step: Exchange) -> Key:
         way, packed, nbytes, messages = self.ways[step.lane], 0, 0, 0
         for message in step.sends:
             to = self.layout.head_group(message.peer)
-            row = self.sizes.row_bytes(message.tensor, group if message.tensor == "o" else to)
-            size = row * sum(map(self._count, message.pieces))
+            size = self._row_bytes[message.tensor, group if message.tensor == "o" else to] * self._tokens(
+                message.pieces
+            )
             nbytes += size
             messages += size > 0
-            if not self._passes_on(message, group):
+            if message.tensor == "o" or to != group:
                 packed += size
         host_s = way.host_us * 1e-6 * messages * self.work.slower + self.work.copy(packed)
         if host_s:
@@ -518,7 +544,7 @@ class _Torus(_Arm):
 
     @property
     def buffer_bytes(self) -> float:
-        return held_bytes(self.schedule(0), self.sizes, in_windows=self.arm.pattern == "put")
+        return held_bytes(self.first, self.sizes, in_windows=self.arm.pattern == "put")
 
 
 def _name(step: Attend) -> str:
