@@ -1,7 +1,7 @@
 """A cluster as the cost model sees it: what a rank computes with, and the links inside and between machines. Pure.
 
-Rates of links are Gbit/s per direction (links are full duplex), of memory GB/s, costs microseconds. Figures that are not
-measured carry their source in ``Cluster.sources``; ``presets`` has clusters that can be rented or bought.
+Rates of links are Gbit/s per direction (links are full duplex), of memory GB/s, costs microseconds. Figures that are
+not measured carry their source in ``Cluster.sources``; ``presets`` has clusters that can be rented or bought.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Compute:
     nearest entry serves others); ``linear_tflops``: of matrix products; ``memory_gbs``: of reading or writing.
 
     ``units``: multiprocessors, each of which takes ``tile_rows`` query rows of one head at a time, so that a call of
-    fewer pieces leaves some idle (0: calls of any size run at the full rate). ``attend_us``: each attention call and its
-    merge, besides. ``slots``: how many ranks of the cluster can compute at once (None: all of them)."""
+    fewer pieces leaves some idle (0: calls of any size run at the full rate). ``attend_us``: each attention call and
+    its merge, besides. ``slots``: how many ranks of the cluster can compute at once (None: all of them)."""
 
     attention_tflops: tuple[tuple[str, int, float], ...]
     linear_tflops: float

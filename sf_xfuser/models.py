@@ -1,7 +1,7 @@
 """How many tokens a diffusion transformer attends, and how often: from its configuration and the picture's size. Pure.
 
-Figures are those of diffusers' configurations and pipelines. The VAE (8 pixels to a latent; video: 4 frames) is not in a
-transformer's configuration, so it comes with the family.
+Figures are those of diffusers' configurations and pipelines. The VAE (8 pixels to a latent; video: 4 frames) is not in
+a transformer's configuration, so it comes with the family.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from sf_xfuser.simulate import CallShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """``layers``: attention calls of one forward pass, each over all tokens; ``patch`` (frames, height, width) latents make a
-    token; ``vae`` (frames, pixels) make a latent. ``text_tokens`` are attended with the picture's. ``batch``: sequences
-    of one call, ``passes``: forward passes of a step (classifier-free guidance makes one of the two 2). ``pads_frames``:
-    latent frames are padded to a multiple of the patch."""
+    """``layers``: attention calls of one forward pass, each over all tokens; ``patch`` (frames, height, width) latents
+    make a token; ``vae`` (frames, pixels) make a latent. ``text_tokens`` are attended with the picture's. ``batch``:
+    sequences of one call, ``passes``: forward passes of a step (classifier-free guidance makes one of the two 2).
+    ``pads_frames``: latent frames are padded to a multiple of the patch."""
 
     name: str
     heads: int
@@ -54,8 +54,8 @@ class Model:
             if pixels < unit or pixels % unit:
                 near = max(unit, pixels // unit * unit)
                 raise ValueError(
-                    f"--{name} {pixels} is not a multiple of {unit} ({self.vae[1]} pixels to a latent, {patch} latents to "
-                    f"a token of {self.name}); {near} and {near + unit} are"
+                    f"--{name} {pixels} is not a multiple of {unit} ({self.vae[1]} pixels to a latent, {patch} latents "
+                    f"to a token of {self.name}); {near} and {near + unit} are"
                 )
             sides.append(pixels // unit)
         return self._latent_frames(frames) // self.patch[0] * sides[0] * sides[1]
@@ -144,8 +144,8 @@ def _from_config(path: str, config: Any) -> Model:
     kind = config.get("_class_name")
     if kind not in families:
         raise ValueError(
-            f"--model {path} describes {kind or 'no class (it has no _class_name)'}; known are {', '.join(families)}. For "
-            f"others give --heads, --head-dim and --seq-len"
+            f"--model {path} describes {kind or 'no class (it has no _class_name)'}; known are {', '.join(families)}. "
+            f"For others give --heads, --head-dim and --seq-len"
         )
     return families[kind](path, config)
 

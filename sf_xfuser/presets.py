@@ -1,8 +1,8 @@
 """Clusters that can be rented or bought, as ``cluster.Cluster``. Every figure has its source in ``sources``.
 
-[spec] is the maker's data sheet, [measured] somebody's published measurement, [fit] the fit of p4de to the paper's ablation
-(docs/simulator.md, ``python -m sf_xfuser.bench.ablation``), [assumed] neither: a guess of the right size, to be replaced by
-a measurement (``--cluster FILE``). Nothing here was measured by us: no GPU has run this package.
+[spec] is the maker's data sheet, [measured] somebody's published measurement, [fit] the fit of p4de to the paper's
+ablation (docs/simulator.md, ``python -m sf_xfuser.bench.ablation``), [assumed] neither: a guess of the right size, to be
+replaced by a measurement (``--cluster-file``). Nothing here was measured by us: no GPU has run this package.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from sf_xfuser.cluster import Cluster, Compute, Link, Way
 
 # Two-sided: NCCL. Its kernels take multiprocessors, and wait until an attention call that fills them has ended: PyTorch
-# gives NCCL's streams no priority, and an event stands between the copy and the collective, so attention is there first.
+# gives NCCL's streams no priority, and an event stands between the copy and the collective: attention is there first.
 _NVLINK_NCCL = Way(efficiency=0.75, start_us=20, takes=0.2, queues=True)
 _NVLINK_PUT = Way(efficiency=0.8, start_us=3, message_us=2)
 _PCIE_NCCL = Way(efficiency=0.7, start_us=25, takes=0.1, queues=True)

@@ -1,8 +1,8 @@
 """Measures a cluster: how fast its ranks attend, and what each pattern of transfers makes of its links. A few seconds.
 
-What is measured are pieces, never a whole arm: attention calls of two sizes, a copy, each collective of xDiT's alone on the
-groups that xDiT would make, and the schedule's own transfers with nothing computed. The result is a ``cluster.Cluster``
-for ``simulate.predict``.
+What is measured are pieces, never a whole arm: attention calls of two sizes, a merge, each collective of xDiT's alone on
+the groups that xDiT would make, and the schedule's own transfers with nothing computed. The result is a
+``cluster.Cluster`` for ``simulate.predict``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Gather = Callable[[Any], list[Any]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``; transfers of about
-    ``transfer_s`` each. ``across_gbps``: what a machine can send, where that is known (None: the fastest pattern seen)."""
+    ``transfer_s`` each. ``across_gbps``: what a machine can send, where known (None: the fastest pattern seen)."""
 
     attend: AttendFunction
     heads: int
@@ -82,7 +82,7 @@ class _Probe:
         )
         return self._with_puts(found)
 
-    # -- compute --------------------------------------------------------------------------------------------------------
+    # -- compute ------------------------------------------------------------------------------------------------------
 
     def _compute(self) -> Compute:
         order = self.order
@@ -129,7 +129,7 @@ class _Probe:
         if self.order.device.type == "cuda":
             torch.cuda.synchronize()
 
-    # -- xDiT's collectives ---------------------------------------------------------------------------------------------
+    # -- xDiT's collectives -------------------------------------------------------------------------------------------
 
     def _link(self, compute: Compute, *, inside: bool) -> Link:
         """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
@@ -211,7 +211,7 @@ class _Probe:
         assert mine is not None, "groups cover every rank"
         return mine
 
-    # -- the schedule's transfers ---------------------------------------------------------------------------------------
+    # -- the schedule's transfers -------------------------------------------------------------------------------------
 
     def _with_puts(self, cluster: Cluster) -> Cluster:
         """Calls with nothing computed, of two sizes: what grows with the bytes is the link's, the rest the host's."""

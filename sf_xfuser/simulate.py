@@ -1,11 +1,13 @@
 """What one attention call takes on a cluster: the steps that the ranks run, replayed against its rates. Pure.
 
-Torus Attention is replayed from ``schedule.build_schedule``, step by step, as ``attention._Run`` runs it; xDiT's USP, flat
-Ulysses and Ring as xDiT 0.7 and PyTorch's ring template run them. Each rank has a clock, and a queue for each lane in which its
-rounds leave in the order in which they were posted, at the rank's share of the link while all of its machine send.
+Torus Attention is replayed from ``schedule.build_schedule``, step by step, as ``attention._Run`` runs it; xDiT's USP,
+flat Ulysses and Ring as xDiT 0.7 and PyTorch's ring template run them. Each rank has a clock, and a queue for each lane
+in which its rounds leave in the order in which they were posted, at the rank's share of the link while all of its
+machine send.
 
     a put leaves       when it is at the head of its queue
     a matched round    when it is at the head at both ends, and both have posted it
+    NCCL's kernels     besides, when no attention call that fills the GPU is running
     compute            slows down while a transfer that takes multiprocessors (or CPU time) is under way
 
 Where all ranks hold as many tokens and heads, a rotation of the mesh takes any rank to any other and the schedule with
@@ -187,6 +189,7 @@ class _Rank:
     resolved: dict[str, int] = field(default_factory=dict)
     sent: dict[str, float] = field(default_factory=dict)
     full: tuple[float, float] = (0.0, 0.0)  # the last time in which all multiprocessors were taken
+    disturbed: bool = False  # whether any of its rounds has to do with multiprocessors
     spans: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -239,6 +242,7 @@ class Replay:
         rank = self.ranks[number]
         round.posted_s = rank.now
         rank.rounds.setdefault(lane, []).append(round)
+        rank.disturbed = rank.disturbed or round.takes > 0 or round.queues
         rank.sent[lane] = rank.sent.get(lane, 0.0) + round.nbytes
 
     def work(self, number: int, seconds: float, name: str = "", fills: bool = True) -> None:
@@ -247,15 +251,16 @@ class Replay:
         rank = self.ranks[number]
         rank.computed_s += seconds
         start, now, left = rank.now, rank.now, seconds
-        if fills:
-            for lane in rank.rounds:  # what found room before this began
+        takers = []
+        if rank.disturbed:
+            for lane in rank.rounds if fills else ():  # what found room before this began
                 self._resolve(number, lane, len(rank.rounds[lane]) - 1, before=now)
-        takers = [
-            (r.start_s, r.end_s, r.takes)
-            for lane in rank.rounds
-            for r in self._under_way(number, lane, now)
-            if r.takes and r.start_s is not None
-        ]
+            takers = [
+                (r.start_s, r.end_s, r.takes)
+                for lane in rank.rounds
+                for r in self._under_way(number, lane, now)
+                if r.takes and r.start_s is not None
+            ]
         while takers and left > 0:
             speed = math.prod(1.0 - takes for begin, end, takes in takers if begin <= now < end)
             until = min((t for begin, end, _ in takers for t in (begin, end) if t > now), default=math.inf)
@@ -426,8 +431,8 @@ class _Torus(_Arm):
 
     @property
     def bound_s(self) -> float:
-        """A slab takes an attention call for each of its blocks at least, of all queries at most; each chunk of Q and O and each
-        slab is a round between machines, each further block of a slab one inside."""
+        """A slab takes an attention call for each of its blocks at least, of all queries at most; each chunk of Q and O
+        and each slab is a round between machines, each further block of a slab one inside."""
         layout, work = self.layout, self.work
         slabs, blocks = layout.num_machines, layout.num_machines * layout.ring_inside
         rows = self.tokens * layout.ulysses_degree

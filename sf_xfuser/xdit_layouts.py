@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from sf_xfuser.plan import split_degree
@@ -123,6 +124,7 @@ class Sent:
         return max(sum(self.across[first : first + ranks_per_machine]) for first in firsts)
 
 
+@lru_cache
 def sent_by_ulysses(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Sent:
     """One tensor with all heads: each rank holds 1/W of it and sends each other member that member's heads."""
     share = 1 / (config.ulysses_degree * num_machines * ranks_per_machine)
@@ -135,6 +137,7 @@ def sent_by_ulysses(config: XditConfig, num_machines: int, ranks_per_machine: in
     return Sent(tuple(inside), tuple(across))
 
 
+@lru_cache
 def sent_by_a_hop(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Sent:
     """One tensor: each rank passes its 1/W to the next member of its ring. An all-gather is R - 1 of these."""
     share = 1 / (num_machines * ranks_per_machine)

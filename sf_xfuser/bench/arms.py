@@ -35,7 +35,7 @@ class Arm:
     """``call`` takes this rank's q, k, v [B,H,S,D], returns [B,H,S,D]; None where the arm cannot run, for ``reason``.
 
     ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
-    ``mesh`` is set where the arm can be traced, ``replayed`` (what ``simulate.predict`` takes) where it can be predicted.
+    ``mesh`` is set where the arm can be traced, ``replayed`` where it can be predicted (``simulate.predict`` takes it).
     """
 
     name: str

@@ -40,8 +40,8 @@ from sf_xfuser.trace import Trace
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What the ranks are to do. ``arms``: names, None for all. ``repeat`` timed calls of each arm after ``warmup``
-    untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count. ``predict``: measure the
-    cluster first and say what each arm should take."""
+    untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count. ``predict``: measure
+    the cluster first and say what each arm should take."""
 
     cases: tuple[Case, ...]
     arms: tuple[str, ...] | None = None

@@ -19,7 +19,7 @@ _OF_LATENTS = 10  # times that, after several denoising steps
 @dataclass
 class Sample:
     """One arm's figures on rank 0. ``times_s``, ``attention_s``, ``exposed_s``, ``wire`` (bytes from machine to
-    machine): one entry per timed call. ``predicted_s`` and ``cluster`` are the simulator's and the probe's, where asked."""
+    machine): one entry per timed call. ``predicted_s`` is the simulator's, ``cluster`` the probe's, where asked for."""
 
     times_s: list[float] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
