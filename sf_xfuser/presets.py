@@ -1,8 +1,8 @@
 """Clusters that can be rented or bought, as ``cluster.Cluster``. Every figure has its source in ``sources``.
 
 [spec] is the maker's data sheet, [measured] somebody's published measurement, [fit] the fit of p4de to the paper's
-ablation (docs/simulator.md, ``python -m sf_xfuser.bench.ablation``), [assumed] neither: a guess of the right size, to be
-replaced by a measurement (``--cluster-file``). Nothing here was measured by us: no GPU has run this package.
+ablation (docs/simulator.md, ``python -m sf_xfuser.bench.ablation``), [assumed] neither: a guess of the right size, to
+be replaced by a measurement (``--cluster-file``). Nothing here was measured by us: no GPU has run this package.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _FA2 = (
     "[measured: arXiv 2307.08691, its figure of forward speed]"
 )
 _FA3 = (
-    "attention: cuDNN and FlashAttention-3 on H100, forward, not causal, 16k tokens: 595 and 648 TFLOP/s (D=128), 400 to "
-    "500 (D=64) [measured: arXiv 2407.08608, its figures of forward speed]"
+    "attention: cuDNN and FlashAttention-3 on H100, forward, not causal, 16k tokens: 595 and 648 TFLOP/s (D=128), 400 "
+    "to 500 (D=64) [measured: arXiv 2407.08608, its figures of forward speed]"
 )
 _REST = (
     "matrix products: about 65 % of the data sheet's dense bf16 peak; memory: about 85 % of the data sheet [assumed]",
@@ -116,8 +116,8 @@ _ALL = (
         inside=Link(rank_gbps=3600, latency_us=2, ways=_ways(_NVLINK_NCCL, _NVLINK_PUT)),
         across=Link(rank_gbps=400, machine_gbps=3200, nics=8, latency_us=10, ways=_ways(_EFA_NCCL, _EFA_PUT)),
         sources=(
-            "AWS p5en.48xlarge: 8 H200, NVSwitch 900 GB/s, 16 EFAv3 cards of 200 Gbit/s, 2 for each GPU (counted as one of "
-            "400), latency up to 35 % below p5's [spec: AWS, P5 instances]",
+            "AWS p5en.48xlarge: 8 H200, NVSwitch 900 GB/s, 16 EFAv3 cards of 200 Gbit/s, 2 for each GPU (counted as one "
+            "of 400), latency up to 35 % below p5's [spec: AWS, P5 instances]",
             _FA3,
             "H200: 132 multiprocessors, 4800 GB/s, 989 TFLOP/s dense [spec: NVIDIA H200 data sheet]",
             f"{_EFA_WORD}, on p4de; here [assumed] the same. NVSHMEM ring transfers were 2.7 to 3.8 times slower than "
@@ -133,8 +133,8 @@ _ALL = (
         inside=Link(rank_gbps=3600, latency_us=2, ways=_ways(_NVLINK_NCCL, _NVLINK_PUT)),
         across=Link(rank_gbps=400, machine_gbps=3200, nics=8, latency_us=3, ways=_ways(_IB_NCCL, _IB_PUT)),
         sources=(
-            "DGX H100: 8 H100, NVSwitch 900 GB/s, 8 ConnectX-7 of 400 Gbit/s InfiniBand, one for each GPU [spec: NVIDIA "
-            "DGX H100 data sheet]",
+            "DGX H100: 8 H100, NVSwitch 900 GB/s, 8 ConnectX-7 of 400 Gbit/s InfiniBand, one for each GPU [spec: "
+            "NVIDIA DGX H100 data sheet]",
             _FA3,
             "H100 SXM: 132 multiprocessors, 3350 GB/s, 989 TFLOP/s dense [spec: NVIDIA H100 data sheet]",
             "InfiniBand: efficiency, start, cost per message, multiprocessors taken [assumed]",
@@ -166,10 +166,10 @@ _ALL = (
         inside=Link(rank_gbps=256, latency_us=5, ways=_ways(_PCIE_NCCL, _NVLINK_PUT)),
         across=Link(rank_gbps=100, machine_gbps=100, latency_us=10, ways=_ways(_TCP_NCCL, _IB_PUT)),
         sources=(
-            "8 L40S on PCIe 4.0 x16: 32 GB/s per direction and GPU [spec: NVIDIA L40S data sheet]; what several GPUs share "
-            "of a host bridge is not counted [assumed]",
-            "one card of 100 Gbit/s Ethernet for each machine [as named]; efficiency, start, cost per message, and that "
-            "one-sided transfers have RoCE [assumed]",
+            "8 L40S on PCIe 4.0 x16: 32 GB/s per direction and GPU [spec: NVIDIA L40S data sheet]; what several GPUs "
+            "share of a host bridge is not counted [assumed]",
+            "one card of 100 Gbit/s Ethernet for each machine [as named]; efficiency, start, cost per message, and "
+            "that one-sided transfers have RoCE [assumed]",
             "attention: half of the 362 TFLOP/s dense [assumed]; 142 multiprocessors, 864 GB/s [spec: NVIDIA L40S]",
             *_REST,
         ),

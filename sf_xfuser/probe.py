@@ -1,7 +1,7 @@
 """Measures a cluster: how fast its ranks attend, and what each pattern of transfers makes of its links. A few seconds.
 
-What is measured are pieces, never a whole arm: attention calls of two sizes, a merge, each collective of xDiT's alone on
-the groups that xDiT would make, and the schedule's own transfers with nothing computed. The result is a
+What is measured are pieces, never a whole arm: attention calls of two sizes, a merge, each collective of xDiT's alone
+on the groups that xDiT would make, and the schedule's own transfers with nothing computed. The result is a
 ``cluster.Cluster`` for ``simulate.predict``.
 """
 
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class _Probe:
         shape = (1, order.heads, _ROWS, order.head_dim)
         q = torch.randn(shape, device=order.device).to(order.dtype)
         kv = torch.randn((1, order.heads, _KEYS[1], order.head_dim), device=order.device).to(order.dtype)
-        calls = [lambda keys=keys: order.attend(q, kv[:, :, :keys], kv[:, :, :keys]) for keys in _KEYS]
+        calls = [partial(order.attend, q, kv[:, :, :keys], kv[:, :, :keys]) for keys in _KEYS]
         one = self._timed(calls[1], alone=True)
         small_s, large_s = (self._timed(call) for call in calls)
         slower = large_s / one
@@ -118,7 +119,7 @@ class _Probe:
             if not idle:
                 call()
                 self._synchronize()
-            times.append(max(self.gather(0.0 if idle else time.perf_counter() - started)))
+            times.append(max(map(float, self.gather(0.0 if idle else time.perf_counter() - started))))
         return statistics.median(times[1:])
 
     def _together(self) -> None:
@@ -180,18 +181,18 @@ class _Probe:
             elif pattern == "allgather":
                 dist.all_gather_into_tensor(tensor.new_empty(size * tensor.numel()), tensor, group=group)
             else:  # as PyTorch's ring passes KV on
-                functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))
+                functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
         numel = 1 << 14
         while True:  # until it takes as long as wanted
             tensor = torch.zeros(numel * size, dtype=torch.float32, device=self.order.device)
-            took = self._timed(lambda tensor=tensor: run(tensor), repeat=1)
+            took = self._timed(partial(run, tensor), repeat=1)
             wanted = max(1, min(64, math.ceil(self.order.transfer_s / max(took, 1e-6))))
             if wanted == 1 or numel >= 1 << 24:
                 break
             numel *= wanted if took > self.order.transfer_s / 20 else 8
         before, started = _cpu_s(), time.perf_counter()
-        seconds = self._timed(lambda: run(tensor))
+        seconds = self._timed(partial(run, tensor))
         return seconds, tensor.nbytes, self._took(before, started)
 
     def _took(self, cpu_before: float, started: float) -> float:
@@ -216,7 +217,8 @@ class _Probe:
     def _with_puts(self, cluster: Cluster) -> Cluster:
         """Calls with nothing computed, of two sizes: what grows with the bytes is the link's, the rest the host's."""
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
-        sizes, times = [], []
+        sizes: list[int] = []
+        times: list[float] = []
         link = cluster.across if self.grid[0] > 1 else cluster.inside
         takes = link.way("alltoall", self.world_size).takes  # a byte costs as much, whoever sends it
         tokens = 64 * self.world_size
@@ -228,19 +230,20 @@ class _Probe:
             )
             counts = (query.shape[2],) * self.world_size
 
-            def call(query: torch.Tensor = query, counts: tuple[int, ...] = counts) -> None:
-                torus_attention(
-                    query, query, query, mesh=self.mesh, attend=attend_nothing, q_tokens=counts, kv_tokens=counts
-                )
-
             in_a_row = 4 if not sizes else 1  # ranks leave the barrier at different times, which is not the call's
-            seconds = self._timed(lambda call=call, times=in_a_row: [call() for _ in range(times)]) / in_a_row
+            seconds = self._timed(partial(self._exchange, query, counts, in_a_row)) / in_a_row
             sizes.append(tokens)
             times.append(seconds)
             if seconds > self.order.transfer_s or tokens > 1 << 17:
                 break
             tokens *= 4
         return _fitted(cluster, self.layout, self.order, pattern, sizes, times, takes)
+
+    def _exchange(self, query: torch.Tensor, counts: tuple[int, ...], calls: int) -> None:
+        for _ in range(calls):
+            torus_attention(
+                query, query, query, mesh=self.mesh, attend=attend_nothing, q_tokens=counts, kv_tokens=counts
+            )
 
 
 def _fitted(
@@ -272,14 +275,14 @@ def _fitted(
 
 
 def _with_way(cluster: Cluster, pattern: str, way: Way) -> Cluster:
-    links = {}
-    for name in ("inside", "across"):
-        link: Link = getattr(cluster, name)
+    # Inside machines the schedule's bytes are few: their host time is seen, their rate is not.
+    inside = way if cluster.num_machines == 1 else replace(way, efficiency=1.0)
+
+    def with_it(link: Link, way: Way) -> Link:
         kept = tuple(entry for entry in link.ways if entry[0] != pattern)
-        # Inside machines the schedule's bytes are few: their host time is seen, their rate is not.
-        of_link = way if name == "across" or cluster.num_machines == 1 else replace(way, efficiency=1.0)
-        links[name] = replace(link, ways=(*kept, (pattern, 2, of_link)))
-    return replace(cluster, **links)
+        return replace(link, ways=(*kept, (pattern, 2, way)))
+
+    return replace(cluster, inside=with_it(cluster.inside, inside), across=with_it(cluster.across, way))
 
 
 def _cpu_s() -> float:

@@ -23,7 +23,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from sf_xfuser.cluster import Cluster, Link, Way
 from sf_xfuser.places import Places, Sizes
@@ -57,7 +57,8 @@ class CallShape:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide {self.heads} heads, got {self.kv_heads}")
+            fit = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
+            raise ValueError(f"kv_heads must divide {self.heads} heads (one of {fit}), got {self.kv_heads}")
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {self.dtype!r}")
 
@@ -415,7 +416,7 @@ class _Torus(_Arm):
         self.tokens = tokens[0]
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
-        self.joint = "front" if shape.joint_tokens else None
+        self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
         self.cut: Cut = choose_cut(arm.layout, self.tokens, cluster.device, at_once=False)
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
         self.ways: dict[str, Way] = {lane: link.way(arm.pattern) for lane, link in self.links.items()}

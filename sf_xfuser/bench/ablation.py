@@ -1,9 +1,9 @@
 """The simulator against the paper's ablation (arXiv 2601.20273): ``python -m sf_xfuser.bench.ablation [--fit SEED]``.
 
-One set of figures for the cluster, the preset ``p4de``; none for a workload. The paper's ratios are over whole denoising
-steps: attention as replayed, and beside it the blocks' matrix products, 24 h^2 FLOP a token and block with h = heads x
-head size (Q, K, V and output 4 h^2 weights, MLP 8 h^2), at the preset's rate. ``--fit`` searches again for the six figures
-that no data sheet has, within bounds that hardware allows.
+One set of figures for the cluster, the preset ``p4de``; none for a workload. The paper's ratios are over whole
+denoising steps: attention as replayed, and beside it the blocks' matrix products, 24 h^2 FLOP a token and block with
+h = heads x head size (Q, K, V and output 4 h^2 weights, MLP 8 h^2), at the preset's rate. ``--fit`` searches again for
+the six figures that no data sheet has, within bounds that hardware allows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -43,8 +44,8 @@ def _flux(pixels: int) -> CallShape:
 
 
 def _cogvideox(seconds: int) -> CallShape:
-    """768 x 1360: 48 x 85 tokens for each of 2 seconds + 1 latent frames (8 frames a second, 4 to a latent frame), and 226
-    text tokens; 24 heads of 64, as the paper gives."""
+    """768 x 1360: 48 x 85 tokens for each of 2 seconds + 1 latent frames (8 frames a second, 4 to a latent frame), and
+    226 text tokens; 24 heads of 64, as the paper gives."""
     return CallShape(seq_len=48 * 85 * (2 * seconds + 1) + 226, heads=24, kv_heads=24, head_dim=64)
 
 
@@ -56,9 +57,9 @@ WORKLOADS = (
     Workload(name="CogVideoX 40 s, 3 machines", num_machines=3, shape=_cogvideox(40), paper=(1.06, 1.16, 1.17)),
 )
 
-# What is fitted, and between what: the fraction of 400 Gbit/s that NCCL and NVSHMEM reach over EFA, microseconds before an
-# NCCL round or collective moves anything and for each of its messages, microseconds for each one-sided message (EFA keeps no
-# order, so that the signal waits for the data), and the fraction of multiprocessors that NCCL takes.
+# What is fitted, and between what: the fraction of 400 Gbit/s that NCCL and NVSHMEM reach over EFA, microseconds before
+# an NCCL round or collective moves anything and for each of its messages, microseconds for each one-sided message (EFA
+# keeps no order, so that the signal waits for the data), and the fraction of multiprocessors that NCCL takes.
 BOUNDS = {
     "nccl_efficiency": (0.4, 0.95),
     "nccl_start_us": (10.0, 200.0),
@@ -107,7 +108,7 @@ def with_figures(cluster: Cluster, figures: Mapping[str, float]) -> Cluster:
     ways = []
     for pattern, members, way in cluster.across.ways:
         kind = "put" if pattern == "put" else "nccl"
-        named = {field: figures[f"{kind}_{field}"] for field in Way.__slots__ if f"{kind}_{field}" in figures}
+        named: dict[str, Any] = {f: figures[f"{kind}_{f}"] for f in Way.__slots__ if f"{kind}_{f}" in figures}
         ways.append((pattern, members, replace(way, **named)))
     link: Link = replace(cluster.across, ways=tuple(ways))
     return replace(cluster, across=link)

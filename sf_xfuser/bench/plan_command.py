@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> Tor
             raise ValueError(f"{shape.heads} heads do not split ulysses={config.ulysses_degree} ways")
         config.groups(cluster.num_machines, cluster.ranks_per_machine)  # raises where the product is wrong
         return config
-    grid, heads = (cluster.num_machines, cluster.ranks_per_machine), {"heads": shape.heads, "kv_heads": shape.kv_heads}
+    planned = partial(
+        make_plan, cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads, kv_heads=shape.kv_heads
+    )
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)
         best = next(c for c in ranked.choices if c.name == report.SUBJECT)
@@ -190,12 +193,12 @@ def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> Tor
     explicit = re.fullmatch(r"torus=(\d+),ulysses=(\d+),ring=(\d+)", text)
     if explicit:
         degrees = dict(zip(("torus", "ulysses", "ring"), map(int, explicit.groups()), strict=True))
-        return TorusArm(layout=make_plan(*grid, **heads, explicit=degrees).layout, pattern=pattern, overlap=overlap)
+        return TorusArm(layout=planned(explicit=degrees).layout, pattern=pattern, overlap=overlap)
     if text not in ("auto", "paper"):
         raise ValueError(
             f"--sp-plan must be best, auto, paper, torus=T,ulysses=U,ring=R or ulysses=U,ring=R, got {text!r}"
         )
-    return TorusArm(layout=make_plan(*grid, **heads, rule=text).layout, pattern=pattern, overlap=overlap)
+    return TorusArm(layout=planned(rule=text).layout, pattern=pattern, overlap=overlap)
 
 
 def _timeline(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig) -> dict[str, Any]:
@@ -275,8 +278,8 @@ def _show(ranking: Ranking) -> None:
     kv = "" if shape.kv_heads == shape.heads else f" ({shape.kv_heads} of KV)"
     joint = f" and {shape.joint_tokens} text tokens on every rank" if shape.joint_tokens else ""
     title = (
-        f"{cluster.name}, {cluster.num_machines} machines x {cluster.ranks_per_machine}: {shape.seq_len} tokens{joint}, "
-        f"{shape.heads} heads{kv} of {shape.head_dim}, batch {shape.batch}, {shape.dtype}"
+        f"{cluster.name}, {cluster.num_machines} machines x {cluster.ranks_per_machine}: {shape.seq_len} tokens{joint}"
+        f", {shape.heads} heads{kv} of {shape.head_dim}, batch {shape.batch}, {shape.dtype}"
     )
     right = ("ms a call", "ms a step", "MB out of a machine", "MB held")
     columns = [Column("way"), Column("layout"), *(Column(name, justify="right") for name in right), Column("why")]
