@@ -152,7 +152,8 @@ def _from_config(path: str, config: Any) -> Model:
 
 def _number(path: str, config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    least = 0 if name == "num_single_layers" else 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         said = f"lacks {name}" if value is None else f"has {name}={value!r}, which is no count"
         raise ValueError(f"--model {path} {said}; it must be a transformer's whole config.json")
     return value

@@ -116,8 +116,8 @@ _ALL = (
         inside=Link(rank_gbps=3600, latency_us=2, ways=_ways(_NVLINK_NCCL, _NVLINK_PUT)),
         across=Link(rank_gbps=400, machine_gbps=3200, nics=8, latency_us=10, ways=_ways(_EFA_NCCL, _EFA_PUT)),
         sources=(
-            "AWS p5en.48xlarge: 8 H200, NVSwitch 900 GB/s, 16 EFAv3 cards of 200 Gbit/s, 2 for each GPU (counted as one "
-            "of 400), latency up to 35 % below p5's [spec: AWS, P5 instances]",
+            "AWS p5en.48xlarge: 8 H200, NVSwitch 900 GB/s, 16 EFAv3 cards of 200 Gbit/s, 2 for each GPU (counted as "
+            "one of 400), latency up to 35 % below p5's [spec: AWS, P5 instances]",
             _FA3,
             "H200: 132 multiprocessors, 4800 GB/s, 989 TFLOP/s dense [spec: NVIDIA H200 data sheet]",
             f"{_EFA_WORD}, on p4de; here [assumed] the same. NVSHMEM ring transfers were 2.7 to 3.8 times slower than "

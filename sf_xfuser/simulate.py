@@ -17,8 +17,9 @@ it: all run in step, and what comes in a round comes when this rank's own has le
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -160,8 +161,12 @@ class _Work:
 Key = tuple[str, int]
 """A lane and the number of a round on it."""
 
-Program = Generator[tuple[tuple[int, ...], Key], float, None]
-"""One rank: yields (whose round, which round) and is sent when that round's chunks of all of them are here."""
+Wanted = tuple[tuple[int, ...], Key]
+"""Whose round, and which one."""
+
+Program = Generator[Wanted | None, float, None]
+"""One rank: yields what it waits for and is sent when that round's chunks of all of them are here; or None, so that
+others whose clocks are not ahead come first."""
 
 
 @dataclass(slots=True)
@@ -203,39 +208,30 @@ class Replay:
         self.keep_spans = spans
 
     def run(self, programs: Sequence[Program]) -> None:
-        """Until all have ended. Raises RuntimeError if they wait for each other for ever."""
-        waiting: deque[tuple[int, tuple[tuple[int, ...], Key]]] = deque()
-        for number, program in enumerate(programs):
-            self._advance(number, program, None, waiting)
-        idle = 0
-        while waiting:
-            number, wanted = waiting.popleft()
-            arrived = self._arrival(*wanted)
-            if arrived is None:
-                waiting.append((number, wanted))
-                idle += 1
-                if idle > len(waiting):
-                    raise RuntimeError(f"ranks wait for each other for ever: {list(waiting)[:4]}")
-                continue
-            idle = 0
-            self._advance(number, programs[number], arrived, waiting)
-
-    def _advance(
-        self,
-        number: int,
-        program: Program,
-        arrived: float | None,
-        waiting: deque[tuple[int, tuple[tuple[int, ...], Key]]],
-    ) -> None:
-        try:
-            while True:
+        """Until all have ended, the rank whose clock is least ahead first. Raises RuntimeError if they wait for each
+        other for ever."""
+        waiting: dict[int, Wanted] = {}
+        turns = itertools.count()
+        ready: list[tuple[float, int, int, float | None]] = [(0.0, next(turns), n, None) for n in range(len(programs))]
+        while ready:
+            _, _, number, arrived = heapq.heappop(ready)
+            program = programs[number]
+            try:
                 wanted = next(program) if arrived is None else program.send(arrived)
-                arrived = self._arrival(*wanted)
-                if arrived is None:
-                    waiting.append((number, wanted))
-                    return
-        except StopIteration:
-            return
+            except StopIteration:
+                wanted = None
+            else:
+                if wanted is None:
+                    heapq.heappush(ready, (self.ranks[number].now, next(turns), number, None))
+                else:
+                    waiting[number] = wanted
+            for number in list(waiting):
+                arrived = self._arrival(*waiting[number])
+                if arrived is not None:
+                    del waiting[number]
+                    heapq.heappush(ready, (max(arrived, self.ranks[number].now), next(turns), number, arrived))
+        if waiting:
+            raise RuntimeError(f"ranks wait for each other for ever: {list(waiting.items())[:4]}")
 
     # -- verbs of programs --------------------------------------------------------------------------------------------
 
@@ -315,7 +311,7 @@ class Replay:
         rounds = rank.rounds.get(lane, [])
         for at in range(rank.resolved.get(lane, 0), min(index + 1, len(rounds))):
             round = rounds[at]
-            begin = self._may_begin(number, lane, at)
+            begin = self._may_begin(number, lane, at, before)
             if begin is None:
                 return False
             if round.queues and rank.full[0] <= begin < rank.full[1]:
@@ -326,7 +322,7 @@ class Replay:
             rank.resolved[lane] = at + 1
         return rank.resolved.get(lane, 0) > index
 
-    def _may_begin(self, number: int, lane: str, at: int) -> float | None:
+    def _may_begin(self, number: int, lane: str, at: int, before: float) -> float | None:
         """When a round is posted and those before it are through: at both ends, if it is matched."""
         rounds = self._at(number).rounds[lane]
         begin = max(rounds[at].posted_s, rounds[at - 1].end_s if at else 0.0)
@@ -334,7 +330,7 @@ class Replay:
             return begin
         for peer in {*rounds[at].receivers, *rounds[at].senders}:
             theirs = self._at(peer).rounds.get(lane, [])
-            if at >= len(theirs) or (at and not self._resolve(peer, lane, at - 1)):
+            if at >= len(theirs) or (at and not self._resolve(peer, lane, at - 1, before)):
                 return None
             begin = max(begin, theirs[at].posted_s, theirs[at - 1].end_s if at else 0.0)
         return begin
@@ -359,6 +355,12 @@ class _Arm:
     def buffer_bytes(self) -> float:
         raise NotImplementedError
 
+    def sent(self, replay: Replay) -> tuple[list[float], list[float]]:
+        """Bytes that each rank sends inside its machine and to others."""
+        each = self.cluster.world_size // len(replay.ranks)
+        inside, across = ([rank.sent.get(lane, 0.0) for rank in replay.ranks] * each for lane in ("inside", "across"))
+        return inside, across
+
     def predict(self, every_rank: bool) -> Prediction:
         per_machine = self.cluster.ranks_per_machine
         mirrored = self.alike and not every_rank
@@ -366,14 +368,14 @@ class _Arm:
         replay.run(self.programs(replay))
         ranks = replay.ranks
         slowest = max(ranks, key=lambda rank: rank.now)
-        across = [rank.sent.get("across", 0.0) for rank in ranks]
-        machines = [sum(across[first : first + per_machine]) for first in range(0, len(across), per_machine)]
+        inside, across = self.sent(replay)
+        firsts = range(0, len(across), per_machine)
         return Prediction(
             seconds=slowest.now,
             compute_s=self.work.alone_s,
             exposed_s=slowest.now - slowest.computed_s,
-            across_bytes=across[0] * per_machine if mirrored else max(machines),
-            inside_bytes=max(rank.sent.get("inside", 0.0) for rank in ranks),
+            across_bytes=max(sum(across[first : first + per_machine]) for first in firsts),
+            inside_bytes=max(inside),
             buffer_bytes=self.buffer_bytes,
             timeline=self._timeline(replay, slowest.now) if every_rank else None,
         )
@@ -479,6 +481,8 @@ class _Torus(_Arm):
                             if wanted := arriving.pop((message.tensor, piece), None):
                                 replay.wait(position, (yield wanted), "to pass on")
                 key = self._post(replay, position, group, step)
+                if not replay.mirrored:
+                    yield None
                 for message in step.receives:
                     whose = (message.peer,)
                     if message.tensor == "o":
@@ -499,6 +503,8 @@ class _Torus(_Arm):
             if rows and keys:
                 heads = q_high - q_low
                 replay.work(position, self.work.attend(rows, keys, heads, merge), name, self.work.fills(rows, heads))
+                if not replay.mirrored:
+                    yield None
         for wanted in outputs:
             replay.wait(position, (yield wanted), "outputs")
         result = self.tokens * self.shape.heads * self.shape.head_dim * self.shape.batch * self.work.itemsize
@@ -614,6 +620,18 @@ class _Usp(_Arm):
     def alike(self) -> bool:
         return True  # every collective goes as its slowest rank
 
+    def sent(self, replay: Replay) -> tuple[list[float], list[float]]:
+        """Ranks alike in time need not send as much to other machines."""
+        exchanged, hops = 2 * (self.shape.nbytes + self.kv_bytes), 2 * self.kv_bytes * (self.config.ring_degree - 1)
+        inside, across = (
+            [
+                exchanged * e + hops * h
+                for e, h in zip(getattr(self.exchanged, lane), getattr(self.hop, lane), strict=True)
+            ]
+            for lane in ("inside", "across")
+        )
+        return inside, across
+
     def programs(self, replay: Replay) -> list[Program]:
         return [self._program(replay, number) for number in range(len(replay.ranks))]
 
@@ -682,7 +700,7 @@ class _Usp(_Arm):
                 receivers=(),
                 senders=(),
                 name=f"{name} {pattern}",
-                nbytes=(sum(fractions) / len(fractions) if replay.mirrored else fractions[number]) * nbytes,
+                nbytes=fractions[number] * nbytes,
             )
             replay.post(number, lane, round)
 
