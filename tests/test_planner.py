@@ -87,15 +87,16 @@ def test_two_machines_move_as_many_bytes_and_grouped_heads_pay_from_six_machines
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 2), (4, 4)])
 @pytest.mark.parametrize("pattern", ["put", "message"])
-def test_one_rank_stands_for_all(grid, pattern):
-    shape = CallShape(seq_len=3 * 4096, heads=24, kv_heads=12, head_dim=64, joint_tokens=100)
+@pytest.mark.parametrize(("kv_heads", "joint_tokens"), [(12, 100), (24, 0)])
+def test_one_rank_stands_for_all(grid, pattern, kv_heads, joint_tokens):
+    shape = CallShape(seq_len=3 * 4096, heads=24, kv_heads=kv_heads, head_dim=64, joint_tokens=joint_tokens)
     cluster = preset("p4de").sized(*grid)
     arms: list[TorusArm | XditConfig] = [
         TorusArm(layout=layout, pattern=pattern, overlap=overlap)
-        for layout in legal_layouts(*grid, 12)
+        for layout in legal_layouts(*grid, kv_heads)
         for overlap in (True, False)
     ]
-    arms += legal_configs(cluster.world_size, grid[1], 24, 12)
+    arms += legal_configs(cluster.world_size, grid[1], 24, kv_heads)
     for arm in arms:
         one, every = predict(cluster, shape, arm), predict(cluster, shape, arm, every_rank=True)
         assert one.seconds == pytest.approx(every.seconds, rel=1e-9), arm
@@ -153,6 +154,8 @@ def test_figures_of_models():
     assert find_model("hunyuanvideo").call(8, 720, 1280, 129).seq_len == 33 * 45 * 80 + 256
     video = find_model("cogvideox").call(8, 480, 720, 49)  # 226 text tokens do not split 8 ways
     assert (video.seq_len, video.joint_tokens, video.batch) == (13 * 30 * 45, 226, 2)
+    pairs = find_model("cogvideox1.5").call(8, 768, 1360, 81)  # 21 latent frames, padded to 11 pairs
+    assert (pairs.seq_len, pairs.joint_tokens) == (11 * 48 * 85 + 224, 0)
     assert find_model("wan").calls == 80
 
 
