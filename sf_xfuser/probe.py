@@ -90,19 +90,18 @@ class _Probe:
         shape = (1, order.heads, _ROWS, order.head_dim)
         q = torch.randn(shape, device=order.device).to(order.dtype)
         kv = torch.randn((1, order.heads, _KEYS[1], order.head_dim), device=order.device).to(order.dtype)
-        # Several in a row, so that ranks which share cores have taken turns.
+        # Several in a row, so that ranks which share cores take turns.
         in_a_row = (4 * _KEYS[1] // _KEYS[0], 4)
         calls = [
             partial(_repeated, partial(order.attend, q, kv[:, :, :keys], kv[:, :, :keys]), times)
             for keys, times in zip(_KEYS, in_a_row, strict=True)
         ]
-        one = self._timed(calls[1], alone=True) / in_a_row[1]
-        small_s, large_s = (self._timed(call) / times for call, times in zip(calls, in_a_row, strict=True))
-        slower = large_s / one
+        small_s, large_s = (self._timed(call, alone=True) / n for call, n in zip(calls, in_a_row, strict=True))
+        slower = self._timed(calls[1]) / in_a_row[1] / large_s
         slots = self.world_size / slower if slower > _SLOWED else None
         slower = slower if slots else 1.0
         flops = [4.0 * order.heads * _ROWS * keys * order.head_dim for keys in _KEYS]
-        rate = (flops[1] - flops[0]) / max(large_s - small_s, 1e-9) * slower
+        rate = (flops[1] - flops[0]) / max(large_s - small_s, 1e-9)
         out, lse = order.attend(q, kv[:, :, : _KEYS[0]], kv[:, :, : _KEYS[0]])
         total, total_lse = out.float(), lse.float()
         merge_s = self._timed(partial(_repeated, lambda: merge_(total, total_lse, out, lse), 8)) / 8
@@ -110,7 +109,7 @@ class _Probe:
             attention_tflops=((str(order.dtype).removeprefix("torch."), order.head_dim, rate / 1e12),),
             linear_tflops=rate / 1e12,
             memory_gbs=MERGE_BYTES * out.numel() / merge_s * slower / 1e9,
-            attend_us=max(0.0, small_s / slower - flops[0] / rate) * 1e6,
+            attend_us=max(0.0, small_s - flops[0] / rate) * 1e6,
             slots=slots,
         )
 
