@@ -17,7 +17,7 @@ ROWS = [
     {"models", "planner"},
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu"},
-    {"usp", "probe"},
+    {"usp"},
     {"plugin"},
     {"doctor"},
     {"bench"},
