@@ -193,9 +193,10 @@ class Cluster:
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
-        """From a JSON file, as ``to_json`` gives it. Raises ValueError naming the file."""
+        """From a JSON file, as ``to_json`` gives it or ``sf-xfuser plan --json``. Raises ValueError naming the file."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
+            values = json.loads(Path(path).read_text())
+            return cls.from_json(values["cluster"] if isinstance(values, dict) and "cluster" in values else values)
         except (OSError, ValueError) as error:
             said = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{path} describes no cluster: {said}") from None

@@ -178,8 +178,9 @@ def test_plan_as_json_and_as_a_table(capsys, tmp_path):
     seconds = [choice["seconds"] for choice in document["choices"] if "seconds" in choice]
     assert seconds == sorted(seconds) and len(seconds) > 3
     described = tmp_path / "cluster.json"
-    described.write_text(json.dumps(document["cluster"]))
-    assert Cluster.load(described) == preset("p4de").sized(2, 2)
+    for written in (document["cluster"], document):
+        described.write_text(json.dumps(written))
+        assert Cluster.load(described) == preset("p4de").sized(2, 2)
     assert main(["plan", *BY_HAND, "--cluster-file", str(described)]) == 0
     out = capsys.readouterr().out
     assert "launch with: " + document["choices"][0]["flags"] in out and "(paper's rule)" in out
