@@ -13,12 +13,12 @@ from sf_xfuser.args import TRANSPORTS, TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
-from sf_xfuser.bench.xdit_arms import XditConfig
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.trace import Trace
 from sf_xfuser.transport import OneSided, Parcel, Ticket, Transport, TransportError
+from sf_xfuser.xdit_layouts import XditConfig, arm_name, egress, legal_configs
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -206,18 +206,18 @@ def _xdit_arms(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> l
     n, m = case.num_machines, case.ranks_per_machine
     own = gcd(m, gcd(case.heads, kv_heads))  # xDiT's own layout: Ulysses inside a machine as far as heads allow
     named: dict[str, XditConfig] = {}
-    for config in xdit_arms.legal_configs(case.world_size, m, case.heads, kv_heads):
-        named[_name(config, own)] = config
+    for config in legal_configs(case.world_size, m, case.heads, kv_heads):
+        named[arm_name(config, own)] = config
     reasons: dict[str, str] = {}
     if "ulysses" not in named and "usp-ulysses" not in named:
         reasons["ulysses"] = f"{gcd(case.heads, kv_heads)} heads do not split {case.world_size} ways"
     degree = own if mesh is None else mesh.layout.ulysses_degree
     mapped = [
         config
-        for config in xdit_arms.legal_configs(case.world_size, m, case.heads, kv_heads, placement="machines-first")
+        for config in legal_configs(case.world_size, m, case.heads, kv_heads, placement="machines-first")
         if config.ulysses_degree == degree
     ]
-    named.update({_name(config, own): config for config in mapped})
+    named.update({arm_name(config, own): config for config in mapped})
     if not mapped:
         reasons["mapping"] = (
             f"with ulysses={degree} it is xDiT's own placement"
@@ -241,7 +241,7 @@ def _xdit_arms(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> l
             family=_family(name),
             layout=str(named[name]),
             call=calls[named[name]],
-            formula_bytes=_xdit_egress(case, named[name], n, m) * _elements(case) * _itemsize(case),
+            formula_bytes=egress(named[name], n, m, kv_heads / case.heads) * _elements(case) * _itemsize(case),
         )
         if name in named
         else Arm(name=name, description=_DESCRIPTIONS[name], family=_family(name), reason=reasons[name])
@@ -261,19 +261,6 @@ _DESCRIPTIONS = {
 def _family(name: str) -> str:
     """The mapping alone is xDiT's code in a placement that no flag of xDiT's gives: it is no xDiT configuration."""
     return "ours" if name.startswith("mapping") else "xdit"
-
-
-def _name(config: XditConfig, own_ulysses: int) -> str:
-    rotation = config.rotation if config.ring_degree > 1 else ""
-    if config.placement == "machines-first":
-        return f"mapping-{rotation}" if rotation else "mapping"
-    if config.ulysses_degree == own_ulysses:
-        return f"usp-{rotation or 'ulysses'}"
-    if not rotation:
-        return "ulysses"
-    if config.ulysses_degree == 1:
-        return f"ring-{rotation}"
-    return f"xdit-u{config.ulysses_degree}r{config.ring_degree}-{rotation}"
 
 
 # -- bytes between machines -------------------------------------------------------------------------------------------
@@ -303,24 +290,4 @@ def _torus_egress(case: Case, layout: Layout) -> float:
         heads = sum(q[p] + 2 * kv[p] for p in away) + len(away) * q[own]
         heads += (layout.ring_across - 1) * ways * 2 * kv[own]
         out[layout.machine(position)] += heads / (case.heads * layout.world_size)
-    return max(out)
-
-
-def _xdit_egress(case: Case, config: XditConfig, num_machines: int, ranks_per_machine: int) -> float:
-    """Elements that leave the machine that sends most, in units of ``B*L*H*D``: each rank holds 1/W of Q, K, V.
-
-    Ulysses sends each other member its heads of Q, K, V, and later of O. A ring passes KV blocks to the next member,
-    R - 1 times; so does the all-gather, which is a ring inside, too.
-    """
-    w, g = num_machines * ranks_per_machine, (case.kv_heads or case.heads) / case.heads
-    ulysses, ring = config.groups(num_machines, ranks_per_machine)
-    out = [0.0] * num_machines
-    for group in ulysses:
-        for a in group:
-            others = sum(b // ranks_per_machine != a // ranks_per_machine for b in group)
-            out[a // ranks_per_machine] += others * (2 + 2 * g) / (w * len(group))
-    for group in ring:
-        for a, b in zip(group, (*group[1:], group[0]), strict=True):
-            if a // ranks_per_machine != b // ranks_per_machine:
-                out[a // ranks_per_machine] += 2 * g * (len(group) - 1) / w
     return max(out)
