@@ -15,10 +15,10 @@ ROWS = [
     {"mesh", "places"},
     {"call"},
     {"buffers", "drop_in"},
-    {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu"},
+    {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
     {"usp"},
     {"plugin"},
-    {"doctor"},
+    {"native", "doctor"},
     {"bench"},
     {"cli"},
 ]
