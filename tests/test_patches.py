@@ -1,14 +1,10 @@
-"""The patch series of ``patches/0.7.0`` on a copy of the installed xDiT; the installed one is never touched."""
+"""xDiT with the dispatch point of ``patches/0.7.0/backend``: the plugin is its backend, with and without hooks."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,28 +12,10 @@ import torch
 
 from sf_xfuser.tiny_models import save_tiny_model
 from tests.launch import run, torchrun
+from tests.patched import copy_of_xdit
 from tests.ranks.run_pipeline import reference_latents
 
-SERIES = Path(__file__).parents[1] / "patches" / "0.7.0"
 EXACT = 1e-4
-
-
-def copy_of_xdit(folder: Path, *series: str) -> Path:
-    """A copy of what the xfuser wheel installed, with ``series`` applied in this order."""
-    installed = Path(find_spec("xfuser").submodule_search_locations[0]).parent
-    for name in ("xfuser", "entrypoints", "docs"):
-        shutil.copytree(installed / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in series:
-        patches = sorted(SERIES.glob(f"{name}/*.patch"))
-        assert patches
-        for patch in patches:
-            for check in (["--check"], []):
-                command = ["git", "apply", *check, str(patch)]
-                # Not inside the repository around tmp_path, if there is one: git would skip what lies outside of it.
-                environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-                assert done.returncode == 0, f"{patch.name}: {done.stderr}"
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +26,11 @@ def native(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory) -> Path:
     return save_tiny_model("flux", tmp_path_factory.mktemp("flux") / "flux")
+
+
+@pytest.mark.parametrize("series", [("repairs",), ("repairs", "backend"), ("backend", "repairs")])
+def test_the_series_apply_alone_and_in_either_order(series, tmp_path):
+    copy_of_xdit(tmp_path, *series)
 
 
 def run_flux(xdit: Path, model: Path, out: Path, **env: str) -> str:

@@ -10,11 +10,13 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import run_pipeline  # the directory of a script is on its path
 import torch
 import torch.distributed as dist
+from diffusers import QwenImageTransformer2DModel
 from repaired_models import BUILDERS, OPTIONS, inputs
 from run_pipelines import destroy_model_parallel
 
@@ -33,7 +35,8 @@ def run_rank(arguments: Any) -> None:
     engine_config.runtime_config.dtype = torch.float32
     family = arguments.family
     if family == "qwen":
-        initialize_runtime_state(None, engine_config)
+        plain = QwenImageTransformer2DModel.from_pretrained(arguments.model)
+        initialize_runtime_state(SimpleNamespace(transformer=plain, vae_scale_factor=8), engine_config)
         model = transformer_qwen.xFuserQwenImageTransformerWrapper.from_pretrained(
             arguments.model, torch_dtype=torch.float32
         )
