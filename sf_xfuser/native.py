@@ -50,6 +50,7 @@ class NativeBackend:
 
     def destroy(self) -> None:
         plugin.leave_groups()
+        plugin.forget_flags()  # the next run may name no backend: xDiT then calls none of these methods
 
 
 backend = NativeBackend()

@@ -94,6 +94,8 @@ def explain() -> str:
         lines.append(f"all-to-alls of yunchang served by the mesh: {_session.all_to_all.served}")
         lines += [f"handed back to yunchang {n} times: {why}" for why, n in _session.all_to_all.handed_back.items()]
     if _session.usp is not None:
+        if _session.usp.check:
+            lines.append(_session.usp.check_line())
         lines.append(f"attention calls served by torus: {_session.usp.served}")
         lines += [f"handed back to xDiT {n} times: {why}" for why, n in _session.usp.handed_back.items()]
     elif _session.mesh is not None:
@@ -115,19 +117,16 @@ def _hooks() -> tuple[Hook, ...]:
 
 
 def import_hooked_modules() -> dict[str, str]:
-    """Import every module that a record names, so that its state is known: {module: error} of those that fail.
-
-    A module that no supported version has to have may be absent.
-    """
+    """Import every module that a record names, so that its state is known: {module: error} of those that fail. One
+    that some supported versions lack may be missing."""
+    required = {hook.module for hook, _ in hook_states() if hook.required}
     broken = {}
-    required: dict[str, bool] = {}
-    for hook, _ in hook_states():
-        required[hook.module] = required.get(hook.module, False) or hook.required
-    for name in required:
+    for name in dict.fromkeys(hook.module for hook, _ in hook_states()):
         try:
             importlib.import_module(name)
         except Exception as error:
-            if required[name] or not isinstance(error, ModuleNotFoundError) or error.name != name:
+            lacking = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+            if name in required or not lacking:
                 broken[name] = f"{type(error).__name__}: {error}"
     return broken
 
@@ -143,12 +142,11 @@ def unsupported() -> str | None:
     except importlib.metadata.PackageNotFoundError:  # a source tree: only the features can be checked
         text, release = "(a source tree)", OLDEST
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
-    untested = release >= TOO_NEW
-    if not missing and release >= OLDEST and (not untested or sp_args.untested_allowed()):
-        return None
-    lacks = f", where {', '.join(missing)} is not found" if missing else ""
-    way_out = f", or {sp_args.UNTESTED_VARIABLE}=1 to try this one" if untested and not missing else ""
-    return f"xfuser {text} is not supported{lacks}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{way_out}"
+    if missing or release < OLDEST or (release >= TOO_NEW and not sp_args.untested_allowed()):
+        lacks = f", where {', '.join(missing)} is not found" if missing else ""
+        or_else = f", or {sp_args.UNTESTED_VARIABLE}=1 to try it" if release >= TOO_NEW and not missing else ""
+        return f"xfuser {text} is not supported{lacks}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{or_else}"
+    return None
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------
@@ -336,7 +334,14 @@ def _use(mesh: Mesh, given: TorusArgs) -> None:
     if why_xdit is None:
         original = importlib.import_module("xfuser.model_executor.layers.usp").USP
         original = getattr(original, "__wrapped__", original)
-        _session.usp = usp.TorusUSP(original=original, host=_XditHost(), mesh=mesh, strict=given.strict, log=_log)
+        _session.usp = usp.TorusUSP(
+            original=original,
+            host=_XditHost(),
+            mesh=mesh,
+            strict=given.strict,
+            log=_log,
+            check=given.check == "first",
+        )
     else:
         _session.usp = None
     usp.activate(_session.usp)
@@ -365,6 +370,11 @@ def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
         original()
 
     return destroy_model_parallel
+
+
+def forget_flags() -> None:
+    """No flags are in force until ``settle`` or ``start`` says so. Idempotent."""
+    _session.args = None
 
 
 def leave_groups() -> None:

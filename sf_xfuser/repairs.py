@@ -76,7 +76,7 @@ def hooks(in_force: Callable[[], bool], log: Callable[[str], None]) -> tuple[Hoo
             text = 0 if kwargs.get("joint_strategy") else _now.text
             if text:
                 note("text that the ranks do not divide is passed to USP once, not once per rank")
-                parts = [tensor.split([text, tensor.shape[2] - text], dim=2) for tensor in (query, key, value)]
+                parts = [torch.split(tensor, [text, tensor.shape[2] - text], dim=2) for tensor in (query, key, value)]
                 joint, (query, key, value) = zip(*parts, strict=True)
                 kwargs |= dict(zip(("joint_query", "joint_key", "joint_value"), joint, strict=True))
                 kwargs["joint_strategy"] = "front"

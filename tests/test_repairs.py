@@ -30,7 +30,7 @@ STALE = ["--pipefusion_parallel_degree", "2", "--warmup_steps", "1", "--num_infe
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """``degrees``: xDiT's own; ``topology``: for torus. ``says``: of the hooks; ``raises``: xDiT's error as installed."""
+    """``degrees``: xDiT's own; ``topology``: for torus. ``says``: the hooks; ``raises``: xDiT's error as installed."""
 
     model: str
     text: int
@@ -240,7 +240,7 @@ except Given as given:
 
 
 def test_options_and_imports(patched_xdit):
-    """Patches alone: the HTTP service's ring_degree, options with dashes, the import that yunchang 0.6.4 cannot serve."""
+    """Patches alone: the HTTP service's ring_degree, options with dashes, an import from yunchang 0.6.4."""
     said = {}
     for name, folder in {"installed": Path(find_spec("xfuser").origin).parents[1], "patched": patched_xdit}.items():
         code = SMALL.replace("SCRIPT", repr(str(folder / "entrypoints" / "launch.py")))

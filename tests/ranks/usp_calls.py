@@ -5,6 +5,7 @@ Prints ``@@case|rank|max abs difference|served or handed back with its reason@@`
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import torch
@@ -16,7 +17,7 @@ from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_ran
 from xfuser.core.distributed.attention_backend import AttentionBackendType
 from xfuser.model_executor.layers import usp
 
-import sf_xfuser
+import sf_xfuser.usp
 
 B, H, D = 2, 8, 16
 JOINT = 5
@@ -52,12 +53,15 @@ def cases():
     yield "shorter keys", tensors(kv_tokens=4), {}
     yield "joint front", tensors(), joint("front")
     yield "joint rear", tensors(), joint("rear")
-    yield "repeated kv heads", tensors(kv_heads=4), {"kv_head_repeat": 2}
-    yield "repeated kv heads combined", tensors(kv_heads=4), {"kv_head_repeat": 2, "combine_qkv_a2a": True}
+    if "kv_head_repeat" in inspect.signature(usp.USP.__wrapped__).parameters:  # from xfuser 0.7 on
+        yield "repeated kv heads", tensors(kv_heads=4), {"kv_head_repeat": 2}
+        yield "repeated kv heads combined", tensors(kv_heads=4), {"kv_head_repeat": 2, "combine_qkv_a2a": True}
     yield "combined", tensors(), {"combine_qkv_a2a": True}
     yield "backend named", tensors(), {"backend": AttentionBackendType.SDPA_FLASH}
-    yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
+    if hasattr(get_cache_manager(), "has_cache_entry"):  # from xfuser 0.7 on; before, each layer given had to have one
+        yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
+    yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
     yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
     if get_runtime_state().parallel_config.ring_degree == 1:
         yield "causal", tensors(), {"is_causal": True}
@@ -73,7 +77,22 @@ def cases():
     get_runtime_state().num_pipeline_patch = 1
 
 
+def swap_two_rows(torus_attention):
+    """A wrong torus: on rank 2 the first two tokens of one head are each other's."""
+
+    def wrong(*args, **kwargs):
+        out = torus_attention(*args, **kwargs)
+        if dist.get_rank() == 2:
+            out[0, 1, [0, 1]] = out[0, 1, [1, 0]]
+        return out
+
+    return wrong
+
+
 def main() -> None:
+    if "--wrong" in sys.argv:
+        sys.argv.remove("--wrong")
+        sf_xfuser.usp.torus_attention = swap_two_rows(sf_xfuser.usp.torus_attention)
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
     engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *sys.argv[1:]])).create_config()
     runtime_state._RUNTIME = AnyRuntimeState(engine_config)
@@ -91,6 +110,9 @@ def main() -> None:
         difference = (out - expected).abs().max().item()
         how = "served" if served() > before else sf_xfuser.explain().splitlines()[-1]
         print(f"@@{name}|{dist.get_rank()}|{difference}|{how}@@", flush=True)
+    if "--sp-check" in sys.argv:
+        line = next(line for line in sf_xfuser.explain().splitlines() if line.startswith("--sp-check"))
+        print(f"@@checks|{dist.get_rank()}|0|{line}@@", flush=True)
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
 
