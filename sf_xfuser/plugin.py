@@ -112,8 +112,17 @@ def hook_states() -> list[tuple[Hook, str]]:
 
 
 def _hooks() -> tuple[Hook, ...]:
-    repaired = repairs.hooks(lambda: _session.args is not None, _log)
+    repaired = repairs.hooks(lambda: _session.args is not None, _log) if _xdit_version()[1] >= (0, 7) else ()
     return (*HOOKS, *repaired, *(platform_cpu.HOOKS if platform_cpu.needed() else ()))
+
+
+def _xdit_version() -> tuple[str, tuple[int, ...]]:
+    """As text and as numbers. A source tree names none: only its features can be checked, so it counts as the oldest."""
+    try:
+        text = importlib.metadata.version("xfuser")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a source tree)", OLDEST
+    return text, tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
 def import_hooked_modules() -> dict[str, str]:
@@ -136,11 +145,7 @@ def unsupported() -> str | None:
     for package in ("xfuser", "yunchang", "diffusers"):
         if importlib.util.find_spec(package) is None:
             return f"package {package} is missing: pip install {package}"
-    try:
-        text = importlib.metadata.version("xfuser")
-        release = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
-    except importlib.metadata.PackageNotFoundError:  # a source tree: only the features can be checked
-        text, release = "(a source tree)", OLDEST
+    text, release = _xdit_version()
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
     if missing or release < OLDEST or (release >= TOO_NEW and not sp_args.untested_allowed()):
         lacks = f", where {', '.join(missing)} is not found" if missing else ""
