@@ -117,7 +117,7 @@ def _hooks() -> tuple[Hook, ...]:
 
 
 def _xdit_version() -> tuple[str, tuple[int, ...]]:
-    """As text and as numbers. A source tree names none: only its features can be checked, so it counts as the oldest."""
+    """As text and as numbers. A source tree names none: it counts as the oldest, and its features alone are checked."""
     try:
         text = importlib.metadata.version("xfuser")
     except importlib.metadata.PackageNotFoundError:

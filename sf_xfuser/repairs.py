@@ -2,7 +2,8 @@
 
 Each is also a patch against xDiT, in ``patches/0.7.0/repairs``; ``patches/README.md`` lists them, with those that are
 patches alone. Without ``--sp-backend`` every wrapper calls the original and nothing else: xDiT then gives its own
-result. Older versions of xDiT get none of them. A repair says so once, when a call first needs it, and ``explain()`` lists those that were used.
+result. Older versions of xDiT get none of them. A repair says so once, when a call first needs it, and ``explain()``
+lists those that were used.
 
 ``_Now`` is the call under way. Transformers note in it what their attention calls have to know: xDiT's ``USP`` gets
 ``[B, H, S, D]`` tensors and no word on which tokens of S are text or padding.
