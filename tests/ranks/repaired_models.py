@@ -18,7 +18,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from sf_xfuser.tiny_models import _enliven, _image_vae
+from sf_xfuser.tiny_models import image_vae, unit_gain
 
 HEADS = {"num_attention_heads": 8, "attention_head_dim": 16}
 TEXT = 32  # width of text embeddings
@@ -42,7 +42,7 @@ def latte_pipeline() -> LattePipeline:
         norm_elementwise_affine=False, caption_channels=TEXT, video_length=4)  # fmt: skip
     scheduler = DDIMScheduler(prediction_type="v_prediction")
     return LattePipeline(
-        tokenizer=None, text_encoder=None, vae=_image_vae(), scheduler=scheduler, transformer=transformer
+        tokenizer=None, text_encoder=None, vae=image_vae(), scheduler=scheduler, transformer=transformer
     )
 
 
@@ -57,7 +57,7 @@ def save(family: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = BUILDERS[family]()
-        _enliven(getattr(model, "transformer", model))
+        unit_gain(getattr(model, "transformer", model))
     model.save_pretrained(folder)
     (folder / "small_input.json").write_text("{}")
     return folder
