@@ -83,26 +83,36 @@ class TorusArgs:
         """The planning rule that ``plan`` names; "auto" where it names degrees."""
         return self.plan if self.plan in _PLAN_NAMES else "auto"
 
+    def to_mapping(self) -> dict[str, Any]:
+        """The value as parsed arguments hold it: the inverse of :func:`from_mapping`."""
+        return {f"sp_{name}": value for name, value in asdict(self).items()}
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--sp-*`` to ``parser``, each spelled with dashes and with underscores."""
-    group = parser.add_argument_group("Sequence-parallel backend (sf-xfuser)")
+    add_options(parser.add_argument_group("Sequence-parallel backend (sf-xfuser)"), backend=True)
+
+
+def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
+    """As :func:`add_arguments`; ``backend=False`` where xDiT itself has ``--sp_backend``."""
 
     def add(name: str, **options: Any) -> None:
         # xDiT's parser rewrites dashes to underscores and looks the result up; a plain ArgumentParser does not.
         group.add_argument(f"--sp-{name}", f"--sp_{name}", dest=f"sp_{name}", **options)
 
-    add(
-        "backend",
-        choices=BACKENDS,
-        default=None,
-        help="How attention runs across the ranks of a sequence-parallel group: torus = Torus Attention (Ulysses "
-        "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code with the degrees filled in; "
-        "auto = torus where it crosses machines with fewer bytes, else usp. Without this flag xDiT is untouched.",
-    )
+    if backend:
+        add(
+            "backend",
+            choices=BACKENDS,
+            default=None,
+            help="How attention runs across the ranks of a sequence-parallel group: torus = Torus Attention (Ulysses "
+            "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code with the degrees filled "
+            "in; auto = torus where it crosses machines with fewer bytes, else usp. Without this flag xDiT is "
+            "untouched.",
+        )
     add(
         "plan",
         default="auto",

@@ -26,7 +26,8 @@ class Hook:
     ``name`` is dotted below the module (``"xFuserArgs.create_config"``). ``wrap`` receives the original (for a
     ``staticmethod`` or ``classmethod``: the plain function inside it) and returns the replacement. ``sweep`` also
     rebinds the same object where other modules of the host hold it by ``from ... import``. ``required=False`` marks
-    an attribute that some supported versions do not have.
+    an attribute that some supported versions do not have. ``native`` names an attribute of the module that is there
+    where the host does by itself what this hook is for: the hook is then not applied.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Hook:
     remove_when: str
     sweep: bool = False
     required: bool = True
+    native: str | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class HookSet:
     roots: tuple[str, ...] = ("xfuser",)
     _undo: dict[Hook, list[_Undo]] = field(default_factory=dict)
     _missing: set[Hook] = field(default_factory=set)
+    _native: set[Hook] = field(default_factory=set)
     _finder: _PostImportFinder | None = None
 
     @property
@@ -91,13 +94,17 @@ class HookSet:
                     for owner, attribute in _holders(self.roots, undo.replacement):
                         setattr(owner, attribute, _unwrap_descriptor(undo.original))
         self._missing.clear()
+        self._native.clear()
 
     def state(self, hook: Hook) -> str:
-        """``"applied"``, ``"pending"`` (module not imported yet), ``"missing"`` (attribute not found) or ``"off"``."""
+        """``"applied"``, ``"pending"`` (module not imported yet), ``"missing"`` (attribute not found), ``"native"``
+        (not applied, because the host does it by itself) or ``"off"``."""
         if not self.installed:
             return "off"
         if hook in self._undo:
             return "applied"
+        if hook in self._native:
+            return "native"
         return "missing" if hook in self._missing else "pending"
 
     def _module_imported(self, module: ModuleType) -> None:
@@ -106,6 +113,9 @@ class HookSet:
                 self._apply(hook, module)
 
     def _apply(self, hook: Hook, module: ModuleType) -> None:
+        if hook.native is not None and hasattr(module, hook.native):
+            self._native.add(hook)
+            return
         *path, attribute = hook.name.split(".")
         owner: Any = module
         for part in path:

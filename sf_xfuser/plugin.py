@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sf_xfuser import args as sp_args
-from sf_xfuser import launch, platform_cpu, usp
+from sf_xfuser import launch, platform_cpu, repairs, usp
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.all_to_all import MeshAllToAll4D
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
@@ -76,6 +76,7 @@ def disable() -> None:
     usp.activate(None)
     for name, value in vars(_Session()).items():
         setattr(_session, name, value)
+    repairs.used.clear()
 
 
 def explain() -> str:
@@ -99,6 +100,7 @@ def explain() -> str:
         lines += [f"handed back to xDiT {n} times: {why}" for why, n in _session.usp.handed_back.items()]
     elif _session.mesh is not None:
         lines.append(f"attention runs xDiT's own code: {_why_xdit(_session.args, _session.mesh)}")
+    lines += [f"repaired in xDiT: {what}" for what in repairs.used]
     return "\n".join(lines)
 
 
@@ -110,7 +112,17 @@ def hook_states() -> list[tuple[Hook, str]]:
 
 
 def _hooks() -> tuple[Hook, ...]:
-    return (*HOOKS, *platform_cpu.HOOKS) if platform_cpu.needed() else HOOKS
+    repaired = repairs.hooks(lambda: _session.args is not None, _log) if _xdit_version()[1] >= (0, 7) else ()
+    return (*HOOKS, *repaired, *(platform_cpu.HOOKS if platform_cpu.needed() else ()))
+
+
+def _xdit_version() -> tuple[str, tuple[int, ...]]:
+    """As text and as numbers. A source tree names none: it counts as the oldest, and its features alone are checked."""
+    try:
+        text = importlib.metadata.version("xfuser")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a source tree)", OLDEST
+    return text, tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
 def import_hooked_modules() -> dict[str, str]:
@@ -133,11 +145,7 @@ def unsupported() -> str | None:
     for package in ("xfuser", "yunchang", "diffusers"):
         if importlib.util.find_spec(package) is None:
             return f"package {package} is missing: pip install {package}"
-    try:
-        text = importlib.metadata.version("xfuser")
-        release = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
-    except importlib.metadata.PackageNotFoundError:  # a source tree: only the features can be checked
-        text, release = "(a source tree)", OLDEST
+    text, release = _xdit_version()
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
     if missing or release < OLDEST or (release >= TOO_NEW and not sp_args.untested_allowed()):
         lacks = f", where {', '.join(missing)} is not found" if missing else ""
@@ -181,6 +189,8 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
         given = _session.command_line or sp_args.args_from_environment()
         if given is not None:
             setattr(self, _MARK, given)
+            if hasattr(self, "sp_backend"):  # xDiT's own field
+                self.sp_backend, self.sp_backend_options = given.backend, given.to_mapping()
 
     return __init__
 
@@ -209,14 +219,23 @@ def _wrap_create_config(original: Callable[..., Any]) -> Callable[..., Any]:
         _session.args = given
         if given is None:
             return original(self)
-        if (problem := unsupported()) is not None:
-            raise RuntimeError(f"--sp-backend {given.backend}: {problem}")
-        _fill_degrees(self)
+        settle(self, given)
         engine_config, input_config = original(self)
         setattr(engine_config.parallel_config.sp_config, _MARK, given)
         return engine_config, input_config
 
     return create_config
+
+
+def settle(xfuser_args: Any, given: TorusArgs) -> None:
+    """``given`` are in force in this process; fill or check the degrees of ``xfuser_args``. Raises ValueError, and
+    RuntimeError where this xDiT is not supported."""
+    setattr(xfuser_args, _MARK, given)
+    _session.args = given
+    repairs.used.clear()
+    if (problem := unsupported()) is not None:
+        raise RuntimeError(f"--sp-backend {given.backend}: {problem}")
+    _fill_degrees(xfuser_args)
 
 
 def _wrap_get_nproc(original: Callable[..., int]) -> Callable[..., int]:
@@ -246,19 +265,24 @@ def _wrap_check_distributed_env(original: Callable[..., None]) -> Callable[..., 
 
     @functools.wraps(original)
     def _check_distributed_env(self: Any, parallel_config: Any) -> None:
-        import torch.distributed as dist
-        from xfuser.core.distributed import model_parallel_is_initialized
-
-        carried = getattr(parallel_config.sp_config, _MARK, None)
-        if carried is not None:
-            _session.args = carried
-        if _session.args is not None and dist.is_initialized() and not model_parallel_is_initialized():
-            # Ranks that make different process groups would wait for each other for half an hour.
-            degrees = {f"{name}_degree": getattr(parallel_config, f"{name}_degree") for name in _DEGREES}
-            Agreement.of_world(_session.args.timeout).require_same("parallel degrees", degrees)
+        start(parallel_config, getattr(parallel_config.sp_config, _MARK, None))
         original(self, parallel_config)
 
     return _check_distributed_env
+
+
+def start(parallel_config: Any, carried: TorusArgs | None) -> None:
+    """``carried`` (None: what is in force already) are in force; ranks compare their degrees. Collective over the world
+    unless xDiT's groups exist. Raises ValueError, alike on all ranks."""
+    import torch.distributed as dist
+    from xfuser.core.distributed import model_parallel_is_initialized
+
+    if carried is not None:
+        _session.args = carried
+    if _session.args is not None and dist.is_initialized() and not model_parallel_is_initialized():
+        # Ranks that make different process groups would wait for each other for half an hour.
+        degrees = {f"{name}_degree": getattr(parallel_config, f"{name}_degree") for name in _DEGREES}
+        Agreement.of_world(_session.args.timeout).require_same("parallel degrees", degrees)
 
 
 def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,32 +295,40 @@ def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_model_parallel_group(
         group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
     ) -> Any:
-        given = _session.args
-        if parallel_mode == "sequence" and given is not None and len(group_ranks[0]) == 1:
-            _log(f"--sp-backend {given.backend} has nothing to do: each sequence-parallel group is one rank")
-        if parallel_mode != "sequence" or given is None or len(group_ranks[0]) == 1:
-            return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
-        import torch.distributed as dist
-        from yunchang.globals import PROCESS_GROUP
+        if parallel_mode == "sequence" and _session.args is not None:
+            from yunchang.globals import PROCESS_GROUP
 
-        mesh_args = replace(given, plan="usp") if given.backend in XDIT_BACKENDS else given
-        mesh = build_mesh(
-            group_ranks,
-            mesh_args,
-            heads=_session.model.heads if _session.model else None,
-            kv_heads=_session.model.kv_heads if _session.model else None,
-            ulysses_degree=dist.get_world_size(kwargs["ulysses_group"]),
-            ring_degree=dist.get_world_size(kwargs["ring_group"]),
-            backend=backend,
-        )
-        # One object, imported by name in several modules of xDiT: mutate it, never rebind it.
-        PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = mesh.ulysses_group, mesh.ring_group
-        kwargs |= {"ulysses_group": mesh.ulysses_group, "ring_group": mesh.ring_group}
-        coordinator = original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
-        _use(mesh, given)
-        return coordinator
+            # One object, imported by name in several modules of xDiT: mutate it, never rebind it.
+            groups = build_groups(group_ranks, backend, **kwargs)
+            PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = groups
+            kwargs = dict(zip(("ulysses_group", "ring_group"), groups, strict=True))
+        return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
 
     return init_model_parallel_group
+
+
+def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any) -> tuple[Any, Any]:
+    """The mesh of this process, in force from now on: its Ulysses and Ring groups in place of those given.
+
+    Collective over the world. Needs flags in force (``settle``, ``start``)."""
+    import torch.distributed as dist
+
+    given = _session.args
+    assert given is not None
+    if len(group_ranks[0]) == 1:
+        _log(f"--sp-backend {given.backend} has nothing to do: each sequence-parallel group is one rank")
+        return ulysses_group, ring_group
+    mesh = build_mesh(
+        group_ranks,
+        replace(given, plan="usp") if given.backend in XDIT_BACKENDS else given,
+        heads=_session.model.heads if _session.model else None,
+        kv_heads=_session.model.kv_heads if _session.model else None,
+        ulysses_degree=dist.get_world_size(ulysses_group),
+        ring_degree=dist.get_world_size(ring_group),
+        backend=backend,
+    )
+    _use(mesh, given)
+    return mesh.ulysses_group, mesh.ring_group
 
 
 def _use(mesh: Mesh, given: TorusArgs) -> None:
@@ -339,13 +371,23 @@ def _why_xdit(given: TorusArgs, mesh: Mesh) -> str | None:
 def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def destroy_model_parallel() -> None:
-        if _session.mesh is not None:
-            _session.mesh.close()
-        _session.mesh = _session.usp = _session.all_to_all = None
-        usp.activate(None)
+        leave_groups()
         original()
 
     return destroy_model_parallel
+
+
+def forget_flags() -> None:
+    """No flags are in force until ``settle`` or ``start`` says so. Idempotent."""
+    _session.args = None
+
+
+def leave_groups() -> None:
+    """The mesh of this process is closed, and nothing uses it any more. Idempotent."""
+    if _session.mesh is not None:
+        _session.mesh.close()
+    _session.mesh = _session.usp = _session.all_to_all = None
+    usp.activate(None)
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -354,11 +396,14 @@ def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
 def _wrap_usp(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def USP(*args: Any, **kwargs: Any) -> Any:
-        if _session.usp is None:
-            return original(*args, **kwargs)
-        return _session.usp(*args, **kwargs)
+        return attend(original, *args, **kwargs)
 
     return USP
+
+
+def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Attention as the mesh in force runs it, else as ``original``, which is xDiT's USP, does."""
+    return (_session.usp or original)(*args, **kwargs)
 
 
 def _wrap_all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -405,15 +450,20 @@ class _XditHost:
 def _wrap_check_backend(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _check_if_backend_compatible_with_current_configuration(self: Any, attention_backend: Any) -> None:
-        if _session.usp is not None and attention_backend.name not in usp.LSE_BACKENDS:
-            raise RuntimeError(
-                f"attention backend {attention_backend.name} returns no log-sum-exp, which --sp-backend "
-                f"{_session.args.backend if _session.args else 'torus'} needs to merge partial results; use "
-                f"--attention_backend with one of {', '.join(sorted(usp.LSE_BACKENDS))}"
-            )
+        require_lse(attention_backend)
         original(self, attention_backend)
 
     return _check_if_backend_compatible_with_current_configuration
+
+
+def require_lse(attention_backend: Any) -> None:
+    """Raises RuntimeError where Torus Attention cannot use this member of xDiT's ``AttentionBackendType``."""
+    if _session.usp is not None and attention_backend.name not in usp.LSE_BACKENDS:
+        raise RuntimeError(
+            f"attention backend {attention_backend.name} returns no log-sum-exp, which --sp-backend "
+            f"{_session.args.backend if _session.args else 'torus'} needs to merge partial results; use "
+            f"--attention_backend with one of {', '.join(sorted(usp.LSE_BACKENDS))}"
+        )
 
 
 def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -423,22 +473,27 @@ def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     def _select_attention_backend(self: Any, engine_config: Any = None) -> Any:
         chosen = original(self, engine_config)
         named = engine_config is not None and engine_config.runtime_config.attention_backend
-        if _session.usp is None or named or chosen.name in usp.LSE_BACKENDS:
-            return chosen
-        import torch
-        from xfuser.envs import PACKAGES_CHECKER
-
-        have = PACKAGES_CHECKER.get_packages_info()
-        if have.get("has_flash_attn_3"):
-            name = "FLASH_3"
-        elif torch.cuda.is_available() and torch.version.hip is None and torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
-            name = "CUDNN"
-        else:
-            name = "FLASH" if have.get("has_flash_attn") else "SDPA_FLASH"
-        _log(f"attention backend {name} instead of {chosen.name}, which returns no log-sum-exp")
-        return type(chosen)[name]
+        return chosen if named else with_lse(chosen)
 
     return _select_attention_backend
+
+
+def with_lse(chosen: Any) -> Any:
+    """``chosen``, or the member of xDiT's ``AttentionBackendType`` that Torus Attention can use in its place."""
+    if _session.usp is None or chosen.name in usp.LSE_BACKENDS:
+        return chosen
+    import torch
+    from xfuser.envs import PACKAGES_CHECKER
+
+    have = PACKAGES_CHECKER.get_packages_info()
+    if have.get("has_flash_attn_3"):
+        name = "FLASH_3"
+    elif torch.cuda.is_available() and torch.version.hip is None and torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+        name = "CUDNN"
+    else:
+        name = "FLASH" if have.get("has_flash_attn") else "SDPA_FLASH"
+    _log(f"attention backend {name} instead of {chosen.name}, which returns no log-sum-exp")
+    return type(chosen)[name]
 
 
 def _log(message: str) -> None:
@@ -457,10 +512,21 @@ _UNTIL_UPSTREAM = "xDiT has a dispatch point for sequence-parallel backends and 
 _ARGS = "xfuser.config.args"
 _RUNTIME = "xfuser.core.distributed.runtime_state"
 _GROUPS = "xfuser.core.distributed.parallel_state"
+_USP = "xfuser.model_executor.layers.usp"
+
+# What a module holds where xDiT has the dispatch point of patches/: native.py then serves it, and not these hooks.
+_NATIVE = {
+    _ARGS: "find_sp_backend",
+    _RUNTIME: "get_sp_backend",
+    _GROUPS: "get_sp_backend",
+    _USP: "dispatch_to_sp_backend",
+    "xfuser.cli": "get_sp_backend_from_args",
+}
 
 
 def _hook(module: str, name: str, wrap: Callable[[Any], Any], why: str, **options: Any) -> Hook:
-    return Hook(module=module, name=name, wrap=wrap, why=why, **{"remove_when": _UNTIL_UPSTREAM, **options})
+    defaults = {"remove_when": _UNTIL_UPSTREAM, "native": _NATIVE.get(module)}
+    return Hook(module=module, name=name, wrap=wrap, why=why, **{**defaults, **options})
 
 
 HOOKS: tuple[Hook, ...] = (
@@ -488,6 +554,7 @@ HOOKS: tuple[Hook, ...] = (
         "xFuserArgs.__init__",
         _wrap_init,
         "scripts that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
+        native=None,
     ),
     _hook(
         _ARGS,
@@ -531,7 +598,7 @@ HOOKS: tuple[Hook, ...] = (
         "the one gate that every choice of attention backend passes: a backend without log-sum-exp is refused here",
     ),
     _hook(
-        "xfuser.model_executor.layers.usp",
+        _USP,
         "USP",
         _wrap_usp,
         "the attention call of every sequence-parallel transformer; models bind this name when they are imported",

@@ -16,10 +16,10 @@ ROWS = [
     {"call", "simulate", "presets"},
     {"models", "planner"},
     {"buffers", "drop_in"},
-    {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu"},
+    {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
     {"usp", "long_context", "context_parallel"},
     {"plugin"},
-    {"doctor"},
+    {"native", "doctor"},
     {"bench"},
     {"cli"},
 ]

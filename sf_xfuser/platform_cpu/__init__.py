@@ -193,6 +193,7 @@ def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
 _ENVS = "xfuser.envs"
 _COORDINATOR = "xfuser.core.distributed.group_coordinator"
 _NO_CPU_IN_XDIT = "xDiT names a CPU device itself (envs.get_device_version and its neighbours stop raising)"
+_NATIVE = "_is_cpu"  # of xfuser.envs, where it names the CPU (patches/)
 _NO_GLOO_IN_XDIT = "xDiT's PipelineGroupCoordinator keeps the Work of its sends and does not wait for handshakes"
 
 _PROCESS_GROUP_HOLDERS = (
@@ -224,6 +225,7 @@ HOOKS: tuple[Hook, ...] = (
             sweep=True,
             why=f"envs.py: {name} asks how PyTorch was built, not whether there is a GPU",
             remove_when=_NO_CPU_IN_XDIT,
+            native=_NATIVE,
         )
         for name in ("_is_cuda", "_is_hip")
     ),
@@ -234,6 +236,7 @@ HOOKS: tuple[Hook, ...] = (
         sweep=True,
         why="envs.py: raises NotImplementedError without an accelerator, and config/config.py asks at import",
         remove_when=_NO_CPU_IN_XDIT,
+        native=_NATIVE,
     ),
     Hook(
         module=_ENVS,
@@ -242,6 +245,7 @@ HOOKS: tuple[Hook, ...] = (
         sweep=True,
         why="envs.py: raises NotImplementedError without an accelerator; parallel_state.py asks it for the backend",
         remove_when=_NO_CPU_IN_XDIT,
+        native=_NATIVE,
     ),
     Hook(
         module=_ENVS,

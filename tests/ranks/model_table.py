@@ -43,11 +43,11 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class But:
-    """What differs for one size of input, or for one way to split the ranks. ``why`` stands in the README.
+    """What differs for one size of input, one way to split the ranks, or one of both. ``why`` stands in the README.
 
     ``xdit``: xDiT's own result differs from that of one process, and torus equals xDiT's. ``handed back``: torus hands
-    the calls to xDiT's USP, and ``says`` is the reason it logs. ``fails``: xDiT raises on every rank, with and
-    without torus; ``says`` is its error. ``never``: not run, because xDiT's ranks would wait for each other.
+    the calls to xDiT's USP, and ``says`` is the reason it logs. ``fails``: every rank raises, with and without torus;
+    ``says`` is the error. ``never``: not run, because xDiT's ranks would wait for each other.
     """
 
     kind: Literal["xdit", "handed back", "fails", "never"]
@@ -60,10 +60,9 @@ class Model:
     """One row: a model of diffusers, and what runs it in xDiT.
 
     ``wrapper`` is ``module:class`` below ``xfuser.model_executor.models.transformers``, or the name of a pipeline.
-    ``call(size)`` gives the arguments. ``but``: exceptions by size, by case, or for ``"all"``; without one, torus
-    serves
-    every call and equals diffusers in one process. ``split`` names arguments that xDiT's pipeline cuts before the
-    wrapper where the ranks divide them, with the dimension; ``"output"`` is put together again.
+    ``call(size)`` gives the arguments. ``but``: exceptions by ``"case size"``, case, size, or for ``"all"``; without
+    one, torus serves every call and equals diffusers in one process. ``split`` names arguments that xDiT's pipeline
+    cuts before the wrapper where the ranks divide them, with the dimension; ``"output"`` is put together again.
     ``prepare(model, state, size)`` does what else the pipeline or the runner does first.
     """
 
@@ -84,7 +83,8 @@ class Model:
         return self.wrapper.endswith("Pipeline")
 
     def exception(self, case: str, size: str) -> But | None:
-        return self.but.get("all") or self.but.get(case) or self.but.get(size)
+        keys = ("all", f"{case} {size}", case, size)
+        return next((self.but[key] for key in keys if key in self.but), None)
 
     def save(self, folder: Path) -> None:
         """Write the model with fixed random weights under ``folder``: a transformer, or a pipeline."""
@@ -400,8 +400,10 @@ MODELS = (
         prepare=lambda model, state, size: state.set_input_parameters(
             batch_size=1, num_inference_steps=1, max_condition_sequence_length=size.text),
         but={
-            "text 13": ONCE,
-            "odd": But(kind="fails", why="xDiT misnames its padding function", says="_pad_to_sp_divisible"),
+            "2x2 odd": But(kind="fails", why="padding needs Ulysses over all ranks", says="needs ring_degree=1"),
+            "odd": But(
+                kind="handed back", why="padded keys", says="attention_kwargs['valid_kv_len'] needs keys in order"
+            ),
         },
     ),
     Model(
@@ -476,7 +478,7 @@ MODELS = (
         build=lambda: diffusers.QwenImageTransformer2DModel(
             **HAS_HEADS, num_layers=2, joint_attention_dim=TEXT, axes_dims_rope=(4, 6, 6)),
         call=qwen_call,
-        but={"text 13": PADDING, "odd": PADDING},
+        but={"odd": PADDING},
     ),
     Model(
         name="Z-Image",
@@ -581,12 +583,7 @@ MODELS = (
                 patch_size=2, activation_fn="gelu-approximate", norm_type="ada_norm_single", num_embeds_ada_norm=1000,
                 norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=TEXT, video_length=4)),
         call=latte_call,
-        but={
-            "odd": HEIGHT,
-            **dict.fromkeys(
-                ("even", "text 13"), But(kind="xdit", why="xDiT attends across frames as if they were split over ranks")
-            ),
-        },
+        but={"odd": HEIGHT},
     ),
     Model(
         name="ConsisID",

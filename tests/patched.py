@@ -1,0 +1,29 @@
+"""Copies of the installed xDiT with the patch series of ``patches/0.7.0``; the installed one is never touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+SERIES = Path(__file__).parents[1] / "patches" / "0.7.0"
+
+
+def copy_of_xdit(folder: Path, *series: str) -> Path:
+    """A copy of what the xfuser wheel installed, with ``series`` applied in this order."""
+    installed = Path(find_spec("xfuser").submodule_search_locations[0]).parent
+    for name in ("xfuser", "entrypoints", "docs"):
+        shutil.copytree(installed / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in series:
+        patches = sorted(SERIES.glob(f"{name}/*.patch"))
+        assert patches
+        for patch in patches:
+            for check in (["--check"], []):
+                command = ["git", "apply", *check, str(patch)]
+                # Not inside the repository around tmp_path, if there is one: git would skip what lies outside of it.
+                environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+                assert done.returncode == 0, f"{patch.name}: {done.stderr}"
+    return folder

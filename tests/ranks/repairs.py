@@ -1,0 +1,76 @@
+"""What xDiT 0.7 computes wrongly, case by case, on ranks. Usage: repairs.py CASES.json
+
+CASES.json maps names to argument lists of run_pipeline.py, whose families flux and sd3 are served here too; flux2,
+qwen and latte are those of repaired_models.py. A case that raises is reported by every rank, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import run_pipeline  # the directory of a script is on its path
+import torch
+import torch.distributed as dist
+from diffusers import QwenImageTransformer2DModel
+from repaired_models import BUILDERS, OPTIONS, inputs
+from run_pipelines import destroy_model_parallel
+
+import sf_xfuser
+
+
+@torch.no_grad()
+def run_rank(arguments: Any) -> None:
+    """As run_pipeline.run_rank, for the families of repaired_models.py."""
+    import xfuser
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import initialize_runtime_state
+    from xfuser.model_executor.models.transformers import transformer_qwen
+
+    engine_config, _ = xFuserArgs.from_cli_args(arguments).create_config()
+    engine_config.runtime_config.dtype = torch.float32
+    family = arguments.family
+    if family == "qwen":
+        plain = QwenImageTransformer2DModel.from_pretrained(arguments.model)
+        initialize_runtime_state(SimpleNamespace(transformer=plain, vae_scale_factor=8), engine_config)
+        model = transformer_qwen.xFuserQwenImageTransformerWrapper.from_pretrained(
+            arguments.model, torch_dtype=torch.float32
+        )
+    else:
+        wrapper = {"flux2": xfuser.xFuserFlux2Pipeline, "latte": xfuser.xFuserLattePipeline}[family]
+        model = wrapper.from_pretrained(arguments.model, engine_config=engine_config, **OPTIONS)
+        model.set_progress_bar_config(disable=True)
+    result = model(**inputs(family, arguments.text_length, arguments.num_inference_steps))
+    held: list[torch.Tensor | None] = [None] * dist.get_world_size()
+    latents = result[0] if result else None
+    dist.all_gather_object(held, latents if isinstance(latents, torch.Tensor) else None)
+    if dist.get_rank() == 0:
+        by_rank = {rank: latents for rank, latents in enumerate(held) if latents is not None}
+        torch.save({"world_size": len(held), "latents": by_rank}, arguments.out)
+
+
+def main() -> None:
+    run_pipeline.FAMILIES = (*run_pipeline.FAMILIES, *BUILDERS)
+    for name, argv in json.loads(Path(sys.argv[1]).read_text()).items():
+        sys.argv = ["run_pipeline.py", *argv]
+        try:
+            arguments = run_pipeline.parse_arguments()
+            (run_rank if arguments.family in BUILDERS else run_pipeline.run_rank)(arguments)
+            text = f"ok|{sf_xfuser.explain()}"
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}|"
+        print(f"@<{name}|{dist.get_rank()}|{text}>@", flush=True)
+        if "--pipefusion_parallel_degree" in argv and not text.startswith("ok"):
+            raise SystemExit(1)  # another stage waits for this one
+        destroy_model_parallel()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
