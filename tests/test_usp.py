@@ -11,15 +11,20 @@ from tests.launch import torchrun
 
 SERVED = ("plain", "longer keys", "shorter keys", "joint front", "joint rear", "repeated kv heads",
           "repeated kv heads combined", "combined", "backend named", "attn_layer", "kwargs of None",
-          "cache entry without PipeFusion")  # fmt: skip
+          "cache entry without PipeFusion", "scheduled FLASH", "scheduled SDPA_FLASH")  # fmt: skip
+PADDED = ("valid_kv_len", "valid_kv_len of one rank", "valid_kv_len and joint")  # served where there is no ring
 HANDED_BACK = {
-    "valid_kv_len": "attention_kwargs['valid_kv_len'] needs keys in order",
+    "indices_k": "attention_kwargs['indices_k'] needs keys in order",
+    "extra Ulysses inputs": "attention_kwargs['ulysses_extra_inputs'] needs keys in order",
     "causal": "causal attention needs keys in order",
     "backend without lse": "attention backend SDPA returns no log-sum-exp",
     "mask": "attention_kwargs['attn_mask'] needs keys in order",
     "cache of PipeFusion": "PipeFusion's KV cache sits inside USP",
+    "fp8 communication": "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all",
 }
-RING_REFUSES = {"causal", "backend without lse", "mask"}  # xDiT's own ring cannot run these either
+WITH_A_RING = dict.fromkeys(PADDED[:2], "attention_kwargs['valid_kv_len'] counts keys of all ranks, and a ring sees")
+# xDiT's own ring cannot run these either
+RING_REFUSES = {"causal", "backend without lse", "mask", "extra Ulysses inputs"}
 
 
 def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
@@ -35,16 +40,17 @@ def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
 def test_equals_xdits_own(topology, ulysses, ring):
     found = calls("--sp-backend", "torus", "--sp-topology", topology, "--ulysses_degree", str(ulysses),
                   "--ring_degree", str(ring))  # fmt: skip
-    expected = {*SERVED, *HANDED_BACK} - (RING_REFUSES if ring > 1 else set())
-    assert set(found) == expected
+    handed_back = HANDED_BACK | (WITH_A_RING if ring > 1 else {})
+    served = {*SERVED, *(() if ring > 1 else PADDED)}
+    assert set(found) == {*served, *handed_back} - (RING_REFUSES if ring > 1 else set())
     for name, ranks in found.items():
         assert len(ranks) == 4, name
         for difference, how in ranks:
-            if name in SERVED:
+            if name in served:
                 assert how == "served", f"{name}: {how}"
                 assert difference <= 2e-6, f"{name}: {difference}"
             else:
-                assert HANDED_BACK[name] in how, f"{name}: {how}"
+                assert handed_back[name] in how, f"{name}: {how}"
                 assert difference == 0.0, f"{name}: {difference}"
 
 
@@ -54,4 +60,4 @@ def test_strict_raises_on_every_rank_and_before_any_communication():
         assert len(found[name]) == 4
         for difference, how in found[name]:
             assert math.isnan(difference) and "--sp-strict: torus cannot serve" in how and HANDED_BACK[name] in how
-    assert all(how == "served" for name in SERVED for _, how in found[name])
+    assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])

@@ -13,7 +13,8 @@ from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.cache_manager.cache_manager import get_cache_manager
 from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_rank, runtime_state
-from xfuser.core.distributed.attention_backend import AttentionBackendType
+from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+from xfuser.core.distributed.fp8_comms import Fp8CommsState
 from xfuser.model_executor.layers import usp
 
 import sf_xfuser
@@ -58,8 +59,13 @@ def cases():
     yield "backend named", tensors(), {"backend": AttentionBackendType.SDPA_FLASH}
     yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
-    yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
+    yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 17}}
+    yield "valid_kv_len of one rank", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
+    yield "indices_k", tensors(), {"attention_kwargs": {"indices_k": torch.arange(2 * 17)}}
     if get_runtime_state().parallel_config.ring_degree == 1:
+        yield "valid_kv_len and joint", tensors(), {"attention_kwargs": {"valid_kv_len": 17}, **joint("rear")}
+        extra = {"ulysses_extra_inputs": ("gate",), "gate": tensors(seed=1)[0]}
+        yield "extra Ulysses inputs", tensors(), {"attention_kwargs": extra}
         yield "causal", tensors(), {"is_causal": True}
         yield "backend without lse", tensors(), {"backend": AttentionBackendType.SDPA}
         mask = torch.ones(B, 1, 1, 12 * dist.get_world_size(), dtype=torch.bool)
@@ -71,6 +77,17 @@ def cases():
     get_runtime_state().num_pipeline_patch = 2
     yield "cache of PipeFusion", tensors(), {"attn_layer": cached}
     get_runtime_state().num_pipeline_patch = 1
+    get_runtime_state().fp8_comms = Fp8CommsState()
+    yield "fp8 communication", tensors(), {"attn_layer": layer}
+    get_runtime_state().fp8_comms = None
+    # Hybrid attention schedules change the backend from step to step. FLASH is not installed here; this stands for it.
+    seen, dense = [], ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.SDPA_FLASH]
+    ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.FLASH] = lambda *a, **kw: seen.append(1) or dense(*a, **kw)
+    for backend in (AttentionBackendType.FLASH, AttentionBackendType.SDPA_FLASH):
+        get_runtime_state().set_attention_backend(backend)
+        before = len(seen)
+        yield f"scheduled {backend.name}", tensors(), {}
+        assert (len(seen) > before + 1) == (backend is AttentionBackendType.FLASH), "torus ran another backend"
 
 
 def main() -> None:
