@@ -15,6 +15,7 @@ from typing import Any
 
 XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
 BACKENDS = (*XDIT_BACKENDS, "torus", "auto")
+CHECKS = ("off", "first")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
@@ -22,6 +23,7 @@ _PLAN_KEYS = ("torus", "ulysses", "ring")
 AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
 ARGS_VARIABLE = "SF_XFUSER_ARGS"
 MACHINE_VARIABLE = "SF_XFUSER_MACHINE"
+UNTESTED_VARIABLE = "SF_XFUSER_ALLOW_UNTESTED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,7 @@ class TorusArgs:
     in the first call, of shared memory where the ranks have it and TCP. A backend of xDiT's own uses it for yunchang's
     all-to-all, if it is named.
     ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
+    ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
     ``strict``: a call that cannot be served exactly raises instead of going to xDiT's own USP, or to yunchang's own
     all-to-all.
     """
@@ -44,6 +47,7 @@ class TorusArgs:
     topology: str = "auto"
     transport: str = "auto"
     timeout: float = 60.0
+    check: str = "off"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class TorusArgs:
             raise ValueError(f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {self.topology!r}")
         if self.transport not in TRANSPORTS:
             raise ValueError(f"--sp-transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+        if self.check not in CHECKS:
+            raise ValueError(f"--sp-check must be one of {', '.join(CHECKS)}, got {self.check!r}")
         if not self.timeout > 0:
             raise ValueError(f"--sp-timeout must be a positive number of seconds, got {self.timeout}")
 
@@ -126,6 +132,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="Longest wait for a chunk from another rank. Ranks may come to a call five times that apart. Default: 60",
     )
+    add(
+        "check",
+        choices=CHECKS,
+        default="off",
+        help="first: the first attention call of each shape also runs xDiT's own USP and is compared; where they "
+        "differ, all ranks go on with xDiT's, with a warning (with --sp-strict: an error). Not under torch.compile. "
+        "Default: off",
+    )
     add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")
 
 
@@ -189,6 +203,11 @@ def set_defaults(values: Mapping[str, str]) -> None:
 
 def autoload_wanted() -> bool:
     return os.environ.get(AUTOLOAD_VARIABLE, "1").lower() not in ("0", "false", "no", "off")
+
+
+def untested_allowed() -> bool:
+    """Whether an xfuser newer than the supported ones may be used, if every hook finds its place."""
+    return os.environ.get(UNTESTED_VARIABLE, "") == "1"
 
 
 def args_from_environment() -> TorusArgs | None:

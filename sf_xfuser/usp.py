@@ -5,13 +5,14 @@ Knows the contract of ``USP`` and nothing of where it lives: all that is asked o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from sf_xfuser.attention import torus_attention
+from sf_xfuser.attention import NO_GRADIENT, asks_gradient, torus_attention
 from sf_xfuser.drop_in import DropIn
 from sf_xfuser.kernels import AttendFunction
 
@@ -48,7 +49,14 @@ class TorusUSP(DropIn):
     owner = "xDiT's own USP"
     handing = "handed back to xDiT's own USP"
 
+    original: Callable[..., torch.Tensor]
     host: Host
+    check: bool = False
+    """Compare the first call of each shape with ``original``."""
+    checked: dict[Any, float] = field(default_factory=dict)
+    """By shape: how far the first call was from ``original``, in parts of what is allowed."""
+    wrong: str = ""
+    """What a check has found, from when on nothing is served."""
 
     def __call__(
         self,
@@ -74,12 +82,8 @@ class TorusUSP(DropIn):
         As USP does, the joint query is put in front of or behind the local one, and its output comes back with it.
         ``combine_qkv_a2a`` (one all-to-all instead of three) changes nothing here: chunks travel one by one.
         """
-        name = self.host.attention_backend(backend)
-        reason = self.why_not(
-            name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
-        )
-        if reason is not None:
-            self.note(reason)
+
+        def xdits() -> torch.Tensor:
             if kv_head_repeat != 1:
                 newer["kv_head_repeat"] = kv_head_repeat  # xDiT before 0.7 has no such parameter
             return self.original(
@@ -99,17 +103,33 @@ class TorusUSP(DropIn):
                 head_balance_layer=head_balance_layer,
                 **newer,
             )
+
+        name = self.host.attention_backend(backend)
+        reason = self.why_not(
+            name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
+        )
+        if reason is None and asks_gradient(query, key, value, joint_query, joint_key, joint_value):
+            reason = NO_GRADIENT
+        if reason is not None:
+            self.note(reason)
+            return xdits()
+        keys, values, rows = joint_key, joint_value, query
         if not joint_strategy:
-            joint_key = joint_value = None
+            keys = values = None
         elif joint_query is not None:
-            parts = (joint_query, query) if joint_strategy == "front" else (query, joint_query)
-            query = torch.cat(parts, dim=2)
+            rows = torch.cat((joint_query, query) if joint_strategy == "front" else (query, joint_query), dim=2)
         valid = (attention_kwargs or {}).get("valid_kv_len")
         if torch.compiler.is_compiling():
-            out: torch.Tensor = _torus_usp(query, key, value, joint_key, joint_value, joint_strategy or "", name, valid)
-            return out
+            compiled: torch.Tensor = _torus_usp(rows, key, value, keys, values, joint_strategy or "", name, valid)
+            return compiled
+        out = self.attend(rows, key, value, keys, values, joint_strategy or None, name, valid)
+        joint = (joint_strategy or None, None if keys is None else keys.shape)
+        shape = (rows.shape, key.shape, valid, joint, rows.dtype, name)
+        if self.check and shape not in self.checked and not self.agrees(shape, out, expected := xdits()):
+            self.note(self.wrong)
+            return expected
         self.served += 1
-        return self.attend(query, key, value, joint_key, joint_value, joint_strategy or None, name, valid)
+        return out
 
     def attend(
         self,
@@ -143,6 +163,43 @@ class TorusUSP(DropIn):
             joint_strategy=joint_strategy,
         )
 
+    def agrees(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether ``out`` is ``expected`` but for rounding, on all ranks. Collective.
+
+        The measure is the largest difference of a row (a token's head), as root mean square, in parts of that row's
+        size or of a typical one's. Results of two orders of summation share nearly all digits of their dtype, and a
+        row with a wrong chunk in it shares none: half the digits is the limit.
+        """
+        limit = torch.finfo(out.dtype).eps ** 0.5
+        rows, expected_rows = (x.detach().float() for x in (out, expected))
+        same = (rows == expected_rows) | (rows.isnan() & expected_rows.isnan())
+        off = torch.where(same, 0.0, rows - expected_rows).square().mean(-1).sqrt()
+        size = expected_rows.nan_to_num(0.0, 0.0, 0.0).square().mean(-1).sqrt()
+        size = torch.maximum(size, size.square().mean().sqrt())
+        worst = (
+            float((off / size.clamp_min(1e-30)).nan_to_num(float("inf"), float("inf")).max()) if out.numel() else 0.0
+        )
+        found: float = max(self.mesh.agreement.gather("first-call check", worst))
+        self.checked[shape] = found / limit
+        shared = (
+            f"a call of {list(out.shape)} differs from xDiT's own USP by {found:.2g} of a row (allowed: {limit:.2g})"
+        )
+        if found > limit:
+            self.wrong = f"--sp-check first: {shared}"
+            warnings.warn(f"{self.wrong}; from now on {self.owner} serves all calls", RuntimeWarning, stacklevel=2)
+        else:
+            self.log(f"--sp-check first: {shared}")
+        return not self.wrong
+
+    def check_line(self) -> str:
+        """What the checks found, as text."""
+        if not self.checked:
+            return "--sp-check first: no call has been compared with xDiT's own USP yet"
+        worst = max(self.checked.values())
+        return (
+            f"--sp-check first: {len(self.checked)} shape(s), at most {worst:.2g} times the difference that is allowed"
+        )
+
     def why_not(
         self,
         backend: str,
@@ -156,6 +213,8 @@ class TorusUSP(DropIn):
     ) -> str | None:
         """Why this call goes to xDiT's own USP; None if torus serves it. No communication; alike on all ranks,
         because everything it looks at is."""
+        if self.wrong:
+            return self.wrong
         if (reason := self.mesh.why_not_now()) is not None:
             return reason
         if is_causal:
@@ -163,14 +222,11 @@ class TorusUSP(DropIn):
         if dropout_p:
             return "attention dropout"
         wanted = attention_kwargs or {}
-        valid = wanted.get("valid_kv_len")
-        if valid is not None and self.mesh.layout.ring_degree > 1:
-            return "attention_kwargs['valid_kv_len'] counts keys of all ranks, and a ring sees those of some"
         for key in _ORDERED_KWARGS:
-            if key == "indices_k" and valid is not None and wanted.get("max_seqlen_k", valid) == valid:
-                continue  # says the same as valid_kv_len
             if wanted.get(key) is not None:
                 return f"attention_kwargs[{key!r}] needs keys in order"
+        if wanted.get("valid_kv_len") is not None and self.mesh.layout.ring_degree > 1:
+            return "attention_kwargs['valid_kv_len'] counts the keys of all ranks, and xDiT's ring sees those of some"
         if backend not in LSE_BACKENDS:
             return f"attention backend {backend} returns no log-sum-exp"
         if self.host.fp8_communication():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib.metadata import version
 
 import pytest
 
@@ -16,13 +17,19 @@ PADDED = ("valid_kv_len", "valid_kv_len of one rank", "valid_kv_len and joint") 
 HANDED_BACK = {
     "indices_k": "attention_kwargs['indices_k'] needs keys in order",
     "extra Ulysses inputs": "attention_kwargs['ulysses_extra_inputs'] needs keys in order",
+    "gradient": "a gradient is asked for, and Torus Attention computes none",
     "causal": "causal attention needs keys in order",
     "backend without lse": "attention backend SDPA returns no log-sum-exp",
     "mask": "attention_kwargs['attn_mask'] needs keys in order",
     "cache of PipeFusion": "PipeFusion's KV cache sits inside USP",
     "fp8 communication": "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all",
 }
-WITH_A_RING = dict.fromkeys(PADDED[:2], "attention_kwargs['valid_kv_len'] counts keys of all ranks, and a ring sees")
+WITH_A_RING = dict.fromkeys(PADDED[:2], "attention_kwargs['valid_kv_len'] counts the keys of all ranks")
+SHAPES = 10  # that --sp-check tells apart in the cases that are served
+if version("xfuser") < "0.7":
+    SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
+    PADDED, WITH_A_RING, SHAPES = (), {}, 6
+    del HANDED_BACK["fp8 communication"]
 # xDiT's own ring cannot run these either
 RING_REFUSES = {"causal", "backend without lse", "mask", "extra Ulysses inputs"}
 
@@ -61,3 +68,26 @@ def test_strict_raises_on_every_rank_and_before_any_communication():
         for difference, how in found[name]:
             assert math.isnan(difference) and "--sp-strict: torus cannot serve" in how and HANDED_BACK[name] in how
     assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])
+
+
+def test_the_first_call_of_each_shape_is_checked():
+    flags = ("--sp-backend", "torus", "--sp-topology", "2x2", "--ulysses_degree", "4", "--sp-check", "first")
+    found = calls(*flags)
+    assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])
+    assert all(difference <= 2e-6 for name in (*SERVED, *PADDED) for difference, _ in found[name])
+    checks = [re.search(r"first: (\d+) shape\(s\), at most (\S+) times", how) for _, how in found["checks"]]
+    assert len(checks) == 4 and all(line and int(line[1]) == SHAPES and 0 < float(line[2]) < 0.1 for line in checks)
+
+
+def test_a_wrong_result_on_one_rank_sends_all_ranks_to_xdits_own():
+    flags = ("--sp-backend", "torus", "--sp-topology", "2x2", "--ulysses_degree", "4", "--sp-check", "first", "--wrong")
+    found = calls(*flags)
+    for name in SERVED:
+        assert len(found[name]) == 4
+        for difference, how in found[name]:
+            assert "--sp-check first: a call of" in how and "differs from xDiT's own USP" in how
+            assert difference == 0.0
+    strict = calls(*flags, "--sp-strict")
+    for name in SERVED:
+        assert len(strict[name]) == 4
+        assert all(math.isnan(difference) and "differs from xDiT's own USP" in how for difference, how in strict[name])

@@ -1,8 +1,8 @@
-"""What one chunk costs: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
+"""What a chunk costs: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
 
-Rank 0 puts a chunk into rank 1's window and raises its flag, as in an attention call; beside it, in turn, a copy of the
-same size within rank 0's own memory. The time is rank 0's, from the call to the chunk being in place. Rank 1 reads each
-chunk afterwards, so that a put writes to memory that another core has in its cache, and a copy does not.
+Rank 0 puts a round of chunks into rank 1's window, each with its flag, as in an attention call; in every other round it
+copies the same bytes within its own memory instead. Rank 1 clears its window after every round, so that all rounds
+begin alike. The time is rank 0's, from the call to the chunks being in place, per chunk.
 """
 
 from __future__ import annotations
@@ -22,57 +22,66 @@ from rich.table import Table
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.transport import Parcel, Shm
 
-SIZES = tuple(1 << n for n in range(12, 25, 2))
+SIZES = tuple(1 << n for n in range(12, 23, 2))
+_WARMUP = 3
 
 
-def measure(sizes: tuple[int, ...], repeat: int, timeout_s: float) -> list[dict[str, Any]]:
-    """One row per size: medians in seconds of ``repeat`` puts and of as many copies. Collective over two ranks."""
+def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) -> list[dict[str, Any]]:
+    """One row per size: medians in seconds per chunk over ``repeat`` rounds of each kind. Collective over two ranks."""
     rank = dist.get_rank()
     lane = Shm(Agreement.of_world(timeout_s), [0, 1], rank, [1 - rank], timeout_s)
-    lane.reserve(max(sizes))
+    lane.reserve(chunks * max(sizes))
     rows = []
     for size in sizes:
-        source, target = (torch.ones(size, dtype=torch.uint8) for _ in range(2))
-        puts, copies = [], []
-        for number in range(repeat + 3):
-            window = lane.begin()
-            dist.barrier()
-            if rank == 0:
-                started = time.perf_counter()
-                lane.exchange(0, [Parcel((source,), source.dtype, 1, 0)], [])
-                put = time.perf_counter()
-                target.copy_(source)
-                copied = time.perf_counter()
-            dist.barrier()
-            if rank == 0:
-                if number >= 3:
-                    puts.append(put - started)
-                    copies.append(copied - put)
-            else:
-                lane.exchange(0, [], [Parcel((window,), source.dtype, 0, 0)]).wait()
-                assert bool(window[:size].all()), "the chunk is not there"
+        source = torch.ones(chunks, size, dtype=torch.uint8)
+        nothing, own = source[0, :0], torch.zeros_like(source)
+        parcels = [Parcel((source[n],), source.dtype, 1, n, n * size) for n in range(chunks)]
+        seconds: dict[str, list[float]] = {"put": [], "copy": []}
+        for number in range(repeat + _WARMUP):
+            for kind, times in seconds.items():
+                window = lane.begin()
+                if rank == 0:
+                    lane.exchange(0, [], [Parcel((nothing,), source.dtype, 1, 0)]).wait()  # rank 1 is ready
+                    started = time.perf_counter()
+                    if kind == "put":
+                        lane.exchange(1, parcels, [])
+                    else:
+                        for n in range(chunks):
+                            own[n].copy_(source[n])
+                    ended = time.perf_counter()
+                    if number >= _WARMUP:
+                        times.append((ended - started) / chunks)
+                    if kind == "copy":
+                        lane.exchange(1, [Parcel((nothing,), source.dtype, 1, n) for n in range(chunks)], [])
+                else:
+                    lane.exchange(0, [Parcel((nothing,), source.dtype, 0, 0)], [])
+                    lane.exchange(1, [], [Parcel((window,), source.dtype, 0, n) for n in range(chunks)]).wait()
+                    if kind == "put":
+                        assert bool(window[: chunks * size].all()), "the chunks are not there"
+                    window[: chunks * size] = 0
         if rank == 0:
-            put_s, copy_s = statistics.median(puts), statistics.median(copies)
-            rows.append({"bytes": size, "put_s": put_s, "copy_s": copy_s, "ratio": put_s / copy_s})
+            medians = {f"{kind}_s": statistics.median(times) for kind, times in seconds.items()}
+            rows.append({"bytes": size, "chunks": chunks, **medians, "ratio": medians["put_s"] / medians["copy_s"]})
     lane.close()
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.puts", description=__doc__)
-    parser.add_argument("--repeat", type=int, default=101, help="puts of each size. Default: 101")
+    parser.add_argument("--chunks", type=int, default=8, help="chunks of a round. Default: 8")
+    parser.add_argument("--repeat", type=int, default=101, help="rounds of each kind and size. Default: 101")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     options = parser.parse_args()
     dist.init_process_group("gloo")
     if dist.get_world_size() != 2:
         raise SystemExit(f"two ranks are needed, got {dist.get_world_size()}: torchrun --nproc-per-node 2 -m ...")
-    rows = measure(SIZES, options.repeat, timeout_s=60.0)
+    rows = measure(SIZES, options.chunks, options.repeat, timeout_s=60.0)
     if rows:
-        table = Table("bytes", "put and flag, us", "copy, us", "ratio", title="shm: rank 0 to rank 1")
+        heads = ("bytes", "put and flag, us", "copy, us", "put / copy")
+        table = Table(*heads, title=f"shm: rank 0 to rank 1, per chunk, {options.chunks} chunks in a round")
         for row in rows:
-            table.add_row(
-                f"{row['bytes']:,}", f"{row['put_s'] * 1e6:.1f}", f"{row['copy_s'] * 1e6:.1f}", f"{row['ratio']:.2f}x"
-            )
+            us = (f"{row[name] * 1e6:.1f}" for name in ("put_s", "copy_s"))
+            table.add_row(f"{row['bytes']:,}", *us, f"{row['ratio']:.2f}x")
         Console().print(table)
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
