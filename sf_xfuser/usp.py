@@ -241,8 +241,8 @@ class TorusUSP(DropIn):
 
 
 def _leading(count: int, each: int, members: Sequence[int]) -> tuple[int, ...]:
-    """How many of the first ``count`` tokens lie on each position, where every rank holds ``each`` and ranks follow each
-    other in ascending order. (5 of 3 ranks with 2 each: 2, 2, 1.)"""
+    """How many of the first ``count`` tokens lie on each position, where every rank holds ``each`` and ranks follow
+    each other in ascending order. (5 of 3 ranks with 2 each: 2, 2, 1.)"""
     before = {rank: each * index for index, rank in enumerate(sorted(members))}
     return tuple(min(each, max(0, count - before[rank])) for rank in members)
 

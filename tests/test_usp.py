@@ -24,7 +24,7 @@ HANDED_BACK = {
     "cache of PipeFusion": "PipeFusion's KV cache sits inside USP",
     "fp8 communication": "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all",
 }
-WITH_A_RING = dict.fromkeys(PADDED[:2], "attention_kwargs['valid_kv_len'] counts the keys of all ranks")
+WITH_A_RING = {"valid_kv_len of one rank": "attention_kwargs['valid_kv_len'] counts the keys of all ranks"}
 SHAPES = 10  # that --sp-check tells apart in the cases that are served
 if version("xfuser") < "0.7":
     SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
