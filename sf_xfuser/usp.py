@@ -6,7 +6,7 @@ Knows the contract of ``USP`` and nothing of where it lives: all that is asked o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ LSE_BACKENDS = frozenset(
 )
 
 # Entries of ``attention_kwargs`` that give keys an order or a mask: KV that arrives in any order cannot serve them.
-_ORDERED_KWARGS = ("attn_mask", "indices_k", "valid_kv_len", "ulysses_extra_inputs", "pre_quantized")
+_ORDERED_KWARGS = ("attn_mask", "indices_k", "ulysses_extra_inputs", "pre_quantized")
 
 
 class Host(Protocol):
@@ -118,11 +118,13 @@ class TorusUSP(DropIn):
             keys = values = None
         elif joint_query is not None:
             rows = torch.cat((joint_query, query) if joint_strategy == "front" else (query, joint_query), dim=2)
+        valid = (attention_kwargs or {}).get("valid_kv_len")
         if torch.compiler.is_compiling():
-            compiled: torch.Tensor = _torus_usp(rows, key, value, keys, values, joint_strategy or "", name)
+            compiled: torch.Tensor = _torus_usp(rows, key, value, keys, values, joint_strategy or "", name, valid)
             return compiled
-        out = self.attend(rows, key, value, keys, values, joint_strategy or None, name)
-        shape = (rows.shape, key.shape, None if keys is None else keys.shape, joint_strategy or None, rows.dtype, name)
+        out = self.attend(rows, key, value, keys, values, joint_strategy or None, name, valid)
+        joint = (joint_strategy or None, None if keys is None else keys.shape)
+        shape = (rows.shape, key.shape, valid, joint, rows.dtype, name)
         if self.check and shape not in self.checked and not self.agrees(shape, out, expected := xdits()):
             self.note(self.wrong)
             return expected
@@ -138,15 +140,23 @@ class TorusUSP(DropIn):
         joint_value: torch.Tensor | None,
         joint_strategy: Any,
         backend: str,
+        valid_kv_len: int | None = None,
     ) -> torch.Tensor:
+        """``valid_kv_len``: only that many keys count, from the first of the lowest rank on; the others are padding."""
         world_size = self.mesh.layout.world_size
+        kv_tokens = (key.shape[2],) * world_size  # xDiT gives every rank of a group the same number of tokens
+        if valid_kv_len is not None:
+            if not 0 < valid_kv_len <= sum(kv_tokens):
+                raise ValueError(f"valid_kv_len must be in [1, {sum(kv_tokens)}], got {valid_kv_len}")
+            kv_tokens = _leading(valid_kv_len, key.shape[2], self.mesh.members)
+            key, value = (x[:, :, : kv_tokens[self.mesh.position]] for x in (key, value))
         return torus_attention(
             query,
             key,
             value,
             mesh=self.mesh,
-            q_tokens=(query.shape[2],) * world_size,  # xDiT gives every rank of a group the same number of tokens
-            kv_tokens=(key.shape[2],) * world_size,
+            q_tokens=(query.shape[2],) * world_size,
+            kv_tokens=kv_tokens,
             attend=as_attend_function(self.host.raw_attention(backend)),
             joint_key=joint_key,
             joint_value=joint_value,
@@ -211,9 +221,12 @@ class TorusUSP(DropIn):
             return "causal attention needs keys in order"
         if dropout_p:
             return "attention dropout"
+        wanted = attention_kwargs or {}
         for key in _ORDERED_KWARGS:
-            if attention_kwargs is not None and attention_kwargs.get(key) is not None:
+            if wanted.get(key) is not None:
                 return f"attention_kwargs[{key!r}] needs keys in order"
+        if wanted.get("valid_kv_len") is not None and self.mesh.layout.ring_degree > 1:
+            return "attention_kwargs['valid_kv_len'] counts the keys of all ranks, and xDiT's ring sees those of some"
         if backend not in LSE_BACKENDS:
             return f"attention backend {backend} returns no log-sum-exp"
         if self.host.fp8_communication():
@@ -225,6 +238,13 @@ class TorusUSP(DropIn):
         if newer:
             return f"USP arguments this version does not know: {', '.join(sorted(newer))}"
         return None
+
+
+def _leading(count: int, each: int, members: Sequence[int]) -> tuple[int, ...]:
+    """How many of the first ``count`` tokens lie on each position, where every rank holds ``each`` and ranks follow
+    each other in ascending order. (5 of 3 ranks with 2 each: 2, 2, 1.)"""
+    before = {rank: each * index for index, rank in enumerate(sorted(members))}
+    return tuple(min(each, max(0, count - before[rank])) for rank in members)
 
 
 def as_attend_function(raw: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:
@@ -259,14 +279,15 @@ def _torus_usp(
     joint_value: torch.Tensor | None,
     joint_strategy: str,
     backend: str,
+    valid_kv_len: int | None,
 ) -> torch.Tensor:
     if _active is None:
         raise RuntimeError("a compiled model calls Torus Attention, but its mesh is gone; compile again after set-up")
     _active.served += 1
-    return _active.attend(query, key, value, joint_key, joint_value, joint_strategy or None, backend)
+    return _active.attend(query, key, value, joint_key, joint_value, joint_strategy or None, backend, valid_kv_len)
 
 
 @_torus_usp.register_fake
-def _(query, key, value, joint_key, joint_value, joint_strategy, backend):  # type: ignore[no-untyped-def]
+def _(query, key, value, joint_key, joint_value, joint_strategy, backend, valid_kv_len):  # type: ignore[no-untyped-def]
     b, h, s, d = query.shape
     return query.new_empty(b, s, h, d).transpose(1, 2)

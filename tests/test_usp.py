@@ -12,18 +12,26 @@ from tests.launch import torchrun
 
 SERVED = ("plain", "longer keys", "shorter keys", "joint front", "joint rear", "repeated kv heads",
           "repeated kv heads combined", "combined", "backend named", "attn_layer", "kwargs of None",
-          "cache entry without PipeFusion")  # fmt: skip
-if version("xfuser") < "0.7":
-    SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
+          "cache entry without PipeFusion", "scheduled FLASH", "scheduled SDPA_FLASH")  # fmt: skip
+PADDED = ("valid_kv_len", "valid_kv_len of one rank", "valid_kv_len and joint")  # served where there is no ring
 HANDED_BACK = {
-    "valid_kv_len": "attention_kwargs['valid_kv_len'] needs keys in order",
+    "indices_k": "attention_kwargs['indices_k'] needs keys in order",
+    "extra Ulysses inputs": "attention_kwargs['ulysses_extra_inputs'] needs keys in order",
     "gradient": "a gradient is asked for, and Torus Attention computes none",
     "causal": "causal attention needs keys in order",
     "backend without lse": "attention backend SDPA returns no log-sum-exp",
     "mask": "attention_kwargs['attn_mask'] needs keys in order",
     "cache of PipeFusion": "PipeFusion's KV cache sits inside USP",
+    "fp8 communication": "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all",
 }
-RING_REFUSES = {"causal", "backend without lse", "mask"}  # xDiT's own ring cannot run these either
+WITH_A_RING = {"valid_kv_len of one rank": "attention_kwargs['valid_kv_len'] counts the keys of all ranks"}
+SHAPES = 10  # that --sp-check tells apart in the cases that are served
+if version("xfuser") < "0.7":
+    SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
+    PADDED, WITH_A_RING, SHAPES = (), {}, 6
+    del HANDED_BACK["fp8 communication"]
+# xDiT's own ring cannot run these either
+RING_REFUSES = {"causal", "backend without lse", "mask", "extra Ulysses inputs"}
 
 
 def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
@@ -39,16 +47,17 @@ def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
 def test_equals_xdits_own(topology, ulysses, ring):
     found = calls("--sp-backend", "torus", "--sp-topology", topology, "--ulysses_degree", str(ulysses),
                   "--ring_degree", str(ring))  # fmt: skip
-    expected = {*SERVED, *HANDED_BACK} - (RING_REFUSES if ring > 1 else set())
-    assert set(found) == expected
+    handed_back = HANDED_BACK | (WITH_A_RING if ring > 1 else {})
+    served = {*SERVED, *(() if ring > 1 else PADDED)}
+    assert set(found) == {*served, *handed_back} - (RING_REFUSES if ring > 1 else set())
     for name, ranks in found.items():
         assert len(ranks) == 4, name
         for difference, how in ranks:
-            if name in SERVED:
+            if name in served:
                 assert how == "served", f"{name}: {how}"
                 assert difference <= 2e-6, f"{name}: {difference}"
             else:
-                assert HANDED_BACK[name] in how, f"{name}: {how}"
+                assert handed_back[name] in how, f"{name}: {how}"
                 assert difference == 0.0, f"{name}: {difference}"
 
 
@@ -58,16 +67,16 @@ def test_strict_raises_on_every_rank_and_before_any_communication():
         assert len(found[name]) == 4
         for difference, how in found[name]:
             assert math.isnan(difference) and "--sp-strict: torus cannot serve" in how and HANDED_BACK[name] in how
-    assert all(how == "served" for name in SERVED for _, how in found[name])
+    assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])
 
 
 def test_the_first_call_of_each_shape_is_checked():
     flags = ("--sp-backend", "torus", "--sp-topology", "2x2", "--ulysses_degree", "4", "--sp-check", "first")
     found = calls(*flags)
-    assert all(how == "served" for name in SERVED for _, how in found[name])
-    assert all(difference <= 2e-6 for name in SERVED for difference, _ in found[name])
+    assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])
+    assert all(difference <= 2e-6 for name in (*SERVED, *PADDED) for difference, _ in found[name])
     checks = [re.search(r"first: (\d+) shape\(s\), at most (\S+) times", how) for _, how in found["checks"]]
-    assert len(checks) == 4 and all(line and int(line[1]) > 3 and 0 < float(line[2]) < 0.1 for line in checks)
+    assert len(checks) == 4 and all(line and int(line[1]) == SHAPES and 0 < float(line[2]) < 0.1 for line in checks)
 
 
 def test_a_wrong_result_on_one_rank_sends_all_ranks_to_xdits_own():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.launch import torchrun
-from tests.ranks.run_pipeline import reference_latents
+from tests.ranks.run_pipeline import reference_latents, reference_picture
 
 EXACT = 1e-4  # dropping or repeating a quarter of the keys changes every model by far more (test_tiny_models.py)
 TOPOLOGIES = ("1x4", "2x2", "4x1")
@@ -77,6 +77,14 @@ def cases_of(family: str) -> dict[str, Case]:
         cases["runner-wrapper-compiled"] = Case(
             family, 16, torus("2x2", "--wrapper", "runner", "--compile", "aot_eager")
         )
+        cases["data-parallel"] = Case(family, 16, torus("4x1", "--data_parallel_degree", "2"))
+        cases["sharded"] = Case(family, 16, torus("2x2", "--wrapper", "runner", "--shard"))
+        cases["parallel-vae"] = Case(family, 16, torus("2x2", "--use_parallel_vae", "--decode"), equals=("picture",))
+        # A step that is skipped changes the result: only xDiT's own USP with the same cache gives the same.
+        for cache in ("teacache", "fbcache"):
+            cached = ["--cache_method", cache, "--num_inference_steps", "4"]
+            cases[f"{cache}-usp"] = Case(family, 16, [*cached, "--ulysses_degree", "4"], equals=())
+            cases[cache] = Case(family, 16, torus("2x2", *cached), equals=(f"{cache}-usp",))
     if family in ("sd3", "flux"):
         # Asynchronous steps use stale keys by design: only xDiT's own USP gives the same.
         stale = ["--pipefusion_parallel_degree", "2", "--warmup_steps", "1", "--num_inference_steps", "4"]
@@ -119,6 +127,8 @@ def finished(request, model_folder, tmp_path_factory):
             case.latents = latents_of(folder / f"{name}.pt")
         for text in (16, 13):
             cases[f"single-{text}"] = Case(family, text, [], latents=reference_latents(model_folder(family), text))
+        if family == "flux":
+            cases["picture"] = Case(family, 16, [], latents=reference_picture(model_folder(family), 16))
         _finished[family] = cases
     return _finished[family]
 
@@ -147,6 +157,20 @@ def test_latents(finished, name):
         assert "handed back" not in case.explained, case.explained
     if name.startswith("usp-"):
         assert case.explained == "no --sp-backend: xDiT runs untouched"
+
+
+@pytest.mark.parametrize("finished", ["flux"], indirect=True)
+@pytest.mark.parametrize("cache", ["teacache", "fbcache"])
+def test_step_caches_skip_attention_calls(finished, cache):
+    """On all ranks alike, or the ranks would have waited for each other."""
+    calls_of_a_step = calls_served(finished["runner-wrapper"]) // 2
+    assert calls_of_a_step <= calls_served(finished[cache]) < 4 * calls_of_a_step
+
+
+def calls_served(case: Case) -> int:
+    served = re.search(r"served by torus: (\d+)", case.explained)
+    assert served is not None
+    return int(served[1])
 
 
 @pytest.mark.parametrize("finished", FAMILIES, indirect=True)

@@ -32,15 +32,34 @@ def reference_latents(folder: str | Path, text_length: int, *, steps: int = STEP
     return _denoise(pipeline, text_length, steps=steps, seed=seed, **small_input(folder))
 
 
+def reference_picture(folder: str | Path, text_length: int) -> torch.Tensor:
+    """As :func:`reference_latents`, decoded: pixels from 0 to 1."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return _denoise(pipeline, text_length, steps=STEPS, seed=SEED, output_type="pt", **small_input(folder))
+
+
 @torch.no_grad()
-def _denoise(pipeline: Any, text_length: int, *, steps: int, seed: int, **size: Any) -> torch.Tensor | None:
-    """Run ``pipeline``; None where xDiT leaves the result to another rank."""
+def _denoise(
+    pipeline: Any,
+    text_length: int,
+    *,
+    steps: int,
+    seed: int,
+    copies: int = 1,
+    output_type: str = "latent",
+    **size: Any,
+) -> torch.Tensor | None:
+    """Run ``pipeline``; None where xDiT leaves the result to another rank. ``copies`` of the prompt, one each to a
+    data-parallel group."""
     pipeline.set_progress_bar_config(disable=True)
+    text = _text(pipeline, text_length)
+    if copies > 1:
+        text["prompt"] = [text["prompt"]] * copies
     result = pipeline(
-        **_text(pipeline, text_length),
+        **text,
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
+        output_type=output_type,
         return_dict=False,
         **size,
     )
@@ -75,6 +94,8 @@ def parse_arguments() -> argparse.Namespace:
         default="pipeline",
         help="flux: xDiT's pipeline class, or the transformer wrapper of its runner model",
     )
+    parser.add_argument("--decode", action="store_true", help="write pixels in place of latents")
+    parser.add_argument("--shard", action="store_true", help="shard the transformer's blocks over all ranks (FSDP)")
     parser.add_argument("--compile", metavar="BACKEND", help="torch.compile the transformer with this backend")
     parser.set_defaults(height=None, width=None, num_frames=None, guidance_scale=None, num_inference_steps=STEPS)
     arguments = parser.parse_args()
@@ -93,7 +114,14 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
         pipelines["flux"] = xFuserFluxPipeline
     if arguments.family in pipelines:
         return pipelines[arguments.family].from_pretrained(
-            arguments.model, engine_config=engine_config, torch_dtype=torch.float32
+            arguments.model,
+            engine_config=engine_config,
+            torch_dtype=torch.float32,
+            cache_args={
+                "cache_method": arguments.cache_method,
+                "num_steps": arguments.num_inference_steps,
+                "rel_l1_thresh": 1e6,  # every step that may be skipped is
+            },
         )
 
     from xfuser.core.distributed import get_pipeline_parallel_world_size, get_runtime_state, initialize_runtime_state
@@ -140,9 +168,22 @@ def run_rank(arguments: argparse.Namespace) -> None:
     pipeline = xdit_pipeline(arguments, engine_config)
     if arguments.compile:
         pipeline.transformer.compile(backend=arguments.compile)
+    if arguments.shard:
+        from xfuser.core.distributed.sharding import shard_component
+
+        blocks = ["transformer_blocks", "single_transformer_blocks"]
+        pipeline.transformer = shard_component(
+            pipeline.transformer, blocks, device_id=torch.distributed.get_rank(), memory_efficient_init=True
+        )
     size: Mapping[str, Any] = {name: getattr(arguments, name) for name in small_input(arguments.model)}
     latents = _denoise(
-        pipeline, arguments.text_length, steps=arguments.num_inference_steps, seed=arguments.seed, **size
+        pipeline,
+        arguments.text_length,
+        steps=arguments.num_inference_steps,
+        seed=arguments.seed,
+        copies=arguments.data_parallel_degree,
+        output_type="pt" if arguments.decode else "latent",
+        **size,
     )
     held: list[torch.Tensor | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(held, latents)

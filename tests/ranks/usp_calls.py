@@ -14,7 +14,7 @@ from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.cache_manager.cache_manager import get_cache_manager
 from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_rank, runtime_state
-from xfuser.core.distributed.attention_backend import AttentionBackendType
+from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 from xfuser.model_executor.layers import usp
 
 import sf_xfuser.usp
@@ -62,8 +62,14 @@ def cases():
         yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
     yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
-    yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
+    yield "indices_k", tensors(), {"attention_kwargs": {"indices_k": torch.arange(2 * 17), "valid_kv_len": 17}}
+    if hasattr(usp, "_trim_trailing_kv_padding"):  # from xfuser 0.7 on
+        yield "valid_kv_len of one rank", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
     if get_runtime_state().parallel_config.ring_degree == 1:
+        yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 17}}
+        yield "valid_kv_len and joint", tensors(), {"attention_kwargs": {"valid_kv_len": 17}, **joint("rear")}
+        extra = {"ulysses_extra_inputs": ("gate",), "gate": tensors(seed=1)[0]}
+        yield "extra Ulysses inputs", tensors(), {"attention_kwargs": extra}
         yield "causal", tensors(), {"is_causal": True}
         yield "backend without lse", tensors(), {"backend": AttentionBackendType.SDPA}
         mask = torch.ones(B, 1, 1, 12 * dist.get_world_size(), dtype=torch.bool)
@@ -75,6 +81,23 @@ def cases():
     get_runtime_state().num_pipeline_patch = 2
     yield "cache of PipeFusion", tensors(), {"attn_layer": cached}
     get_runtime_state().num_pipeline_patch = 1
+    if hasattr(get_runtime_state(), "fp8_comms"):  # from xfuser 0.7 on
+        from xfuser.core.distributed.fp8_comms import Fp8CommsState
+
+        get_runtime_state().fp8_comms = Fp8CommsState()
+        yield "fp8 communication", tensors(), {"attn_layer": layer}
+        get_runtime_state().fp8_comms = None
+    # Hybrid attention schedules change the backend from step to step. FLASH is not installed here: an attention that
+    # returns twice the output stands for it, so that the result tells which of the two ran.
+    dense = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.SDPA_FLASH]
+    ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.FLASH] = lambda *a, **kw: twice(*dense(*a, **kw))
+    for backend in (AttentionBackendType.FLASH, AttentionBackendType.SDPA_FLASH):
+        get_runtime_state().set_attention_backend(backend)
+        yield f"scheduled {backend.name}", tensors(), {}
+
+
+def twice(out, lse):
+    return 2 * out, lse
 
 
 def swap_two_rows(torus_attention):
