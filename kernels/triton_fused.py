@@ -31,16 +31,18 @@ import triton.language as tl
 from sf_xfuser.kernels.fused import Gate
 from sf_xfuser.kernels.shipped import Shipped
 
-_HEAD = tl.constexpr(10)  # numbers before the first row
+_HEAD = tl.constexpr(9)  # numbers before the first row
 _ROW = tl.constexpr(20)  # numbers in a row
 _LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def _place(entry, b, h, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where (b, h, first) of a tensor lies, and its stride between tokens. ``entry``: its address and three strides."""
-    at = tl.load(entry).to(tl.pointer_type(TYPE))
-    stride = tl.load(entry + 3)
+def _place(entry, b, h, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Where (b, h, first) of a tensor lies, and its stride between tokens. ``entry``: its address and three strides.
+    AGAIN: read them once more; else the compiler keeps every element's address in registers from the first time on,
+    which then spill."""
+    at = tl.load(entry, volatile=AGAIN).to(tl.pointer_type(TYPE))
+    stride = tl.load(entry + 3, volatile=AGAIN)
     at += b * tl.load(entry + 1) + h * tl.load(entry + 2) + first * stride
     stride = stride.to(tl.int32)  # inside a block 32 bits do
     if ALIGNED:  # to 16 bytes, so that a thread moves as many at once
@@ -67,6 +69,20 @@ def _load(x, here, SOME: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _store(
+    entry, b, h, first, here, total, total2,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """A tile's output, to the tensor that ``_place`` finds."""
+    at, stride = _place(entry, b, h, first, TYPE, ALIGNED, True)
+    rows = tl.arange(0, total.shape[0])[:, None] * stride
+    tl.store(at + (rows + tl.arange(0, D1)[None, :]), total.to(TYPE), mask=here[:, None])
+    if D2:
+        d2 = D1 + tl.arange(0, D2)[None, :]
+        tl.store(at + (rows + d2), total2.to(TYPE), mask=here[:, None] & (d2 < D))
+
+
+@triton.jit
 def _here(table, flag):
     """Whether a chunk is here; waits for its flag where it has one (``flag`` >= 0). Gives up after so many looks, which
     the error word then says, or when it says so already. The compare-and-swap never swaps: it is a read that all
@@ -74,10 +90,10 @@ def _here(table, flag):
     if flag < 0:
         here = True
     else:
-        at = tl.load(table + 6).to(tl.pointer_type(tl.int64)) + flag
-        error = tl.load(table + 7).to(tl.pointer_type(tl.int64))
-        epoch = tl.load(table + 8)
-        left = tl.load(table + 9)
+        at = tl.load(table + 5).to(tl.pointer_type(tl.int64)) + flag
+        error = tl.load(table + 6).to(tl.pointer_type(tl.int64))
+        epoch = tl.load(table + 7)
+        left = tl.load(table + 8)
         never = tl.full([], -1, tl.int64)
         seen = tl.atomic_cas(at, never, never, sem="acquire", scope="sys")
         failed = tl.atomic_cas(error, never, never, sem="relaxed", scope="gpu")
@@ -126,6 +142,7 @@ def attend_chunks_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    FINAL: tl.constexpr,  # write the output to the results, and the accumulator no more
     GATED: tl.constexpr,
 ):
     num_stages = tl.load(table).to(tl.int32)
@@ -207,21 +224,18 @@ def attend_chunks_kernel(
             total /= weight[:, None]
             if D2:
                 total2 /= weight[:, None]
-            if (tl.load(table + 5) != 0) & (stage == num_stages - 1):
-                result_at, result_stride = _place(chunk + 16, b, h, first, TYPE, ALIGNED)
-                result_rows = row[:, None] * result_stride
-                tl.store(result_at + (result_rows + d), total.to(TYPE), mask=is_row[:, None])
-                if D2:
-                    tl.store(result_at + (result_rows + d2), total2.to(TYPE), mask=is_row[:, None] & (d2 < D))
+            if FINAL and not GATED:
+                _store(chunk + 16, b, h, first, is_row, total, total2, TYPE, ALIGNED, D, D1, D2)
             else:
-                out_at, out_stride = _place(chunk + 8, b, h, first, tl.float32, ALIGNED)
-                lse_at, lse_stride = _place(chunk + 12, b, h, first, tl.float32, False)
-                out_rows = row[:, None] * out_stride
-                lse_rows = row * lse_stride
-                tl.store(lse_at + lse_rows, (largest + tl.log2(weight)) * _LN2, mask=is_row)
-                tl.store(out_at + (out_rows + d), total, mask=is_row[:, None])
-                if D2:
-                    tl.store(out_at + (out_rows + d2), total2, mask=is_row[:, None] & (d2 < D))
+                is_last = False
+                if FINAL:
+                    is_last = stage == num_stages - 1
+                if is_last:
+                    _store(chunk + 16, b, h, first, is_row, total, total2, TYPE, ALIGNED, D, D1, D2)
+                else:
+                    _store(chunk + 8, b, h, first, is_row, total, total2, tl.float32, ALIGNED, D, D1, D2)
+                    lse_at, lse_stride = _place(chunk + 12, b, h, first, tl.float32, False, True)
+                    tl.store(lse_at + row * lse_stride, (largest + tl.log2(weight)) * _LN2, mask=is_row)
             if GATED:
                 tl.debug_barrier()  # the next stage reads it with other threads
 
@@ -269,7 +283,7 @@ def _config(device: torch.device, dtype: torch.dtype, D: int) -> Config:
     return CONFIGS[{9: 90, 10: 100, 11: 100}.get(major, 80), D]
 
 
-def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, gated: bool) -> dict[str, object]:
+def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, final: bool, gated: bool) -> dict[str, object]:
     D1 = 1 << (D.bit_length() - 1)
     return {
         "TYPE": type,
@@ -279,6 +293,7 @@ def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, gated: 
         "ROWS": config.rows,
         "KEYS": config.keys,
         "ALIGNED": aligned,
+        "FINAL": final,
         "GATED": gated,
     }
 
@@ -305,7 +320,8 @@ def launch(
         return
     kv_rows = [[x.shape[2], *_place_of(x), *_place_of(y)] for x, y in zip(k, v, strict=True)]
     stages = _stages(len(k), gate)
-    head = [len(stages), len(q), num_tiles, q[0].shape[1], q[0].shape[1] // k[0].shape[1] if k else 1, bool(results)]
+    num_heads = q[0].shape[1]
+    head = [len(stages), len(q), num_tiles, num_heads, num_heads // k[0].shape[1] if k else 1]
     if gate is not None:
         head += [gate.flags.data_ptr(), gate.error.data_ptr(), gate.epoch, gate.looks]
     numbers = [*_padded(head, _HEAD.value)]
@@ -316,7 +332,7 @@ def launch(
     attend_chunks_kernel[(num_tiles if gate is None else min(num_tiles, _resident(device, config)),)](
         table,
         scale / math.log(2.0),
-        **_constants(_TYPES[dtype], D, config, aligned=aligned, gated=gate is not None),
+        **_constants(_TYPES[dtype], D, config, aligned=aligned, final=bool(results), gated=gate is not None),
         num_warps=config.warps,
         num_stages=config.depth,
         enable_fp_fusion=True,
@@ -373,16 +389,17 @@ def _resident(device: torch.device, config: Config) -> int:
 
 
 def shipped() -> list[Shipped]:
-    """What CI compiles ahead of time: bf16 of every head size, without and with a gate."""
+    """What CI compiles ahead of time: bf16 of every head size, alone and with a gate, and the last call of each."""
     return [
         Shipped(
-            label=f"attend chunks{' (gated)' if gated else ''} D={D}",
+            label=f"attend chunks{' (gated)' if gated else ''}{' (last)' if final else ''} D={D}",
             kernel=attend_chunks_kernel,
             types={"table": "*i64", "scale": "fp32"},
-            constants=_constants(tl.bfloat16, D, config, aligned=True, gated=gated),
+            constants=_constants(tl.bfloat16, D, config, aligned=True, final=final, gated=gated),
             options={"num_warps": config.warps, "num_stages": config.depth, "enable_fp_fusion": True},
             only=(architecture,),
         )
         for (architecture, D), config in CONFIGS.items()
         for gated in (False, True)
+        for final in (False, True)
     ]

@@ -215,7 +215,7 @@ FAULTS = {
     "base 2 as base e": ("(largest + tl.log2(weight)) * _LN2", "largest + tl.log2(weight)"),
     "KV heads mixed up": ("h_kv = h // tl.load", "h_kv = h * tl.load"),
     "one chunk for all": ("keys = kv_chunks + kv * _ROW", "keys = kv_chunks"),
-    "result misplaced": ("tl.store(result_at + (result_rows + d2)", "tl.store(result_at + (result_rows + d2 + 1)"),
+    "result misplaced": ("tl.store(at + (rows + d2)", "tl.store(at + (rows + d2 + 1)"),
 }  # fmt: skip
 GATE_FAULTS = {
     "does not wait": ("(seen < epoch) & (left > 0)", "(seen < epoch) & (left > 1 << 50)"),
