@@ -55,8 +55,8 @@ def require_apart(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.
             (low, high), (other_low, other_high) = spans[name], spans[other]
             if low < other_high and other_low < high and _share_elements(tensors[name], tensors[other]):
                 raise ValueError(
-                    f"{name} {tuple(written[name].shape)} is written, but {other} {tuple(tensors[other].shape)} lies in "
-                    f"the same memory; give {other}.clone()"
+                    f"{name} {tuple(written[name].shape)} is written, but {other} {tuple(tensors[other].shape)} "
+                    f"lies in the same memory; give {other}.clone()"
                 )
 
 

@@ -220,8 +220,8 @@ def check(
     """Raises what ``attend_chunks_`` raises."""
     if len(out) != len(q) or len(lse) != len(q) or len(k) != len(v):
         raise ValueError(
-            f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse for "
-            "each q, and a v for each k"
+            f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse "
+            "for each q, and a v for each k"
         )
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale {scale}: it must be above 0 and finite")

@@ -53,15 +53,15 @@ def _place(entry, b, h, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr, AGAIN:
 
 @triton.jit
 def _load(x, here, SOME: tl.constexpr, SIZE: tl.constexpr):
-    """Rows of SIZE elements, padded with 0 to the width of ``x``; with SOME only those that are ``here``, the others 0."""
+    """Rows of SIZE elements, padded with 0 to the width of ``x``; with SOME those not ``here`` are 0."""
     d = tl.arange(0, x.shape[1])[None, :]
     if SOME:
-        if SIZE < x.shape[1]:
+        if x.shape[1] > SIZE:
             loaded = tl.load(x, mask=here[:, None] & (d < SIZE), other=0.0)
         else:
             loaded = tl.load(x, mask=here[:, None], other=0.0)
     else:
-        if SIZE < x.shape[1]:
+        if x.shape[1] > SIZE:  # noqa: SIM108
             loaded = tl.load(x, mask=d < SIZE, other=0.0)
         else:
             loaded = tl.load(x)
@@ -157,7 +157,7 @@ def attend_chunks_kernel(
     in_time = True
     for stage in range(0, num_stages):
         this_stage = stages + stage * _ROW
-        if GATED:
+        if GATED:  # noqa: SIM102  (one is known to the compiler, the other is not)
             if in_time:
                 in_time = _here(table, tl.load(this_stage + 2))
         for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -174,7 +174,7 @@ def attend_chunks_kernel(
             h = within // blocks % heads
             h_kv = h // tl.load(table + 4).to(tl.int32)
             known = in_time
-            if GATED:
+            if GATED:  # noqa: SIM102
                 if known & (stage == 0):
                     known = _here(table, tl.load(chunk + 3))
 
@@ -381,7 +381,7 @@ def _is_aligned(x: torch.Tensor) -> bool:
 
 
 def _resident(device: torch.device, config: Config) -> int:
-    """Programs that the GPU holds at once where each thread has 255 registers. Speed depends on it, progress does not."""
+    """Programs that the GPU holds at once, at 255 registers a thread. Speed depends on it, progress does not."""
     if device.type == "cpu":  # Triton's interpreter: few, so that each has several tiles
         return 3
     num_multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count

@@ -62,9 +62,8 @@ ADVERSARIAL = {
 def interpret_bf16(monkeypatch) -> None:
     """Triton's interpreter keeps bf16 as integers, which ``tl.dot`` then multiplies, and cuts conversions to bf16 off:
     multiply the numbers and round to nearest, as GPUs do."""
-    from triton.runtime import interpreter
-
     import triton.language as tl
+    from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
     dot, truncate = builder.create_dot, builder.create_fp_trunc
