@@ -2,12 +2,16 @@
 plain PyTorch, which serves CPUs."""
 
 from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend
+from sf_xfuser.kernels.fused import Gate, attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.merge import merge_, merge_into
 from sf_xfuser.kernels.packing import Compressed, pack, pack_compressed, unpack, unpack_compressed
 
 __all__ = [
     "AttendFunction",
     "Compressed",
+    "Gate",
+    "attend_chunks_",
+    "attend_chunks_into",
     "merge_",
     "merge_into",
     "pack",

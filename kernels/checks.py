@@ -48,16 +48,38 @@ def require_rows(tensors: Mapping[str, torch.Tensor]) -> None:
 
 def require_apart(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> None:
     """Nothing that is written shares memory with anything else."""
-    spans = {name: _span(x) for name, x in (*written.items(), *read.items())}
+    tensors = {**written, **read}
+    spans = {name: _span(x) for name, x in tensors.items()}
     for position, name in enumerate(written):
         for other in list(spans)[position + 1 :]:
             (low, high), (other_low, other_high) = spans[name], spans[other]
-            if low < other_high and other_low < high:
-                shape = tuple((written | read)[other].shape)  # type: ignore[operator]
+            if low < other_high and other_low < high and _share_elements(tensors[name], tensors[other]):
                 raise ValueError(
-                    f"{name} {tuple(written[name].shape)} is written, but {other} {shape} lies in the same memory; "
-                    f"give {other}.clone()"
+                    f"{name} {tuple(written[name].shape)} is written, but {other} {tuple(tensors[other].shape)} "
+                    f"lies in the same memory; give {other}.clone()"
                 )
+
+
+def _share_elements(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether an element of both lies at one address. Views that lie between one another, as slices of one tensor do,
+    are told apart if they have the same strides; others, whose spans meet, are taken to share some."""
+    if x.stride() != y.stride() or x.element_size() != y.element_size():
+        return True
+    offset, rest = divmod(y.data_ptr() - x.data_ptr(), x.element_size())
+    dims = zip(x.stride(), x.shape, y.shape, strict=True)
+    # An index of x less one of y: from 1 - size of y to size of x - 1.
+    return bool(rest) or _is_sum(offset, sorted(((d, 1 - m, n - 1) for d, n, m in dims if d), reverse=True))
+
+
+def _is_sum(offset: int, dims: list[tuple[int, int, int]]) -> bool:
+    """Whether there are whole ``n`` with ``offset`` the sum of ``stride * n``, each from its lowest to its highest."""
+    if not dims:
+        return offset == 0
+    (stride, lowest, highest), *others = dims
+    first = -((sum(d * high for d, _, high in others) - offset) // stride)
+    last = (offset - sum(d * low for d, low, _ in others)) // stride
+    near = range(max(first, lowest), min(last, highest) + 1)
+    return any(_is_sum(offset - stride * n, others) for n in near)
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:

@@ -59,6 +59,31 @@ ADVERSARIAL = {
 }
 
 
+def interpret_bf16(monkeypatch) -> None:
+    """Triton's interpreter keeps bf16 as integers, which ``tl.dot`` then multiplies, and cuts conversions to bf16 off:
+    multiply the numbers and round to nearest, as GPUs do."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    dot, truncate = builder.create_dot, builder.create_fp_trunc
+
+    def widened(x):
+        return x if x.dtype.scalar != tl.bfloat16 else builder.cast_impl(None, x, tl.float32)
+
+    def create_dot(self, a, b, d, *arguments):
+        return dot(self, widened(a), widened(b), d, *arguments)
+
+    def create_fp_trunc(self, x, kind):
+        if kind.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
+            return truncate(self, x, kind)
+        rounded = torch.from_numpy(x.data.copy()).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, kind.scalar)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+    monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
+
+
 _ROOM = 1 << 16  # elements: more than a program that knows no end would touch
 
 
@@ -86,6 +111,6 @@ def mutated(module: ModuleType, line: str, other: str) -> ModuleType:
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     changed = module_from_spec(spec)
-    sys.modules.pop(path.stem, None)
+    sys.modules[path.stem] = changed  # dataclasses look for it there
     spec.loader.exec_module(changed)
     return changed

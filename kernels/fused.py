@@ -1,0 +1,299 @@
+"""Attention over lists of Q chunks and KV chunks, in one launch: nothing is concatenated, and no merge follows. Shapes:
+B batch, H heads, H_kv heads of keys and values, S tokens of a Q chunk, D head size.
+
+``attend_chunks_`` keeps accumulating; ``attend_chunks_into`` is the last call, which writes the result in its own dtype
+where it belongs. On a GPU each is one launch (``triton_fused``); elsewhere, or without Triton, the twin in plain
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sf_xfuser.kernels.checks import (
+    described,
+    require_apart,
+    require_rows,
+    require_shape,
+    require_together,
+    runs_kernel,
+)
+
+HEAD_SIZES = (64, 72, 96, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Which chunks are not here yet, and how their arrival is seen.
+
+    ``flags`` int64 [n]: a chunk is here once its flag is at least ``epoch``; flags only grow. ``q``, ``kv``: for each
+    chunk of the call its flag's index, -1 for one that is here. Chunks are waited for in the order of the lists. A wait
+    ends after ``looks`` looks at the flag: then ``error``, int64 [1] and 0 before, holds that flag's index + 1, further
+    waits are given up, and rows that needed what did not come are NaN.
+    """
+
+    flags: torch.Tensor
+    epoch: int
+    error: torch.Tensor
+    q: Sequence[int]
+    kv: Sequence[int]
+    looks: int
+
+
+def attend_chunks_(
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    *,
+    scale: float | None = None,
+    gate: Gate | None = None,
+) -> None:
+    """Attend every Q chunk to all KV chunks, and to what its accumulator holds already, in place. Local; on the current
+    stream.
+
+    ``q[i]`` [B,H,S_i,D]; ``k[j]``, ``v[j]`` [B,H_kv,Sk_j,D], H a multiple of H_kv; all in one dtype of ``DTYPES``, D of
+    ``HEAD_SIZES``, S_i and Sk_j any, 0 included. ``out[i]`` [B,H,S_i,D] fp32 and ``lse[i]`` [B,H,S_i] fp32 (natural
+    log) are the accumulator, as ``merge_`` has it: a row with ``lse = -inf`` has seen no key, whatever ``out`` holds
+    there, so a new accumulator is one whose ``lse`` is filled with -inf. Any strides with D contiguous. Dense, not
+    causal; ``scale`` in place of 1/sqrt(D). Deterministic: the same lists in the same order give the same bits,
+    whenever chunks came.
+
+    Raises ValueError before anything is written: shapes, dtypes, devices or lengths of lists that do not fit, strided
+    D, an accumulator that shares memory with anything else.
+    """
+    _attend(q, k, v, out, lse, (), scale, gate)
+
+
+def attend_chunks_into(
+    results: Sequence[torch.Tensor],
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    *,
+    scale: float | None = None,
+    gate: Gate | None = None,
+) -> None:
+    """As ``attend_chunks_``, for the last time: the output goes to ``results[i]`` [B,H,S_i,D] in q's dtype, any strides
+    with D contiguous, and the accumulator holds nothing of use afterwards. Rows that have seen no key at all are 0."""
+    if len(results) != len(q):
+        raise ValueError(f"{len(results)} results for {len(q)} chunks of q: give one for each")
+    _attend(q, k, v, out, lse, results, scale, gate)
+
+
+def attend_twin(
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    scale: float,
+    gate: Gate | None,
+) -> None:
+    """The same in plain PyTorch: one softmax in fp32 over all keys, in which what is carried counts as one key more."""
+    in_time = gate is None or all([_is_here(gate, flag) for flag in gate.kv])
+    for at, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
+        known = in_time and (gate is None or _is_here(gate, gate.q[at]))
+        group = q_BHSD.shape[1] // k[0].shape[1] if k else 1
+        keys = [x.float().repeat_interleave(group, 1) for x in k]
+        values = [x.float().repeat_interleave(group, 1) for x in v]
+        scores = [lse_BHS.unsqueeze(-1), *(q_BHSD.float() @ x.transpose(-1, -2) * scale for x in keys)]
+        joined = torch.cat(scores, -1)
+        weights = torch.softmax(joined, -1).masked_fill(joined.amax(-1, keepdim=True) == float("-inf"), 0.0)
+        carried = out_BHSD.masked_fill(lse_BHS.unsqueeze(-1) == float("-inf"), 0.0) * weights[..., :1]
+        total = carried + weights[..., 1:] @ torch.cat(values, 2) if k else carried
+        lse_BHS.copy_(torch.logsumexp(joined, -1))
+        out_BHSD.copy_(total)
+        if not known:
+            out_BHSD.fill_(float("nan"))
+            lse_BHS.fill_(float("nan"))
+        if results:
+            results[at].copy_(out_BHSD)
+
+
+def _is_here(gate: Gate, flag: int) -> bool:
+    if flag < 0:
+        return True
+    left = gate.looks
+    while gate.flags[flag] < gate.epoch and left > 0 and gate.error == 0:
+        left -= 1
+    here = bool(gate.flags[flag] >= gate.epoch)
+    if not here and gate.error == 0:
+        gate.error.fill_(flag + 1)
+    return here
+
+
+# -- the operator ----------------------------------------------------------------------------------------------------
+
+
+def _attend(
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    scale: float | None,
+    gate: Gate | None,
+) -> None:
+    if torch.compiler.is_compiling():
+        lists = [list(x) for x in (q, k, v, out, lse, results)]
+        if gate is None:
+            _attend_op(*lists, scale, None, None, [], [], 0, 0)
+        else:
+            _attend_op(*lists, scale, gate.flags, gate.error, list(gate.q), list(gate.kv), gate.epoch, gate.looks)
+    else:
+        _run(q, k, v, out, lse, results, scale, gate)
+
+
+def _run(
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    scale: float | None,
+    gate: Gate | None,
+) -> None:
+    check(q, k, v, out, lse, results, scale, gate)
+    if not q:
+        return
+    scale = 1 / math.sqrt(q[0].shape[-1]) if scale is None else scale
+    if runs_kernel(q[0]):
+        from sf_xfuser.kernels.triton_fused import launch
+
+        launch(q, k, v, out, lse, results, scale, gate)
+    else:
+        attend_twin(q, k, v, out, lse, results, scale, gate)
+
+
+@torch.library.custom_op("sf_xfuser::attend_chunks", mutates_args=("out", "lse", "results", "error"))
+def _attend_op(
+    q: list[torch.Tensor],
+    k: list[torch.Tensor],
+    v: list[torch.Tensor],
+    out: list[torch.Tensor],
+    lse: list[torch.Tensor],
+    results: list[torch.Tensor],
+    scale: float | None,
+    flags: torch.Tensor | None,
+    error: torch.Tensor | None,
+    q_flags: list[int],
+    kv_flags: list[int],
+    epoch: int,
+    looks: int,
+) -> None:
+    gate = None
+    if flags is not None and error is not None:
+        gate = Gate(flags=flags, epoch=epoch, error=error, q=q_flags, kv=kv_flags, looks=looks)
+    _run(q, k, v, out, lse, results, scale, gate)
+
+
+@_attend_op.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    return None
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check(
+    q: Sequence[torch.Tensor],
+    k: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    scale: float | None,
+    gate: Gate | None,
+) -> None:
+    """Raises what ``attend_chunks_`` raises."""
+    if len(out) != len(q) or len(lse) != len(q) or len(k) != len(v):
+        raise ValueError(
+            f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse "
+            "for each q, and a v for each k"
+        )
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale {scale}: it must be above 0 and finite")
+    read = _named(q=q, k=k, v=v)
+    written = _named(out=out, lse=lse, results=results)
+    _check_chunks(q, k, v)
+    for name, x in _named(out=out).items():
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name} is {described(x)}: the accumulator must be torch.float32")
+    for name, x in _named(lse=lse).items():
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name} is {described(x)}: log-sum-exps must be torch.float32")
+    for at, x in enumerate(q):
+        shape = tuple(x.shape)
+        require_shape(f"out[{at}]", out[at], shape, f"q[{at}] {shape}")
+        require_shape(f"lse[{at}]", lse[at], shape[:3], f"q[{at}] {shape}")
+    for at, x in enumerate(results):
+        require_shape(f"results[{at}]", x, tuple(q[at].shape), f"q[{at}] {tuple(q[at].shape)}")
+        if x.dtype != q[at].dtype:
+            raise ValueError(f"results[{at}] is {described(x)}, but q[{at}] is {described(q[at])}: give one dtype")
+    require_rows(_named(q=q, k=k, v=v, out=out, results=results))
+    if gate is not None:
+        _check_gate(gate, len(q), len(k))
+        read["flags"] = gate.flags
+        written["error"] = gate.error
+    if q:
+        require_together(read | written)
+    require_apart(written, read)
+
+
+def _check_chunks(q: Sequence[torch.Tensor], k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
+    named = _named(q=q, k=k, v=v)
+    for name, x in named.items():
+        first_name, first = next(iter(named.items()))
+        if x.dim() != 4 or x.dtype not in DTYPES:
+            raise ValueError(f"{name} is {described(x)}: it must be [B, heads, tokens, D] in one of {DTYPES}")
+        if x.shape[-1] not in HEAD_SIZES:
+            raise ValueError(f"{name} is {described(x)}: head size {x.shape[-1]} is none of {HEAD_SIZES}")
+        if x.dtype != first.dtype or x.shape[0] != first.shape[0] or x.shape[-1] != first.shape[-1]:
+            raise ValueError(
+                f"{name} is {described(x)}, but {first_name} is {described(first)}: give one batch, head size and dtype"
+            )
+    for kind, chunks in (("q", q), ("k", k)):
+        for at, x in enumerate(chunks):
+            if x.shape[1] != chunks[0].shape[1]:
+                raise ValueError(
+                    f"{kind}[{at}] is {described(x)}, but {kind}[0] is {described(chunks[0])}: give as many heads"
+                )
+    for at, x in enumerate(k):
+        require_shape(f"v[{at}]", v[at], tuple(x.shape), f"k[{at}] {tuple(x.shape)}")
+    if q and k and (k[0].shape[1] == 0 or q[0].shape[1] % k[0].shape[1]):
+        raise ValueError(
+            f"q[0] {tuple(q[0].shape)} has {q[0].shape[1]} heads, no multiple of the {k[0].shape[1]} of k[0] "
+            f"{tuple(k[0].shape)}"
+        )
+
+
+def _check_gate(gate: Gate, num_q: int, num_kv: int) -> None:
+    for name, x in (("flags", gate.flags), ("error", gate.error)):
+        if x.dim() != 1 or x.dtype != torch.int64 or not x.is_contiguous():
+            raise ValueError(f"{name} is {described(x)}: it must be one contiguous dimension of torch.int64")
+    require_shape("error", gate.error, (1,), "a gate")
+    num_flags = gate.flags.shape[0]
+    for name, indices, number in (("q", gate.q, num_q), ("kv", gate.kv, num_kv)):
+        if len(indices) != number or any(not -1 <= x < num_flags for x in indices):
+            raise ValueError(
+                f"the gate's {name} is {list(indices)}: give {number} flags, one for each chunk, from 0 to "
+                f"{num_flags - 1}, or -1"
+            )
+    if gate.looks < 1:
+        raise ValueError(f"the gate's looks is {gate.looks}: give at least 1")
+
+
+def _named(**lists: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}[{at}]": x for name, chunks in lists.items() for at, x in enumerate(chunks)}

@@ -1,0 +1,324 @@
+"""The fused chunk attention kernel in Triton's interpreter, against its twin and against float64."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import ModuleType
+
+import pytest
+import torch
+
+from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
+from sf_xfuser.kernels.fused import HEAD_SIZES, Gate, attend_twin
+from tests.kernel_cases import (
+    ADVERSARIAL,
+    attention64,
+    interpret_bf16,
+    mutated,
+    room_is_untouched,
+    with_room,
+)
+
+triton_fused = pytest.importorskip("sf_xfuser.kernels.triton_fused", reason="Triton is not installed")
+
+NAN = float("nan")
+UNSEEN = float("-inf")
+SCALE = 0.1
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 4e-6}
+
+
+@pytest.fixture(autouse=True)
+def _bf16(monkeypatch):
+    interpret_bf16(monkeypatch)
+
+
+def attend(*tensors, gate=None):
+    """The kernel; a test changes it for one with a fault."""
+    triton_fused.launch(*tensors, SCALE, gate)
+
+
+def chunks(D, dtype, q_sizes, kv_sizes, B=2, H=2, H_kv=1):
+    """q, k, v, out, lse: q and the accumulator as slices of larger tensors, KV as a transport delivers it."""
+    q = [with_room(torch.randn(B, n, H + 1, D).to(dtype))[0][:, :, :H].transpose(1, 2) for n in q_sizes]
+    kv = [with_room(torch.randn(n, 2, B, H_kv, D).to(dtype))[0] for n in kv_sizes]
+    k, v = ([x[:, part].permute(1, 2, 0, 3) for x in kv] for part in (0, 1))
+    out = with_room(*(torch.randn(n, B, H, D).permute(1, 2, 0, 3) for n in q_sizes))
+    return q, k, v, out, with_room(*(torch.randn(B, H, n) for n in q_sizes))
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype"), [*((D, torch.bfloat16) for D in HEAD_SIZES), (96, torch.float16), (72, torch.float32)]
+)
+def test_equals_the_twin(D, dtype):
+    torch.manual_seed(D)
+    q, k, v, out, lse = chunks(D, dtype, (33, 0, 1), (40, 0, 33))  # of no block size a multiple
+    lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = UNSEEN, NAN  # what a row without keys holds is of no consequence
+    lse[0][1, 0, 3] = 60.0  # far above the scores
+    expected, got = [with_room(*out), with_room(*lse)], [with_room(*out), with_room(*lse)]
+    attend_twin(q, k, v, *expected, [], SCALE, None)
+    attend(q, k, v, *got, [])
+    assert all(x.isfinite().all() for side in expected for x in side)
+    torch.testing.assert_close(got, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    assert all(room_is_untouched(*side) for side in got)
+
+    # The last call: heads of larger results, nothing beside them touched, the accumulator only read.
+    wholes = with_room(*(torch.full((2, x.shape[2], 4, D), 7.0, dtype=dtype) for x in q))
+    results = [x[:, :, 1:3].transpose(1, 2) for x in wholes]
+    before = [with_room(*out), with_room(*lse)]
+    attend(q, k, v, *before, results)
+    rounding = ROUNDING[dtype] + torch.finfo(dtype).eps
+    torch.testing.assert_close(results, [x.to(dtype) for x in expected[0]], rtol=rounding, atol=rounding)
+    assert all((x[:, :, at] == 7).all() for x in wholes for at in (0, 3)) and room_is_untouched(*wholes)
+    torch.testing.assert_close(before, [out, lse], rtol=0, atol=0, equal_nan=True)
+
+
+def test_strides_that_are_not_aligned():
+    torch.manual_seed(2)
+    q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,))
+    k = [torch.randn(2, 1, 7, 67)[..., 1:65]]
+    expected = [with_room(*out), with_room(*lse)]
+    attend_twin(q, k, v, *expected, [], SCALE, None)
+    attend(q, k, v, out, lse, [])
+    torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("kv_sizes", [(), (0,), (0, 0)])
+def test_without_keys_what_is_carried_stays(kv_sizes):
+    q, k, v, out, lse = chunks(64, torch.float32, (5,), kv_sizes)
+    lse[0][0, 0, 2], out[0][0, 0, 2] = UNSEEN, NAN
+    results = [torch.full_like(q[0], NAN)]
+    attend(q, k, v, out, lse, results)
+    out[0][0, 0, 2] = 0.0
+    torch.testing.assert_close(results, out, rtol=1e-6, atol=1e-6)
+    got = with_room(*out), with_room(*lse)
+    attend(q, k, v, *got, [])
+    torch.testing.assert_close(got, (out, lse), rtol=1e-6, atol=1e-6)
+
+
+ATTENDS = {
+    "kernel": lambda *arguments: triton_fused.launch(*arguments, None),
+    "twin": lambda *arguments: attend_twin(*arguments, None),
+}
+
+
+def error_ratio(attend, name, dtype, S=19, keys=40, D=64):
+    """Error of attention in two calls, the chunks of which are short, against that of single-device SDPA in the same
+    dtype, both against float64."""
+    q, k, v = ADVERSARIAL[name](1, 2, S, keys, D, dtype)
+    exact = attention64(q, k, v)
+    single = (torch.nn.functional.scaled_dot_product_attention(q, k, v).double() - exact).abs().max().item()
+    floor = torch.finfo(dtype).eps * exact.abs().max().item() / 2  # half a unit in the last place of the result
+    pieces = [x.split((S - S // 3, S // 3), 2) for x in (q, q.new_empty(q.shape).fill_(NAN))]
+    parts = [x.split((13, 0, 1, keys - 14), 2) for x in (k, v)]
+    out = [torch.full(x.shape, NAN) for x in pieces[0]]
+    lse = [torch.full(x.shape[:3], UNSEEN) for x in pieces[0]]
+    attend(pieces[0], *(x[:2] for x in parts), out, lse, [], D**-0.5)
+    attend(pieces[0], *(x[2:] for x in parts), out, lse, pieces[1], D**-0.5)
+    return (torch.cat(pieces[1], 2).double() - exact).abs().max().item() / max(single, floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize("attend", ATTENDS)
+def test_error_is_within_twice_single_device_sdpa(attend, name, dtype):
+    torch.manual_seed(1)
+    assert error_ratio(ATTENDS[attend], name, dtype) <= 2
+    assert error_ratio(ATTENDS[attend], name, dtype, S=1) <= 2
+
+
+# -- with a gate -----------------------------------------------------------------------------------------------------
+
+
+def gate(here, q=(2, -1), kv=(-1, 0, -1, 1), looks=3, epoch=5):
+    flags = torch.tensor([epoch + at if x else epoch - 1 for at, x in enumerate(here)])
+    return Gate(flags=flags, epoch=epoch, error=torch.zeros(1, dtype=torch.int64), q=q, kv=kv, looks=looks)
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_chunks_that_are_here_are_attended(final):
+    torch.manual_seed(3)
+    q, k, v, out, lse = chunks(72, torch.float32, (65, 7), (5, 40, 0, 33), H=1)  # more tiles than programs
+    expected = [with_room(*out), with_room(*lse)]
+    attend_twin(q, k, v, *expected, [], SCALE, None)
+    results = [torch.full_like(x, NAN) for x in q] if final else []
+    given = gate((True, True, True))
+    attend(q, k, v, out, lse, results, gate=given)
+    assert given.error == 0
+    got = [results, lse] if final else [out, lse]
+    torch.testing.assert_close(got[0], expected[0], rtol=4e-6, atol=4e-6)
+    if not final:
+        torch.testing.assert_close(lse, expected[1], rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("side", ["kernel", "twin"])
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_wait_that_ends_says_so_and_leaves_no_number(side, missing):
+    q, k, v, out, lse = chunks(64, torch.float32, (33, 7), (5, 40, 0, 33), H=1)
+    results = [torch.zeros_like(x) for x in q]
+    given = gate([at != missing for at in range(3)])
+    if side == "kernel":
+        attend(q, k, v, out, lse, results, gate=given)
+    else:
+        attend_twin(q, k, v, out, lse, results, SCALE, given)
+    assert given.error == missing + 1
+    lost = results[:1] if missing == 2 else results
+    assert all(x.isnan().all() for x in lost)
+    assert missing != 2 or results[1].isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["kernel", "twin"])
+def test_what_arrives_meanwhile_is_attended(side):
+    """Chunks hold NaN until their flag is up; the flags turn while the launch waits."""
+    torch.manual_seed(4)
+    q, k, v, out, lse = chunks(64, torch.float32, (33, 7), (5, 40, 0, 33), H=1)
+    expected = [with_room(*out), with_room(*lse)]
+    attend_twin(q, k, v, *expected, [], SCALE, None)
+    given = gate((False, False, False), looks=1 << 40)
+    late = [(q[0], 2), (k[1], 0), (k[3], 1)]
+    kept = [x.clone() for x, _ in late]
+    for x, _ in late:
+        x.fill_(NAN)
+
+    def arrive():
+        for (x, flag), data in zip(late, kept, strict=True):
+            time.sleep(0.2)
+            x.copy_(data)
+            given.flags[flag] = given.epoch
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    if side == "kernel":
+        attend(q, k, v, out, lse, [], gate=given)
+    else:
+        attend_twin(q, k, v, out, lse, [], SCALE, given)
+    thread.join()
+    assert given.error == 0
+    torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
+
+
+# -- faults and bad input --------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "wrong maximum": ("new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)", "new_largest = largest * 1.0"),
+    "missing rescale": ("total = tl.dot(weights, _load(v, here, SOME, D1), total * rescale[:, None]",
+                        "total = tl.dot(weights, _load(v, here, SOME, D1), total"),
+    "missing rescale of the head's second part": ("total2 * rescale[:, None]", "total2"),
+    "weight is not rescaled": ("weight = weight * rescale + tl.sum", "weight = weight + tl.sum"),
+    "dropped tail": ("if whole < num_keys:", "if whole > num_keys:"),
+    "keys behind the last": ("key < num_keys - whole,", "key < KEYS,"),
+    "rows behind the last": ("is_row = row < num_rows - first", "is_row = row < ROWS"),
+    "dropped rows": ("is_row = row < num_rows - first", "is_row = row < num_rows - first - 1"),
+    "what is carried is dropped": ("weight = tl.where(seen, 1.0, 0.0)", "weight = tl.where(seen, 0.0, 0.0)"),
+    "rows without keys count": ('seen = largest != float("-inf")', "seen = largest == largest"),
+    "base 2 as base e": ("(largest + tl.log2(weight)) * _LN2", "largest + tl.log2(weight)"),
+    "KV heads mixed up": ("h_kv = h // tl.load", "h_kv = h * tl.load"),
+    "one chunk for all": ("keys = kv_chunks + kv * _ROW", "keys = kv_chunks"),
+    "result misplaced": ("tl.store(at + (rows + d2)", "tl.store(at + (rows + d2 + 1)"),
+}  # fmt: skip
+GATE_FAULTS = {
+    "does not wait": ("(seen < epoch) & (left > 0)", "(seen < epoch) & (left > 1 << 50)"),
+    "stages not carried": ("mask=is_row, other=float(\"-inf\")) / _LN2",
+                           "mask=is_row & (stage == 0), other=float(\"-inf\")) / _LN2"),
+    "arrival forgotten": ("in_time = _here(table, tl.load(this_stage + 2))", "in_time = True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, monkeypatch):
+    """What the tests above say of a kernel with one line changed."""
+    faulty: ModuleType = mutated(triton_fused, *FAULTS[fault])
+    monkeypatch.setattr(sys.modules[__name__], "triton_fused", faulty)
+    with pytest.raises(AssertionError):
+        test_equals_the_twin(72, torch.float32)
+
+
+@pytest.mark.parametrize("fault", GATE_FAULTS)
+def test_a_planted_fault_of_the_gate_is_seen(fault, monkeypatch):
+    faulty: ModuleType = mutated(triton_fused, *GATE_FAULTS[fault])
+    monkeypatch.setattr(sys.modules[__name__], "triton_fused", faulty)
+    with pytest.raises(AssertionError):
+        test_what_arrives_meanwhile_is_attended("kernel")
+
+
+def q_of(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+
+BAD = {
+    "head size of one": ({"k": [q_of(1, 2, 5, 72)]}, r"k\[0\] is \(1, 2, 5, 72\).* but q\[0\] is \(1, 4, 4, 64\)"),
+    "no such head size": ({"q": [q_of(1, 4, 4, 80)]}, r"q\[0\] is \(1, 4, 4, 80\).*head size 80 is none of \(64, 72"),
+    "v is not as k": ({"v": [q_of(1, 2, 6, 64)]}, r"v\[0\] has shape \(1, 2, 6, 64\), but k\[0\] \(1, 2, 5, 64\)"),
+    "dtypes": ({"v": [q_of(1, 2, 5, 64, dtype=torch.half)]}, r"v\[0\] is .* torch.float16.* but q\[0\] is .*bfloat16"),
+    "no such dtype": ({"q": [q_of(1, 4, 4, 64, dtype=torch.float64)]}, r"q\[0\] is .* torch.float64"),
+    "batch": ({"k": [q_of(2, 2, 5, 64)]}, r"k\[0\] is \(2, 2, 5, 64\).* give one batch"),
+    "heads": ({"k": [q_of(1, 3, 5, 64)], "v": [q_of(1, 3, 5, 64)]}, r"4 heads, no multiple of the 3 of k\[0\]"),
+    "strided D": ({"q": [q_of(1, 4, 4, 128)[..., ::2]]}, r"q\[0\] \(1, 4, 4, 64\) has strides"),
+    "lists": ({"lse": []}, r"1 q, 1 out, 0 lse"),
+    "accumulator": ({"out": [q_of(1, 4, 4, 64)]}, r"out\[0\] is .*bfloat16 on cpu: the accumulator must be"),
+    "shape of out": ({"out": [torch.zeros(1, 4, 3, 64)]}, r"out\[0\] has shape \(1, 4, 3, 64\)"),
+    "layout of lse": ({"lse": [torch.zeros(1, 4, 4, 1)]}, r"lse\[0\] has shape \(1, 4, 4, 1\)"),
+    "dtype of lse": ({"lse": [torch.zeros(1, 4, 4).half()]}, r"lse\[0\] is \(1, 4, 4\) torch.float16"),
+    "scale": ({"scale": 0.0}, r"scale 0.0: it must be above 0"),
+    "dtype of results": ({"results": [torch.zeros(1, 4, 4, 64)]}, r"results\[0\] is .*float32.* but q\[0\]"),
+    "number of results": ({"results": []}, r"0 results for 1 chunks of q"),
+    "devices": ({"k": [q_of(1, 2, 5, 64).to("meta")]}, r"k\[0\] .* on meta and q\[0\] .* on cpu"),
+    "gate's flags": ({"gate": gate((True,), q=[1], kv=[0])}, r"the gate's q is \[1\]: give 1 flags"),
+    "gate's looks": ({"gate": gate((True,), q=[0], kv=[0], looks=0)}, r"the gate's looks is 0"),
+}  # fmt: skip
+
+
+def good():
+    return {
+        "q": [q_of(1, 4, 4, 64)],
+        "k": [q_of(1, 2, 5, 64)],
+        "v": [q_of(1, 2, 5, 64)],
+        "out": [torch.ones(1, 4, 4, 64)],
+        "lse": [torch.zeros(1, 4, 4)],
+    }
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_before_anything_is_written(name):
+    change, text = BAD[name]
+    given = good() | change
+    with pytest.raises(ValueError, match=text):
+        (attend_chunks_into if "results" in given else attend_chunks_)(**given)
+    assert all((x == 1).all() for x in given["out"] if x.shape == (1, 4, 4, 64) and x.dtype == torch.float32)
+
+
+def test_an_accumulator_in_the_memory_of_another_tensor_is_refused():
+    given = good()
+    with pytest.raises(ValueError, match=r"out\[0\] .* is written, but out\[1\]"):
+        attend_chunks_(**{name: given[name] * 2 if name in ("q", "out", "lse") else given[name] for name in given})
+    with pytest.raises(ValueError, match=r"results\[0\] .* is written, but q\[0\]"):
+        attend_chunks_into(given["q"], **given)
+    # Slices of one tensor that lie between one another are apart.
+    whole = torch.zeros(2, 8, 4, 64)
+    given = good() | {"q": [q_of(2, 4, 4, 64)] * 2, "k": [], "v": [], "lse": [torch.zeros(2, 4, 4) for _ in range(2)]}
+    attend_chunks_(**given | {"out": [whole[:, :4], whole[:, 4:]]})
+    with pytest.raises(ValueError, match=r"out\[0\] .* is written, but out\[1\]"):
+        attend_chunks_(**given | {"out": [whole[:, :4], whole[:, 3:7]]})
+
+
+def test_torch_compile_sees_operators():
+    torch.manual_seed(5)
+    q, k, v, out, lse = (list(map(torch.clone, x)) for x in chunks(64, torch.bfloat16, (5, 3), (7, 4)))
+    results = [torch.zeros_like(x) for x in q]
+
+    def twice(q, k, v, out, lse, results):
+        attend_chunks_(q, k, v, out, lse)
+        attend_chunks_into(results, q, k, v, out, lse, scale=0.5)
+        return results[0] + 1
+
+    def copies():
+        return [list(map(torch.clone, x)) for x in (q, k, v, out, lse, results)]
+
+    expected = twice(*(given := copies()))
+    got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*(compiled := copies()))
+    assert torch.equal(got, expected)
+    assert all(torch.equal(x, y) for side in zip(compiled, given, strict=True) for x, y in zip(*side, strict=True))
+    opened = gate((True,), q=[-1, 0], kv=[0, -1])
+    arguments = (q, k, v, out, lse, results, None, opened.flags, opened.error, [-1, 0], [0, -1], 5, 3)
+    torch.library.opcheck(torch.ops.sf_xfuser.attend_chunks.default, arguments)
