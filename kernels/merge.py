@@ -1,20 +1,140 @@
-"""Log-sum-exp merge of a partial attention result into an accumulator."""
+"""Log-sum-exp merge of a partial attention result into an accumulator. Shapes: B batch, H heads, S tokens, D head size.
+
+``merge_`` keeps accumulating; ``merge_into`` is the last merge, which writes the result in its own dtype where it
+belongs, so that no pass over it follows. On a GPU each is one launch (``triton_merge``); elsewhere, or without Triton,
+the twin in plain PyTorch.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 
+from sf_xfuser.kernels.checks import (
+    described,
+    require_apart,
+    require_rows,
+    require_shape,
+    require_together,
+    runs_kernel,
+)
 
-def merge_(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
-    """Merge ``(new_out, new_lse)`` into ``(out, lse)`` in place.
+_NATURAL = {"e": 1.0, "2": math.log(2.0)}
+"""By base of a log-sum-exp: what turns it into one of base e."""
 
-    ``out`` [B,H,S,D] fp32 and ``lse`` [B,H,S] fp32 (natural log) are the accumulator, any strides; ``new_out``
-    [B,H,S,D] any float dtype, ``new_lse`` [B,H,S]. The result is ``out + w*(new_out - out)`` with
-    ``w = sigmoid(new_lse - lse)``, and ``logaddexp(lse, new_lse)``. The two weights are w and 1-w, so they add up to
-    one whatever the rounding of the log-sum-exps: that keeps many merges as exact as one softmax. A row that has seen
-    no key has ``lse = -inf``. Elementwise, so the same inputs in the same order give the same bits.
+
+def merge_(
+    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, base: Literal["e", "2"] = "e"
+) -> None:
+    """Merge ``(new_out, new_lse)`` into ``(out, lse)`` in place. Local; on the current stream.
+
+    ``out`` [B,H,S,D] fp32 and ``lse`` [B,H,S] fp32 (natural log) are the accumulator, any strides with D contiguous;
+    ``new_out`` [B,H,S,D] any float dtype, ``new_lse`` [B,H,S], its logarithm to ``base``. The result is
+    ``out + w*(new_out - out)`` with ``w = sigmoid(new_lse - lse)``, and ``logaddexp(lse, new_lse)``. The two weights
+    are w and 1-w, so they add up to one whatever the rounding of the log-sum-exps: that keeps many merges as exact as
+    one softmax. A row that has seen no key has ``lse = -inf``; where ``new_lse`` is -inf the accumulator stays as it
+    is, whatever ``new_out`` holds. Elementwise, so the same inputs in the same order give the same bits.
+
+    Raises ValueError before anything is written: shapes or devices that do not fit, strided D, an accumulator that is
+    not fp32, a partial result that shares memory with it.
     """
+    if torch.compiler.is_compiling():
+        _merge_op(out, lse, new_out, new_lse, None, base)
+    else:
+        _merge(out, lse, new_out, new_lse, None, base)
+
+
+def merge_into(
+    result: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    base: Literal["e", "2"] = "e",
+) -> None:
+    """As ``merge_``, for the last time: the merged output goes to ``result`` [B,H,S,D], any float dtype and any strides
+    with D contiguous, and the accumulator holds nothing of use afterwards."""
+    if torch.compiler.is_compiling():
+        _merge_op(out, lse, new_out, new_lse, result, base)
+    else:
+        _merge(out, lse, new_out, new_lse, result, base)
+
+
+def merge_twin(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    result: torch.Tensor | None,
+    base: str,
+) -> None:
+    """``merge_``, or with a ``result`` ``merge_into``, in plain PyTorch."""
+    if base != "e":
+        new_lse = new_lse * _NATURAL[base]
     weight = torch.sigmoid(new_lse - lse)
-    weight.masked_fill_(new_lse == float("-inf"), 0.0)  # also where both are -inf and the difference is NaN
-    out.lerp_(new_out.float(), weight.unsqueeze(-1))
+    unseen = new_lse == float("-inf")
+    weight.masked_fill_(unseen, 0.0)  # also where both are -inf and the difference is NaN
+    new_out = new_out.float()
+    if unseen.any():
+        new_out = new_out.masked_fill(unseen.unsqueeze(-1), 0.0)
+    out.lerp_(new_out, weight.unsqueeze(-1))
     torch.logaddexp(lse, new_lse, out=lse)
+    if result is not None:
+        result.copy_(out)
+
+
+def _merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    result: torch.Tensor | None,
+    base: str,
+) -> None:
+    check(out, lse, new_out, new_lse, result, base)
+    if runs_kernel(out):
+        from sf_xfuser.kernels.triton_merge import launch
+
+        launch(out, lse, new_out, new_lse, result, _NATURAL[base])
+    else:
+        merge_twin(out, lse, new_out, new_lse, result, base)
+
+
+_merge_op = torch.library.custom_op("sf_xfuser::merge", _merge, mutates_args=("out", "lse", "result"))
+
+
+@_merge_op.register_fake
+def _(out, lse, new_out, new_lse, result, base):  # type: ignore[no-untyped-def]
+    return None
+
+
+def check(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    result: torch.Tensor | None,
+    base: str,
+) -> None:
+    """Raises what ``merge_`` raises."""
+    if out.dim() != 4 or out.dtype != torch.float32:
+        raise ValueError(f"out is {described(out)}: the accumulator must be [B, H, S, D] in torch.float32")
+    shape = tuple(out.shape)
+    for name, x in (("lse", lse), ("new_lse", new_lse)):
+        require_shape(name, x, shape[:3], f"out {shape}")
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name} is {described(x)}: log-sum-exps must be torch.float32")
+    rows = {"out": out, "new_out": new_out} | ({} if result is None else {"result": result})
+    for name, x in rows.items():
+        require_shape(name, x, shape, f"out {shape}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} is {described(x)}: it must be floating point")
+    if base not in _NATURAL:
+        raise ValueError(f"base {base!r} of new_lse is not known: give one of {', '.join(_NATURAL)}")
+    require_rows(rows)
+    lses = {"lse": lse, "new_lse": new_lse}
+    require_together(rows | lses)
+    written = {"out": out, "lse": lse} | ({} if result is None else {"result": result})
+    require_apart(written, {"new_out": new_out, "new_lse": new_lse})

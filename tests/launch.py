@@ -43,6 +43,7 @@ def run(
 ) -> Finished:
     """Run a command in its own session, so that a time-out can end all of its processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment.pop("TRITON_INTERPRET", None)  # conftest.py
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
