@@ -7,7 +7,12 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
-.PHONY: demo test lint bench clean
+# Supported versions of xDiT, each tested in an environment of its own: .venv-xfuser-VERSION.
+VERSIONS := 0.5.0 0.6.0 0.7.0
+VERSION_TESTS := tests/test_plugin.py tests/test_usp.py tests/test_all_to_all.py tests/test_launchers.py \
+    tests/pipelines/test_pipelines.py
+
+.PHONY: demo test test-versions lint bench kernels-table clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -23,10 +28,29 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
 
+# A quarter of an hour and, with PyTorch's CPU build, 2 GB for each version; a failure ends it after all have run.
+test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
+	@for v in $(VERSIONS); do \
+	    echo "== xfuser $$v"; \
+	    OMP_NUM_THREADS=1 .venv-xfuser-$$v/bin/python -m pytest $(VERSION_TESTS) $(TEST_ARGS) || failed="$$failed $$v"; \
+	done; \
+	test -z "$$failed" || { echo "failed with xfuser$$failed"; exit 1; }
+
+.venv-xfuser-%/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-xfuser-$*
+	.venv-xfuser-$*/bin/python -m pip install --quiet --upgrade "setuptools>=77"
+	.venv-xfuser-$*/bin/python -m pip install $(TORCH) xfuser==$*
+	.venv-xfuser-$*/bin/python -m pip install --editable ".[dev]"
+	touch $@
+
 # The rows behind docs/performance.md, on an emulated cluster (Linux, iproute2, root or user namespaces).
 bench: $(STAMP)
 	mkdir -p out
 	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
+
+# Registers, shared memory and spills of each kernel, compiled ahead of time; no GPU is needed.
+kernels-table: $(STAMP)
+	$(BIN)/python -m sf_xfuser.bench.kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,4 +58,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out
+	rm -rf $(VENV) .venv-xfuser-* build dist *.egg-info out

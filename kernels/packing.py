@@ -1,10 +1,9 @@
 """Head slices gathered into one piece of memory, as a transport sends them, and put back. Shapes: B batch, H heads, S
 tokens, D head size.
 
-Each function takes one part or two. A *part* is a view [S, B, H, D] of a tensor in any layout (``x_BHSD.permute(2, 0, 1, 3)``, ``x_BSHD.transpose(0, 1)``,
-with a slice of its heads): Q, or
-K or V, of some tokens. Inverses are made of the same views. On a GPU ``pack`` and ``unpack`` are one launch each
-(``triton_packing``); elsewhere, or without Triton, the twins in plain PyTorch.
+Each function takes one part or two. A *part* is a view [S, B, H, D] of a tensor in any layout
+(``x_BHSD.permute(2, 0, 1, 3)``, ``x_BSHD.transpose(0, 1)``, with a slice of its heads): Q, or K and V, of some tokens.
+On a GPU each call is one launch (``triton_packing``); elsewhere, or without Triton, the twin in plain PyTorch.
 
 **As it is**: ``pack`` and ``unpack`` of a tensor [S, parts, B, H, D] (one part: [S, B, H, D]), which is how chunks lie
 in a window. The dtype may differ from the parts'.

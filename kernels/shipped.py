@@ -11,12 +11,14 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 MODULES = ("triton_merge", "triton_packing")
 ARCHITECTURES = (80, 90, 100)
 """Compute capabilities, times 10: A100, H100, B200."""
+
+
+_LOAD = r"\b(?:ld\.global|cp\.async\.c[ag]\.shared\.global)[.:\w]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +40,13 @@ class Shipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Per thread: ``registers``, and bytes spilled to memory; per program: bytes of shared memory."""
+    """Per thread: ``registers``, and bytes spilled to memory; per program: bytes of shared memory. ``load_bits``: of
+    the widest load from global memory, 128 at best; 0 where there is none but those of a copy engine (TMA)."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    load_bits: int
 
 
 def all_shipped() -> list[Shipped]:
@@ -72,6 +76,7 @@ def compile_for(shipped: Shipped, architecture: int) -> Usage:
         registers=_number(r"REG:(\d+)", said),
         spilled_bytes=_number(r"STACK:(\d+)", said) + _number(r"LOCAL:(\d+)", said),
         shared_bytes=int(compiled.metadata.shared),
+        load_bits=max((int(n or 1) * int(bits) for n, bits in re.findall(_LOAD, compiled.asm["ptx"])), default=0),
     )
 
 

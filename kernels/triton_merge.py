@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The device side of ``merge``: one pass over the accumulator and the partial result."""
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def launch(
     result: torch.Tensor | None,
     natural: float,
 ) -> None:
-    """As ``merge.merge_twin``, of tensors that ``merge.check`` has passed. Enqueues one kernel on the current stream."""
+    """As ``merge_twin``, of tensors that ``merge.check`` has passed. Enqueues one kernel on the current stream."""
     B, H, S, D = out.shape
     if out.numel() == 0:
         return

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The device side of ``packing``: rows of D values from one strided view to another, converted on the way."""
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """sf-xfuser: StreamFusion's topology-aware sequence parallelism and Torus Attention as a backend for xDiT.
 
 Importing this package touches nothing. Installing it is enough for xDiT's launch lines (``--sp-backend torus``);
-``enable()`` does the same by hand.
+``enable()`` does the same by hand. Without xDiT: ``torus_attention``, ``LongContextAttention`` for programs that use
+yunchang, ``parallelize`` for diffusers models.
 """
 
 from __future__ import annotations
@@ -9,17 +10,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Mesh", "TorusArgs", "build_mesh", "disable", "enable", "explain", "torus_attention"]
+__all__ = [
+    "LongContextAttention",
+    "Mesh",
+    "TorusArgs",
+    "build_mesh",
+    "disable",
+    "enable",
+    "explain",
+    "parallelize",
+    "set_seq_parallel_pg",
+    "torus_attention",
+]
 
 if TYPE_CHECKING:
     from sf_xfuser.args import TorusArgs
     from sf_xfuser.attention import torus_attention
+    from sf_xfuser.context_parallel import parallelize
+    from sf_xfuser.long_context import LongContextAttention, set_seq_parallel_pg
     from sf_xfuser.mesh import Mesh, build_mesh
     from sf_xfuser.plugin import disable, enable, explain
 
 _HOME = {
     "TorusArgs": "args",
     "torus_attention": "attention",
+    "parallelize": "context_parallel",
+    "LongContextAttention": "long_context",
+    "set_seq_parallel_pg": "long_context",
     "Mesh": "mesh",
     "build_mesh": "mesh",
     "disable": "plugin",

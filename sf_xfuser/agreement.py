@@ -31,7 +31,7 @@ class Agreement:
         self._scope = scope
         self._ranks = tuple(ranks)
         self._rank = dist.get_rank()
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._count = 0
 
     @classmethod
@@ -41,11 +41,11 @@ class Agreement:
 
     def of_group(self, index: int, ranks: Sequence[int]) -> Agreement:
         """One among ``ranks``, the ``index``-th group of this one's. Local."""
-        return Agreement(f"{self._scope}/group{index}", ranks, self._timeout_s)
+        return Agreement(f"{self._scope}/group{index}", ranks, self.timeout_s)
 
     def afresh(self, number: int) -> Agreement:
         """One among the same ranks that counts anew, where some may have come further than others. Local."""
-        return Agreement(f"{self._scope}/afresh{number}", self._ranks, self._timeout_s)
+        return Agreement(f"{self._scope}/afresh{number}", self._ranks, self.timeout_s)
 
     @property
     def store_host(self) -> str:
@@ -66,7 +66,7 @@ class Agreement:
             self._store.delete_key(f"{self._prefix(self._count - 2)}/{self._rank}")
         self._count += 1
         self._store.set(f"{prefix}/{self._rank}", json.dumps([topic, value]))
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         values: list[Any] = []
         for rank in self._ranks:
             key = f"{prefix}/{rank}"
@@ -101,6 +101,6 @@ class Agreement:
     def _absent(self, prefix: str, topic: str) -> str:
         absent = [rank for rank in self._ranks if not self._store.check([f"{prefix}/{rank}"])]
         return (
-            f"rank {self._rank} waited {self._timeout_s:g} s for {topic!r}, but rank(s) {absent} of {self._ranks} did "
+            f"rank {self._rank} waited {self.timeout_s:g} s for {topic!r}, but rank(s) {absent} of {self._ranks} did "
             f"not come: they failed, were started without the same --sp-* flags, or need a longer --sp-timeout"
         )

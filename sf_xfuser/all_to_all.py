@@ -6,6 +6,8 @@ where it lives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,6 +122,7 @@ def _greet(mesh: Mesh) -> None:
         mesh.lanes[lane].exchange(0, parcels, parcels).wait()
 
 
+@dataclass(eq=False, kw_only=True)
 class MeshAllToAll4D(DropIn):
     """The replacement: call it as ``all_to_all_4D`` is called. ``original`` is yunchang's own.
 
@@ -129,6 +132,8 @@ class MeshAllToAll4D(DropIn):
     cannot = "the mesh cannot serve this all-to-all"
     owner = "yunchang's own"
     handing = "all-to-all handed back to yunchang"
+
+    original: Callable[..., torch.Tensor]
 
     def __call__(
         self, input: torch.Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: Any = None, use_sync: bool = False

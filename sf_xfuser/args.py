@@ -23,6 +23,7 @@ _PLAN_KEYS = ("torus", "ulysses", "ring")
 AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
 ARGS_VARIABLE = "SF_XFUSER_ARGS"
 MACHINE_VARIABLE = "SF_XFUSER_MACHINE"
+UNTESTED_VARIABLE = "SF_XFUSER_ALLOW_UNTESTED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +203,11 @@ def set_defaults(values: Mapping[str, str]) -> None:
 
 def autoload_wanted() -> bool:
     return os.environ.get(AUTOLOAD_VARIABLE, "1").lower() not in ("0", "false", "no", "off")
+
+
+def untested_allowed() -> bool:
+    """Whether an xfuser newer than the supported ones may be used, if every hook finds its place."""
+    return os.environ.get(UNTESTED_VARIABLE, "") == "1"
 
 
 def args_from_environment() -> TorusArgs | None:

@@ -25,6 +25,13 @@ _MIN_ROWS, _MAX_ROWS = 768, 1024
 
 _LONG_S = 0.5  # a call that takes longer is tried once
 
+NO_GRADIENT = "a gradient is asked for, and Torus Attention computes none"
+
+
+def asks_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
 
 def torus_attention(
     query: torch.Tensor,
@@ -53,11 +60,14 @@ def torus_attention(
     ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 in a fixed order,
     so the same call gives the same bits. On CUDA the work is on the current stream. Nothing stays posted afterwards.
 
-    Raises ValueError on every rank when ranks disagree or a shape cannot be split, RuntimeError when a rank is missing
-    and TransportError when a transfer is not done in time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
+    For inference: ValueError where autograd would record the call. Raises ValueError on every rank when ranks disagree
+    or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
+    time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
     counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
     tensors = query, key, value, joint_key, joint_value
+    if asks_gradient(*tensors):
+        raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
 
     def call(attend: AttendFunction) -> torch.Tensor:
         return _Run(mesh, agree(mesh, tensors, joint_strategy, counts), attend, *tensors).run()

@@ -3,19 +3,27 @@ back to the function itself, with a reason that is logged once and counted."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 
 from sf_xfuser.mesh import Mesh
 
 
+def log_on_rank_0(message: str) -> None:
+    """For programs without xDiT, whose logger the plugin uses."""
+    if dist.get_rank() == 0:
+        logging.getLogger("sf_xfuser").warning(message)
+
+
 @dataclass(eq=False, kw_only=True)
 class DropIn:
-    """``original``: the function itself. ``strict``: raise instead of handing back.
+    """``strict``: raise instead of handing back.
 
     ``served`` and ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
     """
@@ -27,7 +35,6 @@ class DropIn:
     handing: ClassVar[str]
     """What is logged where one is, before the reason."""
 
-    original: Callable[..., torch.Tensor]
     mesh: Mesh
     strict: bool
     log: Callable[[str], None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -46,10 +46,17 @@ def read_model_facts(model: str) -> ModelFacts | None:
             config = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        heads = _first(config, _HEADS)
-        if heads is not None:
-            return ModelFacts(heads=heads, kv_heads=_first(config, _KV_HEADS) or heads, source=str(path))
+        if (facts := facts_of_config(config, str(path))) is not None:
+            return facts
     return None
+
+
+def facts_of_config(config: Mapping[str, Any], source: str) -> ModelFacts | None:
+    """Facts of a transformer's configuration; None where it names no heads."""
+    heads = _first(config, _HEADS)
+    if heads is None:
+        return None
+    return ModelFacts(heads=heads, kv_heads=_first(config, _KV_HEADS) or heads, source=source)
 
 
 def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
@@ -71,7 +78,7 @@ def _find(model: str, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _first(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 

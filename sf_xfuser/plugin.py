@@ -114,13 +114,17 @@ def _hooks() -> tuple[Hook, ...]:
 
 
 def import_hooked_modules() -> dict[str, str]:
-    """Import every module that a record names, so that its state is known: {module: error} of those that fail."""
+    """Import every module that a record names, so that its state is known: {module: error} of those that fail. One
+    that some supported versions lack may be missing."""
+    required = {hook.module for hook, _ in hook_states() if hook.required}
     broken = {}
     for name in dict.fromkeys(hook.module for hook, _ in hook_states()):
         try:
             importlib.import_module(name)
         except Exception as error:
-            broken[name] = f"{type(error).__name__}: {error}"
+            lacking = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+            if name in required or not lacking:
+                broken[name] = f"{type(error).__name__}: {error}"
     return broken
 
 
@@ -135,9 +139,10 @@ def unsupported() -> str | None:
     except importlib.metadata.PackageNotFoundError:  # a source tree: only the features can be checked
         text, release = "(a source tree)", OLDEST
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
-    if missing or not OLDEST <= release < TOO_NEW:
+    if missing or release < OLDEST or (release >= TOO_NEW and not sp_args.untested_allowed()):
         lacks = f", where {', '.join(missing)} is not found" if missing else ""
-        return f"xfuser {text} is not supported{lacks}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'"
+        or_else = f", or {sp_args.UNTESTED_VARIABLE}=1 to try it" if release >= TOO_NEW and not missing else ""
+        return f"xfuser {text} is not supported{lacks}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{or_else}"
     return None
 
 

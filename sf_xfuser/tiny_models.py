@@ -124,14 +124,14 @@ def save_tiny_model(
         torch.manual_seed(seed)
         counts = (layers, layers if single_layers is None else single_layers)
         pipeline = _BUILDERS[family](heads, head_dim, *counts[: 2 if family in _TWO_KINDS else 1])
-        _enliven(pipeline.transformer)
+        unit_gain(pipeline.transformer)
     folder = Path(folder)
     pipeline.save_pretrained(folder)
     Path(folder, "small_input.json").write_text(json.dumps(dict(SMALL_INPUT[family])) + "\n", encoding="utf-8")
     return folder
 
 
-def _enliven(transformer: torch.nn.Module) -> None:
+def unit_gain(transformer: torch.nn.Module) -> None:
     """Redraw linear and convolution weights with unit gain, in place.
 
     With the default draw (a third of that variance, behind gates of the same kind) the attention of a two-layer model
@@ -151,7 +151,7 @@ def _flux(heads: int, head_dim: int, layers: int, single_layers: int) -> Diffusi
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_image_vae(),
+        vae=image_vae(),
         text_encoder=CLIPTextModel(_clip_config(clip_tokenizer)).eval(),
         tokenizer=clip_tokenizer,
         text_encoder_2=T5EncoderModel(_t5_config(T5Config, t5_tokenizer)).eval(),
@@ -176,7 +176,7 @@ def _sd3(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
     t5_tokenizer = _t5_tokenizer()
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_image_vae(),
+        vae=image_vae(),
         text_encoder=clips[0],
         tokenizer=clip_tokenizers[0],
         text_encoder_2=clips[1],
@@ -314,7 +314,7 @@ def _rotary_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def _image_vae() -> AutoencoderKL:
+def image_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(_VAE_CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(_VAE_CHANNELS),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sf_xfuser.attention import torus_attention
+from sf_xfuser.attention import NO_GRADIENT, asks_gradient, torus_attention
 from sf_xfuser.drop_in import DropIn
 from sf_xfuser.kernels import AttendFunction
 
@@ -49,6 +49,7 @@ class TorusUSP(DropIn):
     owner = "xDiT's own USP"
     handing = "handed back to xDiT's own USP"
 
+    original: Callable[..., torch.Tensor]
     host: Host
     check: bool = False
     """Compare the first call of each shape with ``original``."""
@@ -107,6 +108,8 @@ class TorusUSP(DropIn):
         reason = self.why_not(
             name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
         )
+        if reason is None and asks_gradient(query, key, value, joint_query, joint_key, joint_value):
+            reason = NO_GRADIENT
         if reason is not None:
             self.note(reason)
             return xdits()

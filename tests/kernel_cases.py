@@ -59,7 +59,7 @@ ADVERSARIAL = {
 }
 
 
-_ROOM = 1 << 14  # elements: more than a program that knows no end would touch
+_ROOM = 1 << 16  # elements: more than a program that knows no end would touch
 
 
 def with_room(*tensors):

@@ -29,10 +29,10 @@ def partial(B, H, S, D, dtype, layout, padding=0):
     out = torch.randn(B, H, S, D) if layout == "BHSD" else torch.randn(B, S, H, D).transpose(1, 2)
     lse = torch.full((B, H, S + padding), NAN)
     lse[..., :S] = torch.randn(B, H, S)
-    return out.to(q.dtype), lse[..., :S]
+    return out.to(dtype), lse[..., :S]
 
 
-@pytest.mark.parametrize("D", [16, 64, 72, 96])
+@pytest.mark.parametrize("D", [16, 72, 96])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("layout", "padding", "base"), [("BHSD", 0, "e"), ("BSHD", 27, "2")])
 def test_equals_the_twin(D, dtype, layout, padding, base):

@@ -1,7 +1,14 @@
-"""The flag under every way to start xDiT, on CPU ranks: the xdit command, two torchrun nodes, Ray, the HTTP service."""
+"""The flag under every way to start xDiT, on CPU ranks: the xdit command, torchrun with one and two nodes, Ray, HTTP.
+
+Each runs the example of its number in examples/.
+"""
 
 from __future__ import annotations
 
+import base64
+import importlib
+import io
+import json
 import os
 import re
 import signal
@@ -9,15 +16,22 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
+from sf_xfuser import plugin
 from sf_xfuser.tiny_models import save_tiny_model
-from tests.launch import RANKS, run
-from tests.ranks.run_pipeline import reference_latents
+from tests.launch import run
+from tests.ranks.run_pipeline import PROMPT, SEED
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -25,48 +39,86 @@ def flux(tmp_path_factory) -> Path:
     return save_tiny_model("flux", tmp_path_factory.mktemp("launchers") / "FLUX.1-dev")
 
 
-def test_xdit_command_without_degrees(flux, tmp_path):
-    """The number of processes comes from --sp-topology, the degrees from the plan, the heads from the registry."""
-    command = [str(Path(sys.executable).with_name("xdit")), "--master_port", "29573", "--model", "tiny-flux"]
-    command += ["--prompt", "a cat", "--seed", "1", "--height", "128", "--width", "128", "--num_inference_steps", "1"]
-    command += ["--max_sequence_length", "16", "--num_iterations", "1", "--output_directory", str(tmp_path)]
-    env = {"TINY_FLUX": str(flux), "PYTHONPATH": str(RANKS / "site")}
-    finished = run([*command, "--sp-backend=torus", "--sp-topology", "2x2"], env=env)
+def test_xdit_command_without_degrees():
+    """examples/06_xdit_command.sh: the number of processes comes from --sp-topology, the degrees from the plan, the
+    heads from the registry."""
+    env = {"PYTHON": sys.executable, "XDIT": str(Path(sys.executable).with_name("xdit")), "PORT": "29573"}
+    finished = run(["bash", str(EXAMPLES / "06_xdit_command.sh")], env=env)
     assert "Torus Attention; 2 machine(s) x 2 rank(s): torus=2 ulysses=2 ring=1" in finished.output
-    assert len(list(tmp_path.glob("*.png"))) == 1
+    (picture,) = re.findall(r"picture: (\S+)", finished.output)
+    assert (ROOT / picture).stat().st_size > 0
 
 
-def test_two_torchrun_nodes(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        ("", 1),  # xDiT's own guess
+        ("--sp-backend torus", 6),
+        ("--sp-backend torus --pipefusion_parallel_degree 4", 4),
+        ("--sp-backend torus --sp-topology 2x3 --nnodes 2 --node_rank 1", 3),
+        ("--sp-backend torus --ulysses_degree 2", 2),
+    ],
+)
+def test_processes_that_the_xdit_command_starts(flags, processes, monkeypatch):
+    """What it would start on a machine of six devices."""
+    plugin.enable()
+    cli = importlib.import_module("xfuser.cli")
+    started = []
+
+    class Started:
+        def __init__(self, command, **_):
+            started.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Started)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(sys, "argv", ["xdit", "--model", "FLUX.1-dev", *flags.split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"--nproc_per_node={processes}" in started[0]
+
+
+def test_one_torchrun_node(flux, tmp_path):
+    """examples/03_flux_with_the_flag.py, an xDiT script with nothing but the flag; the topology is gathered."""
+    script, size = str(EXAMPLES / "03_flux_with_the_flag.py"), ["--height", "128", "--width", "128"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *size]
+    command += ["--model", str(flux), "--prompt", PROMPT, "--num_inference_steps", "1", "--max_sequence_length", "16"]
+    finished = run([*command, "--out", str(tmp_path), "--sp-backend", "torus"])
+    assert "Torus Attention; 1 machine(s) x 2 rank(s): torus=1 ulysses=2 ring=1" in finished.output
+    assert "topology from hosts of the ranks" in finished.output
+    assert (tmp_path / "image.png").stat().st_size > 0
+
+
+def test_two_torchrun_nodes():
     """examples/05_two_nodes.sh as it is: two agents, one rendezvous, two machines by --sp-topology."""
-    example = Path(__file__).parents[1] / "examples" / "05_two_nodes.sh"
-    finished = run(["bash", str(example)], env={"PYTHON": sys.executable, "PORT": "29519"}, timeout=240)
+    finished = run(
+        ["bash", str(EXAMPLES / "05_two_nodes.sh")], env={"PYTHON": sys.executable, "PORT": "29519"}, timeout=240
+    )
     assert "Torus Attention; 2 machine(s) x 2 rank(s): torus=2 ulysses=2 ring=1" in finished.output
-    assert (example.parents[1] / "out" / "example5" / "image.png").stat().st_size > 0
+    assert (ROOT / "out" / "example5" / "image.png").stat().st_size > 0
 
 
 def test_ray_workers(flux, tmp_path):
-    """The flags reach workers that parse no command line; the picture is that of one process."""
-    out = tmp_path / "latents.pt"
-    command = [sys.executable, str(RANKS / "ray_flux.py"), "--out", str(out), "--model", str(flux), "--use_ray"]
-    command += ["--ray_world_size", "4", "--sp-backend", "torus", "--sp-topology", "2x2"]
+    """examples/07_ray.py: the flags reach workers that parse no command line; the picture is that of one process."""
+    out = tmp_path / "picture.pt"
+    size = {"height": 128, "width": 128, "num_inference_steps": 2, "max_sequence_length": 16, "seed": SEED}
+    command = [sys.executable, str(EXAMPLES / "07_ray.py"), "--model", str(flux), "--prompt", PROMPT, "--out", str(out)]
+    command += [f"--{name}={value}" for name, value in size.items()]
+    command += ["--use_ray", "--ray_world_size", "4", "--sp-backend", "torus", "--sp-topology", "2x2"]
     finished = run(command, timeout=300)
     assert re.search(r"RayWorkerWrapper.*--sp-backend torus: Torus Attention", finished.output), finished.output[-4000:]
-    assert (torch.load(out) - reference_latents(flux, 16)).abs().max() <= 1e-4
-
-
-# Ray finds no GPU here, and the service's actors each want one: Ray is told of four before the script runs, as it is.
-SERVICE = """
-import runpy, sys, ray
-ray.init(num_cpus=4, num_gpus=4, include_dashboard=False)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    pipe = DiffusionPipeline.from_pretrained(flux, torch_dtype=torch.float32)
+    wanted = pipe(
+        prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(size.pop("seed")), output_type="pt", **size
+    ).images
+    assert (torch.load(out) - wanted).abs().max() <= 1e-4
 
 
 def test_http_service(flux):
-    """entrypoints/launch.py of the xfuser wheel, unmodified: its plain parser knows nothing of the flags."""
-    script = Path(find_spec("xfuser").submodule_search_locations[0]).parent / "entrypoints" / "launch.py"
-    command = [sys.executable, "-c", SERVICE, str(script), "--model_path", str(flux), "--world_size", "4"]
+    """examples/08_http_service.py: xDiT's service, whose parser knows nothing of the flags, serves a picture."""
+    command = [sys.executable, str(EXAMPLES / "08_http_service.py"), "--model_path", str(flux), "--world_size", "4"]
     command += ["--sp-backend", "torus", "--sp-topology=2x2"]
     service = subprocess.Popen(
         command,
@@ -79,12 +131,13 @@ def test_http_service(flux):
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(service.stdout), daemon=True)
     reader.start()
+    picture = None
     try:
         deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and service.poll() is None:
-            if any("Torus Attention" in line for line in list(lines)):
-                break
+        while picture is None and time.monotonic() < deadline and service.poll() is None:
             time.sleep(0.5)
+            if any("Torus Attention" in line for line in list(lines)):
+                picture = generate(timeout_s=deadline - time.monotonic())
     finally:
         if service.poll() is None:
             os.killpg(service.pid, signal.SIGTERM)
@@ -92,4 +145,24 @@ def test_http_service(flux):
         reader.join(timeout=10)
     text = "".join(lines)
     assert re.search(r"ImageGenerator.*--sp-backend torus: Torus Attention; 2 machine", text), text[-4000:]
-    assert "Uvicorn running" in text
+    assert picture is not None and picture.size == (128, 128), text[-4000:]
+    assert len(picture.getcolors(maxcolors=128 * 128)) > 1000  # noise, as the weights are, and not one colour
+
+
+def generate(timeout_s: float) -> Image.Image | None:
+    """What the service answers; None where it is not listening yet."""
+    order = {"prompt": PROMPT, "num_inference_steps": 1, "cfg": 3.5, "height": 128, "width": 128}
+    request = urllib.request.Request(
+        "http://127.0.0.1:6000/generate", json.dumps(order).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return Image.open(io.BytesIO(base64.b64decode(json.load(answer)["output"])))
+    except ConnectionRefusedError:
+        return None
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError):
+            return None
+        raise

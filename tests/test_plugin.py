@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -174,8 +175,26 @@ def test_an_unsupported_version_is_refused_with_the_supported_ones(launched, mon
     setattr(xfuser_args, plugin._MARK, TorusArgs(backend="torus"))
     real = plugin.importlib.metadata.version
     monkeypatch.setattr(plugin.importlib.metadata, "version", lambda name: "0.9.1" if name == "xfuser" else real(name))
-    with pytest.raises(RuntimeError, match=r"xfuser 0\.9\.1 is not supported; supported: 0\.5\.0 to 0\.7\.x"):
+    refused = r"xfuser 0\.9\.1 is not supported; supported: 0\.5\.0 to 0\.7\.x: .*, or SF_XFUSER_ALLOW_UNTESTED=1"
+    with pytest.raises(RuntimeError, match=refused):
         xfuser_args.create_config()
+
+
+@pytest.mark.parametrize(("version", "allowed"), [("0.9.1", True), ("0.4.5", False)])
+def test_a_newer_version_can_be_tried(version, allowed, launched, monkeypatch):
+    """An older one cannot: it lacks what is hooked."""
+    real = plugin.importlib.metadata.version
+    monkeypatch.setattr(plugin.importlib.metadata, "version", lambda name: version if name == "xfuser" else real(name))
+    monkeypatch.setenv("SF_XFUSER_ALLOW_UNTESTED", "1")
+    assert (plugin.unsupported() is None) == allowed
+
+
+def test_a_newer_version_that_lacks_a_place_is_refused_all_the_same(launched, monkeypatch):
+    moved = replace(plugin.HOOKS[-2], name="USP_of_another_name")
+    states = [*plugin.hook_states(), (moved, "missing")]
+    monkeypatch.setattr(plugin, "hook_states", lambda: states)
+    monkeypatch.setenv("SF_XFUSER_ALLOW_UNTESTED", "1")
+    assert "where xfuser.model_executor.layers.usp.USP_of_another_name is not found" in plugin.unsupported()
 
 
 def test_a_missing_package_is_named(launched, monkeypatch):
@@ -189,11 +208,12 @@ def test_a_missing_package_is_named(launched, monkeypatch):
 
 def test_every_record_is_in_place_and_undone():
     finished = python(
-        "import torch\n"
+        "import sys, torch\n"
         "from sf_xfuser import plugin\n"
         "import xfuser\n"
         "assert not plugin.import_hooked_modules()\n"
-        "states = {f'{h.module}.{h.name}': s for h, s in plugin.hook_states()}\n"
+        "states = {f'{h.module}.{h.name}': s for h, s in plugin.hook_states()\n"
+        "          if h.required or h.module in sys.modules}  # some versions lack some modules\n"
         "assert set(states.values()) == {'applied'}, states\n"
         "import importlib, sys\n"
         "usp = importlib.import_module('xfuser.model_executor.layers.usp')\n"
@@ -238,6 +258,8 @@ def test_unmodified_examples_show_the_flags():
     """The example scripts that the xfuser wheel installs, as they are."""
     examples = Path(find_spec("xfuser").submodule_search_locations[0]).parent / "examples"
     script = examples / "cogvideox_usp_example.py"
+    if not script.is_file():
+        pytest.skip("this xfuser installs no examples")
     assert "--sp-backend" in run([sys.executable, str(script), "--help"]).output
 
 

@@ -16,7 +16,7 @@ ROWS = [
     {"call"},
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu"},
-    {"usp"},
+    {"usp", "long_context", "context_parallel"},
     {"plugin"},
     {"doctor"},
     {"bench"},

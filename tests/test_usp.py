@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib.metadata import version
 
 import pytest
 
@@ -12,8 +13,11 @@ from tests.launch import torchrun
 SERVED = ("plain", "longer keys", "shorter keys", "joint front", "joint rear", "repeated kv heads",
           "repeated kv heads combined", "combined", "backend named", "attn_layer", "kwargs of None",
           "cache entry without PipeFusion")  # fmt: skip
+if version("xfuser") < "0.7":
+    SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
 HANDED_BACK = {
     "valid_kv_len": "attention_kwargs['valid_kv_len'] needs keys in order",
+    "gradient": "a gradient is asked for, and Torus Attention computes none",
     "causal": "causal attention needs keys in order",
     "backend without lse": "attention backend SDPA returns no log-sum-exp",
     "mask": "attention_kwargs['attn_mask'] needs keys in order",

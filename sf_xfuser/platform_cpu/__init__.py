@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from sf_xfuser.hooks import Hook
-from sf_xfuser.platform_cpu.cuda_names import CpuTorch, HostEvent, cpu_fsdp, nothing_to_offload, to_cpu
+from sf_xfuser.platform_cpu.cuda_names import CpuTorch, HostEvent, cpu_fsdp, cpu_generator, nothing_to_offload, to_cpu
 from sf_xfuser.platform_cpu.gloo import share_event_loop
 from sf_xfuser.platform_cpu.pipefusion import (
     communicate_shapes,
@@ -327,6 +327,13 @@ HOOKS: tuple[Hook, ...] = (
         wrap=lambda _: HostEvent,
         why="runner_models/base_model.py times every run with torch.cuda.Event, which cannot be made here",
         remove_when="xDiT times with torch.Event or on the host clock",
+    ),
+    Hook(
+        module="torch",
+        name="Generator",
+        wrap=cpu_generator,
+        why='entrypoints/launch.py and the example scripts make a torch.Generator(device="cuda")',
+        remove_when="they use envs.get_device",
     ),
     Hook(
         module="diffusers.pipelines.pipeline_utils",

@@ -47,6 +47,20 @@ def to_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
+def cpu_generator(generator: type[torch.Generator]) -> type:
+    """``torch.Generator`` for programs that name a CUDA device: what it makes is a generator of the CPU."""
+
+    class AnyGenerator(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, generator)
+
+    class Generator(metaclass=AnyGenerator):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return generator(device=_cpu_for_cuda(device))
+
+    return Generator
+
+
 class CpuTorch:
     """``torch`` for a module of xDiT that writes CUDA devices as strings: what takes a device gets the CPU."""
 

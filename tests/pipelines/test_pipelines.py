@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ _finished: dict[str, dict[str, Case]] = {}
 def finished(request, model_folder, tmp_path_factory):
     """All cases of a family, run once."""
     family = request.param
+    if family == "hunyuanvideo" and version("xfuser") < "0.6":
+        pytest.skip("its wrapper in xfuser 0.5 reads no configuration: only the real model's size can be loaded")
     if family not in _finished:
         folder = tmp_path_factory.mktemp(family)
         cases = cases_of(family)

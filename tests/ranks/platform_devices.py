@@ -53,6 +53,8 @@ def main(path):
         print(f"{option}: same image")
     assert krea2.torch.Generator(device="cuda").device == torch.device("cpu")
     assert meta_load.torch.tensor([1], device="cuda:3").device == torch.device("cpu")
+    seeded = torch.Generator(device="cuda").manual_seed(1)
+    assert seeded.device == torch.device("cpu") and isinstance(seeded, torch.Generator)
     assert krea2.torch.Tensor is torch.Tensor
     assert meta_load.torch.device("cuda:3").type == "cuda"
 

@@ -5,6 +5,7 @@ Prints ``@@case|rank|max abs difference|served or handed back with its reason@@`
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import torch
@@ -52,12 +53,15 @@ def cases():
     yield "shorter keys", tensors(kv_tokens=4), {}
     yield "joint front", tensors(), joint("front")
     yield "joint rear", tensors(), joint("rear")
-    yield "repeated kv heads", tensors(kv_heads=4), {"kv_head_repeat": 2}
-    yield "repeated kv heads combined", tensors(kv_heads=4), {"kv_head_repeat": 2, "combine_qkv_a2a": True}
+    if "kv_head_repeat" in inspect.signature(usp.USP.__wrapped__).parameters:  # from xfuser 0.7 on
+        yield "repeated kv heads", tensors(kv_heads=4), {"kv_head_repeat": 2}
+        yield "repeated kv heads combined", tensors(kv_heads=4), {"kv_head_repeat": 2, "combine_qkv_a2a": True}
     yield "combined", tensors(), {"combine_qkv_a2a": True}
     yield "backend named", tensors(), {"backend": AttentionBackendType.SDPA_FLASH}
-    yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
+    if hasattr(get_cache_manager(), "has_cache_entry"):  # from xfuser 0.7 on; before, each layer given had to have one
+        yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
+    yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
     yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
     if get_runtime_state().parallel_config.ring_degree == 1:
         yield "causal", tensors(), {"is_causal": True}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# 6. The xdit command without any degree: it starts one process for each device of the machine (here 2 x 2 are
+# pretended), and the degrees follow from the topology and the model's heads. With the real model it is one line:
+#
+#     xdit --model FLUX.1-dev --prompt "a red chair" --sp-backend torus
+#
+# This script does that with a tiny model, which stands where Hugging Face's name for the real one would be looked up.
+#
+#     bash examples/06_xdit_command.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+mkdir -p out/example6 && cd out/example6
+
+[ -d black-forest-labs/FLUX.1-dev ] || $python -m sf_xfuser.tiny_models flux black-forest-labs/FLUX.1-dev
+OMP_NUM_THREADS=1 "${XDIT:-xdit}" --master_port "${PORT:-29571}" --model FLUX.1-dev --prompt "a red chair" --seed 1 \
+    --height 128 --width 128 --num_inference_steps 1 --max_sequence_length 16 --num_iterations 1 --output_directory . \
+    --sp-backend torus --sp-topology 2x2
+echo "picture: out/example6/$(ls -t ./*.png | head -1)"

@@ -1,0 +1,72 @@
+"""What each kernel needs of a GPU, without one: ``python -m sf_xfuser.bench.kernels``.
+
+Compiles every shipped configuration ahead of time for the architectures named in ``kernels.shipped`` and prints its
+registers, shared memory and spills. Exits with status 1 if one of them spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sf_xfuser.kernels.shipped import all_shipped, compile_for
+
+
+def usages() -> list[dict[str, Any]]:
+    """One row for each configuration and architecture, in their order. Needs Triton."""
+    return [
+        {"kernel": each.label, "architecture": f"sm_{architecture}", **asdict(compile_for(each, architecture))}
+        for each in all_shipped()
+        for architecture in each.only
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A line for each configuration: registers, shared bytes and widest load by architecture; spills where there are
+    any."""
+    architectures = sorted({row["architecture"] for row in rows}, key=lambda name: int(name.removeprefix("sm_")))
+    made = Table(title="registers / shared bytes / bits of the widest load; spilled bytes in red")
+    made.add_column("kernel")
+    for name in architectures:
+        made.add_column(name, justify="right")
+    by_kernel: dict[str, dict[str, str]] = {}
+    for row in rows:
+        text = f"{row['registers']} / {row['shared_bytes']} / {row['load_bits']}"
+        if row["spilled_bytes"]:
+            text += f" [red]spills {row['spilled_bytes']}[/red]"
+        by_kernel.setdefault(row["kernel"], {})[row["architecture"]] = text
+    for kernel, cells in by_kernel.items():
+        made.add_row(kernel, *(cells.get(name, "") for name in architectures))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.kernels", description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args(argv)
+    try:
+        import triton
+    except ImportError:
+        sys.exit("Triton is not installed: pip install triton")
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+    rows = usages()
+    Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    spilling = [f"{row['kernel']} on {row['architecture']}" for row in rows if row["spilled_bytes"]]
+    if spilling:
+        print(f"spilled to memory: {', '.join(spilling)}", file=sys.stderr)
+    return int(bool(spilling))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

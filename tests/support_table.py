@@ -1,0 +1,51 @@
+"""README's table of models, from the rows that the tests check. Usage: python -m tests.support_table [--write]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.pipelines.test_pipelines import FAMILIES, UPSTREAM_INEXACT
+from tests.ranks.model_table import HEIGHT, MODELS, ONCE, SIZES, But
+
+START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"
+README = Path(__file__).parents[1] / "README.md"
+
+# What tests/pipelines/ runs whole, by family, where it is not a wrapper of the rows.
+PIPELINES = {"flux": "Flux (pipeline)", "sd3": "SD3 (pipeline)", "cogvideox": "CogVideoX (pipeline)"}
+UPSTREAM = {family: {f"text {text}": ONCE} for family, text in UPSTREAM_INEXACT}
+
+
+def table() -> str:
+    """Markdown: what torus gives for each model and size of input, and why it is not always what one process gives."""
+    assert PIPELINES.keys() <= set(FAMILIES)
+    lines = [f"| model | {' | '.join(SIZES)} | because |", "|---" * (len(SIZES) + 2) + "|"]
+    lines += [_line(name, {"odd": HEIGHT, **UPSTREAM.get(family, {})}) for family, name in PIPELINES.items()]
+    return "\n".join([*lines, *(_line(model.name, model.but) for model in MODELS)])
+
+
+def _line(name: str, but: Mapping[str, But]) -> str:
+    cells = [_result(but.get("all") or but.get(size)) for size in SIZES]
+    if "2x2" in but:
+        cells[0] += ", no ring"
+    return f"| {' | '.join([name, *cells, '; '.join(dict.fromkeys(x.why for x in but.values()))])} |"
+
+
+def _result(but: But | None) -> str:
+    if but is None:
+        return "exact"
+    return {"xdit": "as xDiT", "handed back": "handed back", "fails": "xDiT cannot", "never": "xDiT cannot"}[but.kind]
+
+
+def main() -> None:
+    if "--write" in sys.argv:
+        text = README.read_text()
+        start, end = text.index(START) + len(START), text.index(END)
+        README.write_text(f"{text[:start]}\n{table()}\n{text[end:]}")
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

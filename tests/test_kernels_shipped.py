@@ -1,0 +1,39 @@
+"""Ahead-of-time compilation: what the kernels need of GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.launch import run
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def test_no_kernel_spills(tmp_path):
+    path = tmp_path / "rows.json"
+    finished = run([sys.executable, "-m", "sf_xfuser.bench.kernels", "--json", str(path)], timeout=600)
+    rows = json.loads(path.read_text())["rows"]
+    for row in rows:
+        assert row["spilled_bytes"] == 0 and 0 < row["registers"] <= 255, row
+        assert row["kernel"] in finished.output
+    plain = [row for row in rows if row["kernel"].startswith(("merge", "pack"))]
+    assert {row["architecture"] for row in plain} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["load_bits"] for row in plain} == {128}, "what is bound by bandwidth loads as wide as there is"
+
+
+SPILLING = """
+from dataclasses import replace
+from sf_xfuser.kernels import shipped
+from sf_xfuser.bench import kernels
+squeezed = replace(shipped.all_shipped()[0], options={"maxnreg": 24}, only=(80,))
+kernels.all_shipped = lambda: [squeezed]
+raise SystemExit(kernels.main([]))
+"""
+
+
+def test_a_spill_is_seen():
+    finished = run([sys.executable, "-c", SPILLING], timeout=300, expect_failure=True)
+    assert finished.returncode == 1 and "spilled to memory: merge D=64 on sm_80" in finished.output
