@@ -11,7 +11,7 @@ import torch
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
-from sf_xfuser.schedule import Cut, Schedule, build_schedule
+from sf_xfuser.schedule import Schedule, build_schedule, choose_cut
 
 _SHAPES_KEPT = 64
 
@@ -138,7 +138,8 @@ def _make_call(
         q_heads=q_heads,
         kv_heads=kv_ranges,
     )
-    cut = _cut(mesh, counts[1], query.device)
+    at_once = mesh.one_host and query.device.type == "cpu"
+    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, at_once=at_once)
     window = mesh.window
     positions = [mesh.position] if window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
@@ -151,18 +152,3 @@ def _make_call(
         places=places,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
     )
-
-
-# A part of a slab must be worth an attention call of its own, and a merge.
-_TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
-
-
-def _cut(mesh: Mesh, kv_tokens: tuple[int, ...], device: torch.device) -> Cut:
-    """How finely KV from other machines is cut: in 2 parts; in 4 where one slab is all there is; not at all where no
-    wire is slow. As far as the parts stay large. Alike on every rank, whatever the transport, which so changes no bit
-    of the result (docs/performance.md has the rows)."""
-    if mesh.one_host and device.type == "cpu":
-        return Cut(together=True)
-    largest = mesh.layout.ulysses * max(kv_tokens) // _TOKENS_PER_PART.get(device.type, 2048)
-    last = 4 if mesh.layout.num_machines == 2 else 2
-    return Cut(kv=max(1, min(2, largest)), last_kv=max(1, min(last, largest)))

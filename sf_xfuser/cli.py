@@ -45,6 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         add_bench_arguments(bench)
         bench.set_defaults(run=bench_command)
+    plan = commands.add_parser(
+        "plan",
+        help="which layout to take on a cluster, and why, without one",
+        description="Every legal layout of a model's attention on a cluster, ranked by the simulator: time per call "
+        "and per denoising step (its attention), bytes between machines, memory, and why each was not taken.",
+    )
+    simulate = commands.add_parser(
+        "simulate",
+        help="the timeline of an attention call on a cluster, without one",
+        description="Replays the steps of every rank on a cluster's description, as a picture or a Chrome trace, "
+        "beside a measured one where there is.",
+    )
+    if arguments[:1] in (["plan"], ["simulate"]):
+        from sf_xfuser.bench import plan_command
+
+        plan_command.add_plan_arguments(plan)
+        plan_command.add_simulate_arguments(simulate)
+        plan.set_defaults(run=plan_command.plan_command)
+        simulate.set_defaults(run=plan_command.simulate_command)
     doctor.set_defaults(run=_doctor)
     cluster = commands.add_parser("cluster", help="run a program on an emulated cluster")
     run = cluster.add_subparsers(dest="verb", required=True).add_parser(

@@ -45,10 +45,8 @@ class Compression:
         if self._last is None or self._worst is None:
             return said
         last, worst = float(self._last), float(self._worst)
-        return (
-            f"{said}; error of a chunk, root mean square in parts of its size: {last:.2%} in the last call, {worst:.2%} "
-            f"in the worst of {self.calls}"
-        )
+        error = f"error of a chunk, root mean square in parts of its size: {last:.2%} in the last call, {worst:.2%}"
+        return f"{said}; {error} in the worst of {self.calls}"
 
 
 class CompressedLane(Transport):

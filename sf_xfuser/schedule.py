@@ -126,6 +126,22 @@ def build_schedule(
     return _Builder(layout, position, joint, cut).build()
 
 
+# A part of a slab must be worth an attention call of its own, and a merge.
+_TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
+
+
+def choose_cut(layout: Layout, kv_tokens: int, device: str, *, at_once: bool) -> Cut:
+    """How finely KV from other machines is cut: in 2 parts; in 4 where one slab is all there is; not at all where
+    chunks arrive ``at_once`` since no wire is slow. As far as the parts stay large. ``kv_tokens``: of the rank that
+    holds most; ``device``: ``"cpu"``, ``"cuda"``. Alike on every rank, whatever the transport, which so changes no bit
+    of the result (docs/performance.md has the rows)."""
+    if at_once:
+        return Cut(together=True)
+    largest = layout.ulysses * kv_tokens // _TOKENS_PER_PART.get(device, 2048)
+    last = 4 if layout.num_machines == 2 else 2
+    return Cut(kv=max(1, min(2, largest)), last_kv=max(1, min(last, largest)))
+
+
 class _Builder:
     def __init__(self, layout: Layout, position: int, joint: Literal["front", "rear"] | None, cut: Cut) -> None:
         self.layout = layout
@@ -295,8 +311,9 @@ class _Builder:
         query_at = {piece: at for at, step in attends for piece in step.queries}
         for at, step in enumerate(self.steps):
             if isinstance(step, Attend):
-                final = all(query_at[piece] == at for piece in step.queries)
-                step = replace(step, keys_last=slab_at[step.slab] == at, queries_last=final)
+                last, final = slab_at[step.slab] == at, all(query_at[piece] == at for piece in step.queries)
+                if last or final:
+                    step = replace(step, keys_last=last, queries_last=final)
             yield step
 
     # -- rounds -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 
-from sf_xfuser.bench.xdit_arms import XditConfig, legal_configs
+from sf_xfuser.xdit_layouts import XditConfig, legal_configs
 from tests.launch import torchrun
 
 

@@ -33,11 +33,12 @@ import torch.distributed as dist
 from sf_xfuser import plugin
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
-from sf_xfuser.bench.xdit_arms import XditConfig, attention_timer, legal_configs, open_arms
+from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
 from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.launch import read_model_facts
 from sf_xfuser.mesh import gather_topology
 from sf_xfuser.plan import make_plan
+from sf_xfuser.xdit_layouts import XditConfig, legal_configs
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)

@@ -18,109 +18,20 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sf_xfuser import plugin
 from sf_xfuser.kernels import AttendFunction
-from sf_xfuser.plan import split_degree
 from sf_xfuser.usp import as_attend_function
-
-Rotation = Literal["allgather", "alltoall"]
-Placement = Literal["xdit", "machines-first"]
-Groups = list[tuple[int, ...]]
+from sf_xfuser.xdit_layouts import Groups, XditConfig
 
 
 def available() -> str | None:
     """Why xDiT's arms cannot run in this installation; None if they can."""
     return plugin.unsupported()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class XditConfig:
-    """How xDiT is launched: ``--ulysses_degree``, ``--ring_degree``, and what has no flag.
-
-    ``rotation`` is how a ring moves KV: ``"allgather"`` (PyTorch's default, so xDiT's) or ``"alltoall"``, hop by hop;
-    it says nothing where ``ring_degree`` is 1. ``placement`` ``"xdit"`` puts Ulysses on neighbouring ranks and Ring
-    across, as xDiT does; ``"machines-first"`` is the mapping alone: Ulysses across machines, Ring inside, no overlap.
-    ``combine_qkv`` sends Q, K and V in one all-to-all, as xDiT's Flux does and most of its models do not.
-    """
-
-    ulysses_degree: int
-    ring_degree: int
-    rotation: Rotation = "allgather"
-    placement: Placement = "xdit"
-    combine_qkv: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ulysses_degree < 1 or self.ring_degree < 1:
-            raise ValueError(f"degrees must be at least 1: ulysses={self.ulysses_degree}, ring={self.ring_degree}")
-        if self.rotation not in get_args(Rotation) or self.placement not in get_args(Placement):
-            raise ValueError(
-                f"rotation {self.rotation!r} must be one of {get_args(Rotation)}, placement {self.placement!r} one "
-                f"of {get_args(Placement)}"
-            )
-
-    def groups(self, num_machines: int, ranks_per_machine: int) -> tuple[Groups, Groups]:
-        """Every Ulysses group and every Ring group, as machine-major positions. Pure."""
-        world_size = num_machines * ranks_per_machine
-        if self.ulysses_degree * self.ring_degree != world_size:
-            raise ValueError(f"{self} describes {self.ulysses_degree * self.ring_degree} ranks, not {world_size}")
-        if self.placement == "xdit":
-            u = self.ulysses_degree
-            ulysses = [tuple(range(first, first + u)) for first in range(0, world_size, u)]
-            return ulysses, [tuple(range(first, world_size, u)) for first in range(u)]
-        layout = split_degree(num_machines, ranks_per_machine, self.ulysses_degree)
-        positions = range(world_size)
-        return sorted({layout.ulysses_group(p) for p in positions}), sorted({layout.ring_group(p) for p in positions})
-
-    def __str__(self) -> str:
-        parts = [f"ulysses={self.ulysses_degree} ring={self.ring_degree}"]
-        parts += [self.rotation] if self.ring_degree > 1 else []
-        parts += [self.placement] if self.placement != "xdit" else []
-        parts += ["combined"] if self.combine_qkv else []
-        return " ".join(parts)
-
-
-def legal_configs(
-    world_size: int,
-    ranks_per_machine: int,
-    heads: int,
-    kv_heads: int | None = None,
-    *,
-    placement: Placement = "xdit",
-    combine_qkv: bool = False,
-) -> list[XditConfig]:
-    """Every pair of degrees that xDiT can run, with both rotations where there is a ring. Pure.
-
-    Ulysses must divide the query heads and, because xDiT splits compact KV, the KV heads. ``"machines-first"`` gives
-    those configurations alone whose groups differ from xDiT's own, so that no arm appears twice.
-    """
-    if world_size % ranks_per_machine:
-        raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")
-    grid = world_size // ranks_per_machine, ranks_per_machine
-    configs = []
-    for u in range(world_size, 0, -1):
-        if world_size % u or heads % u or (kv_heads or heads) % u:
-            continue
-        own = XditConfig(ulysses_degree=u, ring_degree=world_size // u)
-        placed = XditConfig(ulysses_degree=u, ring_degree=world_size // u, placement=placement)
-        if placement != "xdit" and placed.groups(*grid) == own.groups(*grid):
-            continue
-        for rotation in get_args(Rotation)[: 1 if u == world_size else None]:
-            configs.append(
-                XditConfig(
-                    ulysses_degree=u,
-                    ring_degree=world_size // u,
-                    rotation=rotation,
-                    placement=placement,
-                    combine_qkv=combine_qkv,
-                )
-            )
-    return configs
 
 
 class XditArm:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from sf_xfuser.bench.xdit_arms import attention_timer, available, legal_configs, open_arms
+from sf_xfuser.bench.xdit_arms import attention_timer, available, open_arms
+from sf_xfuser.xdit_layouts import legal_configs
 
 B, S, D = 2, 24, 16
 RANKS_PER_MACHINE = 2

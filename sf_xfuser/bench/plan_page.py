@@ -1,0 +1,132 @@
+"""A ranking drawn: the attention call's time against machines, link speed and length. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from sf_xfuser.bench.page import Panel, save
+from sf_xfuser.cluster import Cluster
+from sf_xfuser.plan import paper_layout
+from sf_xfuser.planner import PATTERNS, Ranking, rank
+from sf_xfuser.simulate import CallShape, TorusArm, predict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LINES = {
+    "torus, best layout": "#0072B2",
+    "torus, paper's rule": "#56B4E9",
+    "xDiT's USP": "#E69F00",
+    "xDiT's best": "#D55E00",
+}
+_MACHINES = (1, 2, 3, 4, 6, 8, 12, 16)
+_FACTORS = tuple(2.0 ** (n / 2) for n in range(-6, 7))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """``seconds[line][n]`` at ``at[n]``; None where there is no such arm."""
+
+    label: str
+    at: tuple[float, ...]
+    here: float
+    seconds: dict[str, list[float | None]]
+
+
+def plot(ranking: Ranking, transport: str, path: str | PathLike[str]) -> None:
+    """Three panels; where a line crosses the fastest of xDiT's, the place is marked. The suffix says the file type."""
+    save([_panel(sweep) for sweep in sweeps(ranking, transport)], path)
+
+
+def sweeps(ranking: Ranking, transport: str) -> list[Sweep]:
+    """What the panels show. Pure."""
+    cluster, shape = ranking.cluster, ranking.shape
+    n, m, rate = (
+        cluster.num_machines,
+        cluster.ranks_per_machine,
+        cluster.across.machine_gbps or cluster.across.rank_gbps,
+    )
+    machines = sorted({*_MACHINES, n})
+
+    def swept(label: str, at: Sequence[float], here: float, ask: Callable[[float], tuple[Cluster, CallShape]]) -> Sweep:
+        found = [_lines(*ask(x), transport) for x in at]
+        return Sweep(label, tuple(at), here, {line: [seconds[line] for seconds in found] for line in _LINES})
+
+    fits = [x for x in machines if x * m <= shape.seq_len]
+    lengths = [x for x in (round(shape.seq_len * f) for f in _FACTORS) if x >= cluster.world_size]
+    unit = "out of a machine" if cluster.across.machine_gbps else "out of a rank"
+    return [
+        swept("machines", fits, n, lambda x: (cluster.sized(int(x), m), shape)),
+        swept(f"Gbit/s {unit}", [rate * f for f in _FACTORS], rate, lambda x: (_at_rate(cluster, x), shape)),
+        swept("tokens", lengths, shape.seq_len, lambda x: (cluster, replace(shape, seq_len=int(x)))),
+    ]
+
+
+def _at_rate(cluster: Cluster, gbps: float) -> Cluster:
+    if cluster.across.machine_gbps:
+        return cluster.linked(across_gbps=gbps)
+    return replace(cluster, across=replace(cluster.across, rank_gbps=gbps))
+
+
+def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, float | None]:
+    found = rank(cluster, shape, transport=transport)
+    timed = [(choice.name, choice.predicted.seconds) for choice in found.choices if choice.predicted is not None]
+    paper = paper_layout(cluster.num_machines, cluster.ranks_per_machine, gcd(shape.heads, shape.kv_heads))
+
+    def fastest(wanted: Callable[[str], bool]) -> float | None:
+        return min((seconds for name, seconds in timed if wanted(name)), default=None)
+
+    return {
+        "torus, best layout": fastest(lambda name: name == "torus"),
+        "torus, paper's rule": predict(cluster, shape, TorusArm(layout=paper, pattern=PATTERNS[transport])).seconds,
+        "xDiT's USP": fastest(lambda name: name.startswith("usp-")),
+        "xDiT's best": fastest(lambda name: name != "torus"),
+    }
+
+
+def crossings(sweep: Sweep) -> list[tuple[float, float]]:
+    """Where torus' best layout and xDiT's best change places: (at, seconds), between two points on a straight line in
+    logarithms. Pure."""
+    found = []
+    ours, theirs = sweep.seconds["torus, best layout"], sweep.seconds["xDiT's best"]
+    for n in range(1, len(sweep.at)):
+        ends = ours[n - 1], theirs[n - 1], ours[n], theirs[n]
+        if any(x is None for x in ends):
+            continue
+        a, b, c, d = (math.log(x) for x in ends if x is not None)
+        before, after = a - b, c - d
+        if before * after < 0:
+            part = before / (before - after)
+            low, high = math.log(sweep.at[n - 1]), math.log(sweep.at[n])
+            found.append((math.exp(low + part * (high - low)), math.exp(a + part * (c - a))))
+    return found
+
+
+def _panel(sweep: Sweep) -> Panel:
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        for line, colour in _LINES.items():
+            known = [(x, y * 1e3) for x, y in zip(sweep.at, sweep.seconds[line], strict=True) if y is not None]
+            if known:
+                style = "--" if line in ("torus, paper's rule", "xDiT's USP") else "-"
+                axes.plot(*zip(*known, strict=True), style, marker=".", color=colour, label=line)
+        axes.axvline(sweep.here, color="#A0A0A0", linewidth=1, linestyle=":", label="as asked")
+        for at, seconds in crossings(sweep):
+            axes.plot(at, seconds * 1e3, "o", color="#202020", fillstyle="none")
+            axes.annotate(f"{at:,.3g}", (at, seconds * 1e3), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel=sweep.label, ylabel="ms per attention call")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # two at least, where all lies within one decade
+        for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xticks([*sweep.at[::2]], [f"{at:,.3g}" if at < 1000 else f"{at:,.0f}" for at in sweep.at[::2]])
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+        axes.grid(alpha=0.3, which="both")
+
+    return Panel(3.0, draw)

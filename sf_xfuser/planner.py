@@ -1,0 +1,175 @@
+"""Which layout to take: every legal one, ranked by what the simulator says, each with its reason in words. Pure.
+
+Up to 64 ranks every layout is replayed. On more, where a replay takes milliseconds, xDiT's are, and of ours those that
+could still win: their bound (all that they compute, or all that a lane carries: ``simulate.bound``) is more than 2 %
+below the fastest replay so far; from the fourth replay on, more than 10 %. The others cannot, whatever the order of
+their steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import gcd
+from typing import Any
+
+from sf_xfuser.cluster import Cluster
+from sf_xfuser.plan import Layout, legal_layouts, paper_layout
+from sf_xfuser.simulate import CallShape, Prediction, TorusArm, bound, predict
+from sf_xfuser.xdit_layouts import XditConfig, arm_name, egress, legal_configs
+
+PATTERNS = {"two_sided": "message", "one_sided": "put"}
+"""Kinds of transport, and what the simulator calls them."""
+
+_NEAR = 1.02  # times as long, or as many bytes: not worth a word
+_ALL, _FEW, _CLEARLY = 64, 3, 1.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One way to run the call. ``predicted`` is None where it was not replayed, and ``bound_s`` where the layout is not
+    legal. ``across_bytes`` leave the machine that sends most in one call. ``flags``: what to launch with."""
+
+    name: str
+    layout: str
+    flags: str
+    paper: bool
+    bound_s: float | None
+    across_bytes: float | None
+    predicted: Prediction | None
+    verdict: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """``choices``: the fastest first, then those that were not replayed, by bound, then those that are not legal.
+    ``calls``: attention calls of one denoising step."""
+
+    cluster: Cluster
+    shape: CallShape
+    calls: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def best(self) -> Choice:
+        return self.choices[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: seconds, bytes; ``step_s`` is the attention of one denoising step."""
+        found = []
+        for choice in self.choices:
+            values = asdict(choice)
+            predicted = values.pop("predicted")
+            if predicted is not None:
+                del predicted["timeline"]
+                values |= predicted | {"step_s": self.calls * predicted["seconds"]}
+            found.append(values)
+        return {
+            "cluster": self.cluster.to_json(),
+            "shape": asdict(self.shape),
+            "calls_per_step": self.calls,
+            "choices": found,
+        }
+
+
+def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str = "two_sided") -> Ranking:
+    """Torus Attention in every layout, over a kind of transport (``PATTERNS``), and xDiT's USP at every pair of
+    degrees, with the rotation that it runs (all-gather). Raises ValueError where there are more ranks than tokens."""
+    n, m = cluster.num_machines, cluster.ranks_per_machine
+    if shape.seq_len < cluster.world_size:
+        raise ValueError(
+            f"{shape.seq_len} tokens leave some of {cluster.world_size} ranks without any; give at least "
+            f"{cluster.world_size} tokens, or fewer ranks"
+        )
+    divisible = gcd(shape.heads, shape.kv_heads)
+    ratio = Fraction(shape.kv_heads, shape.heads)
+    paper = paper_layout(n, m, divisible)
+    legal = list(legal_layouts(n, m, divisible))
+    arms: list[tuple[str, TorusArm | XditConfig]] = [
+        ("torus", TorusArm(layout=layout, pattern=PATTERNS[transport])) for layout in legal
+    ]
+    own = gcd(m, divisible)
+    arms += [
+        (arm_name(config, own), config)
+        for config in legal_configs(cluster.world_size, m, shape.heads, shape.kv_heads)
+        if config.rotation == "allgather"
+    ]
+    bounds = [(bound(cluster, shape, arm), number, name, arm) for number, (name, arm) in enumerate(arms)]
+    replayed: list[Choice] = []
+    left: list[Choice] = []
+    fastest = float("inf")
+    for bound_s, _, name, arm in sorted(bounds, key=lambda entry: entry[:2]):
+        predicted = None
+        worth = cluster.world_size <= _ALL or isinstance(arm, XditConfig)
+        if worth or bound_s * (_NEAR if len(replayed) < _FEW else _CLEARLY) < fastest:
+            predicted = predict(cluster, shape, arm)
+            fastest = min(fastest, predicted.seconds)
+        elements = float(arm.layout.egress(ratio)) if isinstance(arm, TorusArm) else egress(arm, n, m, float(ratio))
+        choice = Choice(
+            name=name,
+            layout=str(arm),
+            flags=_flags(arm, transport),
+            paper=isinstance(arm, TorusArm) and arm.layout == paper,
+            bound_s=bound_s,
+            across_bytes=elements * shape.nbytes,
+            predicted=predicted,
+        )
+        (replayed if predicted else left).append(choice)
+    replayed.sort(key=lambda choice: choice.predicted.seconds if choice.predicted else 0.0)
+    illegal = [layout for layout in legal_layouts(n, m, None) if layout not in legal]
+    explained = [*_explained(replayed, left), *(_illegal(layout, divisible, shape) for layout in illegal)]
+    return Ranking(cluster=cluster, shape=shape, calls=calls, choices=tuple(explained))
+
+
+def _flags(arm: TorusArm | XditConfig, transport: str) -> str:
+    if isinstance(arm, XditConfig):
+        return f"--ulysses_degree {arm.ulysses_degree} --ring_degree {arm.ring_degree}"
+    layout = arm.layout
+    over = "" if transport == "two_sided" else " --sp-transport nvshmem"
+    return f"--sp-backend torus --sp-plan torus={layout.torus},ulysses={layout.ulysses},ring={layout.ring_degree}{over}"
+
+
+def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Choice:
+    heads = f"{shape.heads} heads" if divisible == shape.heads else f"{shape.heads} heads, {shape.kv_heads} of KV,"
+    return Choice(
+        name="torus",
+        layout=str(layout),
+        flags="",
+        paper=False,
+        bound_s=None,
+        across_bytes=None,
+        predicted=None,
+        verdict=f"not legal: {heads} do not split {layout.ulysses_degree} ways",
+    )
+
+
+def _explained(replayed: Sequence[Choice], left: Sequence[Choice]) -> Iterable[Choice]:
+    best = replayed[0]
+    for choice in (*replayed, *left):
+        values = {name: getattr(choice, name) for name in Choice.__slots__}
+        yield Choice(**{**values, "verdict": "taken: the fastest" if choice is best else _why_not(choice, best)})
+
+
+def _why_not(choice: Choice, best: Choice) -> str:
+    """What makes the difference to the best one: bytes, the wire's time that nothing covers, or compute."""
+    assert best.predicted is not None and choice.across_bytes is not None and best.across_bytes is not None
+    words = []
+    if choice.across_bytes > best.across_bytes * _NEAR:
+        times = f"{choice.across_bytes / best.across_bytes:.2f}x" if best.across_bytes else "more than none of"
+        words.append(f"{times} the bytes between machines")
+    elif choice.across_bytes * _NEAR < best.across_bytes:
+        words.append(f"fewer bytes between machines ({choice.across_bytes / best.across_bytes:.2f}x)")
+    if choice.predicted is None:
+        assert choice.bound_s is not None
+        words.append(f"takes {choice.bound_s * 1e3:.2f} ms even if all overlaps perfectly")
+        return "; ".join(words)
+    exposed = choice.predicted.exposed_s - best.predicted.exposed_s
+    computed = choice.predicted.seconds - best.predicted.seconds - exposed
+    if exposed >= computed:
+        words.append(f"waits {exposed * 1e3:.2f} ms longer for the wire")
+        if computed < 0:
+            words[-1] += f", computes {-computed * 1e3:.2f} ms less"
+    else:
+        words.append(f"computes {computed * 1e3:.2f} ms longer (smaller calls, merges, copies)")
+    return f"{choice.predicted.seconds / best.predicted.seconds:.2f}x the time: " + "; ".join(words)

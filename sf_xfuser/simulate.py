@@ -1,0 +1,743 @@
+"""What one attention call takes on a cluster: the steps that the ranks run, replayed against its rates. Pure.
+
+Torus Attention is replayed from ``schedule.build_schedule``, step by step, as ``attention._Run`` runs it; xDiT's USP,
+flat Ulysses and Ring as xDiT 0.7 and PyTorch's ring template run them. Each rank has a clock, and a queue for each lane
+in which its rounds leave in the order in which they were posted, at the rank's share of the link while all of its
+machine send.
+
+    a put leaves       when it is at the head of its queue
+    a matched round    when it is at the head at both ends, and both have posted it
+    NCCL's kernels     besides, when no attention call that fills the GPU is running
+    compute            slows down while a transfer that takes multiprocessors (or CPU time) is under way
+
+Where all ranks hold as many tokens and heads, a rotation of the mesh takes any rank to any other and the schedule with
+it: all run in step, and what comes in a round comes when this rank's own has left. Then one rank is replayed for all.
+``Replay`` of every rank gives the same times (a test holds it) and serves uneven calls and timelines.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, Literal
+
+from sf_xfuser.cluster import Cluster, Link, Way
+from sf_xfuser.places import Places, Sizes
+from sf_xfuser.plan import Layout, head_ranges
+from sf_xfuser.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
+from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+MERGE_BYTES = 18
+"""Read and written for one element of a partial result by ``kernels.merge``: to fp32, then one lerp."""
+_RING_MERGE_BYTES = 38  # by PyTorch's ring (_SDPAMerger): six elementwise steps in fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallShape:
+    """One attention call: ``seq_len`` tokens of all ranks, of ``batch`` sequences, ``heads`` query and ``kv_heads`` key
+    heads of ``head_dim``; ``joint_tokens`` that every rank holds besides, attended at the first KV."""
+
+    seq_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    joint_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "heads", "kv_heads", "head_dim", "batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+        if self.heads % self.kv_heads:
+            fit = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
+            raise ValueError(f"kv_heads must divide {self.heads} heads (one of {fit}), got {self.kv_heads}")
+        if self.dtype not in ITEMSIZE:
+            raise ValueError(f"dtype must be one of {', '.join(ITEMSIZE)}, got {self.dtype!r}")
+
+    @property
+    def nbytes(self) -> int:
+        """Of Q: ``B*L*H*D`` elements."""
+        return self.batch * self.seq_len * self.heads * self.head_dim * ITEMSIZE[self.dtype]
+
+    @property
+    def flops(self) -> float:
+        keys = self.seq_len + self.joint_tokens
+        return 4.0 * self.batch * self.heads * self.head_dim * self.seq_len * keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorusArm:
+    """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives);
+    ``overlap`` False: each transfer is waited for at once."""
+
+    layout: Layout
+    pattern: str = "put"
+    overlap: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.layout}{'' if self.overlap else ', no overlap'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """``seconds`` of the slowest rank; ``compute_s``: its share of the call's attention at the full rate;
+    ``exposed_s``: what the call takes longer than the rank computes (chunks, merges and copies count as computing).
+    ``across_bytes`` leave the machine that sends most, ``inside_bytes`` the rank that sends most inside its machine;
+    ``buffer_bytes``: what the call holds besides its inputs and result, windows included. ``timeline``: as the
+    benchmark's, where it was asked for."""
+
+    seconds: float
+    compute_s: float
+    exposed_s: float
+    across_bytes: float
+    inside_bytes: float
+    buffer_bytes: float
+    timeline: dict[str, Any] | None = None
+
+
+def predict(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig, *, every_rank: bool = False) -> Prediction:
+    """What ``arm`` takes for one call of ``shape``. ``every_rank`` replays them all and keeps their timeline; without
+    it one stands for all where they are alike. Raises ValueError where the arm does not fit the cluster."""
+    if isinstance(arm, XditConfig):
+        return _Usp(cluster, shape, arm).predict(every_rank)
+    if (arm.layout.num_machines, arm.layout.ranks_per_machine) != (cluster.num_machines, cluster.ranks_per_machine):
+        raise ValueError(f"{arm.layout} does not fit {cluster.num_machines} x {cluster.ranks_per_machine} ranks")
+    return _Torus(cluster, shape, arm).predict(every_rank)
+
+
+def bound(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig) -> float:
+    """Seconds that no order of ``arm``'s steps could beat: all that it computes, or all that a lane carries."""
+    if isinstance(arm, XditConfig):
+        usp = _Usp(cluster, shape, arm)
+        return max(usp.work.alone_s, usp.wire_s)
+    return _Torus(cluster, shape, arm).bound_s
+
+
+# -- what pieces of work take -----------------------------------------------------------------------------------------
+
+
+class _Work:
+    """Seconds of compute on one rank."""
+
+    def __init__(self, cluster: Cluster, shape: CallShape) -> None:
+        compute = cluster.compute
+        self.shape, self.compute = shape, compute
+        self.rate = compute.attention_rate(shape.dtype, shape.head_dim)
+        self.memory = compute.memory_gbs * 1e9
+        self.itemsize = ITEMSIZE[shape.dtype]
+        self.alone_s = shape.flops / cluster.world_size / self.rate
+
+    def attend(self, rows: int, keys: int, heads: int, merge_bytes: int) -> float:
+        """``rows`` of queries, each with ``heads`` local heads, to ``keys``; and the merge."""
+        shape, compute = self.shape, self.compute
+        seconds = 4.0 * shape.batch * rows * keys * heads * shape.head_dim / self.rate
+        if compute.units:
+            tiles = shape.batch * heads * math.ceil(rows / compute.tile_rows)
+            seconds *= max(1.0, compute.units / tiles)
+        merged = rows * heads * shape.batch * shape.head_dim * merge_bytes
+        return seconds + merged / self.memory + compute.attend_us * 1e-6
+
+    def fills(self, rows: int, heads: int) -> bool:
+        """Whether an attention call leaves no multiprocessor idle."""
+        return self.shape.batch * heads * math.ceil(rows / self.compute.tile_rows) >= self.compute.units
+
+    def copy(self, nbytes: float) -> float:
+        """Read and written."""
+        return 2.0 * nbytes / self.memory
+
+
+# -- the replay -------------------------------------------------------------------------------------------------------
+
+Key = tuple[str, int]
+"""A lane and the number of a round on it."""
+
+Wanted = tuple[tuple[int, ...], Key]
+"""Whose round, and which one."""
+
+Program = Generator[Wanted | None, float, None]
+"""One rank: yields what it waits for and is sent when that round's chunks of all of them are here; or None, so that
+others whose clocks are not ahead come first."""
+
+
+@dataclass(slots=True)
+class _Round:
+    posted_s: float
+    seconds: float
+    latency_s: float
+    takes: float
+    queues: bool
+    matched: bool
+    receivers: tuple[int, ...]
+    senders: tuple[int, ...]
+    name: str
+    nbytes: float
+    start_s: float | None = None
+    end_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A clock, queues, and what is to be shown."""
+
+    now: float = 0.0
+    computed_s: float = 0.0
+    rounds: dict[str, list[_Round]] = field(default_factory=dict)
+    resolved: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, float] = field(default_factory=dict)
+    full: tuple[float, float] = (0.0, 0.0)  # the last time in which all multiprocessors were taken
+    disturbed: bool = False  # whether any of its rounds has to do with multiprocessors
+    spans: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Replay:
+    """Ranks that run programs. ``mirrored``: one rank stands for all; its peers' rounds go as its own."""
+
+    def __init__(self, num_ranks: int, *, mirrored: bool, spans: bool) -> None:
+        self.ranks = [_Rank() for _ in range(1 if mirrored else num_ranks)]
+        self.mirrored = mirrored
+        self.keep_spans = spans
+
+    def run(self, programs: Sequence[Program]) -> None:
+        """Until all have ended, the rank whose clock is least ahead first. Raises RuntimeError if they wait for each
+        other for ever."""
+        waiting: dict[int, Wanted] = {}
+        turns = itertools.count()
+        ready: list[tuple[float, int, int, float | None]] = [(0.0, next(turns), n, None) for n in range(len(programs))]
+        while ready:
+            _, _, number, arrived = heapq.heappop(ready)
+            program = programs[number]
+            try:
+                wanted = next(program) if arrived is None else program.send(arrived)
+            except StopIteration:
+                wanted = None
+            else:
+                if wanted is None:
+                    heapq.heappush(ready, (self.ranks[number].now, next(turns), number, None))
+                else:
+                    waiting[number] = wanted
+            for number in list(waiting):
+                arrived = self._arrival(*waiting[number])
+                if arrived is not None:
+                    del waiting[number]
+                    heapq.heappush(ready, (max(arrived, self.ranks[number].now), next(turns), number, arrived))
+        if waiting:
+            raise RuntimeError(f"ranks wait for each other for ever: {list(waiting.items())[:4]}")
+
+    # -- verbs of programs --------------------------------------------------------------------------------------------
+
+    def post(self, number: int, lane: str, round: _Round) -> None:
+        rank = self.ranks[number]
+        round.posted_s = rank.now
+        rank.rounds.setdefault(lane, []).append(round)
+        rank.disturbed = rank.disturbed or round.takes > 0 or round.queues
+        rank.sent[lane] = rank.sent.get(lane, 0.0) + round.nbytes
+
+    def work(self, number: int, seconds: float, name: str = "", fills: bool = True) -> None:
+        """Compute; slower while transfers of this rank take some of what computes. ``fills``: nothing else that needs
+        multiprocessors can begin meanwhile."""
+        rank = self.ranks[number]
+        rank.computed_s += seconds
+        start, now, left = rank.now, rank.now, seconds
+        takers = []
+        if rank.disturbed:
+            for lane in rank.rounds if fills else ():  # what found room before this began
+                self._resolve(number, lane, len(rank.rounds[lane]) - 1, before=now)
+            takers = [
+                (r.start_s, r.end_s, r.takes)
+                for lane in rank.rounds
+                for r in self._under_way(number, lane, now)
+                if r.takes and r.start_s is not None
+            ]
+        while takers and left > 0:
+            speed = math.prod(1.0 - takes for begin, end, takes in takers if begin <= now < end)
+            until = min((t for begin, end, _ in takers for t in (begin, end) if t > now), default=math.inf)
+            if left / speed <= until - now:
+                break
+            left -= (until - now) * speed
+            now = until
+        else:
+            speed = 1.0
+        rank.now = now + left / speed
+        if fills:
+            rank.full = (start, rank.now)
+        if name and self.keep_spans:
+            rank.spans.append({"lane": "compute", "name": name, "start_s": start, "end_s": rank.now, "bytes": 0})
+
+    def wait(self, number: int, until: float, name: str) -> None:
+        rank = self.ranks[number]
+        if until > rank.now:
+            if self.keep_spans:
+                rank.spans.append({"lane": "wait", "name": name, "start_s": rank.now, "end_s": until, "bytes": 0})
+            rank.now = until
+
+    # -- when rounds leave --------------------------------------------------------------------------------------------
+
+    def _at(self, number: int) -> _Rank:
+        return self.ranks[0] if self.mirrored else self.ranks[number]
+
+    def _under_way(self, number: int, lane: str, now: float) -> Iterable[_Round]:
+        """Rounds of a lane that have a time and do not end before now, latest first."""
+        rounds = self.ranks[number].rounds[lane]
+        for index in range(len(rounds) - 1, -1, -1):
+            round = rounds[index]
+            if round.start_s is not None or (not round.queues and self._resolve(number, lane, index)):
+                if round.end_s <= now:
+                    return
+                yield round
+
+    def _arrival(self, whose: tuple[int, ...], key: Key) -> float | None:
+        lane, index = key
+        latest = 0.0
+        for number in whose[:1] if self.mirrored else whose:
+            rounds = self._at(number).rounds.get(lane, ())
+            if index >= len(rounds) or not self._resolve(number, lane, index):
+                return None
+            latest = max(latest, rounds[index].end_s + rounds[index].latency_s)
+        return latest
+
+    def _resolve(self, number: int, lane: str, index: int, before: float = math.inf) -> bool:
+        """Give rounds up to ``index`` their times, where their peers have come to them and they begin ``before``."""
+        rank = self._at(number)
+        rounds = rank.rounds.get(lane, [])
+        for at in range(rank.resolved.get(lane, 0), min(index + 1, len(rounds))):
+            round = rounds[at]
+            begin = self._may_begin(number, lane, at, before)
+            if begin is None:
+                return False
+            if round.queues and rank.full[0] <= begin < rank.full[1]:
+                begin = rank.full[1]
+            if begin >= before:
+                return False
+            round.start_s, round.end_s = begin, begin + round.seconds
+            rank.resolved[lane] = at + 1
+        return rank.resolved.get(lane, 0) > index
+
+    def _may_begin(self, number: int, lane: str, at: int, before: float) -> float | None:
+        """When a round is posted and those before it are through: at both ends, if it is matched."""
+        rounds = self._at(number).rounds[lane]
+        begin = max(rounds[at].posted_s, rounds[at - 1].end_s if at else 0.0)
+        if self.mirrored or not rounds[at].matched:
+            return begin
+        for peer in {*rounds[at].receivers, *rounds[at].senders}:
+            theirs = self._at(peer).rounds.get(lane, [])
+            if at >= len(theirs) or (at and not self._resolve(peer, lane, at - 1, before)):
+                return None
+            begin = max(begin, theirs[at].posted_s, theirs[at - 1].end_s if at else 0.0)
+        return begin
+
+
+class _Arm:
+    """What both kinds of arms share."""
+
+    def __init__(self, cluster: Cluster, shape: CallShape) -> None:
+        self.cluster, self.shape = cluster, shape
+        self.work = _Work(cluster, shape)
+
+    def programs(self, replay: Replay) -> list[Program]:
+        raise NotImplementedError
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether one rank can stand for all."""
+        raise NotImplementedError
+
+    @property
+    def buffer_bytes(self) -> float:
+        raise NotImplementedError
+
+    def sent(self, replay: Replay) -> tuple[list[float], list[float]]:
+        """Bytes that each rank sends inside its machine and to others."""
+        each = self.cluster.world_size // len(replay.ranks)
+        inside, across = ([rank.sent.get(lane, 0.0) for rank in replay.ranks] * each for lane in ("inside", "across"))
+        return inside, across
+
+    def predict(self, every_rank: bool) -> Prediction:
+        per_machine = self.cluster.ranks_per_machine
+        mirrored = self.alike and not every_rank
+        replay = Replay(self.cluster.world_size, mirrored=mirrored, spans=every_rank)
+        replay.run(self.programs(replay))
+        ranks = replay.ranks
+        slowest = max(ranks, key=lambda rank: rank.now)
+        inside, across = self.sent(replay)
+        firsts = range(0, len(across), per_machine)
+        return Prediction(
+            seconds=slowest.now,
+            compute_s=self.work.alone_s,
+            exposed_s=slowest.now - slowest.computed_s,
+            across_bytes=max(sum(across[first : first + per_machine]) for first in firsts),
+            inside_bytes=max(inside),
+            buffer_bytes=self.buffer_bytes,
+            timeline=self._timeline(replay, slowest.now) if every_rank else None,
+        )
+
+    def _timeline(self, replay: Replay, seconds: float) -> dict[str, Any]:
+        found = []
+        for number, rank in enumerate(replay.ranks):
+            spans = list(rank.spans)
+            for lane, rounds in rank.rounds.items():
+                for r in rounds:
+                    if r.nbytes and r.start_s is not None:
+                        span = {"lane": lane, "name": r.name, "start_s": r.start_s, "end_s": r.end_s + r.latency_s}
+                        spans.append({**span, "bytes": int(r.nbytes)})
+            spans.sort(key=lambda span: (span["start_s"], span["end_s"]))
+            found.append({"rank": number, "machine": number // self.cluster.ranks_per_machine, "spans": spans})
+        return {"duration_s": seconds, "ranks": found}
+
+
+# -- Torus Attention --------------------------------------------------------------------------------------------------
+
+
+class _Torus(_Arm):
+    def __init__(self, cluster: Cluster, shape: CallShape, arm: TorusArm) -> None:
+        super().__init__(cluster, shape)
+        self.arm, self.layout = arm, arm.layout
+        world_size, ways = cluster.world_size, arm.layout.ulysses_degree
+        # Evenly dealt out as far as that goes; an unequal token more or less is nothing.
+        tokens = (math.ceil(shape.seq_len / world_size),) * world_size
+        q_heads, kv_heads = head_ranges(shape.heads, shape.kv_heads, ways)
+        self.sizes = Sizes(
+            batch=shape.batch,
+            head_size=shape.head_dim,
+            itemsize=ITEMSIZE[shape.dtype],
+            q_tokens=tokens,
+            kv_tokens=tokens,
+            joint_tokens=shape.joint_tokens,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+        )
+        self.tokens = tokens[0]
+        self.heads = max(high - low for low, high in q_heads)
+        self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
+        self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
+        self.cut: Cut = choose_cut(arm.layout, self.tokens, cluster.device, at_once=False)
+        self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
+        self.ways: dict[str, Way] = {lane: link.way(arm.pattern) for lane, link in self.links.items()}
+        self.seconds_per_byte = {
+            lane: 8e-9 / link.share_gbps(cluster.ranks_per_machine) / self.ways[lane].efficiency
+            for lane, link in self.links.items()
+        }
+
+    @cached_property
+    def alike(self) -> bool:
+        sizes = {high - low for low, high in self.sizes.q_heads}, {high - low for low, high in self.sizes.kv_heads}
+        return all(len(found) == 1 for found in sizes)
+
+    @property
+    def bound_s(self) -> float:
+        """A slab takes an attention call for each of its blocks at least, of all queries at most; each chunk of Q and O
+        and each slab is a round between machines, each further block of a slab one inside."""
+        layout, work = self.layout, self.work
+        slabs, blocks = layout.num_machines, layout.num_machines * layout.ring_inside
+        rows = self.tokens * layout.ulysses_degree
+        keys = layout.world_size * self.tokens + self.shape.joint_tokens
+        busy_s = work.attend(rows, keys, self.heads, 0) + (blocks - 1) * work.compute.attend_us * 1e-6
+        ratio = Fraction(self.shape.kv_heads, self.shape.heads)
+        share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
+        ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
+        messages = ulysses * layout.ulysses + slabs - layout.torus
+        way, inside = self.ways["across"], self.ways["inside"]
+        across_s = (way.start_us * (ulysses + slabs - layout.torus) + way.message_us * messages) * 1e-6
+        passed_on = float(2 * ratio) * self.shape.nbytes / layout.world_size * slabs * (layout.ring_inside - 1)
+        inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
+        return max(
+            busy_s,
+            across_s + share * self.seconds_per_byte["across"],
+            inside_s + passed_on * self.seconds_per_byte["inside"],
+        )
+
+    @cached_property
+    def first(self) -> Schedule:
+        return self.schedule(0)
+
+    def schedule(self, position: int) -> Schedule:
+        return build_schedule(self.layout, position, self.joint, self.cut)
+
+    def programs(self, replay: Replay) -> list[Program]:
+        return [self._program(replay, number) for number in range(len(replay.ranks))]
+
+    def _program(self, replay: Replay, position: int) -> Program:
+        schedule = self.schedule(position) if position else self.first
+        group = self.layout.head_group(position)
+        q_low, q_high = self.sizes.q_heads[group]
+        arriving: dict[tuple[str, Piece], tuple[tuple[int, ...], Key]] = {}
+        outputs: list[tuple[tuple[int, ...], Key]] = []
+        begun: set[Piece] = set()
+        wanted: tuple[tuple[int, ...], Key] | None
+        for step in schedule.steps:
+            if isinstance(step, Exchange):
+                for message in step.sends:
+                    if self._passes_on(message, group):
+                        for piece in message.pieces:
+                            if wanted := arriving.pop((message.tensor, piece), None):
+                                replay.wait(position, (yield wanted), "to pass on")
+                key = self._post(replay, position, group, step)
+                if not replay.mirrored:
+                    yield None
+                for message in step.receives:
+                    whose = (message.peer,)
+                    if message.tensor == "o":
+                        outputs.append((whose, key))
+                    else:
+                        arriving.update({(message.tensor, piece): (whose, key) for piece in message.pieces})
+                if not self.arm.overlap:
+                    replay.wait(position, (yield tuple(m.peer for m in step.receives), key), "each transfer")
+                continue
+            name = _name(step) if replay.keep_spans else "-"
+            for tensor, pieces in (("q", step.queries), ("kv", step.keys)):
+                for piece in pieces:
+                    if wanted := arriving.pop((tensor, piece), None):
+                        replay.wait(position, (yield wanted), name)
+            rows, keys = self._tokens(step.queries), self._tokens(step.keys)
+            merge = MERGE_BYTES if not begun.isdisjoint(step.queries) else 4 + self.work.itemsize
+            begun.update(step.queries)
+            if rows and keys:
+                heads = q_high - q_low
+                replay.work(position, self.work.attend(rows, keys, heads, merge), name, self.work.fills(rows, heads))
+                if not replay.mirrored:
+                    yield None
+        for wanted in outputs:
+            replay.wait(position, (yield wanted), "outputs")
+        result = self.tokens * self.shape.heads * self.shape.head_dim * self.shape.batch * self.work.itemsize
+        replay.work(position, self.work.copy(result), "result", fills=False)
+
+    def _passes_on(self, message: Message, group: int) -> bool:
+        return message.tensor != "o" and self.layout.head_group(message.peer) == group
+
+    def _tokens(self, pieces: Sequence[Piece]) -> int:
+        total = 0
+        for source, part, parts in pieces:
+            if source == JOINT:
+                total += self.shape.joint_tokens
+            else:
+                total += self.tokens * (part + 1) // parts - self.tokens * part // parts
+        return total
+
+    def _post(self, replay: Replay, position: int, group: int, step: Exchange) -> Key:
+        way, packed, nbytes, messages = self.ways[step.lane], 0, 0, 0
+        for message in step.sends:
+            to = self.layout.head_group(message.peer)
+            size = self._row_bytes[message.tensor, group if message.tensor == "o" else to] * self._tokens(
+                message.pieces
+            )
+            nbytes += size
+            messages += size > 0
+            if message.tensor == "o" or to != group:
+                packed += size
+        if packed:
+            replay.work(position, self.work.copy(packed), fills=False)
+        replay.post(
+            position,
+            step.lane,
+            _Round(
+                posted_s=0.0,
+                seconds=nbytes * self.seconds_per_byte[step.lane] + (way.start_us + way.message_us * messages) * 1e-6,
+                latency_s=self.links[step.lane].latency_us * 1e-6,
+                takes=way.takes,
+                queues=way.queues,
+                matched=self.arm.pattern == "message",
+                receivers=tuple(m.peer for m in step.sends),
+                senders=tuple(m.peer for m in step.receives),
+                name=_round_name(step) if replay.keep_spans else "",
+                nbytes=nbytes,
+            ),
+        )
+        return step.lane, step.round
+
+    @property
+    def buffer_bytes(self) -> float:
+        return held_bytes(self.first, self.sizes, in_windows=self.arm.pattern == "put")
+
+
+def _name(step: Attend) -> str:
+    """As ``attention._Run`` names it."""
+    queries, keys = ("+".join(str(s) for s in sorted({p.source for p in x})) for x in (step.queries, step.keys))
+    return f"Q {queries} x KV {keys}".replace(str(JOINT), "joint")
+
+
+def _round_name(step: Exchange) -> str:
+    return f"{step.receives[0].tensor} from {'+'.join(str(m.peer) for m in step.receives)}"
+
+
+def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
+    """The most that a rank holds at once during a call, besides its inputs and result: accumulators (fp32), queries,
+    slabs of KV and outputs that came from other ranks. ``in_windows``: what peers write lies in a window, which has all
+    of it at once, twice (calls use its halves in turn)."""
+    layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
+    places = Places(schedule, sizes, ("inside", "across") if in_windows else ())
+    low, high = sizes.q_heads[group]
+    accumulator = places.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
+    row = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
+    if in_windows:
+        return accumulator + 2 * places.window_bytes
+    held = most = places.queries.total * row["q"]
+    slabs: set[int] = set()
+    for step in schedule.steps:
+        if isinstance(step, Exchange):
+            for message in step.receives:
+                if message.tensor == "o":
+                    tokens = sum(h - w for w, h in (p.span(sizes.q_tokens[p.source]) for p in message.pieces))
+                    held += tokens * sizes.row_bytes("o", layout.head_group(message.peer))
+                elif message.tensor == "kv" and (slab := places.slab_of[message.pieces[0]]) not in slabs:
+                    slabs.add(slab)
+                    held += places.slabs[slab].total * row["kv"]
+        else:
+            if step.slab not in slabs:
+                slabs.add(step.slab)
+                held += places.slabs[step.slab].total * row["kv"]
+            most = max(most, held)
+            if step.keys_last:
+                held -= places.slabs[step.slab].total * row["kv"]
+    return accumulator + max(most, held)
+
+
+# -- xDiT's -----------------------------------------------------------------------------------------------------------
+
+
+class _Usp(_Arm):
+    """All-to-all of Q, of K, of V, each waited for; the ring, block by block; all-to-all of O. PyTorch's ring gathers
+    all KV at once while the first block is attended, or passes blocks on while it attends the last one it got."""
+
+    def __init__(self, cluster: Cluster, shape: CallShape, config: XditConfig) -> None:
+        super().__init__(cluster, shape)
+        self.config = config
+        grid = cluster.num_machines, cluster.ranks_per_machine
+        self.exchanged: Sent = sent_by_ulysses(config, *grid)
+        self.hop: Sent = sent_by_a_hop(config, *grid)
+        self.kv_bytes = shape.nbytes * shape.kv_heads / shape.heads
+
+    @cached_property
+    def alike(self) -> bool:
+        return True  # every collective goes as its slowest rank
+
+    def sent(self, replay: Replay) -> tuple[list[float], list[float]]:
+        """Ranks alike in time need not send as much to other machines."""
+        exchanged, hops = 2 * (self.shape.nbytes + self.kv_bytes), 2 * self.kv_bytes * (self.config.ring_degree - 1)
+        inside, across = (
+            [
+                exchanged * e + hops * h
+                for e, h in zip(getattr(self.exchanged, lane), getattr(self.hop, lane), strict=True)
+            ]
+            for lane in ("inside", "across")
+        )
+        return inside, across
+
+    def programs(self, replay: Replay) -> list[Program]:
+        return [self._program(replay, number) for number in range(len(replay.ranks))]
+
+    def _program(self, replay: Replay, number: int) -> Program:
+        config, shape, work = self.config, self.shape, self.work
+        rank_bytes = shape.nbytes / self.cluster.world_size
+        kv_rank_bytes = self.kv_bytes / self.cluster.world_size
+        if config.ulysses_degree > 1:
+            inputs = (("q", shape.nbytes), ("k", self.kv_bytes), ("v", self.kv_bytes))
+            for name, nbytes in (("qkv", shape.nbytes + 2 * self.kv_bytes),) if config.combine_qkv else inputs:
+                replay.work(number, work.copy(nbytes / self.cluster.world_size), "copy", fills=False)
+                yield from self._collective(replay, number, name, "exchange", self.exchanged, nbytes)
+                replay.work(number, work.copy(nbytes / self.cluster.world_size), "copy", fills=False)
+        heads = shape.heads // config.ulysses_degree
+        rows = math.ceil(shape.seq_len * config.ulysses_degree / self.cluster.world_size)
+        ring = config.ring_degree
+        for block in range(ring):
+            if block:
+                yield from self._await_hop(replay, number, block)
+            if block < ring - 1 and (block == 0 or config.rotation == "alltoall"):
+                replay.work(number, work.copy(4 * kv_rank_bytes), "copy", fills=False)
+                hops = ring - 1 if config.rotation == "allgather" else 1
+                self._start(replay, number, "kv", config.rotation, self.hop, 2 * self.kv_bytes * hops, ring, hops)
+            keys = rows + (shape.joint_tokens if block == 0 else 0)
+            merge = _RING_MERGE_BYTES if block else 4 + work.itemsize if ring > 1 else 0
+            replay.work(number, work.attend(rows, keys, heads, merge), f"block {block}", work.fills(rows, heads))
+        if config.ulysses_degree > 1:
+            replay.work(number, work.copy(rank_bytes), "copy", fills=False)
+            yield from self._collective(replay, number, "o", "exchange", self.exchanged, shape.nbytes)
+            replay.work(number, work.copy(rank_bytes), "copy", fills=False)
+
+    def _await_hop(self, replay: Replay, number: int, block: int) -> Program:
+        if self.config.rotation == "allgather" and block > 1:
+            return
+        replay.wait(number, (yield (number,), ("across", self._rounds(replay, number) - 1)), "KV")
+        replay.wait(number, (yield (number,), ("inside", self._rounds(replay, number) - 1)), "KV")
+
+    def _rounds(self, replay: Replay, number: int) -> int:
+        return len(replay.ranks[number].rounds["across"])
+
+    def _collective(self, replay: Replay, number: int, name: str, pattern: str, sent: Sent, nbytes: float) -> Program:
+        self._start(replay, number, name, pattern, sent, nbytes, self.config.ulysses_degree, 1)
+        for lane in ("across", "inside"):
+            replay.wait(number, (yield (number,), (lane, self._rounds(replay, number) - 1)), name)
+
+    def _start(
+        self,
+        replay: Replay,
+        number: int,
+        name: str,
+        pattern: str,
+        sent: Sent,
+        nbytes: float,
+        members: int,
+        hops: int,
+    ) -> None:
+        for lane, fractions in (("across", sent.across), ("inside", sent.inside)):
+            seconds, way, latency_s = self._collective_s(lane, fractions, pattern, nbytes, members, hops)
+            round = _Round(
+                posted_s=0.0,
+                seconds=seconds,
+                latency_s=latency_s,
+                takes=way.takes if seconds else 0.0,
+                queues=way.queues,
+                matched=False,
+                receivers=(),
+                senders=(),
+                name=f"{name} {pattern}",
+                nbytes=fractions[number] * nbytes,
+            )
+            replay.post(number, lane, round)
+
+    def _collective_s(
+        self, lane: str, fractions: tuple[float, ...], pattern: str, nbytes: float, members: int, hops: int
+    ) -> tuple[float, Way, float]:
+        """(seconds, the way, latency)"""
+        link = self.cluster.across if lane == "across" else self.cluster.inside
+        way = link.way(pattern, members)
+        if not any(fractions):
+            return 0.0, way, 0.0
+        moved = link.seconds([part * nbytes for part in fractions], self.cluster.ranks_per_machine, way)
+        messages = (members - 1) if pattern == "exchange" else hops
+        return moved + (way.start_us + way.message_us * messages) * 1e-6, way, hops * link.latency_us * 1e-6
+
+    @property
+    def wire_s(self) -> float:
+        """All that crosses machines, one after the other."""
+        ring, total = self.config.ring_degree, 0.0
+        if self.config.ulysses_degree > 1:
+            way = self.cluster.across.way("exchange", self.config.ulysses_degree)
+            nbytes = 2 * self.shape.nbytes + 2 * self.kv_bytes
+            total += self.cluster.across.seconds(
+                [part * nbytes for part in self.exchanged.across], self.cluster.ranks_per_machine, way
+            )
+        if ring > 1:
+            way = self.cluster.across.way(self.config.rotation, ring)
+            nbytes = 2 * self.kv_bytes * (ring - 1)
+            total += self.cluster.across.seconds(
+                [part * nbytes for part in self.hop.across], self.cluster.ranks_per_machine, way
+            )
+        return total
+
+    @property
+    def buffer_bytes(self) -> float:
+        """Q, K, V after the all-to-all, what the ring gathers or passes on, a partial result in fp32, O as sent."""
+        rank, kv = self.shape.nbytes / self.cluster.world_size, self.kv_bytes / self.cluster.world_size
+        held = (rank + 2 * kv) if self.config.ulysses_degree > 1 else 0.0
+        if self.config.ring_degree > 1:
+            gathered = self.config.ring_degree if self.config.rotation == "allgather" else 2
+            held += 2 * kv * (gathered + 1) + 2 * rank * 4 / self.work.itemsize
+        return held + rank
