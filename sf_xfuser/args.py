@@ -16,6 +16,7 @@ from typing import Any
 XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
 BACKENDS = (*XDIT_BACKENDS, "torus", "auto")
 CHECKS = ("off", "first")
+COMPRESSIONS = ("none", "fp8", "int8")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
@@ -37,6 +38,7 @@ class TorusArgs:
     in the first call, of shared memory where the ranks have it and TCP. A backend of xDiT's own uses it for yunchang's
     all-to-all, if it is named.
     ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
+    ``compress``: in what Torus Attention's Q, V and O travel between machines; K always as it is.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
     ``strict``: a call that cannot be served exactly raises instead of going to xDiT's own USP, or to yunchang's own
     all-to-all.
@@ -48,6 +50,7 @@ class TorusArgs:
     transport: str = "auto"
     timeout: float = 60.0
     check: str = "off"
+    compress: str = "none"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +61,18 @@ class TorusArgs:
             raise ValueError(f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {self.topology!r}")
         if self.transport not in TRANSPORTS:
             raise ValueError(f"--sp-transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+        if self.compress not in COMPRESSIONS:
+            raise ValueError(f"--sp-compress must be one of {', '.join(COMPRESSIONS)}, got {self.compress!r}")
+        if self.compress != "none" and self.backend in XDIT_BACKENDS:
+            raise ValueError(
+                f"--sp-compress {self.compress} is about Torus Attention's chunks, and --sp-backend {self.backend} "
+                f"runs xDiT's own code: use --sp-backend torus, or leave --sp-compress out"
+            )
+        if self.compress != "none" and self.transport in ("shm", "nvshmem"):
+            raise ValueError(
+                f"--sp-compress {self.compress} cannot be used with --sp-transport {self.transport}, which writes "
+                f"chunks between machines straight to their places: use two_sided, tcp (CPU ranks), symm_mem or auto"
+            )
         if self.check not in CHECKS:
             raise ValueError(f"--sp-check must be one of {', '.join(CHECKS)}, got {self.check!r}")
         if not self.timeout > 0:
@@ -141,6 +156,14 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         default=60.0,
         metavar="SECONDS",
         help="Longest wait for a chunk from another rank. Ranks may come to a call five times that apart. Default: 60",
+    )
+    add(
+        "compress",
+        choices=COMPRESSIONS,
+        default="none",
+        help="In what Torus Attention's Q, V and O travel between machines, a scale for each token and head beside; K "
+        "as it is. fp8 and int8 halve the bytes of what they cover in 16-bit models, and change the picture a little: "
+        "explain() gives the error. Default: none",
     )
     add(
         "check",

@@ -128,6 +128,9 @@ class _Run:
         self.mesh, self.call, self.attend = mesh, call, attend
         self.query = query
         joint = (joint_key, joint_value) if joint_key is not None and joint_value is not None else ()
+        self.lanes = dict(mesh.lanes)
+        if mesh.compression is not None:
+            self.lanes["across"] = mesh.compression.over(mesh.lanes["across"])
         self.window_lanes = mesh.window_lanes
         window = None if mesh.window is None else mesh.window.begin()
         self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint, window)
@@ -162,7 +165,7 @@ class _Run:
             (m, Parcel((self.buffers.incoming(m),), dtype, index[m.peer], _SLOT[m.tensor])) for m in step.receives
         ]
         started_s = time.perf_counter()
-        ticket = self.mesh.lanes[step.lane].exchange(step.round, sends, [parcel for _, parcel in receives])
+        ticket = self.lanes[step.lane].exchange(step.round, sends, [parcel for _, parcel in receives])
         if self.mesh.trace is not None:
             moved = sum(parcel.nbytes for _, parcel in receives)
             self.posted.append((started_s, ticket, step, moved))
@@ -213,7 +216,7 @@ class _Run:
             low, high = call.sizes.q_heads[layout.head_group(message.peer)]
             first, end = message.pieces[0].span(S)
             out_BSHD[:, first:end, low:high] = parcel.parts[0].transpose(0, 1)
-        for lane in self.mesh.lanes.values():
+        for lane in self.lanes.values():
             lane.drain()
         if self.mesh.window is not None:
             self.mesh.window.poison(out_BSHD)

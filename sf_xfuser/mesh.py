@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sf_xfuser import lanes
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
+from sf_xfuser.compression import Compression
 from sf_xfuser.lanes import Connect, Group, Lanes, Seat
 from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
@@ -37,7 +38,7 @@ class Mesh:
     ``transports``: ways to make the lanes, by name; ``transport`` is the one in use, ``chosen`` why, empty until the
     first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
     agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
-    later than here.
+    later than here. ``compression``: of chunks between machines.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class Mesh:
     transports: dict[str, Connect] = field(default_factory=dict)
     chosen: str = ""
     one_host: bool = False
+    compression: Compression | None = None
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
@@ -127,6 +129,8 @@ class Mesh:
         if self.grid.note:
             text.append(self.grid.note)
         text += self.plan.lines()
+        if self.compression is not None:
+            text.append(f"--sp-compress: {self.compression}")
         text.append(f"transport {self.transport}: {self.chosen or 'until the first call has tried what there is'}")
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
@@ -180,6 +184,8 @@ def build_mesh(
         lanes.shared_lanes(wanted, [homes[rank] for rank in grid.members], plan.layout)
         for grid, plan in zip(grids, plans, strict=True)
     ]
+    if args.compress != "none":  # windows have places for chunks as they are
+        shared = [[lane for lane in lanes_of if lane != "across"] for lanes_of in shared]
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
@@ -219,6 +225,7 @@ def build_mesh(
             transports=transports,
             chosen=_why(args, len(transports)),
             one_host=len(shared[index]) == 2,
+            compression=Compression(args.compress) if args.compress != "none" else None,
         )
     if mine is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from sf_xfuser.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.compression import EPS
 from sf_xfuser.drop_in import DropIn
 from sf_xfuser.kernels import AttendFunction
 
@@ -170,7 +171,8 @@ class TorusUSP(DropIn):
         size or of a typical one's. Results of two orders of summation share nearly all digits of their dtype, and a
         row with a wrong chunk in it shares none: half the digits is the limit.
         """
-        limit = torch.finfo(out.dtype).eps ** 0.5
+        compression = self.mesh.compression
+        limit = max(torch.finfo(out.dtype).eps, EPS[compression.format] if compression else 0.0) ** 0.5
         rows, expected_rows = (x.detach().float() for x in (out, expected))
         same = (rows == expected_rows) | (rows.isnan() & expected_rows.isnan())
         off = torch.where(same, 0.0, rows - expected_rows).square().mean(-1).sqrt()

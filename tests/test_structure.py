@@ -11,7 +11,7 @@ ROWS = [
     {"args", "hooks"},
     {"topology", "plan", "agreement", "trace", "emulate"},
     {"kernels", "transport", "schedule"},
-    {"lanes"},
+    {"lanes", "compression"},
     {"mesh", "places", "xdit_layouts", "cluster"},
     {"call", "simulate", "presets"},
     {"models", "planner"},

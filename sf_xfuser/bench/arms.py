@@ -9,7 +9,7 @@ from math import gcd
 
 import torch
 
-from sf_xfuser.args import TRANSPORTS, TorusArgs
+from sf_xfuser.args import COMPRESSIONS, TRANSPORTS, TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
@@ -27,6 +27,8 @@ _MAX_IMBALANCE = Fraction(6, 5)
 SINGLE = "single"
 ALONE = "attention-alone"
 NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
+RELATIVE_ERROR = {"int8": 0.04, "fp8": 0.1}
+COMPRESSED = tuple(name for name in COMPRESSIONS if name != "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,8 @@ class Arm:
     """``call`` takes this rank's q, k, v [B,H,S,D], returns [B,H,S,D]; None where the arm cannot run, for ``reason``.
 
     ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
-    ``mesh`` is set where the arm can be traced.
+    ``mesh`` is set where the arm can be traced. ``relative_error``: of the result as root mean squares, that is right
+    for an arm that compresses; None: as much as rounding makes.
     """
 
     name: str
@@ -45,18 +48,19 @@ class Arm:
     reason: str = ""
     formula_bytes: float | None = None
     mesh: Mesh | None = None
+    relative_error: float | None = None
 
 
 def known_names() -> str:
     return (
         f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
         f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, "
-        f"{', '.join(over(name) for name in NAMED_TRANSPORTS)}"
+        f"{', '.join(over(name) for name in (*NAMED_TRANSPORTS, *COMPRESSED))}"
     )
 
 
 def over(transport: str) -> str:
-    """The arm that is torus over a named transport."""
+    """The arm that is torus over a named transport, or with chunks compressed."""
     return f"torus-{transport.replace('_', '-')}"
 
 
@@ -100,6 +104,7 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
     ]
     every = [arms[0], alone, *arms[1:], *ours]
     every += [_over(name, case, args, attend, formula) for name in NAMED_TRANSPORTS if wanted and over(name) in wanted]
+    every += [_compressed(name, case, args, attend) for name in COMPRESSED if wanted and over(name) in wanted]
     kept = every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
     if not ours_wanted:
         mesh.close()  # attention alone asks only for its layout
@@ -132,6 +137,19 @@ def _over(transport: str, case: Case, args: TorusArgs, attend: AttendFunction, f
     except (ValueError, TransportError) as error:
         return Arm(name=over(transport), description=text, family="ours", reason=str(error))
     return _our_arm(over(transport), text, case, mesh, attend, formula)
+
+
+def _compressed(format: str, case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
+    """Torus in the same layout, Q, V and O in a byte per element between machines."""
+    text = f"Torus Attention, Q, V and O in {format} between machines"
+    try:
+        mesh = _mesh(case, replace(args, compress=format))
+    except (ValueError, TransportError) as error:
+        return Arm(name=over(format), description=text, family="ours", reason=str(error))
+    packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte each, and a scale of a token's head
+    formula = _torus_egress(case, mesh.layout, packed) * _elements(case) * _itemsize(case)
+    arm = _our_arm(over(format), text, case, mesh, attend, formula)
+    return replace(arm, relative_error=RELATIVE_ERROR[format])
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
@@ -274,11 +292,12 @@ def _itemsize(case: Case) -> int:
     return int(torch.empty(0, dtype=getattr(torch, case.dtype)).element_size())
 
 
-def _torus_egress(case: Case, layout: Layout) -> float:
+def _torus_egress(case: Case, layout: Layout, packed: float = 1.0) -> float:
     """Elements that leave the machine that sends most, in units of ``B*L*H*D``; ``Layout.egress`` for uneven heads.
 
     A rank sends every head group of other machines its tokens' Q, K and V, and returns the O of other machines' tokens
-    for its own heads; in a ring across machines it passes each KV block on, R_x - 1 times.
+    for its own heads; in a ring across machines it passes each KV block on, R_x - 1 times. ``packed``: what an element
+    of Q, V and O takes in parts of one of K.
     """
     ways = layout.ulysses_degree
     ranges = head_ranges(case.heads, case.kv_heads or case.heads, ways)
@@ -287,7 +306,7 @@ def _torus_egress(case: Case, layout: Layout) -> float:
     for position in range(layout.world_size):
         t, own = layout.coordinates(position)[0], layout.head_group(position)
         away = [p for p in range(ways) if p // layout.ulysses != t]
-        heads = sum(q[p] + 2 * kv[p] for p in away) + len(away) * q[own]
-        heads += (layout.ring_across - 1) * ways * 2 * kv[own]
+        heads = sum(packed * q[p] + (1 + packed) * kv[p] for p in away) + packed * len(away) * q[own]
+        heads += (layout.ring_across - 1) * ways * (1 + packed) * kv[own]
         out[layout.machine(position)] += heads / (case.heads * layout.world_size)
     return max(out)

@@ -147,10 +147,10 @@ class _Measurement:
         out = self._call(arm)
         self._synchronize()
         took = time.perf_counter() - started
-        errors = [0.0, 0.0]
+        errors = [0.0, 0.0, 0.0]
         if arm.name not in (SINGLE, ALONE):
             error = (out.float().cpu() - self._expected).abs()
-            errors = [error.max().item(), error.square().mean().item()]
+            errors = [x.item() for x in (error.max(), error.square().mean(), self._expected.square().mean())]
         reports = self._gather([took, *errors])
         sample.first_call_s = max(r[0] for r in reports)
         if arm.name in (SINGLE, ALONE):
@@ -162,7 +162,11 @@ class _Measurement:
         sample.max_abs_error = max(r[1] for r in reports)
         sample.rms_error = math.sqrt(statistics.fmean(r[2] for r in reports))
         allowed = TOLERANCE[self.case.dtype]
-        if sample.max_abs_error > allowed:
+        if arm.relative_error is not None:
+            relative = sample.rms_error / math.sqrt(statistics.fmean(r[3] for r in reports))
+            if relative > arm.relative_error:
+                sample.failure = f"wrong result: differs by {relative:.1%} ({arm.relative_error:.0%} allowed)"
+        elif sample.max_abs_error > allowed:
             seen = f"{sample.max_abs_error:.2e}"
             sample.failure = f"wrong result: differs by {seen} from one process ({allowed:g} allowed)"
 

@@ -1,0 +1,76 @@
+"""Rank side of test_compression.py: attention whose chunks travel compressed between machines, against float64.
+
+Prints ``@@case rank relative error|error of the chunks|bytes sent across machines, in parts of those without@@``.
+Usage: compression.py {name: [topology, plan, transport, format, dtype, heads, KV heads, joint], ...}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from attention_accuracy import attention64, spread
+
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+
+D = 64
+
+
+def counted(mesh):
+    """Bytes of all parcels that this mesh's lane between machines is given."""
+    lane = mesh.lanes["across"]
+    exchange, sent = lane.exchange, [0]
+
+    def counting(round, sends, receives):
+        sent[0] += sum(parcel.nbytes for parcel in sends)
+        return exchange(round, sends, receives)
+
+    lane.exchange = counting
+    return sent
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name, case in json.loads(sys.argv[1]).items():
+        topology, plan, transport, format, dtype, H, H_kv, joint = case
+        args = TorusArgs(backend="torus", plan=plan, topology=topology, transport=transport, timeout=60)
+        without_shm = replace(args, transport="tcp" if transport == "auto" else transport)  # whose lanes are one object
+        plain, mesh = (build_mesh([list(range(world))], x) for x in (without_shm, replace(args, compress=format)))
+        make = torch.Generator().manual_seed(3)
+        tokens = spread(90, world)
+
+        def rand(h, s, make=make, dtype=dtype):
+            return torch.randn(2, s, h, D, generator=make).to(getattr(torch, dtype)).transpose(1, 2)
+
+        q, k, v = rand(H, 90), rand(H_kv, 90), rand(H_kv, 90)
+        local_q, local_k, local_v = (x.split(tokens, dim=2)[mesh.position] for x in (q, k, v))
+        kwargs = {}
+        if joint:
+            jk, jv = rand(H_kv, 7), rand(H_kv, 7)
+            k, v = torch.cat((jk, k), dim=2), torch.cat((jv, v), dim=2)
+            kwargs = {"joint_key": jk, "joint_value": jv, "joint_strategy": joint}
+        torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)  # the first call may try transports
+        torus_attention(local_q, local_k, local_v, mesh=plain, **kwargs)
+        sent, without = counted(mesh), counted(plain)
+        out = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)
+        torus_attention(local_q, local_k, local_v, mesh=plain, **kwargs)
+        share = sent[0] / without[0]
+        assert torch.equal(out, torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)), "not repeatable"
+        exact = attention64(local_q, k, v)
+        error = ((out.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+        chunks = next(line for line in mesh.lines() if line.startswith("--sp-compress"))
+        print(f"@@{name} {rank} {error:.5f}|{chunks}|{share:.4f}@@", flush=True)
+        mesh.close()
+        plain.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
