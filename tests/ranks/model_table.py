@@ -401,9 +401,6 @@ MODELS = (
             batch_size=1, num_inference_steps=1, max_condition_sequence_length=size.text),
         but={
             "2x2 odd": But(kind="fails", why="padding needs Ulysses over all ranks", says="needs ring_degree=1"),
-            "odd": But(
-                kind="handed back", why="padded keys", says="attention_kwargs['valid_kv_len'] needs keys in order"
-            ),
         },
     ),
     Model(
