@@ -80,6 +80,8 @@ def cases_of(family: str) -> dict[str, Case]:
         cases["data-parallel"] = Case(family, 16, torus("4x1", "--data_parallel_degree", "2"))
         cases["sharded"] = Case(family, 16, torus("2x2", "--wrapper", "runner", "--shard"))
         cases["parallel-vae"] = Case(family, 16, torus("2x2", "--use_parallel_vae", "--decode"), equals=("picture",))
+        for format in ("int8", "fp8"):
+            cases[format] = Case(family, 16, torus("2x2", "--sp-compress", format), equals=())
         # A step that is skipped changes the result: only xDiT's own USP with the same cache gives the same.
         for cache in ("teacache", "fbcache"):
             cached = ["--cache_method", cache, "--num_inference_steps", "4"]
@@ -157,6 +159,18 @@ def test_latents(finished, name):
         assert "handed back" not in case.explained, case.explained
     if name.startswith("usp-"):
         assert case.explained == "no --sp-backend: xDiT runs untouched"
+
+
+@pytest.mark.parametrize("finished", ["flux"], indirect=True)
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_compressed_chunks_change_the_latents_little(finished, format):
+    """Peak signal-to-noise ratio against the run without compression."""
+    plain, case = finished["torus-2x2-16"].latents, finished[format]
+    noise = (case.latents - plain).square().mean().sqrt()
+    assert noise > 1e-6, "nothing was compressed"
+    psnr = 20 * torch.log10((plain.max() - plain.min()) / noise).item()
+    assert psnr >= 40, f"{psnr:.1f} dB\n{case.explained}"
+    assert f"travel between machines in {format}" in case.explained
 
 
 @pytest.mark.parametrize("finished", ["flux"], indirect=True)
