@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from sf_xfuser import call
+from sf_xfuser import schedule
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.mesh import build_mesh
@@ -82,7 +82,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    call._TOKENS_PER_PART.update(cpu=2, cuda=2)  # slabs travel in parts here, too, as those of real sizes do
+    schedule._TOKENS_PER_PART.update(cpu=2, cuda=2)  # slabs travel in parts here, too, as those of real sizes do
     world = dist.get_world_size()
     sizes = [int(x) for x in sys.argv[1].split(",")]
     worst = 0.0
