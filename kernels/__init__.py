@@ -5,6 +5,7 @@ from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend
 from sf_xfuser.kernels.fused import Gate, attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.merge import merge_, merge_into
 from sf_xfuser.kernels.packing import Compressed, pack, pack_compressed, unpack, unpack_compressed
+from sf_xfuser.kernels.prepare import prepare
 
 __all__ = [
     "AttendFunction",
@@ -16,6 +17,7 @@ __all__ = [
     "merge_into",
     "pack",
     "pack_compressed",
+    "prepare",
     "sdpa_attend",
     "unpack",
     "unpack_compressed",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sf_xfuser.kernels import prepare
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
@@ -122,6 +123,8 @@ def _make_call(
     joint_strategy: Any,
     query: torch.Tensor,
 ) -> Call:
+    compressed = "none" if mesh.compression is None else mesh.compression.format
+    prepare(query.device, query.dtype, query.shape[3], compressed)
     ways = mesh.layout.ulysses_degree
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
