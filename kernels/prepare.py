@@ -24,8 +24,8 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
         if not runs_kernel(some):
             return
         new_out = some.transpose(1, 2)
-        lse = torch.zeros(1, heads, 1, device=device)
-        merge_(new_out.float(), lse, new_out, lse.clone())
+        out, lse = torch.zeros(1, heads, 1, D, device=device), torch.zeros(1, heads, 1, device=device)
+        merge_(out, lse, new_out, lse.clone())
         for formats in [(format,), ("none", format)] if format != "none" else []:
             parts = [some.clone() for _ in formats]
             layout = Compressed(shape=(1, 1, heads, D), dtype=dtype, formats=formats)

@@ -180,3 +180,17 @@ def test_torch_compile_sees_operators():
     got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*compiled)
     assert torch.equal(got, expected) and all(map(torch.equal, compiled, given))
     torch.library.opcheck(torch.ops.sf_xfuser.merge.default, (out, lse, new_out, new_lse, result, "e"))
+
+
+@pytest.mark.parametrize(("dtype", "D", "format"), [(torch.float32, 64, "int8"), (torch.bfloat16, 72, "none")])
+def test_the_kernels_of_a_call_run_before_it(dtype, D, format, monkeypatch):
+    """On a GPU; here in the interpreter, as if the CPU were one."""
+    prepare = sys.modules["sf_xfuser.kernels.prepare"]
+    launched, waited = [], []
+    for name in ("prepare", "merge", "packing"):
+        module = sys.modules[f"sf_xfuser.kernels.{name}"]
+        monkeypatch.setattr(module, "runs_kernel", lambda x, name=name: launched.append(name) or True)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    prepare.prepare.__wrapped__(torch.device("cpu"), dtype, D, format)
+    assert "merge" in launched and ("packing" in launched) == (format != "none")
+    assert waited == [torch.device("cpu")]
