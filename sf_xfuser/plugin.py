@@ -12,7 +12,8 @@ import importlib.metadata
 import importlib.util
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -404,6 +405,16 @@ def _wrap_usp(original: Callable[..., Any]) -> Callable[..., Any]:
 def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Attention as the mesh in force runs it, else as ``original``, which is xDiT's USP, does."""
     return (_session.usp or original)(*args, **kwargs)
+
+
+@contextmanager
+def xdits_own() -> Iterator[None]:
+    """Inside, attention is xDiT's own USP, as without a backend: for a comparison call by call. The same on all ranks."""
+    kept, _session.usp = _session.usp, None
+    try:
+        yield
+    finally:
+        _session.usp = kept
 
 
 def _wrap_all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import json
 import math
 import re
@@ -34,7 +33,6 @@ from sf_xfuser import plugin
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
-from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.launch import read_model_facts
 from sf_xfuser.mesh import gather_topology
 from sf_xfuser.plan import make_plan
@@ -146,80 +144,43 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
         backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout, strict=True
     )
     plugin.enable(flags)
-    switch = _Switch()
-    try:
-        engine_config = _start(options)
-        records = [_single(options)]
-        wanted: torch.Tensor = records[0].pop("latents")
-        pipeline = _load(family, options, engine_config)
+    engine_config = _start(options)
+    records = [_single(options)]
+    wanted: torch.Tensor = records[0].pop("latents")
+    pipeline = _load(family, options, engine_config)
 
-        world_size = dist.get_world_size()
-        grid = gather_topology(flags, Agreement.of_world(options.timeout), world_size).fold(range(world_size))
-        shape = grid.num_machines, grid.ranks_per_machine
-        configs = options.configs
-        if configs is None:
-            own = make_plan(*shape, heads=facts.heads, kv_heads=facts.kv_heads, rule="usp").layout
-            legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
-            configs = tuple(config for config in legal if config.ulysses_degree == own.ulysses_degree)
-        torus = make_plan(
-            *shape, heads=facts.heads, kv_heads=facts.kv_heads, rule=flags.rule, explicit=flags.explicit_plan()
-        )
-        arms = [_Arm("torus", str(torus.layout), nullcontext)]
-        for config, xdit in open_arms(configs, ranks_per_machine=shape[1], members=grid.members).items():
-            arms.append(_Arm(str(config), str(config), functools.partial(switch.xdit, xdit.selected)))
-        for arm in arms:
-            arm.call(pipeline, options, wanted, timed=False)
-        if _served_by_torus() == 0:
-            raise RuntimeError(f"torus has served no attention call of this pipeline:\n{plugin.explain()}")
-        for number in range(options.rounds):
-            for arm in arms if number % 2 == 0 else reversed(arms):
-                arm.call(pipeline, options, wanted, timed=True)
-        return [*records, *(arm.record() for arm in arms)]
-    finally:
-        switch.remove()
+    world_size = dist.get_world_size()
+    grid = gather_topology(flags, Agreement.of_world(options.timeout), world_size).fold(range(world_size))
+    shape = grid.num_machines, grid.ranks_per_machine
+    configs = options.configs
+    if configs is None:
+        own = make_plan(*shape, heads=facts.heads, kv_heads=facts.kv_heads, rule="usp").layout
+        legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
+        configs = tuple(config for config in legal if config.ulysses_degree == own.ulysses_degree)
+    torus = make_plan(
+        *shape, heads=facts.heads, kv_heads=facts.kv_heads, rule=flags.rule, explicit=flags.explicit_plan()
+    )
+    arms = [_Arm("torus", str(torus.layout), nullcontext)]
+    for config, xdit in open_arms(configs, ranks_per_machine=shape[1], members=grid.members).items():
+        arms.append(_Arm(str(config), str(config), functools.partial(_xdit, xdit.selected)))
+    for arm in arms:
+        arm.call(pipeline, options, wanted, timed=False)
+    if _served_by_torus() == 0:
+        raise RuntimeError(f"torus has served no attention call of this pipeline:\n{plugin.explain()}")
+    for number in range(options.rounds):
+        for arm in arms if number % 2 == 0 else reversed(arms):
+            arm.call(pipeline, options, wanted, timed=True)
+    return [*records, *(arm.record() for arm in arms)]
 
 
 # ---- arms --------------------------------------------------------------------------------------------------------
 
 
-class _Switch:
-    """What xDiT's models reach as ``USP``: what was there before, and inside ``xdit()`` xDiT's own function."""
-
-    def __init__(self) -> None:
-        importlib.import_module("xfuser.model_executor.layers.usp")
-        self._hooks = HookSet(
-            [
-                Hook(
-                    module="xfuser.model_executor.layers.usp",
-                    name="USP",
-                    wrap=self._wrap,
-                    why="arms of one run alternate between Torus Attention and xDiT's own USP, call by call",
-                    remove_when="xDiT has a dispatch point for sequence-parallel backends",
-                    sweep=True,
-                )
-            ]
-        )
-        self._hooks.install()
-        self.remove: Callable[[], None] = self._hooks.remove
-
-    def _wrap(self, hooked: Callable[..., Any]) -> Callable[..., Any]:
-        self._hooked = self._current = hooked
-        self._own = inspect.unwrap(hooked)
-
-        def USP(*args: Any, **kwargs: Any) -> Any:
-            return self._current(*args, **kwargs)
-
-        return functools.update_wrapper(USP, self._own)  # the plugin finds xDiT's own function as __wrapped__
-
-    @contextmanager
-    def xdit(self, layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """Inside, xDiT's own USP in ``layout``."""
-        self._current = self._own
-        try:
-            with layout():
-                yield
-        finally:
-            self._current = self._hooked
+@contextmanager
+def _xdit(layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, attention is xDiT's own USP, in ``layout``."""
+    with plugin.xdits_own(), layout():
+        yield
 
 
 @dataclass
