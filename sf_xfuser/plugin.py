@@ -409,7 +409,7 @@ def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def xdits_own() -> Iterator[None]:
-    """Inside, attention is xDiT's own USP, as without a backend: for a comparison call by call. The same on all ranks."""
+    """Inside, attention is xDiT's own USP, as without a backend: for comparisons call by call. Alike on all ranks."""
     kept, _session.usp = _session.usp, None
     try:
         yield
