@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +46,24 @@ class Gate:
     looks: int
 
 
+class Chunks(NamedTuple):
+    """The arguments of one call, as ``attend_chunks_`` and ``attend_chunks_into`` describe them."""
+
+    q: Sequence[torch.Tensor]
+    k: Sequence[torch.Tensor]
+    v: Sequence[torch.Tensor]
+    out: Sequence[torch.Tensor]
+    lse: Sequence[torch.Tensor]
+    results: Sequence[torch.Tensor]
+    scale: float | None
+    gate: Gate | None
+
+    @property
+    def factor(self) -> float:
+        """Of the scores."""
+        return 1 / math.sqrt(self.q[0].shape[-1]) if self.scale is None else self.scale
+
+
 def attend_chunks_(
     q: Sequence[torch.Tensor],
     k: Sequence[torch.Tensor],
@@ -68,7 +87,7 @@ def attend_chunks_(
     Raises ValueError before anything is written: shapes, dtypes, devices or lengths of lists that do not fit, strided
     D, an accumulator that shares memory with anything else.
     """
-    _attend(q, k, v, out, lse, (), scale, gate)
+    _attend(Chunks(q, k, v, out, lse, (), scale, gate))
 
 
 def attend_chunks_into(
@@ -86,27 +105,19 @@ def attend_chunks_into(
     with D contiguous, and the accumulator holds nothing of use afterwards. Rows that have seen no key at all are 0."""
     if len(results) != len(q):
         raise ValueError(f"{len(results)} results for {len(q)} chunks of q: give one for each")
-    _attend(q, k, v, out, lse, results, scale, gate)
+    _attend(Chunks(q, k, v, out, lse, results, scale, gate))
 
 
-def attend_twin(
-    q: Sequence[torch.Tensor],
-    k: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    scale: float,
-    gate: Gate | None,
-) -> None:
+def attend_twin(chunks: Chunks) -> None:
     """The same in plain PyTorch: one softmax in fp32 over all keys, in which what is carried counts as one key more."""
+    q, k, v, out, lse, results, _, gate = chunks
     in_time = gate is None or all([_is_here(gate, flag) for flag in gate.kv])
     for at, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
         known = in_time and (gate is None or _is_here(gate, gate.q[at]))
         group = q_BHSD.shape[1] // k[0].shape[1] if k else 1
         keys = [x.float().repeat_interleave(group, 1) for x in k]
         values = [x.float().repeat_interleave(group, 1) for x in v]
-        scores = [lse_BHS.unsqueeze(-1), *(q_BHSD.float() @ x.transpose(-1, -2) * scale for x in keys)]
+        scores = [lse_BHS.unsqueeze(-1), *(q_BHSD.float() @ x.transpose(-1, -2) * chunks.factor for x in keys)]
         joined = torch.cat(scores, -1)
         weights = torch.softmax(joined, -1).masked_fill(joined.amax(-1, keepdim=True) == float("-inf"), 0.0)
         carried = out_BHSD.masked_fill(lse_BHS.unsqueeze(-1) == float("-inf"), 0.0) * weights[..., :1]
@@ -135,46 +146,27 @@ def _is_here(gate: Gate, flag: int) -> bool:
 # -- the operator ----------------------------------------------------------------------------------------------------
 
 
-def _attend(
-    q: Sequence[torch.Tensor],
-    k: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    scale: float | None,
-    gate: Gate | None,
-) -> None:
+def _attend(chunks: Chunks) -> None:
     if torch.compiler.is_compiling():
-        lists = [list(x) for x in (q, k, v, out, lse, results)]
+        lists, scale, gate = [list(x) for x in chunks[:6]], chunks.scale, chunks.gate
         if gate is None:
             _attend_op(*lists, scale, None, None, [], [], 0, 0)
         else:
             _attend_op(*lists, scale, gate.flags, gate.error, list(gate.q), list(gate.kv), gate.epoch, gate.looks)
     else:
-        _run(q, k, v, out, lse, results, scale, gate)
+        _run(chunks)
 
 
-def _run(
-    q: Sequence[torch.Tensor],
-    k: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    scale: float | None,
-    gate: Gate | None,
-) -> None:
-    check(q, k, v, out, lse, results, scale, gate)
-    if not q:
+def _run(chunks: Chunks) -> None:
+    check(chunks)
+    if not chunks.q:
         return
-    scale = 1 / math.sqrt(q[0].shape[-1]) if scale is None else scale
-    if runs_kernel(q[0]):
+    if runs_kernel(chunks.q[0]):
         from sf_xfuser.kernels.triton_fused import launch
 
-        launch(q, k, v, out, lse, results, scale, gate)
+        launch(chunks)
     else:
-        attend_twin(q, k, v, out, lse, results, scale, gate)
+        attend_twin(chunks)
 
 
 @torch.library.custom_op("sf_xfuser::attend_chunks", mutates_args=("out", "lse", "results", "error"))
@@ -196,7 +188,7 @@ def _attend_op(
     gate = None
     if flags is not None and error is not None:
         gate = Gate(flags=flags, epoch=epoch, error=error, q=q_flags, kv=kv_flags, looks=looks)
-    _run(q, k, v, out, lse, results, scale, gate)
+    _run(Chunks(q, k, v, out, lse, results, scale, gate))
 
 
 @_attend_op.register_fake
@@ -207,17 +199,9 @@ def _(*args):  # type: ignore[no-untyped-def]
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check(
-    q: Sequence[torch.Tensor],
-    k: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    scale: float | None,
-    gate: Gate | None,
-) -> None:
+def check(chunks: Chunks) -> None:
     """Raises what ``attend_chunks_`` raises."""
+    q, k, v, out, lse, results, scale, gate = chunks
     if len(out) != len(q) or len(lse) != len(q) or len(k) != len(v):
         raise ValueError(
             f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse "

@@ -40,10 +40,7 @@ def merge_(
     Raises ValueError before anything is written: shapes or devices that do not fit, strided D, an accumulator that is
     not fp32, a partial result that shares memory with it.
     """
-    if torch.compiler.is_compiling():
-        _merge_op(out, lse, new_out, new_lse, None, base)
-    else:
-        _merge(out, lse, new_out, new_lse, None, base)
+    (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, None, base)
 
 
 def merge_into(
@@ -56,10 +53,7 @@ def merge_into(
 ) -> None:
     """As ``merge_``, for the last time: the merged output goes to ``result`` [B,H,S,D], any float dtype and any strides
     with D contiguous, and the accumulator holds nothing of use afterwards."""
-    if torch.compiler.is_compiling():
-        _merge_op(out, lse, new_out, new_lse, result, base)
-    else:
-        _merge(out, lse, new_out, new_lse, result, base)
+    (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, result, base)
 
 
 def merge_twin(

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sf_xfuser.kernels.fused import Gate
+from sf_xfuser.kernels.fused import Chunks, Gate
 from sf_xfuser.kernels.shipped import Shipped
 
 _HEAD = tl.constexpr(9)  # numbers before the first row
@@ -301,21 +301,13 @@ def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, final: 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def launch(
-    q: Sequence[torch.Tensor],
-    k: Sequence[torch.Tensor],
-    v: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    scale: float,
-    gate: Gate | None,
-) -> None:
-    """As ``attend_twin``, of tensors that ``fused.check`` has passed. Enqueues one copy of the table and one kernel on
+def launch(chunks: Chunks) -> None:
+    """As ``attend_twin``, of chunks that ``fused.check`` has passed. Enqueues one copy of the table and one kernel on
     the current stream."""
+    q, k, v, out, _, results, _, gate = chunks
     device, dtype, D = q[0].device, q[0].dtype, q[0].shape[-1]
     config = _config(device, dtype, D)
-    q_rows, num_tiles = _q_rows(q, out, lse, results, gate, config.rows)
+    q_rows, num_tiles = _q_rows(chunks, config.rows)
     if num_tiles == 0:
         return
     kv_rows = [[x.shape[2], *_place_of(x), *_place_of(y)] for x, y in zip(k, v, strict=True)]
@@ -331,7 +323,7 @@ def launch(
     aligned = all(_is_aligned(x) for x in (*q, *k, *v, *out, *results))
     attend_chunks_kernel[(num_tiles if gate is None else min(num_tiles, _resident(device, config)),)](
         table,
-        scale / math.log(2.0),
+        chunks.factor / math.log(2.0),
         **_constants(_TYPES[dtype], D, config, aligned=aligned, final=bool(results), gated=gate is not None),
         num_warps=config.warps,
         num_stages=config.depth,
@@ -339,15 +331,9 @@ def launch(
     )
 
 
-def _q_rows(
-    q: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
-    lse: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    gate: Gate | None,
-    rows: int,
-) -> tuple[list[list[int]], int]:
+def _q_rows(chunks: Chunks, rows: int) -> tuple[list[list[int]], int]:
     """The table's rows for Q chunks, and how many tiles there are."""
+    q, _, _, out, lse, results, _, gate = chunks
     found: list[list[int]] = []
     end = 0
     for at, x in enumerate(q):

@@ -9,7 +9,7 @@ their steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from math import gcd
 from typing import Any
@@ -147,8 +147,7 @@ def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Choice:
 def _explained(replayed: Sequence[Choice], left: Sequence[Choice]) -> Iterable[Choice]:
     best = replayed[0]
     for choice in (*replayed, *left):
-        values = {name: getattr(choice, name) for name in Choice.__slots__}
-        yield Choice(**{**values, "verdict": "taken: the fastest" if choice is best else _why_not(choice, best)})
+        yield replace(choice, verdict="taken: the fastest" if choice is best else _why_not(choice, best))
 
 
 def _why_not(choice: Choice, best: Choice) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,7 +31,7 @@ from sf_xfuser.cluster import Cluster, Link, Way
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import Layout, head_ranges
 from sf_xfuser.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
-from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
+from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses, sent_in_a_call
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -335,46 +336,46 @@ class Replay:
         return begin
 
 
-class _Arm:
+class _Arm(ABC):
     """What both kinds of arms share."""
 
     def __init__(self, cluster: Cluster, shape: CallShape) -> None:
         self.cluster, self.shape = cluster, shape
         self.work = _Work(cluster, shape)
 
+    @abstractmethod
     def programs(self, replay: Replay) -> list[Program]:
-        raise NotImplementedError
-
-    @cached_property
-    def alike(self) -> bool:
-        """Whether one rank can stand for all."""
-        raise NotImplementedError
+        """One for each rank of the replay."""
 
     @property
-    def buffer_bytes(self) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def alike(self) -> bool:
+        """Whether one rank can stand for all."""
 
-    def sent(self, replay: Replay) -> tuple[list[float], list[float]]:
+    @property
+    @abstractmethod
+    def buffer_bytes(self) -> float:
+        """What a rank holds besides inputs and result."""
+
+    def sent(self, replay: Replay) -> Sent:
         """Bytes that each rank sends inside its machine and to others."""
         each = self.cluster.world_size // len(replay.ranks)
         inside, across = ([rank.sent.get(lane, 0.0) for rank in replay.ranks] * each for lane in ("inside", "across"))
-        return inside, across
+        return Sent(tuple(inside), tuple(across))
 
     def predict(self, every_rank: bool) -> Prediction:
-        per_machine = self.cluster.ranks_per_machine
         mirrored = self.alike and not every_rank
         replay = Replay(self.cluster.world_size, mirrored=mirrored, spans=every_rank)
         replay.run(self.programs(replay))
         ranks = replay.ranks
         slowest = max(ranks, key=lambda rank: rank.now)
-        inside, across = self.sent(replay)
-        firsts = range(0, len(across), per_machine)
+        sent = self.sent(replay)
         return Prediction(
             seconds=slowest.now,
             compute_s=self.work.alone_s,
             exposed_s=slowest.now - slowest.computed_s,
-            across_bytes=max(sum(across[first : first + per_machine]) for first in firsts),
-            inside_bytes=max(inside),
+            across_bytes=sent.out_of_a_machine(self.cluster.ranks_per_machine),
+            inside_bytes=max(sent.inside),
             buffer_bytes=self.buffer_bytes,
             timeline=self._timeline(replay, slowest.now) if every_rank else None,
         )
@@ -618,17 +619,11 @@ class _Usp(_Arm):
     def alike(self) -> bool:
         return True  # every collective goes as its slowest rank
 
-    def sent(self, replay: Replay) -> tuple[list[float], list[float]]:
+    def sent(self, replay: Replay) -> Sent:
         """Ranks alike in time need not send as much to other machines."""
-        exchanged, hops = 2 * (self.shape.nbytes + self.kv_bytes), 2 * self.kv_bytes * (self.config.ring_degree - 1)
-        inside, across = (
-            [
-                exchanged * e + hops * h
-                for e, h in zip(getattr(self.exchanged, lane), getattr(self.hop, lane), strict=True)
-            ]
-            for lane in ("inside", "across")
-        )
-        return inside, across
+        grid = self.cluster.num_machines, self.cluster.ranks_per_machine
+        of_a_call = sent_in_a_call(self.config, *grid, self.shape.kv_heads / self.shape.heads)
+        return Sent(*(tuple(x * self.shape.nbytes for x in lane) for lane in (of_a_call.inside, of_a_call.across)))
 
     def programs(self, replay: Replay) -> list[Program]:
         return [self._program(replay, number) for number in range(len(replay.ranks))]

@@ -113,7 +113,7 @@ def arm_name(config: XditConfig, own_ulysses: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What each rank sends, in units of ``B*L*H*D``: ``[inside its machine, to other machines]``."""
+    """What each rank sends inside its machine and to others: bytes, or parts of ``B*L*H*D``."""
 
     inside: tuple[float, ...]
     across: tuple[float, ...]
@@ -150,10 +150,17 @@ def sent_by_a_hop(config: XditConfig, num_machines: int, ranks_per_machine: int)
     return Sent(tuple(inside), tuple(across))
 
 
+def sent_in_a_call(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> Sent:
+    """Q, K, V and O through Ulysses, K and V through the ring; ``kv_ratio`` = H_kv/H."""
+    exchanged = sent_by_ulysses(config, num_machines, ranks_per_machine)
+    passed_on = sent_by_a_hop(config, num_machines, ranks_per_machine)
+    tensors, hops = 2 + 2 * kv_ratio, 2 * kv_ratio * (config.ring_degree - 1)
+    return Sent(
+        tuple(tensors * a + hops * b for a, b in zip(exchanged.inside, passed_on.inside, strict=True)),
+        tuple(tensors * a + hops * b for a, b in zip(exchanged.across, passed_on.across, strict=True)),
+    )
+
+
 def egress(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> float:
     """Elements that leave the machine that sends most in one call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H."""
-    exchanged = sent_by_ulysses(config, num_machines, ranks_per_machine).across
-    passed_on = sent_by_a_hop(config, num_machines, ranks_per_machine).across
-    hops = 2 * kv_ratio * (config.ring_degree - 1)
-    both = [(2 + 2 * kv_ratio) * a + hops * b for a, b in zip(exchanged, passed_on, strict=True)]
-    return Sent((), tuple(both)).out_of_a_machine(ranks_per_machine)
+    return sent_in_a_call(config, num_machines, ranks_per_machine, kv_ratio).out_of_a_machine(ranks_per_machine)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.fused import HEAD_SIZES, Gate, attend_twin
+from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, Gate, attend_twin
 from tests.kernel_cases import (
     ADVERSARIAL,
     attention64,
@@ -36,7 +36,7 @@ def _bf16(monkeypatch):
 
 def attend(*tensors, gate=None):
     """The kernel; a test changes it for one with a fault."""
-    triton_fused.launch(*tensors, SCALE, gate)
+    triton_fused.launch(Chunks(*tensors, SCALE, gate))
 
 
 def chunks(D, dtype, q_sizes, kv_sizes, B=2, H=2, H_kv=1):
@@ -57,7 +57,7 @@ def test_equals_the_twin(D, dtype):
     lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = UNSEEN, NAN  # what a row without keys holds is of no consequence
     lse[0][1, 0, 3] = 60.0  # far above the scores
     expected, got = [with_room(*out), with_room(*lse)], [with_room(*out), with_room(*lse)]
-    attend_twin(q, k, v, *expected, [], SCALE, None)
+    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
     attend(q, k, v, *got, [])
     assert all(x.isfinite().all() for side in expected for x in side)
     torch.testing.assert_close(got, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
@@ -79,7 +79,7 @@ def test_strides_that_are_not_aligned():
     q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,))
     k = [torch.randn(2, 1, 7, 67)[..., 1:65]]
     expected = [with_room(*out), with_room(*lse)]
-    attend_twin(q, k, v, *expected, [], SCALE, None)
+    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
     attend(q, k, v, out, lse, [])
     torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
 
@@ -98,8 +98,8 @@ def test_without_keys_what_is_carried_stays(kv_sizes):
 
 
 ATTENDS = {
-    "kernel": lambda *arguments: triton_fused.launch(*arguments, None),
-    "twin": lambda *arguments: attend_twin(*arguments, None),
+    "kernel": lambda *arguments: triton_fused.launch(Chunks(*arguments, None)),
+    "twin": lambda *arguments: attend_twin(Chunks(*arguments, None)),
 }
 
 
@@ -141,7 +141,7 @@ def test_chunks_that_are_here_are_attended(final):
     torch.manual_seed(3)
     q, k, v, out, lse = chunks(72, torch.float32, (65, 7), (5, 40, 0, 33), H=1)  # more tiles than programs
     expected = [with_room(*out), with_room(*lse)]
-    attend_twin(q, k, v, *expected, [], SCALE, None)
+    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
     results = [torch.full_like(x, NAN) for x in q] if final else []
     given = gate((True, True, True))
     attend(q, k, v, out, lse, results, gate=given)
@@ -161,7 +161,7 @@ def test_a_wait_that_ends_says_so_and_leaves_no_number(side, missing):
     if side == "kernel":
         attend(q, k, v, out, lse, results, gate=given)
     else:
-        attend_twin(q, k, v, out, lse, results, SCALE, given)
+        attend_twin(Chunks(q, k, v, out, lse, results, SCALE, given))
     assert given.error == missing + 1
     lost = results[:1] if missing == 2 else results
     assert all(x.isnan().all() for x in lost)
@@ -174,7 +174,7 @@ def test_what_arrives_meanwhile_is_attended(side):
     torch.manual_seed(4)
     q, k, v, out, lse = chunks(64, torch.float32, (33, 7), (5, 40, 0, 33), H=1)
     expected = [with_room(*out), with_room(*lse)]
-    attend_twin(q, k, v, *expected, [], SCALE, None)
+    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
     given = gate((False, False, False), looks=1 << 40)
     late = [(q[0], 2), (k[1], 0), (k[3], 1)]
     kept = [x.clone() for x, _ in late]
@@ -192,7 +192,7 @@ def test_what_arrives_meanwhile_is_attended(side):
     if side == "kernel":
         attend(q, k, v, out, lse, [], gate=given)
     else:
-        attend_twin(q, k, v, out, lse, [], SCALE, given)
+        attend_twin(Chunks(q, k, v, out, lse, [], SCALE, given))
     thread.join()
     assert given.error == 0
     torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)

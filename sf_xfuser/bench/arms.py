@@ -103,8 +103,18 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         for (name, description), used in zip(_OURS, (blocking, mesh), strict=True)
     ]
     every = [arms[0], alone, *arms[1:], *ours]
-    every += [_over(name, case, args, attend, formula) for name in NAMED_TRANSPORTS if wanted and over(name) in wanted]
-    every += [_compressed(name, case, args, attend) for name in COMPRESSED if wanted and over(name) in wanted]
+    asked = wanted or ()
+    for name in NAMED_TRANSPORTS:
+        if over(name) in asked:
+            text = f"Torus Attention over {name}"
+            every.append(_variant(over(name), text, case, replace(args, transport=name), attend, formula))
+    for name in COMPRESSED:
+        if over(name) in asked:
+            text = f"Torus Attention, Q, V and O in {name} between machines"
+            packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte each, a scale of a token's head
+            fewer = _torus_egress(case, mesh.layout, packed) * _elements(case) * _itemsize(case)
+            arm = _variant(over(name), text, case, replace(args, compress=name), attend, fewer)
+            every.append(replace(arm, relative_error=RELATIVE_ERROR[name]))
     kept = every if wanted is None else [arm for arm in every if arm.name in (ALONE, *wanted)]
     if not ours_wanted:
         mesh.close()  # attention alone asks only for its layout
@@ -129,27 +139,13 @@ def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: Attend
     )
 
 
-def _over(transport: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Arm:
-    """Torus in the same layout, its chunks moved by a named transport."""
-    text = f"Torus Attention over {transport}"
+def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Arm:
+    """Torus in the same layout, with other flags."""
     try:
-        mesh = _mesh(case, replace(args, transport=transport))
+        mesh = _mesh(case, args)
     except (ValueError, TransportError) as error:
-        return Arm(name=over(transport), description=text, family="ours", reason=str(error))
-    return _our_arm(over(transport), text, case, mesh, attend, formula)
-
-
-def _compressed(format: str, case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
-    """Torus in the same layout, Q, V and O in a byte per element between machines."""
-    text = f"Torus Attention, Q, V and O in {format} between machines"
-    try:
-        mesh = _mesh(case, replace(args, compress=format))
-    except (ValueError, TransportError) as error:
-        return Arm(name=over(format), description=text, family="ours", reason=str(error))
-    packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte each, and a scale of a token's head
-    formula = _torus_egress(case, mesh.layout, packed) * _elements(case) * _itemsize(case)
-    arm = _our_arm(over(format), text, case, mesh, attend, formula)
-    return replace(arm, relative_error=RELATIVE_ERROR[format])
+        return Arm(name=name, description=description, family="ours", reason=str(error))
+    return _our_arm(name, description, case, mesh, attend, formula)
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------

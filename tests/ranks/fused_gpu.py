@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sf_xfuser.kernels import Gate, attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES, attend_twin
+from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES, Chunks, attend_twin
 
 
 def chunks(D, dtype):
@@ -27,7 +27,7 @@ def main() -> None:
             q, k, v, out, lse = chunks(D, dtype)
             results = [torch.full_like(x, float("nan")) for x in q]
             (expected, expected_lse), got = copies(out, lse), copies(out, lse)
-            attend_twin(q, k, v, expected, expected_lse, [], D**-0.5, None)
+            attend_twin(Chunks(q, k, v, expected, expected_lse, [], D**-0.5, None))
             attend_chunks_(q, k, v, *got)
             attend_chunks_into(results, q, k, v, out, lse)
             rounding = 8 * torch.finfo(dtype).eps
@@ -41,7 +41,7 @@ def arrivals() -> None:
     """The flags turn, from another stream, once the launch waits; then one that never does."""
     q, k, v, out, lse = chunks(128, torch.bfloat16)
     (expected, expected_lse), alone, lost = copies(out, lse), copies(out, lse), copies(out, lse)
-    attend_twin(q, k, v, expected, expected_lse, [], 128**-0.5, None)
+    attend_twin(Chunks(q, k, v, expected, expected_lse, [], 128**-0.5, None))
     flags, error = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (3, 1))
     one = torch.ones(3, dtype=torch.int64).pin_memory()
     gate = Gate(flags=flags, epoch=1, error=error, q=[0, -1, -1], kv=[-1, 1, 2], looks=1 << 24)
