@@ -92,13 +92,12 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     arriving: list[tuple[Ticket, dict[int, torch.Tensor]]] = []
     peers = lane_peers(layout, own)
     for lane in _LANES:
-        transport, index = mesh.lanes[lane], mesh.peer_index[lane]
+        transport = mesh.lanes[lane]
         places = {peer: landing(peer, transport.one_sided is not None) for peer in peers[lane] if peer in slot}
         sends = [
-            Parcel((outgoing.get(peer, nothing),), input.dtype, index[peer], slot=0, offset=slot[own])
-            for peer in peers[lane]
+            Parcel((outgoing.get(peer, nothing),), input.dtype, peer, slot=0, offset=slot[own]) for peer in peers[lane]
         ]
-        receives = [Parcel((places.get(peer, nothing),), input.dtype, index[peer], slot=0) for peer in peers[lane]]
+        receives = [Parcel((places.get(peer, nothing),), input.dtype, peer, slot=0) for peer in peers[lane]]
         arriving.append((transport.exchange(0, sends, receives), places))
     incoming[own].copy_(outgoing[own])
     for ticket, places in arriving:
@@ -117,8 +116,9 @@ def _greet(mesh: Mesh) -> None:
     """Go on when all ranks that write into this one's window have come here."""
     nothing = (torch.empty(0),)
     for lane in mesh.window_lanes:
-        index, peers = mesh.peer_index[lane], lane_peers(mesh.layout, mesh.position)[lane]
-        parcels = [Parcel(nothing, torch.float32, index[peer], slot=0) for peer in peers]
+        parcels = [
+            Parcel(nothing, torch.float32, peer, slot=0) for peer in lane_peers(mesh.layout, mesh.position)[lane]
+        ]
         mesh.lanes[lane].exchange(0, parcels, parcels).wait()
 
 

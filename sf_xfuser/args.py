@@ -34,9 +34,8 @@ class TorusArgs:
     ``backend``: which sequence-parallel backend runs attention (``None``: xDiT untouched).
     ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
     ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
-    ``transport``: what moves chunks between ranks; ``"auto"``: NCCL's sends and receives on GPUs; on CPUs the fastest
-    in the first call, of shared memory where the ranks have it and TCP. A backend of xDiT's own uses it for yunchang's
-    all-to-all, if it is named.
+    ``transport``: what moves chunks between ranks; ``"auto"``: the fastest in the first call, of those that are
+    there. A backend of xDiT's own uses it for yunchang's all-to-all, if it is named.
     ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
     ``compress``: in what Torus Attention's Q, V and O travel between machines; K always as it is.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
@@ -147,7 +146,7 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         default="auto",
         help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
         "(torch.distributed's sends and receives, over NCCL or gloo), symm_mem (GPUs that NVLink joins; two_sided "
-        "between others), nvshmem (NVIDIA GPUs) or auto (two_sided on GPUs; on CPUs the fastest in the first call). "
+        "between others), nvshmem (NVIDIA GPUs) or auto (the fastest in the first call, of those that can be had). "
         "With usp and ulysses: those of yunchang's all-to-all, where one is named. Default: auto",
     )
     add(

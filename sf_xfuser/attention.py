@@ -15,7 +15,7 @@ from sf_xfuser.call import Call, agree
 from sf_xfuser.kernels import AttendFunction, merge_, sdpa_attend
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
-from sf_xfuser.transport import Parcel, Ticket, TransportError
+from sf_xfuser.transport import Parcel, Ticket, TransportError, Unusable
 
 _SLOT = {"q": 0, "kv": 1, "o": 2}
 
@@ -23,7 +23,7 @@ _SLOT = {"q": 0, "kv": 1, "o": 2}
 # on fewer rows at a time, and more slowly, below 768; beyond 1024 it gains nothing.
 _MIN_ROWS, _MAX_ROWS = 768, 1024
 
-_LONG_S = 0.5  # a call that takes longer is tried once
+_TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
 
 NO_GRADIENT = "a gradient is asked for, and Torus Attention computes none"
 
@@ -76,25 +76,33 @@ def torus_attention(
         mesh.join_again()
     try:
         if not mesh.chosen:
-            _choose_transport(mesh, lambda: call(_attend_nothing))
+            _choose_transport(mesh, lambda: call(_attend_nothing), query.device)
         return call(attend)
     except TransportError:
         mesh.retire()
         raise
 
 
-def _choose_transport(mesh: Mesh, call: Callable[[], object]) -> None:
+def _choose_transport(mesh: Mesh, call: Callable[[], object], device: torch.device) -> None:
     """Make the first call with each transport that there is and nothing computed: its very chunks, in their order."""
-    seconds = {}
+    seconds: dict[str, float] = {}
+    refusals: list[str] = []
     for name in mesh.transports:
-        mesh.use(name)
-        for _ in range(2):  # the first makes windows and connections warm; where chunks take long that is nothing
-            started_s = time.perf_counter()
-            call()
-            seconds[name] = max(mesh.agreement.gather("transport probe", time.perf_counter() - started_s))
-            if seconds[name] > _LONG_S:
-                break
-    mesh.choose(seconds)
+        try:
+            mesh.use(name)
+            for _ in range(_TRIES):  # the first makes windows and connections warm
+                started_s = time.perf_counter()
+                call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[name] = max(mesh.agreement.gather("transport probe", time.perf_counter() - started_s))
+                if seconds[name] > _LONG_S:
+                    break
+        except Unusable as refusal:
+            refusals.append(str(refusal))
+    if not seconds:
+        raise TransportError(f"--sp-transport auto found nothing: {'; '.join(refusals)}")
+    mesh.choose(seconds, refusals)
 
 
 def _attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,13 +165,9 @@ class _Run:
 
     def _exchange(self, step: Exchange) -> None:
         """Start one round."""
-        index, dtype = self.mesh.peer_index[step.lane], self.query.dtype
-        sends = [
-            Parcel(self._outgoing(m), dtype, index[m.peer], _SLOT[m.tensor], self._landing(step, m)) for m in step.sends
-        ]
-        receives = [
-            (m, Parcel((self.buffers.incoming(m),), dtype, index[m.peer], _SLOT[m.tensor])) for m in step.receives
-        ]
+        dtype = self.query.dtype
+        sends = [Parcel(self._outgoing(m), dtype, m.peer, _SLOT[m.tensor], self._landing(step, m)) for m in step.sends]
+        receives = [(m, Parcel((self.buffers.incoming(m),), dtype, m.peer, _SLOT[m.tensor])) for m in step.receives]
         started_s = time.perf_counter()
         ticket = self.lanes[step.lane].exchange(step.round, sends, [parcel for _, parcel in receives])
         if self.mesh.trace is not None:

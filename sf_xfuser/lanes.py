@@ -12,15 +12,14 @@ from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.plan import Layout
 from sf_xfuser.schedule import Lane
-from sf_xfuser.transport import Nvshmem, Shm, SymmMem, Transport, TwoSided, shm, symm_mem, tcp
+from sf_xfuser.transport import Nvshmem, Shm, SymmMem, Transport, TwoSided, device, nvshmem, shm, symm_mem, tcp
 
 Lanes = dict[Lane, Transport]
 Connect = Callable[[Agreement], Lanes]
 """Makes the lanes of one rank. Collective over its group."""
 
 XDITS = "xDiT's own collectives"
-OVER_GROUPS = ("two_sided", "symm_mem")
-"""Transports that need torch.distributed's process groups."""
+_OVER_GROUPS = ("two_sided", "symm_mem")
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,25 @@ class Home:
 
 
 def wanted(args: TorusArgs, backend: str) -> str | None:
-    """A name of ``args.TRANSPORTS``, ``"auto"`` between CPU ranks only; None: nothing of ours moves anything.
-    ``backend`` is torch.distributed's. Raises ValueError where the two do not go together."""
+    """A name of ``args.TRANSPORTS``; None: nothing of ours moves anything. ``backend`` is torch.distributed's. Raises
+    ValueError where the two do not go together."""
     if args.backend in XDIT_BACKENDS and args.transport == "auto":
         return None
     if args.transport in ("shm", "tcp") and backend != "gloo":
         raise ValueError(
             f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
         )
-    return "two_sided" if args.transport == "auto" and backend != "gloo" else args.transport
+    return args.transport
 
 
-def gather_homes(world: Agreement, wanted: str | None) -> list[Home]:
-    """The home of each rank of the job: that of its memory, or of its GPU for ``"symm_mem"``. Collective."""
-    memory = symm_mem if wanted == "symm_mem" else shm
+def need_groups(wanted: str | None, backend: str) -> bool:
+    """Whether lanes may be made of torch.distributed's process groups: between GPUs ``"auto"`` tries those, too."""
+    return wanted in _OVER_GROUPS or (wanted == "auto" and backend != "gloo")
+
+
+def gather_homes(world: Agreement, wanted: str | None, backend: str) -> list[Home]:
+    """The home of each rank of the job: that of its memory, or of its GPU where peers may map that. Collective."""
+    memory = symm_mem if wanted != "two_sided" and need_groups(wanted, backend) else shm
     return [Home(*said) for said in world.gather("home", [memory.identity(), memory.unavailable()])]
 
 
@@ -108,20 +112,31 @@ def shared_lanes(wanted: str | None, homes: Sequence[Home], layout: Layout) -> l
 
 
 def ways(wanted: str, seat: Seat, shared: Sequence[Lane], group_of: Mapping[Lane, Group]) -> dict[str, Connect]:
-    """How the lanes can be made, by name; several for ``"auto"`` only. ``group_of``: for ``OVER_GROUPS``."""
-    if wanted == "nvshmem":
-        return {wanted: functools.partial(_connect_nvshmem, seat)}
-    if wanted in OVER_GROUPS:
-        in_memory = shared if wanted == "symm_mem" else ()
-        name = "symm_mem inside, two_sided across" if len(in_memory) == 1 else wanted
-        return {name: functools.partial(_connect_groups, seat, group_of, in_memory)}
+    """How the lanes can be made, by name; several for ``"auto"`` only, and the first of them can always be.
+    ``group_of``: process groups, where ``need_groups``."""
     found: dict[str, Connect] = {}
+    if group_of:
+        if wanted != "symm_mem":
+            found["two_sided"] = functools.partial(_connect_groups, seat, group_of, ())
+        if shared and wanted != "two_sided":
+            name = "symm_mem" if len(shared) == 2 else "symm_mem inside, two_sided across"
+            found[name] = functools.partial(_connect_groups, seat, group_of, shared)
+    if wanted == "nvshmem" or (wanted == "auto" and group_of):
+        found["nvshmem"] = functools.partial(_connect_nvshmem, seat)
+    if found:
+        return found
     if shared and wanted != "tcp":
         name = "shm" if len(shared) == 2 else "shm inside, tcp across"
         found[name] = functools.partial(_connect_cpus, seat, shared)
     if wanted != "shm":
         found["tcp"] = functools.partial(_connect_cpus, seat, ())
     return found
+
+
+def let_go(agreement: Agreement, members: Sequence[int], position: int, used: str) -> None:
+    """Free what transports that were tried, and are not ``used``, hold on GPUs. Collective between calls."""
+    if device.let_go(agreement, members, position) and used != "nvshmem":
+        nvshmem.finalize()
 
 
 def _connect_cpus(seat: Seat, shared: Collection[Lane], agreement: Agreement) -> Lanes:
@@ -141,7 +156,7 @@ def _connect_groups(
     seat: Seat, group_of: Mapping[Lane, Group], shared: Collection[Lane], agreement: Agreement
 ) -> Lanes:
     """One of symmetric memory for all that ``shared`` names, matched sends and receives for the others."""
-    made: Lanes = {name: TwoSided(group.handle, name, seat.timeout_s) for name, group in group_of.items()}
+    made: Lanes = {name: TwoSided(group.handle, seat.members, name, seat.timeout_s) for name, group in group_of.items()}
     if shared:
         peers = lane_peers(seat.layout, seat.position)
         widest = group_of["across" if "across" in shared else "inside"]

@@ -20,7 +20,7 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, TransportError, TwoSided
+from sf_xfuser.transport import OneSided, TransportError, TwoSided, captures
 
 PATIENCE = 5
 """Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
@@ -32,9 +32,9 @@ class Mesh:
     """One sequence-parallel group as seen by this rank. Made by :func:`build_mesh`; holds no tensors.
 
     ``position`` is this rank's machine-major place in ``plan.layout``; ``members[w]`` the global rank at place ``w``.
-    ``lanes`` moves chunks inside a machine and across machines; ``peer_index[lane][w]`` is ``w``'s rank in that
-    lane's process group. A backend of xDiT's own has no lanes unless a transport was named. ``ulysses_group`` and
-    ``ring_group`` are process groups for code that wants collectives (xDiT's own USP): ascending global ranks.
+    ``lanes`` moves chunks inside a machine and across machines. A backend of xDiT's own has no lanes unless a transport
+    was named. ``ulysses_group`` and ``ring_group`` are process groups for code that wants collectives (xDiT's own USP):
+    ascending global ranks.
     ``transports``: ways to make the lanes, by name; ``transport`` is the one in use, ``chosen`` why, empty until the
     first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
     agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
@@ -46,7 +46,6 @@ class Mesh:
     topology: Topology
     position: int
     lanes: Lanes
-    peer_index: dict[Lane, dict[int, int]]
     ulysses_group: dist.ProcessGroup
     ring_group: dist.ProcessGroup
     agreement: Agreement
@@ -80,6 +79,8 @@ class Mesh:
 
     def why_not_now(self) -> str | None:
         """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
+        if not self.chosen and captures():
+            return "a CUDA graph is being captured, and the transports have not been tried yet"
         return None if self.window is None else self.window.why_not_now()
 
     def close(self) -> None:
@@ -88,18 +89,22 @@ class Mesh:
             lane.close()
 
     def use(self, transport: str) -> None:
-        """Make the lanes those of ``transports[transport]``. Collective between calls."""
+        """Make the lanes those of ``transports[transport]``. Collective between calls. Unusable where it cannot be had:
+        then another one has to be used."""
         if transport != self.transport:
             self.close()
+            self.transport = ""
             self.lanes = self.transports[transport](self.agreement)
             self.calls.clear()
             self.transport = transport
 
-    def choose(self, seconds: dict[str, float]) -> None:
-        """Use the fastest. Collective between calls; the same ``seconds`` by transport on every rank."""
+    def choose(self, seconds: dict[str, float], refusals: Sequence[str] = ()) -> None:
+        """Use the fastest, and let go of what the others held. Collective between calls; the same ``seconds`` by
+        transport, and ``refusals`` of those that cannot be used, on every rank."""
         self.use(min(seconds, key=lambda name: seconds[name]))
+        lanes.let_go(self.agreement, self.members, self.position, self.transport)
         tried = ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in seconds.items())
-        self.chosen = f"the fastest of {tried}, for the chunks of the first call"
+        self.chosen = "; ".join([f"the fastest of {tried}, for the chunks of the first call", *refusals])
         self.log(f"--sp-transport auto: {self.transport}, {self.chosen}")
 
     def retire(self) -> None:
@@ -177,15 +182,21 @@ def build_mesh(
     # Every plan is made on every rank before any group: a refusal of one is seen by all.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
-    wanted = lanes.wanted(args, backend or dist.get_backend())
-    with_groups = wanted in lanes.OVER_GROUPS
-    homes = lanes.gather_homes(world, wanted)
+    backend = backend or dist.get_backend()
+    wanted = lanes.wanted(args, backend)
+    with_groups = lanes.need_groups(wanted, backend)
+    homes = lanes.gather_homes(world, wanted, backend)
     shared = [
         lanes.shared_lanes(wanted, [homes[rank] for rank in grid.members], plan.layout)
         for grid, plan in zip(grids, plans, strict=True)
     ]
     if args.compress != "none":  # windows have places for chunks as they are
         shared = [[lane for lane in lanes_of if lane != "across"] for lanes_of in shared]
+        if wanted == "symm_mem" and not all(shared):
+            raise ValueError(
+                f"--sp-compress {args.compress} is for chunks between machines, and --sp-transport symm_mem can then "
+                f"serve the inside of machines only, which has one rank each: use two_sided"
+            )
     mine: Mesh | None = None
     for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
         groups = _Groups(backend, args.timeout)
@@ -205,19 +216,16 @@ def build_mesh(
             group_of = {"inside": _of(inside, position), "across": _of(across, position)}
         seat = Seat(layout, members, position, args.timeout)
         transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], group_of)
+        if args.compress != "none":
+            transports.pop("nvshmem", None)
         transport = next(iter(transports), lanes.XDITS)
         made = transports[transport](agreement) if transports else {}
-        peer_index: dict[Lane, dict[int, int]] = {
-            name: group_of[name].index if isinstance(lane, TwoSided) else {p: p for p in positions}
-            for name, lane in made.items()
-        }
         mine = Mesh(
             plan=plan,
             grid=grid,
             topology=topology,
             position=position,
             lanes=made,
-            peer_index=peer_index,
             ulysses_group=_of(ulysses, position).handle,
             ring_group=_of(ring, position).handle,
             agreement=agreement,

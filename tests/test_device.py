@@ -57,6 +57,62 @@ def test_windows_grow_seldom_and_by_an_eighth_at_most():
     )
 
 
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_auto_keeps_the_fastest_and_the_others_let_go_of_their_memory(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    freed: list[tuple[str, int]] = []
+
+    class Fast(virtual.Virtual):
+        name = "fast"
+
+        def _free(self):
+            freed.append((self.name, self._position))
+
+    class Slow(Fast):
+        name = "slow"
+
+        def exchange(self, *args):
+            time.sleep(0.02)
+            return super().exchange(*args)
+
+    class Absent(Fast):
+        name = "absent"
+
+        def _allocate(self, nbytes):
+            raise RuntimeError("no such memory")
+
+    make = virtual.meshes(2, 1, heads=2)
+    q = torch.randn(1, 2, 12, 8)
+
+    def work(rank):
+        mesh = make[rank]()
+        mesh.close()
+
+        def way(kind):
+            return lambda agreement: dict.fromkeys(
+                ("inside", "across"), kind(agreement, range(2), rank, [1 - rank], 30.0)
+            )
+
+        mesh.transports, mesh.chosen = {kind.name: way(kind) for kind in (Slow, Absent, Fast)}, ""
+        own = q[:, :, 6 * rank : 6 * rank + 6]
+        return mesh, torus_attention(own, own, own, mesh=mesh)
+
+    found = virtual.together(2, work)
+    out = torch.cat([each[1] for each in found], 2)
+    assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-6)
+    for mesh, _ in found:
+        assert mesh.transport == "fast" and isinstance(mesh.window, Fast) and not isinstance(mesh.window, Slow)
+        assert re.match(
+            r"the fastest of slow [\d.]+ ms, fast [\d.]+ ms, .*; absent cannot be used: .*no such", mesh.chosen
+        )
+    assert {("slow", 0), ("slow", 1)} <= set(freed)
+    assert not [window for window in device._kept if window.window_bytes and window._memory is not None]
+    for mesh, _ in found:
+        mesh.close()
+
+
 # -- the watchdog -----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sf_xfuser.lanes import Home, shared_lanes
+from sf_xfuser.lanes import Group, Home, Seat, need_groups, shared_lanes, ways
 from sf_xfuser.plan import Layout
 from sf_xfuser.transport import nvshmem, symm_mem
 from tests.launch import reports, torchrun
@@ -176,6 +176,23 @@ def test_lanes_whose_ranks_have_one_home(homes, lanes):
     assert shared_lanes("nvshmem", [Home(name) for name in "abcd"], alone) == []  # nobody is inside
 
 
+def test_auto_tries_all_that_may_serve_gpus():
+    layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
+    seat = Seat(layout, range(4), 0, 1.0)
+    groups = {name: Group(None, dict(enumerate(range(4)))) for name in ("inside", "across")}
+    assert need_groups("auto", "nccl") and need_groups("two_sided", "gloo")
+    assert not need_groups("auto", "gloo") and not need_groups("nvshmem", "nccl") and not need_groups(None, "nccl")
+
+    def of(wanted, shared, groups=groups):
+        return list(ways(wanted, seat, shared, groups))
+
+    everywhere, mixed = ["inside", "across"], "symm_mem inside, two_sided across"
+    assert of("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]
+    assert of("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and of("auto", []) == ["two_sided", "nvshmem"]
+    assert of("two_sided", everywhere) == ["two_sided"] and of("nvshmem", everywhere, {}) == ["nvshmem"]
+    assert of("symm_mem", everywhere) == ["symm_mem"] and of("symm_mem", ["inside"]) == [mixed]
+
+
 def nvshmem_is_missing() -> str | None:
     if importlib.util.find_spec("nvshmem") is None:
         return "nvshmem4py is not installed"
@@ -190,7 +207,7 @@ def nvshmem_is_missing() -> str | None:
 
 MISSING = nvshmem_is_missing()
 CASES = {
-    "nvshmem_is_refused": (r"TransportError: nvshmem cannot be used: rank 0: .*; rank 1: .*; rank 2: ",) * 3,
+    "nvshmem_is_refused": (r"Unusable: nvshmem cannot be used: every rank: ",) * 3,
     "symm_mem_is_refused": (r"ValueError: --sp-transport symm_mem needs .*two_sided and nvshmem work",) * 3,
     "who_is_which_pe": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
 }

@@ -37,8 +37,9 @@ CASES = {
         "silent",
     ),
     "use_after_close": (r"TransportError: rank \d: the shm transport was closed",) * EACH,
-    "different_windows": (r"TransportError: shm cannot be used: rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
-    "too_little_memory": (r"TransportError: shm cannot be used: rank 0: /dev/shm has \d+ bytes.*--shm-size",) * EACH,
+    "different_windows": (r"Unusable: shm cannot be used: rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
+    "too_little_memory": (r"Unusable: shm cannot be used: (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
+    "auto_does_without_too_little_memory": (r"tcp, .*fastest of tcp .*; shm cannot be used: rank 2: /dev/shm",) * EACH,
     "shared_memory_is_not_there": (r"ValueError: --sp-transport shm needs ranks that share .*elsewhere",) * EACH,
     "what_auto_takes": ("tcp",) * EACH,
 }  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_lane(case, said):
 
 def test_tcp_is_for_cpu_ranks():
     assert wanted(TorusArgs(), "gloo") == "auto"
-    assert wanted(TorusArgs(), "nccl") == "two_sided"
+    assert wanted(TorusArgs(), "nccl") == "auto"
     assert wanted(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
     for name in ("tcp", "shm"):
         assert wanted(TorusArgs(transport=name), "gloo") == name

@@ -80,7 +80,6 @@ def meshes(machines: int, ranks_per_machine: int, heads: int, timeout_s: float =
             topology=topology,
             position=rank,
             lanes={"inside": lane, "across": lane},
-            peer_index={name: {p: p for p in range(world)} for name in ("inside", "across")},
             ulysses_group=None,  # type: ignore[arg-type]
             ring_group=None,  # type: ignore[arg-type]
             agreement=agreement,

@@ -13,16 +13,23 @@ class TransportError(RuntimeError):
     """A transfer did not complete in time or its peer is gone. The group cannot be used any more."""
 
 
+class Unusable(TransportError):
+    """A transport cannot be set up here: raised alike on every rank, with nothing on its way, so that all of them can
+    take another one."""
+
+
 def raise_together(name: str, members: Sequence[int], refusals: Sequence[str | None]) -> None:
-    """TransportError where there is a refusal; they are those of all ranks, so every rank raises alike."""
+    """Unusable where there is a refusal; they are those of all ranks, so every rank raises alike."""
     words = [f"rank {members[w]}: {text}" for w, text in enumerate(refusals) if text]
+    if len(words) > 1 and len(words) == len(refusals) and len(set(refusals)) == 1:
+        words = [f"every rank: {refusals[0]}"]
     if words:
-        raise TransportError(f"{name} cannot be used: {'; '.join(words)}")
+        raise Unusable(f"{name} cannot be used: {'; '.join(words)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A chunk on its way to, or from, ``peer`` (index in the lane's group).
+    """A chunk on its way to, or from, ``peer`` (a position).
 
     To be sent: ``parts`` are views of equal shape [S, ...], any strides; the chunk holds them as ``dtype``, several of
     them side by side as [S, parts, ...]. To be received: one contiguous part, where the chunk is to lie.

@@ -417,6 +417,19 @@ class DeviceWindow(OneSided):
 _kept: list[DeviceWindow] = []  # closed, with memory into which a peer may still write
 
 
+def let_go(agreement: Agreement, members: Sequence[int], position: int) -> bool:
+    """Free the memory of closed transports of a group, whatever their kind; False where some rank is not done with it,
+    and it stays. Collective."""
+    mine = [w for w in _kept if w._ends()[1:] == (tuple(members), position) and w._memory is not None]
+    if mine and any(agreement.gather("windows", mine[0]._still(mine))):
+        return False
+    for window in mine:
+        window._memory = None
+        window._free()
+    _kept[:] = [window for window in _kept if window not in mine]
+    return True
+
+
 class _Arrival(Ticket):
     def __init__(self, transport: DeviceWindow, round: int, chunks: tuple[tuple[int, int], ...]) -> None:
         self._transport = transport

@@ -14,15 +14,16 @@ from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
 
 
 class TwoSided(Transport):
-    """``group``: the lane's process group; parcels name peers by their rank in it. ``lane`` is for messages only.
+    """``group``: the lane's process group, among whose ranks are the peers; ``members[w]`` is the global rank at
+    position ``w``. ``lane`` is for messages only.
 
     NCCL runs a lane's rounds in order on its own stream. gloo moves data on a thread of its own as soon as both ends
     have posted, and whatever is posted shares the wire.
     """
 
-    def __init__(self, group: dist.ProcessGroup, lane: str, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, members: Sequence[int], lane: str, timeout_s: float) -> None:
         self._group = group
-        self._ranks = dist.get_process_group_ranks(group)
+        self._ranks = members
         self._lane = lane
         self._timeout_s = timeout_s
         self._bounds_itself = dist.get_backend(group) != "gloo"  # NCCL's watchdog does

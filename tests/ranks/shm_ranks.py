@@ -7,6 +7,7 @@ import random
 import resource
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -191,6 +192,20 @@ def case_too_little_memory(rank):
     free = os.statvfs("/dev/shm")
     lane.reserve(free.f_bavail * free.f_frsize)
     return "went unnoticed"
+
+
+def case_auto_does_without_too_little_memory(rank):
+    """Rank 2 sees a small /dev/shm, which it says once it knows how large a window the first call needs."""
+    kept = os.fstatvfs
+    if rank == 2:
+        os.fstatvfs = lambda file: SimpleNamespace(f_bavail=16, f_frsize=4096)
+    try:
+        mesh = mesh_of("auto")
+        call(mesh, inputs(rank, 0, 600), 600)
+        assert not mesh.failed
+        return f"{mesh.transport}, {mesh.chosen}"
+    finally:
+        os.fstatvfs = kept
 
 
 def case_shared_memory_is_not_there(rank):
