@@ -84,7 +84,7 @@ def cases_of(family: str) -> dict[str, Case]:
             cases[format] = Case(family, 16, torus("2x2", "--sp-compress", format), equals=())
         # A step that is skipped changes the result: only xDiT's own USP with the same cache gives the same.
         for cache in ("teacache", "fbcache"):
-            cached = ["--cache_method", cache, "--num_inference_steps", "4"]
+            cached = [f"--use_{cache}", "--num_inference_steps", "4"]
             cases[f"{cache}-usp"] = Case(family, 16, [*cached, "--ulysses_degree", "4"], equals=())
             cases[cache] = Case(family, 16, torus("2x2", *cached), equals=(f"{cache}-usp",))
     if family in ("sd3", "flux"):
