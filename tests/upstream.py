@@ -99,8 +99,8 @@ class Result:
             return "cannot run" if "skipped" in self.outcome.values() else "passes"
         if self.outcome.get("without the flag") == "passed" and REFUSAL in self.why:
             return "torus refuses"
-        alone = self.outcome.get("no plugin") == "failed"
-        return "fails without the plugin, too" if alone else "FAILS WITH THE PLUGIN"
+        alone = {"passed": "FAILS WITH THE PLUGIN", "failed": "fails without the plugin, too"}
+        return alone.get(self.outcome.get("no plugin", ""), "fails")
 
 
 def suite(
@@ -257,7 +257,13 @@ def main() -> None:
     print(text)
     if options.markdown is not None:
         options.markdown.write_text(text)
-    sys.exit(any(result.kind == "FAILS WITH THE PLUGIN" for results in found.values() for result in results.values()))
+    sys.exit(
+        any(
+            result.kind in ("FAILS WITH THE PLUGIN", "fails")
+            for results in found.values()
+            for result in results.values()
+        )
+    )
 
 
 if __name__ == "__main__":
