@@ -12,7 +12,7 @@ VERSIONS := 0.5.0 0.6.0 0.7.0
 VERSION_TESTS := tests/test_plugin.py tests/test_usp.py tests/test_all_to_all.py tests/test_launchers.py \
     tests/pipelines/test_pipelines.py
 
-.PHONY: demo test test-versions lint bench kernels-table clean
+.PHONY: demo test test-versions test-upstream lint bench kernels-table clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -42,6 +42,11 @@ test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
 	.venv-xfuser-$*/bin/python -m pip install $(TORCH) xfuser==$*
 	.venv-xfuser-$*/bin/python -m pip install --editable ".[dev]"
 	touch $@
+
+# The tests of xDiT and yunchang themselves: XDIT= and YUNCHANG= are checkouts at the releases that are installed
+# (tags 0.7.0 and 0.6.4). A quarter of an hour.
+test-upstream: $(STAMP)
+	$(BIN)/python -m tests.upstream --xdit $(XDIT) --yunchang $(YUNCHANG) --markdown docs/upstream-tests.md
 
 # The rows behind docs/performance.md, on an emulated cluster (Linux, iproute2, root or user namespaces).
 bench: $(STAMP)

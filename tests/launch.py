@@ -41,12 +41,25 @@ def reports(output: str, names: Iterable[str]) -> dict[str, dict[str, str]]:
 def run(
     command: list[str], *, timeout: float = 180, env: dict[str, str] | None = None, expect_failure: bool = False
 ) -> Finished:
-    """Run a command in its own session, so that a time-out can end all of its processes."""
+    """Run a command. Asserts success (or failure) and that it ends by itself."""
+    finished = finish(command, timeout=timeout, env=env)
+    failed = finished.returncode != 0
+    assert failed == expect_failure, (
+        f"exit status {finished.returncode} of {' '.join(command)}\n{finished.output[-8000:]}"
+    )
+    return finished
+
+
+def finish(
+    command: list[str], *, timeout: float, env: dict[str, str] | None = None, cwd: str | Path | None = None
+) -> Finished:
+    """Run a command, in its own session, so that a time-out can end all of its processes; AssertionError then."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     environment.pop("TRITON_INTERPRET", None)  # conftest.py
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=cwd,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -58,6 +71,4 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
         raise AssertionError(f"still running after {timeout} s: {' '.join(command)}\n{output[-8000:]}") from None
-    failed = process.returncode != 0
-    assert failed == expect_failure, f"exit status {process.returncode} of {' '.join(command)}\n{output[-8000:]}"
     return Finished(process.returncode, output)

@@ -11,11 +11,15 @@ from pathlib import Path
 SERIES = Path(__file__).parents[1] / "patches" / "0.7.0"
 
 
-def copy_of_xdit(folder: Path, *series: str) -> Path:
-    """A copy of what the xfuser wheel installed, with ``series`` applied in this order."""
-    installed = Path(find_spec("xfuser").submodule_search_locations[0]).parent
+# The series apply alone, together and in either order.
+ORDERS = [("backend",), ("repairs",), ("repairs", "backend"), ("backend", "repairs")]
+
+
+def copy_of_xdit(folder: Path, *series: str, source: Path | None = None) -> Path:
+    """A copy of ``source`` (None: what the xfuser wheel installed), with ``series`` applied in this order."""
+    source = source or Path(find_spec("xfuser").submodule_search_locations[0]).parent
     for name in ("xfuser", "entrypoints", "docs"):
-        shutil.copytree(installed / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in series:
         patches = sorted(SERIES.glob(f"{name}/*.patch"))
         assert patches

@@ -64,7 +64,7 @@ def layers(*flags: str) -> tuple[dict[str, set[str]], str]:
     """case -> what its four ranks said, as a set; and the whole output."""
     output = torchrun("all_to_all_layers.py", *flags, nproc=EACH).output
     found = reports(output, LAYER_CASES)
-    assert all(len(ranks) == EACH for ranks in found.values()), found
+    assert all(len(ranks) == EACH for ranks in found.values()), f"{found}\n{output[-4000:]}"
     return {case: set(ranks.values()) for case, ranks in found.items()}, output
 
 

@@ -12,7 +12,7 @@ import torch
 
 from sf_xfuser.tiny_models import save_tiny_model
 from tests.launch import run, torchrun
-from tests.patched import copy_of_xdit
+from tests.patched import ORDERS, copy_of_xdit
 from tests.ranks.run_pipeline import reference_latents
 
 EXACT = 1e-4
@@ -28,7 +28,7 @@ def flux(tmp_path_factory) -> Path:
     return save_tiny_model("flux", tmp_path_factory.mktemp("flux") / "flux")
 
 
-@pytest.mark.parametrize("series", [("repairs",), ("repairs", "backend"), ("backend", "repairs")])
+@pytest.mark.parametrize("series", ORDERS)
 def test_the_series_apply_alone_and_in_either_order(series, tmp_path):
     copy_of_xdit(tmp_path, *series)
 

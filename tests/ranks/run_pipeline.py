@@ -118,7 +118,8 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
             engine_config=engine_config,
             torch_dtype=torch.float32,
             cache_args={
-                "cache_method": arguments.cache_method,
+                "use_teacache": arguments.use_teacache,  # as xDiT 0.5 wants it, and later ones still take it
+                "use_fbcache": arguments.use_fbcache,
                 "num_steps": arguments.num_inference_steps,
                 "rel_l1_thresh": 1e6,  # every step that may be skipped is
             },
