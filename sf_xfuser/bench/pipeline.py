@@ -35,7 +35,7 @@ from sf_xfuser.args import TorusArgs
 from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
 from sf_xfuser.launch import read_model_facts
 from sf_xfuser.mesh import gather_topology
-from sf_xfuser.plan import make_plan
+from sf_xfuser.plan import UNEVEN, make_plan
 from sf_xfuser.xdit_layouts import XditConfig, legal_configs
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
@@ -158,7 +158,12 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
         legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
         configs = tuple(config for config in legal if config.ulysses_degree == own.ulysses_degree)
     torus = make_plan(
-        *shape, heads=facts.heads, kv_heads=facts.kv_heads, rule=flags.rule, explicit=flags.explicit_plan()
+        *shape,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        rule=flags.rule,
+        explicit=flags.explicit_plan(),
+        max_imbalance=UNEVEN,
     )
     arms = [_Arm("torus", str(torus.layout), nullcontext)]
     for config, xdit in open_arms(configs, ranks_per_machine=shape[1], members=grid.members).items():
