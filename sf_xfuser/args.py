@@ -242,6 +242,11 @@ def environment(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def with_environment(values: Mapping[str, str]) -> dict[str, str]:
+    """Our environment and ``values``, for another process."""
+    return {**os.environ, **values}
+
+
 def set_defaults(values: Mapping[str, str]) -> None:
     """Set those environment names that are not set."""
     for name, value in values.items():

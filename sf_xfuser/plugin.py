@@ -422,6 +422,18 @@ def xdits_own() -> Iterator[None]:
         _session.usp = kept
 
 
+@contextmanager
+def torus_over(mesh: Mesh) -> Iterator[None]:
+    """Inside, Torus Attention runs on another mesh of the same ranks: for comparisons, too."""
+    kept = _session.usp
+    assert kept is not None
+    _session.usp = replace(kept, mesh=mesh)
+    try:
+        yield
+    finally:
+        _session.usp = kept
+
+
 def _wrap_all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def all_to_all_4D(*args: Any, **kwargs: Any) -> Any:
