@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from sf_xfuser.plan import make_plan
+from sf_xfuser.plan import UNEVEN, make_plan
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
         heads=options.heads,
         kv_heads=options.kv_heads,
         rule=options.rule,
+        max_imbalance=UNEVEN,  # 24 heads on 5 machines: 5, 5, 5, 5 and 4
     )
     print("\n".join(plan.lines()))
 

@@ -67,6 +67,8 @@ class TorusArgs:
                 f"--sp-compress {self.compress} is about Torus Attention's chunks, and --sp-backend {self.backend} "
                 f"runs xDiT's own code: use --sp-backend torus, or leave --sp-compress out"
             )
+        if self.backend in XDIT_BACKENDS:
+            self._refuse_what_torus_alone_has(self.backend)
         if self.compress != "none" and self.transport in ("shm", "nvshmem"):
             raise ValueError(
                 f"--sp-compress {self.compress} cannot be used with --sp-transport {self.transport}, which writes "
@@ -76,6 +78,18 @@ class TorusArgs:
             raise ValueError(f"--sp-check must be one of {', '.join(CHECKS)}, got {self.check!r}")
         if not self.timeout > 0:
             raise ValueError(f"--sp-timeout must be a positive number of seconds, got {self.timeout}")
+
+    def _refuse_what_torus_alone_has(self, backend: str) -> None:
+        runs = f"--sp-backend {backend} runs xDiT's own code"
+        exchanges = backend != "ring" and self.transport != "auto"  # yunchang's all-to-all is ours
+        for flag, given, about in (
+            (f"--sp-plan {self.plan}", self.plan not in ("auto", "usp"), "chooses Torus Attention's layout"),
+            (f"--sp-check {self.check}", self.check != "off", "compares Torus Attention with xDiT's own code"),
+            (f"--sp-transport {self.transport}", backend == "ring" and self.transport != "auto", "moves no ring"),
+            ("--sp-strict", self.strict and not exchanges, "is about calls that are handed back to xDiT's own code"),
+        ):
+            if given:
+                raise ValueError(f"{flag} {about}, and {runs}: use --sp-backend torus, or leave {flag.split()[0]} out")
 
     def explicit_plan(self) -> dict[str, int] | None:
         """``{"torus": T, "ulysses": U, "ring": R}`` where the plan names degrees, else None."""
@@ -225,6 +239,11 @@ def launch_environment() -> LaunchEnvironment:
 def environment(names: Iterable[str]) -> dict[str, str]:
     """Those of ``names`` that are set, with their values."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def with_environment(values: Mapping[str, str]) -> dict[str, str]:
+    """Our environment and ``values``, for another process."""
+    return {**os.environ, **values}
 
 
 def set_defaults(values: Mapping[str, str]) -> None:

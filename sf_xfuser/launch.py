@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from fractions import Fraction
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
 from sf_xfuser import args as sp_args
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.plan import make_plan
+from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.plan import EVEN, UNEVEN, make_plan
 from sf_xfuser.topology import Topology
 
 # Names that diffusers' transformer configs use, most specific first.
@@ -26,11 +27,13 @@ _KV_HEADS = ("num_kv_heads", "num_key_value_heads", "num_key_value_attention_hea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """``heads``: query heads of the transformer; ``kv_heads`` equals it without grouped-query attention."""
+    """``heads``: query heads of the transformer; ``kv_heads`` equals it without grouped-query attention.
+    ``transformer``: the name of its class, where its configuration gives it."""
 
     heads: int
     kv_heads: int
     source: str
+    transformer: str = ""
 
 
 def read_model_facts(model: str) -> ModelFacts | None:
@@ -56,7 +59,8 @@ def facts_of_config(config: Mapping[str, Any], source: str) -> ModelFacts | None
     heads = _first(config, _HEADS)
     if heads is None:
         return None
-    return ModelFacts(heads=heads, kv_heads=_first(config, _KV_HEADS) or heads, source=source)
+    kv_heads = _first(config, _KV_HEADS) or heads
+    return ModelFacts(heads=heads, kv_heads=kv_heads, source=source, transformer=str(config.get("_class_name", "")))
 
 
 def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
@@ -94,7 +98,7 @@ def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -
     sp_size = _sequence_parallel_size(xfuser_args, world_size)
     ulysses, ring = xfuser_args.ulysses_degree or 1, xfuser_args.ring_degree or 1
     if ulysses * ring > 1 or sp_size == 1:
-        _check_degrees(given, ulysses, ring, sp_size, world_size)
+        _check_degrees(given, model, ulysses, ring, sp_size, world_size)
         return None
     if given.backend in ("ulysses", "ring"):
         ulysses, ring = (sp_size, 1) if given.backend == "ulysses" else (1, sp_size)
@@ -110,14 +114,20 @@ def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -
                 kv_heads=model.kv_heads if model else None,
                 rule="usp" if given.backend == "usp" else given.rule,
                 explicit=given.explicit_plan(),
+                max_imbalance=max_imbalance(given),
             )
         except ValueError as error:
             unknown = "" if model else f" (no transformer/config.json found for --model {xfuser_args.model})"
             raise ValueError(f"--sp-backend {given.backend}: {error}{unknown}") from None
-        ulysses, ring = plan.layout.ulysses_degree, plan.layout.ring_degree
+        ulysses, ring = plan.even.ulysses_degree, plan.even.ring_degree
         planned = str(plan)
     xfuser_args.ulysses_degree, xfuser_args.ring_degree = ulysses, ring
     return f"planned ulysses_degree={ulysses}, ring_degree={ring}: {planned}"
+
+
+def max_imbalance(given: TorusArgs) -> Fraction:
+    """How unevenly the backend of ``given`` may split heads."""
+    return EVEN if given.backend in XDIT_BACKENDS else UNEVEN
 
 
 def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
@@ -143,7 +153,9 @@ def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
     return world_size // int(others)
 
 
-def _check_degrees(given: TorusArgs, ulysses: int, ring: int, sp_size: int, world_size: int) -> None:
+def _check_degrees(
+    given: TorusArgs, model: ModelFacts | None, ulysses: int, ring: int, sp_size: int, world_size: int
+) -> None:
     if ulysses * ring != sp_size:
         raise ValueError(
             f"ulysses_degree={ulysses} x ring_degree={ring} = {ulysses * ring}, but {world_size} processes leave "
@@ -154,6 +166,15 @@ def _check_degrees(given: TorusArgs, ulysses: int, ring: int, sp_size: int, worl
             f"--sp-backend {given.backend} excludes ulysses_degree={ulysses}, ring_degree={ring}; use --sp-backend usp "
             f"or torus, or leave the degrees out"
         )
+    explicit = given.explicit_plan()
+    if explicit is not None and sp_size > 1:
+        ways = explicit["torus"] * explicit["ulysses"]
+        even = gcd(ways, model.heads, model.kv_heads) if model else ways  # xDiT's own code splits heads evenly
+        if ulysses not in (even, ways):  # to ``ways``, xDiT pads the heads of some models
+            raise ValueError(
+                f"--sp-plan {given.plan} means ulysses_degree={even} and ring_degree={sp_size // even}, but "
+                f"ulysses_degree={ulysses} and ring_degree={ring} were given: leave one of them out"
+            )
 
 
 def _world_size(xfuser_args: Any) -> int | None:

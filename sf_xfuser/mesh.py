@@ -38,7 +38,8 @@ class Mesh:
     ``transports``: ways to make the lanes, by name; ``transport`` is the one in use, ``chosen`` why, empty until the
     first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
     agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
-    later than here. ``compression``: of chunks between machines.
+    later than here. ``compression``: of chunks between machines. Where heads do not divide, the two process groups are
+    those of ``plan.even``.
     """
 
     plan: Plan
@@ -205,8 +206,8 @@ def build_mesh(
         inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
                   for n in range(layout.num_machines) if with_groups]  # fmt: skip
         across = [groups.new(list(positions), members, bounded=True)] if with_groups else []
-        ulysses = [groups.new(list(g), members) for g in sorted({layout.ulysses_group(p) for p in positions})]
-        ring = [groups.new(list(g), members) for g in sorted({layout.ring_group(p) for p in positions})]
+        ulysses = [groups.new(list(g), members) for g in sorted({plan.even.ulysses_group(p) for p in positions})]
+        ring = [groups.new(list(g), members) for g in sorted({plan.even.ring_group(p) for p in positions})]
         if rank not in members:
             continue
         position = members.index(rank)
@@ -275,10 +276,10 @@ def _plan(
         ulysses_degree=ulysses_degree,
         max_imbalance=max_imbalance,
     )
-    layout = plan.layout
-    if ulysses_degree is not None and layout.ulysses_degree != ulysses_degree:
+    even = plan.even
+    if ulysses_degree is not None and even.ulysses_degree != ulysses_degree:
         raise ValueError(
-            f"--sp-plan {args.plan} means ulysses_degree={layout.ulysses_degree} and ring_degree={layout.ring_degree}, "
+            f"--sp-plan {args.plan} means ulysses_degree={even.ulysses_degree} and ring_degree={even.ring_degree}, "
             f"but ulysses_degree={ulysses_degree} and ring_degree={ring_degree} were given: leave one of them out"
         )
     return plan

@@ -16,7 +16,10 @@ from itertools import pairwise
 from math import gcd
 
 EVEN = Fraction(1)
-"""The ``max_imbalance`` of plans that split heads evenly, as xDiT's models need."""
+"""The ``max_imbalance`` of plans that split heads evenly, as code that exchanges whole tensors needs."""
+UNEVEN = Fraction(9, 8)
+"""That of Torus Attention: 8 heads over 3 machines give the busiest rank 1/8 more to compute than the mean, and a third
+fewer bytes cross machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +127,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The chosen layout, the rule that chose it and why, and every layout that was not taken."""
+    """The chosen layout, the rule that chose it and why, and every layout that was not taken.
+
+    ``even`` is the layout of code that can only split heads evenly, as xDiT's own, on the same ranks: ``layout`` itself
+    where heads divide.
+    """
 
     layout: Layout
+    even: Layout
     rule: str
     reason: str
     heads: int | None
@@ -135,7 +143,8 @@ class Plan:
     def __str__(self) -> str:
         layout = self.layout
         shape = f"{layout.num_machines} machine(s) x {layout.ranks_per_machine} rank(s)"
-        return f"{shape}: {layout} (rule {self.rule}: {self.reason})"
+        uneven = f"; {self.heads} heads unevenly, xDiT's own code with {self.even}" if self.even != layout else ""
+        return f"{shape}: {layout} (rule {self.rule}: {self.reason}{uneven})"
 
     def lines(self) -> list[str]:
         """The plan as text: the choice, then every layout with the reason why it was not taken."""
@@ -216,7 +225,8 @@ def make_plan(
 
     ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees; otherwise ``rule``
     decides: ``"paper"``, ``"usp"`` or ``"auto"`` (the fewest bytes between machines; ties go to the paper's layout).
-    Where heads do not divide, some ranks may take more than others up to ``max_imbalance`` times the mean.
+    Where heads do not divide, some ranks may take more than others up to ``max_imbalance`` times the mean; a given
+    ``ulysses_degree`` is xDiT's and thus that of ``Plan.even``.
     Raises ValueError naming what was wrong, what was given and what is allowed.
     """
     world_size = num_machines * ranks_per_machine
@@ -224,13 +234,20 @@ def make_plan(
     kv_ratio = Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1)
 
     if explicit is not None:
-        chosen, reason = _explicit_layout(num_machines, ranks_per_machine, divisible, explicit), "degrees given"
+        chosen = _explicit_layout(num_machines, ranks_per_machine, divisible, explicit, max_imbalance)
+        reason = "degrees given"
     elif rule == "usp":
         degree = ulysses_degree or gcd(ranks_per_machine, divisible or ranks_per_machine)
         chosen, reason = usp_layout(num_machines, ranks_per_machine, degree), "xDiT's layout: Ulysses inside machines"
     elif ulysses_degree is not None:
-        chosen = split_degree(num_machines, ranks_per_machine, ulysses_degree)
+        chosen = placed = split_degree(num_machines, ranks_per_machine, ulysses_degree)
         reason = f"ulysses_degree={ulysses_degree}, placed across machines first"
+        if rule == "auto" and divisible is not None and divisible % ulysses_degree == 0:
+            legal = legal_layouts(num_machines, ranks_per_machine, divisible, max_imbalance)
+            agreeing = (layout for layout in legal if gcd(divisible, layout.ulysses_degree) == ulysses_degree)
+            chosen = _fewest_bytes(agreeing, divisible, kv_ratio, placed)
+            if chosen != placed:
+                reason = f"ulysses_degree={ulysses_degree}, fewest bytes between machines"
     elif divisible is None:
         raise ValueError(
             f"the number of attention heads is not known, so {world_size} ranks cannot be laid out; give "
@@ -241,10 +258,8 @@ def make_plan(
         reason = f"largest Ulysses degree gcd({world_size} ranks, {divisible} heads), across machines first"
     else:
         paper = paper_layout(num_machines, ranks_per_machine, divisible)
-        chosen = min(
-            legal_layouts(num_machines, ranks_per_machine, divisible, max_imbalance),
-            key=lambda layout: (layout.egress(kv_ratio), layout != paper, -layout.ulysses_degree),
-        )
+        legal = legal_layouts(num_machines, ranks_per_machine, divisible, max_imbalance)
+        chosen = _fewest_bytes(legal, divisible, kv_ratio, paper)
         if num_machines == 1:
             reason = "the group sits inside one machine: nothing crosses machines, the paper's degrees"
         else:
@@ -252,9 +267,14 @@ def make_plan(
     # A degree that xDiT was given is xDiT's to check: it pads the heads of some models (Z-Image) to fit.
     illegal = divisible is not None and imbalance(divisible, chosen.ulysses_degree) > max_imbalance
     if ulysses_degree is None and divisible is not None and illegal:
-        raise ValueError(_indivisible(divisible, chosen, world_size))
+        raise ValueError(_indivisible(divisible, chosen, world_size, max_imbalance))
+    even_ways = gcd(divisible, chosen.ulysses_degree) if divisible else chosen.ulysses_degree
+    # To a given degree that does not divide the heads, xDiT pads them.
+    evenly = chosen.ulysses_degree in (even_ways, ulysses_degree)
+    even = chosen if evenly else split_degree(num_machines, ranks_per_machine, even_ways)
     return Plan(
         layout=chosen,
+        even=even,
         rule="explicit" if explicit else rule,
         reason=reason,
         heads=heads,
@@ -262,7 +282,21 @@ def make_plan(
     )
 
 
-def _explicit_layout(num_machines: int, ranks_per_machine: int, heads: int | None, explicit: dict[str, int]) -> Layout:
+def _fewest_bytes(layouts: Iterator[Layout], heads: int, kv_ratio: Fraction, preferred: Layout) -> Layout:
+    def cost(layout: Layout) -> tuple[Fraction, Fraction, bool, int]:
+        ways = layout.ulysses_degree
+        return layout.egress(kv_ratio), imbalance(heads, ways), layout != preferred, -ways
+
+    return min(layouts, key=cost)
+
+
+def _explicit_layout(
+    num_machines: int,
+    ranks_per_machine: int,
+    heads: int | None,
+    explicit: dict[str, int],
+    max_imbalance: Fraction,
+) -> Layout:
     torus, ulysses, ring = explicit["torus"], explicit["ulysses"], explicit["ring"]
     given = f"torus={torus},ulysses={ulysses},ring={ring}"
     world_size = num_machines * ranks_per_machine
@@ -275,14 +309,14 @@ def _explicit_layout(num_machines: int, ranks_per_machine: int, heads: int | Non
         raise ValueError(
             f"--sp-plan {given} does not fit {num_machines} machine(s) x {ranks_per_machine} rank(s): torus must "
             f"divide {num_machines} and ulysses must divide {ranks_per_machine}; legal: "
-            f"{_spell(legal_layouts(num_machines, ranks_per_machine, heads))}"
+            f"{_spell(legal_layouts(num_machines, ranks_per_machine, heads, max_imbalance))}"
         )
     return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
 
 
-def _indivisible(heads: int, layout: Layout, world_size: int) -> str:
+def _indivisible(heads: int, layout: Layout, world_size: int, max_imbalance: Fraction) -> str:
     ways = layout.ulysses_degree
-    legal = legal_layouts(layout.num_machines, layout.ranks_per_machine, heads)
+    legal = legal_layouts(layout.num_machines, layout.ranks_per_machine, heads, max_imbalance)
     return (
         f"{heads} heads cannot be split over torus={layout.torus} x ulysses={layout.ulysses} = {ways} ranks; "
         f"legal for {world_size} ranks: {_spell(legal)}"

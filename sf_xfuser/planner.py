@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from sf_xfuser.cluster import Cluster
-from sf_xfuser.plan import Layout, legal_layouts, paper_layout
+from sf_xfuser.plan import UNEVEN, Layout, legal_layouts, paper_layout
 from sf_xfuser.simulate import CallShape, Prediction, TorusArm, bound, predict
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, egress, legal_configs
 
@@ -85,7 +85,7 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
     divisible = gcd(shape.heads, shape.kv_heads)
     ratio = Fraction(shape.kv_heads, shape.heads)
     paper = paper_layout(n, m, divisible)
-    legal = list(legal_layouts(n, m, divisible))
+    legal = list(legal_layouts(n, m, divisible, UNEVEN))
     arms: list[tuple[str, TorusArm | XditConfig]] = [
         ("torus", TorusArm(layout=layout, pattern=PATTERNS[transport])) for layout in legal
     ]

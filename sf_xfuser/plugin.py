@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sf_xfuser import args as sp_args
-from sf_xfuser import launch, platform_cpu, repairs, usp
+from sf_xfuser import combinations, launch, platform_cpu, repairs, usp
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.all_to_all import MeshAllToAll4D
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
@@ -254,7 +254,10 @@ def _fill_degrees(xfuser_args: Any) -> None:
     registry = sys.modules.get("xfuser.model_executor.models.runner_models.base_model")
     entry = registry.MODEL_REGISTRY.get(xfuser_args.model) if registry is not None else None
     _session.model = launch.model_facts(xfuser_args.model, getattr(entry, "settings", None))
-    if (planned := launch.fill_degrees(xfuser_args, given, _session.model)) is not None:
+    planned = launch.fill_degrees(xfuser_args, given, _session.model)
+    if (xfuser_args.ulysses_degree or 1) * (xfuser_args.ring_degree or 1) > 1:
+        combinations.refuse(xfuser_args, given, _session.model)
+    if planned is not None:
         _log(planned)
 
 
@@ -327,6 +330,7 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
         ulysses_degree=dist.get_world_size(ulysses_group),
         ring_degree=dist.get_world_size(ring_group),
         backend=backend,
+        max_imbalance=launch.max_imbalance(given),
     )
     _use(mesh, given)
     return mesh.ulysses_group, mesh.ring_group
@@ -352,7 +356,8 @@ def _use(mesh: Mesh, given: TorusArgs) -> None:
         _session.usp = None
     usp.activate(_session.usp)
     _session.all_to_all = None
-    if mesh.layout.ulysses_degree > 1 and (why_xdit is None or given.transport != "auto"):
+    evenly = mesh.plan.even == mesh.layout  # its tensors are cut into equal parts
+    if evenly and mesh.layout.ulysses_degree > 1 and (why_xdit is None or given.transport != "auto"):
         own = importlib.import_module("yunchang.comm.all_to_all").all_to_all_4D
         own = getattr(own, "__wrapped__", own)
         _session.all_to_all = MeshAllToAll4D(original=own, mesh=mesh, strict=given.strict, log=_log)
@@ -411,6 +416,18 @@ def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def xdits_own() -> Iterator[None]:
     """Inside, attention is xDiT's own USP, as without a backend: for comparisons call by call. Alike on all ranks."""
     kept, _session.usp = _session.usp, None
+    try:
+        yield
+    finally:
+        _session.usp = kept
+
+
+@contextmanager
+def torus_over(mesh: Mesh) -> Iterator[None]:
+    """Inside, Torus Attention runs on another mesh of the same ranks: for comparisons, too."""
+    kept = _session.usp
+    assert kept is not None
+    _session.usp = replace(kept, mesh=mesh)
     try:
         yield
     finally:

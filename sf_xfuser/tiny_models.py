@@ -112,8 +112,8 @@ def save_tiny_model(
     """
     if family not in _BUILDERS:
         raise ValueError(f"unknown model family {family!r}; choose one of {', '.join(FAMILIES)}")
-    if heads < 4 or heads % 4:
-        raise ValueError(f"heads={heads}: use a multiple of 4, so that 2 and 4 ranks can share them")
+    if heads < 4 or heads % 2:
+        raise ValueError(f"heads={heads}: use an even number from 4 on, so that 2 ranks can share them")
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes get even sizes")
     if single_layers is not None and family not in _TWO_KINDS:
@@ -480,7 +480,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("family", choices=FAMILIES, help="which published model to imitate")
     parser.add_argument("folder", type=Path, help="where to write it; made if missing")
-    parser.add_argument("--heads", type=int, default=8, help="attention heads, a multiple of 4")
+    parser.add_argument("--heads", type=int, default=8, help="attention heads, an even number")
     parser.add_argument("--head-dim", type=int, default=16, help="size of one head, a multiple of 16")
     parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
     parser.add_argument("--single-layers", type=int, help="blocks of one stream (flux, hunyuanvideo); as --layers")

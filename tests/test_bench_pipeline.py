@@ -7,11 +7,16 @@ import re
 
 import pytest
 
+from sf_xfuser.bench import page, report
+from sf_xfuser.bench.arms import SINGLE
 from sf_xfuser.bench.pipeline import SHAPES, PipelineOptions, measure
+from sf_xfuser.bench.rows import pipeline_rows
+from sf_xfuser.cli import main
 from sf_xfuser.launch import read_model_facts
 from sf_xfuser.tiny_models import save_tiny_model
 from tests.launch import torchrun
 
+COMPRESSED = ["torus-fp8", "torus-int8"]
 CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 4}  # of attention per step: blocks, times passes
 
 
@@ -24,11 +29,15 @@ def test_arms(family, tmp_path):
     records = found[0]["records"]
     assert all(rank["records"] == records for rank in found)
     usp = ["ulysses=2 ring=2 allgather", "ulysses=2 ring=2 alltoall"]
-    assert [record["arm"] for record in records] == ["single", "torus", *usp]
+    assert [record["arm"] for record in records] == ["single", "torus", *usp, *COMPRESSED]
     assert records[1]["layout"] == "torus=2 ulysses=2 ring=1"
     for record in records:
         assert len(record["times_s"]) == 2, record  # one round of two steps
-        assert record["max_abs_error"] <= (1e-4 if record["arm"] != "single" else 0), record
+        if record["arm"] in COMPRESSED:
+            assert record["max_abs_error"] > 1e-5 and 35 <= record["psnr_db"] < 80, record
+        else:
+            assert record["max_abs_error"] <= (1e-4 if record["arm"] != "single" else 0), record
+            assert record["psnr_db"] is None
         assert record["first_call_s"] > 0
         if record["arm"] != "single":
             pairs = zip(record["attention_s"], record["times_s"], strict=True)
@@ -41,6 +50,29 @@ def test_arms(family, tmp_path):
         expected = [[ring, "ALL_GATHER"]] * per_arm + [[ring, "ALL_TO_ALL"]] * per_arm
         assert rank["rings"] == 2 * expected
         assert rank["served"] == 2 * per_arm
+
+
+def test_rows_and_tables_give_the_noise_of_compression():
+    """Against the run without it; below 40 dB an arm has failed."""
+    records = [
+        {"arm": arm, "layout": "l", "times_s": [1.0], "attention_s": [0.5], "first_call_s": 2.0, "max_abs_error": error,
+         "psnr_db": psnr_db}
+        for arm, error, psnr_db in (("single", 0, None), ("torus", 1e-6, None), ("ulysses=4 ring=1", 1e-6, None),
+                                    ("torus-int8", 2e-2, 51.26), ("torus-fp8", 3e-2, 39.9))
+    ]  # fmt: skip
+    rows = pipeline_rows({"id": "flux"}, "float32", records)
+    assert [row["arm"] for row in rows] == [SINGLE, "torus", "usp-ulysses", "torus-int8", "torus-fp8"]
+    assert [row["family"] for row in rows] == ["reference", "ours", "xdit", "ours", "ours"]
+    assert [row["psnr_db"] for row in rows] == [None, None, None, 51.26, 39.9]
+    assert [row["status"] for row in rows] == ["ok"] * 4 + ["failed"]
+    assert "39.9 dB against the uncompressed ones, below 40" in rows[-1]["reason"]
+    assert "2.0e-02 (51.3 dB)" in report.cells(rows[3])
+    assert "2.0e-02 (51.3 dB)" in page.html({"rows": rows, "timelines": []})
+
+
+def test_only_compressed_arms_can_be_added(capsys):
+    assert main(["bench", "--cluster", "2x1", "--pipeline", "flux", "--arms", "torus-fp8,ulysses"]) == 2
+    assert "with --pipeline it adds arms" in capsys.readouterr().err
 
 
 def test_shapes_make_models(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_xfuser.plan import Layout, head_ranges, legal_layouts, make_plan, paper_layout, split_degree, usp_layout
+from sf_xfuser.plan import UNEVEN, Layout, head_ranges, legal_layouts, make_plan, paper_layout, split_degree, usp_layout
 from sf_xfuser.topology import RankFacts, Topology, probe
 
 counts = st.integers(1, 12)
@@ -46,6 +46,42 @@ def test_coordinates_and_groups_are_consistent(n, m, heads):
             assert {layout.head_group(p) for p in ring} == {layout.head_group(w)}
             assert set(ulysses) & set(ring) == {w}
             assert list(ulysses) == sorted(ulysses) and list(ring) == sorted(ring)
+
+
+@pytest.mark.parametrize(
+    ("heads", "machines", "torus", "xdit"),
+    [(24, 5, 5, (1, 5)), (24, 6, 6, (6, 1)), (30, 4, 4, (2, 2)), (8, 3, 3, (1, 3)), (7, 5, 1, (1, 5))],
+)
+def test_torus_splits_heads_unevenly_where_that_moves_fewer_bytes(heads, machines, torus, xdit):
+    """And xDiT gets degrees that divide the heads; the same layout follows from these. 7 heads over 5 ranks would give
+    one of them 10/7 of the mean."""
+    plan = make_plan(machines, 1, heads=heads, max_imbalance=UNEVEN)
+    assert plan.layout.torus == torus
+    assert (plan.even.ulysses_degree, plan.even.ring_degree) == xdit
+    assert ("heads unevenly, xDiT's own code with" in str(plan)) == (heads % torus > 0)
+    assert plan.layout.egress() <= make_plan(machines, 1, heads=heads).layout.egress()
+    again = make_plan(machines, 1, heads=heads, ulysses_degree=xdit[0], max_imbalance=UNEVEN)
+    assert (again.layout, again.even) == (plan.layout, plan.even)
+
+
+@given(counts, counts, st.integers(1, 64), st.sampled_from([1, 2, 4]))
+def test_the_degrees_that_xdit_gets_lead_to_the_same_plan(n, m, kv_heads, repeat):
+    heads = kv_heads * repeat
+    plan = make_plan(n, m, heads=heads, kv_heads=kv_heads, max_imbalance=UNEVEN)
+    assert kv_heads % plan.even.ulysses_degree == 0 and plan.even.world_size == n * m
+    given_back = plan.even.ulysses_degree
+    again = make_plan(n, m, heads=heads, kv_heads=kv_heads, ulysses_degree=given_back, max_imbalance=UNEVEN)
+    assert (again.layout, again.even) == (plan.layout, plan.even)
+
+
+def test_of_layouts_that_move_as_much_the_most_even_one_is_taken():
+    """40 heads on 3 machines of 8: six ways (7 heads of the busiest rank) and not 24 (2 of 1.67)."""
+    plan = make_plan(3, 8, heads=40, max_imbalance=Fraction(6, 5))
+    assert (plan.layout.torus, plan.layout.ulysses) == (3, 2)
+
+
+def test_inside_one_machine_heads_stay_even():
+    assert make_plan(1, 5, heads=24, max_imbalance=UNEVEN).layout.ring_degree == 5
 
 
 def test_a_given_degree_is_kept_where_xdit_pads_the_heads():

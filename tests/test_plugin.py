@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 from argparse import ArgumentParser
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sf_xfuser import TorusArgs, plugin
+from sf_xfuser import TorusArgs, combinations, plugin
 from tests.launch import run
 
 BASE = ["--model", "m", "--ulysses_degree", "2"]
+TORUS = ["--sp-backend", "torus", "--ulysses_degree", "2"]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -153,7 +158,56 @@ REFUSED = {
         ["--sp-backend", "torus", "--vae_parallel_size", "1"],
         r"does not work with --vae_parallel_size 1",
     ),
+    "plan against degrees": (
+        ["--sp-backend", "torus", "--sp-plan", "torus=1,ulysses=2,ring=1", "--ring_degree", "2"],
+        r"--sp-plan torus=1,ulysses=2,ring=1 means ulysses_degree=2 and ring_degree=1, but ulysses_degree=1 and ring_",
+    ),
+    "no lse": (
+        [*TORUS, "--attention_backend", "sdpa"],
+        r"--sp-backend torus with --attention_backend sdpa: .* one of AITER, CUDNN",
+    ),
+    "compressed twice": (
+        [*TORUS, "--sp-compress", "fp8", "--use_fp8_comms"],
+        r"--sp-compress fp8 with --use_fp8_comms: ",
+    ),
+    "strict with fp8 communication": ([*TORUS, "--sp-strict", "--use_fp8_comms"], r"--sp-strict with --use_fp8_comms"),
+    "check of compiled calls": (
+        [*TORUS, "--sp-check", "first", "--use_torch_compile"],
+        r"--sp-check first with --use_torch_compile: ",
+    ),
+    "data parallel attention": ([*TORUS, "--use_fast_attn"], r"--sp-backend torus with --use_fast_attn: "),
+    "plan of xDiT's own": (
+        ["--sp-backend", "usp", "--sp-plan", "paper", "--ulysses_degree", "2"],
+        r"--sp-plan paper chooses Torus Attention's layout, and --sp-backend usp runs xDiT's own code",
+    ),
+    "check of xDiT's own": (["--sp-backend", "usp", "--sp-check", "first"], r"--sp-check first compares .*backend usp"),
+    "strict without torus": (["--sp-backend", "ulysses", "--sp-strict"], r"--sp-strict is about .*backend ulysses"),
+    "transport of a ring": (
+        ["--sp-backend", "ring", "--sp-transport", "tcp"],
+        r"--sp-transport tcp moves no ring",
+    ),
+    "compressed by xDiT": (
+        ["--sp-backend", "ring", "--sp-compress", "int8"],
+        r"--sp-compress int8 .*backend ring",
+    ),
+    "compressed in windows": (
+        [*TORUS, "--sp-compress", "int8", "--sp-transport", "shm"],
+        r"--sp-compress int8 cannot be used with --sp-transport shm",
+    ),
 }
+SERVED = {  # near what is refused
+    "lse": [*TORUS, "--attention_backend", "flash"],
+    "fp8 communication": [*TORUS, "--use_fp8_comms"],
+    "compiled": [*TORUS, "--use_torch_compile", "--sp-strict", "--sp-compress", "fp8"],
+    "no lse where xDiT may run": ["--sp-backend", "auto", "--ulysses_degree", "2", "--attention_backend", "SDPA"],
+    "xDiT's own": ["--sp-backend", "usp", "--ulysses_degree", "2", "--attention_backend", "SDPA", "--use_fp8_comms"],
+    "strict all-to-all": ["--sp-backend", "ulysses", "--sp-strict", "--sp-transport", "tcp"],
+    "plan and its degrees": [*TORUS, "--sp-plan", "torus=1,ulysses=2,ring=1"],
+}
+if version("xfuser") < "0.7":  # whose parser does not know the flag
+    for cases in (REFUSED, SERVED):
+        for name in [name for name, case in cases.items() if "--use_fp8_comms" in str(case)]:
+            del cases[name]
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -165,6 +219,40 @@ def test_refusals_before_anything_is_started(launched, case):
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
     arguments = parser.parse_args(["--model", "m", *argv])
     with pytest.raises(ValueError, match=message):
+        xFuserArgs.from_cli_args(arguments)
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_what_is_near_a_refusal_is_served(launched, case):
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
+    assert xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *SERVED[case]])).ulysses_degree == 2
+
+
+def test_a_hybrid_schedule_needs_log_sum_exps_too():
+    xfuser_args = SimpleNamespace(hybrid_attn_low_precision_backend="AITER_FP8")
+    with pytest.raises(ValueError, match="--sp-backend torus with --hybrid_attn_low_precision_backend AITER_FP8: "):
+        combinations.refuse(xfuser_args, TorusArgs(backend="torus"), None)
+    combinations.refuse(xfuser_args, TorusArgs(backend="usp"), None)
+
+
+@pytest.mark.parametrize("transformer", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_strict_and_a_cache_inside_usp(launched, transformer, tmp_path, monkeypatch):
+    """PipeFusion's, which some models have. Asked of the model's configuration, before any weight is read."""
+    from xfuser import xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+
+    (tmp_path / "transformer").mkdir()
+    config = {"_class_name": transformer, "num_attention_heads": 8}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    argv = ["--model", str(tmp_path), "--sp-backend", "torus", "--sp-strict", "--pipefusion_parallel_degree", "2"]
+    arguments = xFuserArgs.add_cli_args(FlexibleArgumentParser()).parse_args(argv)
+    said = r"--sp-strict with --pipefusion_parallel_degree 2: PipeFusion keeps the keys of SD3Transformer2DModel"
+    refused = transformer.startswith("SD3")
+    with pytest.raises(ValueError, match=said) if refused else nullcontext():
         xFuserArgs.from_cli_args(arguments)
 
 

@@ -17,7 +17,7 @@ TORUS = ["--sp-backend", "torus", "--sp-topology", "2x2"]
 REFUSED = {
     "backend without lse": (
         [*TORUS, "--attention_backend", "SDPA"],
-        "RuntimeError: attention backend SDPA returns no log-sum-exp.*use --attention_backend with one of AITER, CUDNN",
+        "ValueError: --sp-backend torus with --attention_backend SDPA: it returns no log-sum-exp.*one of AITER, CUDNN",
     ),
     "heads": (
         [*TORUS, "--sp-plan", "torus=2,ulysses=2,ring=1"],

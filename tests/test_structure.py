@@ -18,6 +18,7 @@ ROWS = [
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
     {"usp", "long_context", "context_parallel"},
+    {"combinations"},
     {"plugin"},
     {"native", "doctor"},
     {"bench"},

@@ -11,7 +11,7 @@ import pytest
 from tests.launch import torchrun
 
 SERVED = ("plain", "longer keys", "shorter keys", "joint front", "joint rear", "repeated kv heads",
-          "repeated kv heads combined", "combined", "backend named", "attn_layer", "kwargs of None",
+          "repeated kv heads combined", "combined", "backend named", "attn_layer", "head balancing", "kwargs of None",
           "cache entry without PipeFusion", "scheduled FLASH", "scheduled SDPA_FLASH")  # fmt: skip
 PADDED = ("valid_kv_len", "valid_kv_len of one rank", "valid_kv_len and joint")  # served where there is no ring
 HANDED_BACK = {
@@ -27,7 +27,7 @@ HANDED_BACK = {
 WITH_A_RING = {"valid_kv_len of one rank": "attention_kwargs['valid_kv_len'] counts the keys of all ranks"}
 SHAPES = 10  # that --sp-check tells apart in the cases that are served
 if version("xfuser") < "0.7":
-    SERVED = tuple(name for name in SERVED if name != "attn_layer" and "repeated" not in name)
+    SERVED = tuple(name for name in SERVED if name not in ("attn_layer", "head balancing") and "repeated" not in name)
     PADDED, WITH_A_RING, SHAPES = (), {}, 6
     del HANDED_BACK["fp8 communication"]
 # xDiT's own ring cannot run these either

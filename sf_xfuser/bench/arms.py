@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from math import gcd
 
 import torch
@@ -15,15 +14,13 @@ from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
-from sf_xfuser.plan import Layout, head_ranges
+from sf_xfuser.plan import UNEVEN, Layout, head_ranges
 from sf_xfuser.trace import Trace
 from sf_xfuser.transport import OneSided, Parcel, Ticket, Transport, TransportError
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, egress, legal_configs
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# 8 heads over 3 machines: the busiest rank has 1/8 more to compute, and a third fewer bytes cross machines.
-_MAX_IMBALANCE = Fraction(6, 5)
 SINGLE = "single"
 ALONE = "attention-alone"
 NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
@@ -124,7 +121,7 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
 def _mesh(case: Case, args: TorusArgs) -> Mesh:
     heads, kv_heads = case.heads, case.kv_heads or case.heads
     group = list(range(case.world_size))
-    return build_mesh([group], args, heads=heads, kv_heads=kv_heads, max_imbalance=_MAX_IMBALANCE)
+    return build_mesh([group], args, heads=heads, kv_heads=kv_heads, max_imbalance=UNEVEN)
 
 
 def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float) -> Arm:

@@ -22,7 +22,7 @@ from rich.console import Console
 from sf_xfuser import __version__, emulate
 from sf_xfuser.args import TorusArgs, launch_environment, set_defaults
 from sf_xfuser.bench import report
-from sf_xfuser.bench.arms import known_names
+from sf_xfuser.bench.arms import COMPRESSED, known_names, over
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.pipeline import SHAPES
 from sf_xfuser.bench.rank import Order, PipelineOrder, run, run_pipeline
@@ -59,7 +59,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="Default: float32")
     what.add_argument("--plan", default="auto", help="layout of the torus arms, as --sp-plan. Default: auto")
     what.add_argument("--arms", metavar="A,B", help=f"only these arms: {known_names()}. Default: all that are legal, "
-                      "torus over its default transport")  # fmt: skip
+                      "torus over its default transport. With --pipeline: torus-fp8 and torus-int8, besides "
+                      "the others")  # fmt: skip
     what.add_argument("--pipeline", metavar="MODEL", help="whole denoising steps through xDiT instead of attention "
                       "calls: flux, hunyuanvideo, cogvideox, or a diffusers folder")  # fmt: skip
     what.add_argument("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")
@@ -140,6 +141,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--pipeline must be {', '.join(SHAPES)} or a diffusers folder, got {options.pipeline!r}")
     TorusArgs(plan=options.plan)
     known = set(known_names().split(", "))
+    if options.pipeline and options.arms:
+        known = {over(name) for name in COMPRESSED}
+        if not set(options.arms.split(",")) <= known:
+            raise ValueError(
+                f"--arms {options.arms}: with --pipeline it adds arms to torus and xDiT's USP; there are "
+                f"{', '.join(sorted(known))}"
+            )
     for arm in options.arms.split(",") if options.arms else ():
         if arm not in known and not arm.startswith("xdit-u"):
             raise ValueError(f"--arms: no arm is called {arm!r}; there are {known_names()}")
@@ -239,6 +247,7 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
         dtype=options.dtype,
         seed=options.seed,
         timeout_s=options.timeout,
+        compress=[name for name in COMPRESSED if over(name) in (options.arms or "").split(",")],
     )
     if world_size is not None:
         set_defaults(_QUIET)

@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -34,8 +34,8 @@ from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
 from sf_xfuser.launch import read_model_facts
-from sf_xfuser.mesh import gather_topology
-from sf_xfuser.plan import make_plan
+from sf_xfuser.mesh import build_mesh, gather_topology
+from sf_xfuser.plan import UNEVEN, make_plan
 from sf_xfuser.xdit_layouts import XditConfig, legal_configs
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
@@ -49,14 +49,15 @@ class PipelineOptions:
     ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: what its pipeline is asked for
     (height, width, num_frames, guidance_scale); the model's ``small_input.json`` or its own defaults where empty.
     ``topology`` and ``plan`` are ``--sp-topology`` and ``--sp-plan`` of the torus arm. ``configs`` are the xDiT arms;
-    None takes xDiT's own layout with both rotations. ``rounds`` calls of ``steps`` steps are timed per arm, after one
-    that is not. ``dtype`` names a torch dtype.
+    None takes xDiT's own layout with both rotations. ``compress``: formats of ``--sp-compress``, an arm each.
+    ``rounds`` calls of ``steps`` steps are timed per arm, after one that is not. ``dtype`` names a torch dtype.
     """
 
     model: str
     topology: str = "auto"
     plan: str = "auto"
     configs: tuple[XditConfig, ...] | None = None
+    compress: tuple[str, ...] = ()
     size: Mapping[str, Any] = field(default_factory=dict)
     text_length: int = 256
     steps: int = 3
@@ -127,10 +128,13 @@ def make_model(name: str, folder: str | Path) -> Path:
 def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     """Run every arm: one record each, the same on every rank. Collective over the world.
 
-    A record: ``arm`` (``"single"``, ``"torus"`` or the text of an ``XditConfig``), ``layout``, ``times_s`` (every timed
-    step, as long as it took on the slowest rank), ``attention_s`` (the part of each spent in local attention kernels,
-    likewise), ``first_call_s`` (the untimed first call, text encoding included) and ``max_abs_error`` (of the final
-    latents against ``"single"``, the largest of all calls and ranks). ``"single"`` is timed in one call, alone.
+    A record: ``arm`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
+    ``times_s`` (every timed step, as long as it took on the slowest rank), ``attention_s`` (the part of each spent in
+    local attention kernels, likewise), ``first_call_s`` (the untimed first call, text encoding included),
+    ``max_abs_error`` (of the final latents against ``"single"``, the largest of all calls and ranks) and ``psnr_db``
+    (peak signal-to-noise ratio of the final latents against ``"torus"``, for arms that compress; None where they are
+    the same bits). ``"single"`` is timed
+    in one call, alone.
 
     Sets xDiT up for this process, so it wants a process in which xDiT is not set up. Raises ValueError for a model
     that it does not know and RuntimeError where torus serves no attention call; attention that torus would hand back
@@ -158,13 +162,31 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
         legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
         configs = tuple(config for config in legal if config.ulysses_degree == own.ulysses_degree)
     torus = make_plan(
-        *shape, heads=facts.heads, kv_heads=facts.kv_heads, rule=flags.rule, explicit=flags.explicit_plan()
+        *shape,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        rule=flags.rule,
+        explicit=flags.explicit_plan(),
+        max_imbalance=UNEVEN,
     )
     arms = [_Arm("torus", str(torus.layout), nullcontext)]
     for config, xdit in open_arms(configs, ranks_per_machine=shape[1], members=grid.members).items():
         arms.append(_Arm(str(config), str(config), functools.partial(_xdit, xdit.selected)))
-    for arm in arms:
-        arm.call(pipeline, options, wanted, timed=False)
+    for name in options.compress:
+        mesh = build_mesh(
+            [range(world_size)],
+            replace(flags, compress=name),
+            heads=facts.heads,
+            kv_heads=facts.kv_heads,
+            max_imbalance=UNEVEN,
+        )
+        arms.append(
+            _Arm(f"torus-{name}", str(mesh.layout), functools.partial(plugin.torus_over, mesh), compresses=True)
+        )
+    uncompressed, *others = [(arm, arm.call(pipeline, options, wanted, timed=False)) for arm in arms]
+    for arm, latents in others:
+        if arm.compresses:
+            arm.psnr_db = _psnr_db(latents, uncompressed[1])
     if _served_by_torus() == 0:
         raise RuntimeError(f"torus has served no attention call of this pipeline:\n{plugin.explain()}")
     for number in range(options.rounds):
@@ -188,13 +210,17 @@ class _Arm:
     name: str
     layout: str
     settings: Callable[[], AbstractContextManager[None]]
+    compresses: bool = False
     first_call_s: float = 0.0
     max_abs_error: float = 0.0
+    psnr_db: float | None = None
     times_s: list[float] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
 
-    def call(self, pipeline: Any, options: PipelineOptions, wanted: torch.Tensor, *, timed: bool) -> None:
-        """One call of the pipeline on all ranks together."""
+    def call(
+        self, pipeline: Any, options: PipelineOptions, wanted: torch.Tensor, *, timed: bool
+    ) -> torch.Tensor | None:
+        """One call of the pipeline on all ranks together. The final latents, where this rank gets them."""
         attention = [0.0]
 
         def spent(start_s: float, end_s: float) -> None:
@@ -215,6 +241,7 @@ class _Arm:
             self.attention_s += rest[len(times) :]
         else:
             self.first_call_s = call_s
+        return latents
 
     def record(self) -> dict[str, Any]:
         return {
@@ -224,6 +251,7 @@ class _Arm:
             "attention_s": self.attention_s,
             "first_call_s": self.first_call_s,
             "max_abs_error": self.max_abs_error,
+            "psnr_db": self.psnr_db,
         }
 
 
@@ -237,7 +265,8 @@ def _single(options: PipelineOptions) -> dict[str, Any]:
         pipeline = loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
         latents, call_s, steps = _denoise(pipeline.to(_device()), options, lambda: 0.0)
         assert latents is not None, "plain diffusers returns its latents"
-        arm = _Arm("single", "one process, diffusers", nullcontext, call_s, times_s=[step[0] for step in steps])
+        times_s = [step[0] for step in steps]
+        arm = _Arm("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
         record = [{**arm.record(), "latents": latents.cpu().float()}]
     dist.broadcast_object_list(record, src=0, group=_cpu_group())
     found: dict[str, Any] = record[0]
@@ -284,6 +313,18 @@ def _denoise(
     latents = result[0] if result else None  # CogVideoX: a list of None
     steps = [(end - begin, kernels - before) for (begin, before), (end, kernels) in pairwise(marks)]
     return latents if isinstance(latents, torch.Tensor) else None, call_s, steps
+
+
+def _psnr_db(latents: torch.Tensor | None, uncompressed: torch.Tensor | None) -> float | None:
+    """Of ``latents``, on the rank where it is lowest; None where nothing differs. Collective."""
+    lowest = math.inf
+    if latents is not None and uncompressed is not None:
+        latents, uncompressed = latents.double(), uncompressed.double()
+        noise = (latents - uncompressed).square().mean().sqrt().item()
+        if noise:
+            lowest = 20 * math.log10((uncompressed.max() - uncompressed.min()).item() / noise)
+    lowest = -_largest([-lowest])[0]
+    return None if math.isinf(lowest) else lowest
 
 
 def _largest(values: list[float]) -> list[float]:

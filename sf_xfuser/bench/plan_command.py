@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from sf_xfuser.bench import report
 from sf_xfuser.cluster import Cluster
 from sf_xfuser.models import MODELS, find_model
-from sf_xfuser.plan import make_plan
+from sf_xfuser.plan import UNEVEN, make_plan
 from sf_xfuser.planner import PATTERNS, Choice, Ranking, rank
 from sf_xfuser.presets import PRESETS, preset
 from sf_xfuser.simulate import ITEMSIZE, CallShape, TorusArm, predict
@@ -184,7 +184,12 @@ def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> Tor
         config.groups(cluster.num_machines, cluster.ranks_per_machine)  # raises where the product is wrong
         return config
     planned = partial(
-        make_plan, cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads, kv_heads=shape.kv_heads
+        make_plan,
+        cluster.num_machines,
+        cluster.ranks_per_machine,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        max_imbalance=UNEVEN,
     )
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)

@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -316,6 +316,7 @@ class PipelineOrder:
     dtype: str
     seed: int
     timeout_s: float
+    compress: Sequence[str] = ()
 
 
 def run_pipeline(order: PipelineOrder) -> list[dict[str, Any]]:
@@ -334,6 +335,7 @@ def run_pipeline(order: PipelineOrder) -> list[dict[str, Any]]:
                 model=model,
                 topology=order.topology,
                 plan=order.plan,
+                compress=tuple(order.compress),
                 size=shape.size if shape else {},
                 text_length=shape.text_length if shape else 256,
                 steps=order.steps,

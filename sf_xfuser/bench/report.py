@@ -2,6 +2,7 @@
 
 A document holds ``rows`` (one per case and arm) and ``timelines`` (spans of one call). Arms are whatever the rows name,
 in the rows' order; only ``torus`` (the subject), ``usp-*`` and ``ulysses`` (what it is compared with) have a meaning.
+The dB beside an error are the peak signal-to-noise ratio of latents against those of the run without compression.
 ``ratio_to_usp`` of a row is against the faster ``usp-*`` arm of its case. A value that is missing, null or not finite
 shows as an en dash. MB is 10^6 bytes.
 """
@@ -136,7 +137,8 @@ def bound_text(rows: Sequence[Row]) -> str:
 def cells(row: Row) -> list[str]:
     """One text per name in ``COLUMNS``. For rows that succeeded."""
     low, high = spread(row)
-    error = number(row.get("max_abs_error"))
+    error, psnr_db = number(row.get("max_abs_error")), number(row.get("psnr_db"))
+    noise = "" if psnr_db is None else f" ({psnr_db:.1f} dB)"
     return [
         row["arm"],
         row.get("layout") or DASH,
@@ -146,7 +148,7 @@ def cells(row: Row) -> list[str]:
         shown(row.get("exposed_s"), 1e3),
         shown(peak(row), 1e-6),
         shown(bytes_out(row), 1e-6),
-        DASH if error is None else f"{error:.1e}",
+        DASH if error is None else f"{error:.1e}{noise}",
         shown(row.get("efficiency"), 1e2),
         times(row.get("ratio_to_usp")),
         times(row.get("ratio_to_best_xdit")),

@@ -385,6 +385,14 @@ HOOKS: tuple[Hook, ...] = (
         for module in ("loading.meta_load", "ideogram4", "krea2", "lingbot_video", "ltx", "minimax_h3")
     ),
     Hook(
+        module="xfuser.model_executor.cache.adapters.cache_dit",
+        name="torch",
+        wrap=CpuTorch,
+        why="cache/adapters/cache_dit.py: ranks agree on what to skip by a tensor on torch.cuda.current_device()",
+        remove_when="it uses envs.get_device",
+        required=False,
+    ),
+    Hook(
         module="xfuser.core.distributed.sharding",
         name="FSDP",
         wrap=cpu_fsdp,

@@ -69,7 +69,22 @@ class CpuTorch:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._owner, name)
+        if name == "cuda":
+            return CpuCuda(found)
         return to_cpu(found) if name in ("tensor", "empty", "Generator") else found
+
+
+class CpuCuda:
+    """``torch.cuda`` for the same modules: the current device is the CPU."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._owner, name)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
 
 
 def nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:

@@ -172,4 +172,4 @@ def test_command_line(tmp_path, capsys):
     assert (transformer.config.num_attention_heads, transformer.config.num_layers) == (4, 1)
     with pytest.raises(SystemExit):
         main(["wan", str(tmp_path / "wan"), "--heads", "5"])
-    assert "multiple of 4" in capsys.readouterr().err
+    assert "even number" in capsys.readouterr().err

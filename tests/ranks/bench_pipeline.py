@@ -30,7 +30,10 @@ def main() -> None:
 
     usp._templated_ring_attention = recorded
     model, text_length = sys.argv[1], int(sys.argv[2])
-    records = measure(PipelineOptions(model=model, topology="2x2", text_length=text_length, steps=2, rounds=1))
+    options = PipelineOptions(
+        model=model, topology="2x2", text_length=text_length, steps=2, rounds=1, compress=("fp8", "int8")
+    )
+    records = measure(options)
     served = int(re.search(r"served by torus: (\d+)", sf_xfuser.explain())[1])
     found = {"rank": dist.get_rank(), "records": records, "rings": rings, "served": served}
     print(f"@@{json.dumps(found)}@@", flush=True)

@@ -140,7 +140,26 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
             max_condition_sequence_length=arguments.text_length,
             split_text_embed_in_sp=get_pipeline_parallel_world_size() == 1,
         )
+    if arguments.cache_method == "dbcache":
+        _cache_blocks(pipeline, arguments.num_inference_steps)
     return pipeline
+
+
+def _cache_blocks(pipeline: Any, steps: int) -> None:
+    """DBCache as Flux's runner model applies it, but that every step after the first skips what may be skipped."""
+    from xfuser.model_executor.cache import apply_cache
+    from xfuser.model_executor.models.runner_models.flux import xFuserFluxModel
+
+    settings = xFuserFluxModel.settings.step_cache_config["dbcache"]
+    often = {"max_warmup_steps": 1, "Fn_compute_blocks": 1, "residual_diff_threshold": 2.0, "scm_policy": None}
+    apply_cache(
+        cache_method="dbcache",
+        num_steps=steps,
+        pipe=pipeline,
+        preset_kwargs=settings.preset,
+        adapter_config=settings.adapter,
+        cache_config=json.dumps(often),
+    )
 
 
 def _runner_classes(family: str) -> tuple[type, type]:

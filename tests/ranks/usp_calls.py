@@ -60,6 +60,9 @@ def cases():
     yield "backend named", tensors(), {"backend": AttentionBackendType.SDPA_FLASH}
     if hasattr(get_cache_manager(), "has_cache_entry"):  # from xfuser 0.7 on; before, each layer given had to have one
         yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
+        get_runtime_state().runtime_config.use_spargeattn_head_balance = True  # about xDiT's sparse attention alone
+        yield "head balancing", tensors(), {"head_balance_layer": layer}
+        get_runtime_state().runtime_config.use_spargeattn_head_balance = False
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
     yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
     yield "indices_k", tensors(), {"attention_kwargs": {"indices_k": torch.arange(2 * 17), "valid_kv_len": 17}}

@@ -1,0 +1,101 @@
+"""What the installed plugin adds to ``import xfuser``: ``python -m sf_xfuser.bench.imports``.
+
+Fresh processes, one after the other, take turns between *on* (as installed), *off* (``SF_XFUSER_AUTOLOAD=0``) and
+*absent* (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``: PyTorch does not look for the plugin at all). On a machine without an
+accelerator xDiT cannot be imported without the plugin, so PyTorch then says that it was built for CUDA and has a
+device, and all three import what they import beside a GPU: the CPU platform's hooks stay out. Needs xfuser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from rich.console import Console
+from rich.table import Table
+
+from sf_xfuser.args import AUTOLOAD_VARIABLE, with_environment
+
+#: What each arm's processes have in their environment besides ours.
+ARMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "on": MappingProxyType({AUTOLOAD_VARIABLE: "1"}),
+        "off": MappingProxyType({AUTOLOAD_VARIABLE: "0"}),
+        "absent": MappingProxyType({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
+    }
+)
+LIMIT = 1.02
+
+# torch.backends.mps is what is asked for a device and then not used, since CUDA comes first.
+_IMPORT = """
+import sys, time
+started = time.perf_counter()
+import torch
+if not torch.accelerator.is_available():
+    torch.version.cuda, torch.backends.mps.is_available = "13.0", lambda: True
+__import__("xfuser")
+seconds = time.perf_counter() - started
+print(f"{seconds} {'sf_xfuser.plugin' in sys.modules}")
+"""
+
+
+def measure(rounds: int) -> dict[str, list[float]]:
+    """Seconds of each process, by arm; one more round, which fills the page cache, is left out. Raises RuntimeError
+    where xDiT cannot be imported, or the plugin is there where it should not be."""
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for number in range(rounds + 1):
+        for arm in list(ARMS)[:: 1 if number % 2 == 0 else -1]:
+            seconds = _import_once(arm)
+            if number:
+                times[arm].append(seconds)
+    return times
+
+
+def _import_once(arm: str) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT], env=with_environment(ARMS[arm]), capture_output=True, text=True, timeout=300
+    )
+    if done.returncode:
+        raise RuntimeError(f"xfuser cannot be imported with the plugin {arm}:\n{done.stderr[-2000:]}")
+    seconds, loaded = done.stdout.split()[-2:]
+    if (loaded == "True") != (arm == "on"):
+        raise RuntimeError(f"with the plugin {arm}, sf_xfuser.plugin in sys.modules is {loaded}")
+    return float(seconds)
+
+
+def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median with the plugin over that of each other arm."""
+    median = {arm: statistics.median(of_arm) for arm, of_arm in times.items()}
+    return {arm: median["on"] / seconds for arm, seconds in median.items() if arm != "on"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.imports", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="processes of each arm. Default: 15")
+    parser.add_argument("--json", type=Path, help="also write every time to this file")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    times = measure(options.rounds)
+    over = ratios(times)
+    table = Table("plugin", "median s", "quickest s", "on / this")
+    for arm, of_arm in times.items():
+        ratio = f"{over[arm]:.3f}" if arm in over else ""
+        table.add_row(arm, f"{statistics.median(of_arm):.3f}", f"{min(of_arm):.3f}", ratio)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"seconds": times, "ratios": over}, indent=1) + "\n")
+    if (slower := max(over.values())) > LIMIT:
+        print(f"import xfuser takes {slower:.3f} times as long with the plugin; at most {LIMIT}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
