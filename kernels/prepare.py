@@ -38,9 +38,9 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
             attend_chunks_([part], [part], [part], [out], [lse])
             attend_chunks_into([result], [part], [part], [part], [out], [lse])
         for formats in [(format,), ("none", format)] if format != "none" else []:
-            parts = [some.clone() for _ in formats]
+            stored = [some.clone() for _ in formats]
             layout = Compressed(shape=(1, 1, heads, D), dtype=dtype, formats=formats)
             chunk = torch.empty(layout.nbytes, device=device, dtype=torch.uint8)
-            pack_compressed(parts, chunk, formats)
-            unpack_compressed(chunk, parts, formats)
+            pack_compressed(stored, chunk, formats)
+            unpack_compressed(chunk, stored, formats)
     torch.cuda.synchronize(device)

@@ -93,12 +93,12 @@ def torus_attention(
         library = sdpa_backend(query.device, query.dtype)
 
     def fuses(q_tokens: int, kv_tokens: int) -> bool:
+        choice = Choice(kernel == "fused", "as asked for")
         if kernel == "auto":
             choice = choose(query.device, library, query.dtype, query.shape[3], q_tokens, kv_tokens)
-        else:
-            choice = Choice(kernel == "fused", "as asked for")
         mesh.pieces[choice] += 1
-        return choice.fused
+        fused: bool = choice.fused
+        return fused
 
     def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
         agreed = agree(mesh, tensors, joint_strategy, counts)

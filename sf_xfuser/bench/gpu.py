@@ -142,14 +142,14 @@ class Bench:
     def _device_us(self, work: Callable[[], object]) -> float:
         if not self.on_gpu:
             return self._host_us(work)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self._flushed.zero_()
-        torch.cuda._sleep(_AHEAD_CYCLES)
+        torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
         end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        return 1e3 * float(start.elapsed_time(end))
 
     def _host_us(self, work: Callable[[], object]) -> float:
         if self.on_gpu:
