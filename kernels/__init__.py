@@ -1,24 +1,36 @@
 """What Torus Attention computes beside an attention library: device kernels in Triton, and for each its slow twin in
 plain PyTorch, which serves CPUs."""
 
-from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend
-from sf_xfuser.kernels.fused import Gate, attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.merge import merge_, merge_into
-from sf_xfuser.kernels.packing import Compressed, pack, pack_compressed, unpack, unpack_compressed
+from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend, sdpa_backend
+from sf_xfuser.kernels.choice import Choice, Kernel, choose, may_fuse, why_not_fused
+from sf_xfuser.kernels.fused import Chunks, Gate, attend_chunks_, attend_chunks_into, attend_unchecked
+from sf_xfuser.kernels.merge import merge_, merge_into, merge_part
+from sf_xfuser.kernels.packing import Compressed, pack, pack_compressed, place, take, unpack, unpack_compressed
 from sf_xfuser.kernels.prepare import prepare
 
 __all__ = [
     "AttendFunction",
+    "Choice",
+    "Chunks",
     "Compressed",
     "Gate",
+    "Kernel",
     "attend_chunks_",
     "attend_chunks_into",
+    "attend_unchecked",
+    "choose",
+    "may_fuse",
     "merge_",
     "merge_into",
+    "merge_part",
     "pack",
     "pack_compressed",
+    "place",
     "prepare",
     "sdpa_attend",
+    "sdpa_backend",
+    "take",
     "unpack",
     "unpack_compressed",
+    "why_not_fused",
 ]

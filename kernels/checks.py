@@ -46,6 +46,11 @@ def require_rows(tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
+def is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether both are one view of one memory."""
+    return x.data_ptr() == y.data_ptr() and x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
+
+
 def require_apart(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> None:
     """Nothing that is written shares memory with anything else."""
     tensors = {**written, **read}

@@ -17,6 +17,7 @@ import torch
 
 from sf_xfuser.kernels.checks import (
     described,
+    is_same,
     require_apart,
     require_rows,
     require_shape,
@@ -102,7 +103,8 @@ def attend_chunks_into(
     gate: Gate | None = None,
 ) -> None:
     """As ``attend_chunks_``, for the last time: the output goes to ``results[i]`` [B,H,S_i,D] in q's dtype, any strides
-    with D contiguous, and the accumulator holds nothing of use afterwards. Rows that have seen no key at all are 0."""
+    with D contiguous, and the accumulator holds nothing of use afterwards; in fp32 ``results[i]`` may be ``out[i]``
+    itself. Rows that have seen no key at all are 0."""
     if len(results) != len(q):
         raise ValueError(f"{len(results)} results for {len(q)} chunks of q: give one for each")
     _attend(Chunks(q, k, v, out, lse, results, scale, gate))
@@ -159,6 +161,11 @@ def _attend(chunks: Chunks) -> None:
 
 def _run(chunks: Chunks) -> None:
     check(chunks)
+    attend_unchecked(chunks)
+
+
+def attend_unchecked(chunks: Chunks) -> None:
+    """``attend_chunks_``, or with ``results`` ``attend_chunks_into``, for a caller that answers for all of them."""
     if not chunks.q:
         return
     if runs_kernel(chunks.q[0]):
@@ -210,7 +217,8 @@ def check(chunks: Chunks) -> None:
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale {scale}: it must be above 0 and finite")
     read = _named(q=q, k=k, v=v)
-    written = _named(out=out, lse=lse, results=results)
+    apart = [x for at, x in enumerate(results) if not is_same(x, out[at])]
+    written = _named(out=out, lse=lse, results=apart)
     _check_chunks(q, k, v)
     for name, x in _named(out=out).items():
         if x.dtype != torch.float32:

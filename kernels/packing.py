@@ -141,6 +141,30 @@ def unpack_compressed(packed: torch.Tensor, parts: Sequence[torch.Tensor], forma
         _unpack_compressed(packed, parts, formats)
 
 
+def place(parts: Sequence[torch.Tensor], into: torch.Tensor) -> None:
+    """``pack`` for a caller that answers for the tensors, which may be of any dtype and have any strides and dimensions
+    from the first or, of several parts, the first two of ``into`` on: one launch where the kernel serves them, else
+    PyTorch's copies."""
+    _place(parts, _slots(into, len(parts)))
+
+
+def take(packed: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """The inverse of ``place``."""
+    _place(_slots(packed, len(parts)), parts)
+
+
+def _place(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    if runs_kernel(targets[0]) and all(_is_rows(x) for x in (*sources, *targets)):
+        _move(sources, targets, [None] * len(sources), ["copy"] * len(sources))
+    else:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+
+
+def _is_rows(x: torch.Tensor) -> bool:
+    return x.dim() == 4 and x.stride(3) == 1 and x.is_floating_point()
+
+
 # -- the operators ---------------------------------------------------------------------------------------------------
 
 

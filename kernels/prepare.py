@@ -7,14 +7,16 @@ from functools import cache
 import torch
 
 from sf_xfuser.kernels.checks import runs_kernel
-from sf_xfuser.kernels.merge import merge_
-from sf_xfuser.kernels.packing import Compressed, Format, pack_compressed, unpack_compressed
+from sf_xfuser.kernels.choice import why_not_fused
+from sf_xfuser.kernels.fused import attend_chunks_, attend_chunks_into
+from sf_xfuser.kernels.merge import merge_, merge_into
+from sf_xfuser.kernels.packing import Compressed, Format, pack, pack_compressed, unpack, unpack_compressed
 
 
 @cache
-def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "none") -> None:
+def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "none", fused: bool = False) -> None:
     """Run each kernel once, on one token, as calls of this dtype and head size will, with chunks compressed in
-    ``format``. Local; waits for the GPU; nothing on a CPU.
+    ``format``; and, where it may compute pieces, the ``fused`` one. Local; waits for the GPU; nothing on a CPU.
 
     Loading a kernel may wait for all streams of the GPU. Inside a call one of them may be waiting for a peer that loads
     a kernel itself.
@@ -23,13 +25,22 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
         some = torch.zeros(1, 1, heads, D, device=device, dtype=dtype)
         if not runs_kernel(some):
             return
-        new_out = some.transpose(1, 2)
+        part, result = some.transpose(1, 2), torch.empty_like(some).transpose(1, 2)
         out, lse = torch.zeros(1, heads, 1, D, device=device), torch.zeros(1, heads, 1, device=device)
-        merge_(out, lse, new_out, lse.clone())
+        merge_(out, lse, part, lse.clone())
+        for into in {dtype: result, torch.float32: out}.values():
+            merge_into(into, out, lse, part, lse.clone())
+        for parts in ((some,), (some, some.clone())):
+            chunk = torch.empty(some.shape if len(parts) == 1 else (1, 2, 1, heads, D), device=device, dtype=dtype)
+            pack(parts, chunk)
+            unpack(chunk, parts)
+        if fused and why_not_fused(dtype, D) is None:
+            attend_chunks_([part], [part], [part], [out], [lse])
+            attend_chunks_into([result], [part], [part], [part], [out], [lse])
         for formats in [(format,), ("none", format)] if format != "none" else []:
-            parts = [some.clone() for _ in formats]
+            stored = [some.clone() for _ in formats]
             layout = Compressed(shape=(1, 1, heads, D), dtype=dtype, formats=formats)
             chunk = torch.empty(layout.nbytes, device=device, dtype=torch.uint8)
-            pack_compressed(parts, chunk, formats)
-            unpack_compressed(chunk, parts, formats)
+            pack_compressed(stored, chunk, formats)
+            unpack_compressed(chunk, stored, formats)
     torch.cuda.synchronize(device)

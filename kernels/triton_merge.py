@@ -17,7 +17,9 @@ _STRIDES = ("out", "lse", "new_out", "new_lse", "result")
 _SIZES = ("num_tokens", "num_heads", "num_sequences", *(f"{x}_{dim}" for x in _STRIDES for dim in "bhs"))
 
 
-@triton.jit(do_not_specialize=_SIZES)
+# A run of rows may begin anywhere in a log-sum-exp: were its alignment compiled in, one that begins elsewhere would be
+# compiled in the middle of a call.
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("lse", "new_lse"))
 def merge_kernel(
     out,
     lse,

@@ -12,7 +12,20 @@ import torch
 
 from sf_xfuser.buffers import Buffers
 from sf_xfuser.call import Call, agree
-from sf_xfuser.kernels import AttendFunction, merge_, sdpa_attend
+from sf_xfuser.kernels import (
+    AttendFunction,
+    Choice,
+    Chunks,
+    Kernel,
+    attend_unchecked,
+    choose,
+    may_fuse,
+    merge_part,
+    prepare,
+    sdpa_attend,
+    sdpa_backend,
+    why_not_fused,
+)
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
 from sf_xfuser.transport import Parcel, Ticket, TransportError, Unusable
@@ -40,6 +53,8 @@ def torus_attention(
     *,
     mesh: Mesh,
     attend: AttendFunction = sdpa_attend,
+    library: str | None = None,
+    kernel: Kernel = "auto",
     joint_key: torch.Tensor | None = None,
     joint_value: torch.Tensor | None = None,
     joint_strategy: Literal["front", "rear"] | None = None,
@@ -59,6 +74,10 @@ def torus_attention(
 
     ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 in a fixed order,
     so the same call gives the same bits. On CUDA the work is on the current stream. Nothing stays posted afterwards.
+    ``library`` is xDiT's name of what ``attend`` calls, where its scale is 1/sqrt(D). Where the fused kernel was
+    measured to be faster, it computes and merges a piece in one launch (``kernels.choice``; ``mesh.pieces`` says what
+    was chosen); without a name ``attend`` computes all. ``kernel``, for tests and measurements: ``"library"`` or
+    ``"fused"``, whichever is faster.
 
     For inference: ValueError where autograd would record the call. Raises ValueError on every rank when ranks disagree
     or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
@@ -68,16 +87,31 @@ def torus_attention(
     tensors = query, key, value, joint_key, joint_value
     if asks_gradient(*tensors):
         raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
+    if kernel == "fused" and (reason := why_not_fused(query.dtype, query.shape[-1])):
+        raise ValueError(f"kernel='fused' cannot serve this call: {reason}; give 'auto' or 'library'")
+    if library is None and attend is sdpa_attend:
+        library = sdpa_backend(query.device, query.dtype)
 
-    def call(attend: AttendFunction) -> torch.Tensor:
-        return _Run(mesh, agree(mesh, tensors, joint_strategy, counts), attend, *tensors).run()
+    def fuses(q_tokens: int, kv_tokens: int) -> bool:
+        choice = Choice(kernel == "fused", "as asked for")
+        if kernel == "auto":
+            choice = choose(query.device, library, query.dtype, query.shape[3], q_tokens, kv_tokens)
+        mesh.pieces[choice] += 1
+        fused: bool = choice.fused
+        return fused
+
+    def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
+        agreed = agree(mesh, tensors, joint_strategy, counts)
+        compressed = "none" if mesh.compression is None else mesh.compression.format
+        prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
+        return _Run(mesh, agreed, attend, fuses, *tensors).run()
 
     if mesh.failed:
         mesh.join_again()
     try:
         if not mesh.chosen:
-            _choose_transport(mesh, lambda: call(_attend_nothing), query.device)
-        return call(attend)
+            _choose_transport(mesh, lambda: call(_attend_nothing, lambda *_: False), query.device)
+        return call(attend, fuses)
     except TransportError:
         mesh.retire()
         raise
@@ -127,13 +161,15 @@ class _Run:
         mesh: Mesh,
         call: Call,
         attend: AttendFunction,
+        fuses: Callable[[int, int], bool],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         joint_key: torch.Tensor | None,
         joint_value: torch.Tensor | None,
     ) -> None:
-        self.mesh, self.call, self.attend = mesh, call, attend
+        """``fuses``: whether the fused kernel computes a piece of so many queries and keys."""
+        self.mesh, self.call, self.attend, self.fuses = mesh, call, attend, fuses
         self.query = query
         joint = (joint_key, joint_value) if joint_key is not None and joint_value is not None else ()
         self.lanes = dict(mesh.lanes)
@@ -180,52 +216,68 @@ class _Run:
                 self.arriving.update({(message.tensor, piece): ticket for piece in message.pieces})
 
     def _attend(self, step: Attend) -> None:
-        """Attend queries to keys as soon as both are here, and merge."""
+        """Attend queries to keys as soon as both are here, and merge; for the last time straight into where the output
+        belongs."""
         with self._traced("wait", step):
             self._await("q", step.queries)
             self._await("kv", step.keys)
         keys, rows = self.buffers.keys(step.keys), self.buffers.q_rows[step.queries]
         if keys is not None:
-            self._attend_rows(step, rows, *keys)
+            kernel = self._attend_fused if self.fuses(rows.stop - rows.start, keys[0].shape[2]) else self._attend_rows
+            with self._traced("compute", step):
+                kernel(rows, *keys, self.begun.isdisjoint(step.queries), step.queries_last)
+            self.begun.update(step.queries)
+        elif step.queries_last:
+            for some, result in self.buffers.outcome(rows):
+                result.copy_(self.buffers.accumulator(some)[0])
         del keys
         if step.keys_last:
             self.buffers.let_go_keys(step.keys)
         if step.queries_last:
             self.buffers.let_go_queries(step.queries)
 
-    def _attend_rows(self, step: Attend, rows: slice, k: torch.Tensor, v: torch.Tensor) -> None:
-        first = self.begun.isdisjoint(step.queries)
-        self.begun.update(step.queries)
-        with self._traced("compute", step):
-            for start in range(rows.start, rows.stop, self.rows_at_once):
-                some = slice(start, min(start + self.rows_at_once, rows.stop))
-                out, lse = self.attend(self.buffers.queries(some), k, v)
-                total_out, total_lse = self.buffers.accumulator(some)
-                if first:
+    def _attend_rows(self, rows: slice, k: torch.Tensor, v: torch.Tensor, first: bool, last: bool) -> None:
+        k, v = self.buffers.with_all_heads(k, v)
+        for start in range(rows.start, rows.stop, self.rows_at_once):
+            some = slice(start, min(start + self.rows_at_once, rows.stop))
+            out, lse = self.attend(self.buffers.queries(some), k, v)
+            for at, result in self.buffers.outcome(some) if last else [(some, None)]:
+                total_out, total_lse = self.buffers.accumulator(at)
+                part = slice(at.start - start, at.stop - start)
+                if not first:
+                    merge_part(total_out, total_lse, out[:, :, part], lse[:, :, part], result)
+                elif result is not None:
+                    result.copy_(out[:, :, part])
+                else:
                     total_out.copy_(out)
                     total_lse.copy_(lse)
-                else:
-                    merge_(total_out, total_lse, out, lse)
-                del out, lse  # before the next ones are made
+            del out, lse  # before the next ones are made
+
+    def _attend_fused(self, rows: slice, k: torch.Tensor, v: torch.Tensor, first: bool, last: bool) -> None:
+        """In one launch, by the kernel that merges what it attends."""
+        if not self.call.grouped:
+            k, v = self.buffers.with_all_heads(k, v)
+        outcome = self.buffers.outcome(rows) if last else []
+        runs = [at for at, _ in outcome] or [rows]
+        queries = [self.buffers.queries(at) for at in runs]
+        outs, lses = zip(*map(self.buffers.accumulator, runs), strict=True)
+        if first:
+            self.buffers.accumulator(rows)[1].fill_(float("-inf"))
+        attend_unchecked(Chunks(queries, [k], [v], outs, lses, [result for _, result in outcome], None, None))
 
     def _collect(self) -> torch.Tensor:
-        """Put the head groups of this rank's own tokens together; leave nothing posted."""
-        call, layout, own = self.call, self.mesh.layout, self.call.schedule.position
-        B, H, S, D = self.query.shape
-        out_BSHD = self.query.new_empty(B, S, H, D)
-        low, high = call.sizes.q_heads[layout.head_group(own)]
-        out_BSHD[:, :, low:high] = self.buffers.o_SBHD[self.buffers.q_rows[(Piece(own),)]].transpose(0, 1)
+        """The heads that other ranks attended of this rank's own tokens join those that are in the result already;
+        leave nothing posted."""
         for ticket, parcel, message in self.outputs:
             ticket.wait()
-            low, high = call.sizes.q_heads[layout.head_group(message.peer)]
-            first, end = message.pieces[0].span(S)
-            out_BSHD[:, first:end, low:high] = parcel.parts[0].transpose(0, 1)
+            self.buffers.take_back(message, parcel.parts[0])
+        result_BSHD = self.buffers.result_BSHD
         for lane in self.lanes.values():
             lane.drain()
         if self.mesh.window is not None:
-            self.mesh.window.poison(out_BSHD)
+            self.mesh.window.poison(result_BSHD)
         self._trace_wire()
-        return out_BSHD.transpose(1, 2)
+        return result_BSHD.transpose(1, 2)
 
     def _outgoing(self, message: Message) -> tuple[torch.Tensor, ...]:
         if self.buffers.passes_on(message):

@@ -3,17 +3,19 @@
 Chunks travel and wait as [S, B, H, D] (K and V of a token together, as [S, 2, B, H, D]), so that chunks of several
 ranks lie one after the other in one buffer and each is contiguous; attention sees [B, H, S, D] views of it. A buffer
 into which peers write lies in the window; another is made when it is first asked for and let go once the schedule says
-that nothing reads it any more.
+that nothing reads it any more. Outputs are kept in fp32 until they are final; those go where they belong at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 
 from sf_xfuser.call import Call
+from sf_xfuser.kernels import place, take
 from sf_xfuser.places import Buffer
 from sf_xfuser.plan import Layout
 from sf_xfuser.schedule import JOINT, Message, Piece
@@ -58,19 +60,48 @@ class Buffers:
         return self._queries_at(rows).permute(1, 2, 0, 3)
 
     def keys(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """K and V with a head for each query head, each [B, H, S, D]; None where the pieces hold no token."""
+        """K and V, each [B, H_kv, S, D]; None where the pieces hold no token."""
         slab = self.places.slab_of[pieces[0]]
         rows = self.places.slabs[slab][pieces]
         if rows.start == rows.stop:
             return None
         in_place = self._own_kv_SBHD if slab == 0 else ()
-        k, v = (x.permute(1, 2, 0, 3) for x in in_place or self._slab(slab)[rows].unbind(1))
+        k, v = in_place or self._slab(slab)[rows].unbind(1)
+        return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+    def with_all_heads(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of ``keys`` with a head for each query head, each [B, H, S, D]."""
         repeat = self._call.kv_of_q
         return (k, v) if repeat is None else (k.index_select(1, repeat), v.index_select(1, repeat))
 
     def accumulator(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, H, S, D] and log-sum-exp [B, H, S] of these queries, fp32."""
         return self.o_SBHD[rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, rows]
+
+    @cached_property
+    def result_BSHD(self) -> torch.Tensor:
+        """What the call returns: all heads of the own tokens."""
+        return self._query.new_empty(self.B, self.S, self._query.shape[1], self.D)
+
+    def outcome(self, rows: slice) -> list[tuple[slice, torch.Tensor]]:
+        """Where the final output of these queries belongs, [B, H, S, D] in the input dtype, run by run: in the result,
+        if they are this rank's own, which come first; else in the chunk that leaves."""
+        low, high = self._call.sizes.q_heads[self._group]
+        found = []
+        if own := range(rows.start, min(rows.stop, self.S)):
+            found.append(
+                (slice(own.start, own.stop), self.result_BSHD[:, own.start : own.stop, low:high].transpose(1, 2))
+            )
+        if others := range(max(rows.start, self.S), rows.stop):
+            leaving = self._leaving_SBHD[others.start - self.S : others.stop - self.S]
+            found.append((slice(others.start, others.stop), leaving.permute(1, 2, 0, 3)))
+        return found
+
+    @cached_property
+    def _leaving_SBHD(self) -> torch.Tensor:
+        """Final outputs for other ranks; those in fp32 stay in the accumulator."""
+        others = self.o_SBHD[self.S :]
+        return others if self._query.dtype == torch.float32 else torch.empty_like(others, dtype=self._query.dtype)
 
     def let_go_keys(self, pieces: Sequence[Piece]) -> None:
         """Of the slab that these belong to."""
@@ -91,7 +122,8 @@ class Buffers:
     def outgoing(self, message: Message) -> Tensors:
         """The chunk to send, as the parts of a ``Parcel``: views of the inputs, of a slab, or of a final output."""
         if message.tensor == "o":
-            return (self.o_SBHD[self.q_rows[message.pieces]],)
+            rows = self.q_rows[message.pieces]
+            return (self._leaving_SBHD[rows.start - self.S : rows.stop - self.S],)
         if self.passes_on(message):
             return (self._buffer(message.tensor, message.pieces),)
         (piece,) = message.pieces
@@ -104,6 +136,12 @@ class Buffers:
         low, high = self._call.sizes.q_heads[self._layout.head_group(message.peer)]
         first, end = message.pieces[0].span(self.S)
         return self._new(self.places.buffer(message), end - first, self.B, high - low, self.D)
+
+    def take_back(self, message: Message, chunk: torch.Tensor) -> None:
+        """Put an output that has arrived where it belongs in the result."""
+        low, high = self._call.sizes.q_heads[self._layout.head_group(message.peer)]
+        first, end = message.pieces[0].span(self.S)
+        take(chunk, (self.result_BSHD[:, first:end, low:high].transpose(0, 1),))
 
     # -- what this rank holds from the start --------------------------------------------------------------------------
 
@@ -120,8 +158,7 @@ class Buffers:
             parts = tuple(x[:, low:high].permute(2, 0, 1, 3) for x in self._joint)
         else:
             parts = self._own_chunk(name, piece, self._group)
-        for part, into in zip(parts, (buffer,) if name == "q" else buffer.unbind(1), strict=True):
-            into.copy_(part)
+        place(parts, buffer)
 
     def _own_chunk(self, name: str, piece: Piece, group: int) -> Tensors:
         """Views of the own tokens in ``piece`` and the heads of ``group``: Q, or K and V, each [S, B, H, D]."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.kernels import prepare
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
@@ -26,6 +25,7 @@ class Call:
     sizes: Sizes
     places: Mapping[int, Places]
     kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
+    grouped: bool  # each local KV head serves as many query heads as any other, those that follow each other
 
 
 def agree(
@@ -123,14 +123,13 @@ def _make_call(
     joint_strategy: Any,
     query: torch.Tensor,
 ) -> Call:
-    compressed = "none" if mesh.compression is None else mesh.compression.format
-    prepare(query.device, query.dtype, query.shape[3], compressed)
     ways = mesh.layout.ulysses_degree
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     q_heads, kv_ranges = head_ranges(heads, kv_heads, ways)
     group = mesh.layout.head_group(mesh.position)
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
+    each, left = divmod(len(kv_of_q), kv_ranges[group][1] - kv_ranges[group][0])
     sizes = Sizes(
         batch=query.shape[0],
         head_size=query.shape[3],
@@ -154,4 +153,5 @@ def _make_call(
         sizes=sizes,
         places=places,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
+        grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
     )

@@ -256,7 +256,7 @@ def as_attend_function(forward_op: Callable[..., Any], scale: float | None) -> A
     """The local attention of a diffusers backend as ``attend(q, k, v)``. ``forward_op`` is its operator on tensors
     [B, S, H, D] with a log-sum-exp [B, S, H]; the native one returns none, and ``sdpa_attend`` computes the same."""
     if getattr(forward_op, "__name__", "") == "_native_attention_forward_op":
-        return partial(sdpa_attend, scale=scale)
+        return sdpa_attend if scale is None else partial(sdpa_attend, scale=scale)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = (x.transpose(1, 2) for x in (q, k, v))

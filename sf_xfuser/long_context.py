@@ -161,7 +161,7 @@ class LongContextAttention(torch.nn.Module):
             mesh=self.layers.mesh,
             q_tokens=(query.shape[1],) * world_size,
             kv_tokens=(key.shape[1],) * world_size,
-            attend=partial(sdpa_attend, scale=softmax_scale),
+            attend=sdpa_attend if softmax_scale is None else partial(sdpa_attend, scale=softmax_scale),
         ).transpose(1, 2)
         if self.use_sync and out.is_cuda:
             torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -15,6 +16,7 @@ from sf_xfuser import lanes
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.compression import Compression
+from sf_xfuser.kernels import Choice
 from sf_xfuser.lanes import Connect, Group, Lanes, Seat
 from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
@@ -39,7 +41,7 @@ class Mesh:
     first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
     agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
     later than here. ``compression``: of chunks between machines. Where heads do not divide, the two process groups are
-    those of ``plan.even``.
+    those of ``plan.even``. ``pieces``: how many pieces of attention were computed by what, and why.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class Mesh:
     chosen: str = ""
     one_host: bool = False
     compression: Compression | None = None
+    pieces: Counter[Choice] = field(default_factory=Counter)
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
@@ -138,6 +141,7 @@ class Mesh:
         if self.compression is not None:
             text.append(f"--sp-compress: {self.compression}")
         text.append(f"transport {self.transport}: {self.chosen or 'until the first call has tried what there is'}")
+        text += [f"attention computed by {choice}; {count} pieces" for choice, count in self.pieces.items()]
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text

@@ -160,6 +160,7 @@ class TorusUSP(DropIn):
             q_tokens=(query.shape[2],) * world_size,
             kv_tokens=kv_tokens,
             attend=as_attend_function(self.host.raw_attention(backend)),
+            library=backend,
             joint_key=joint_key,
             joint_value=joint_value,
             joint_strategy=joint_strategy,

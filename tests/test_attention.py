@@ -23,6 +23,12 @@ def test_the_same_over_other_transports(transport):
     assert "worst error" in finished.output
 
 
+def test_the_fused_kernel_in_place_of_the_library():
+    """Every layout and case of above, its first, middle and last pieces; on CPU ranks by its twin."""
+    finished = torchrun("attention_accuracy.py", "1,2,4", "fused", nproc=4)
+    assert "worst error" in finished.output
+
+
 REFUSALS = {
     "disagree_on_dtype": ("ValueError", "ranks disagree on shape, dtype"),
     "disagree_on_heads": ("ValueError", "ranks disagree on shape, dtype"),
@@ -30,6 +36,7 @@ REFUSALS = {
     "too_few_heads": ("ValueError", "2 heads cannot be split over torus=2 x ulysses=2"),
     "kv_heads_do_not_divide": ("ValueError", "4 query heads are not a multiple of 3 key heads"),
     "counts_that_do_not_fit": ("ValueError", r"rank 3: q_tokens and kv_tokens .* do not say 8 and 8 for this rank"),
+    "fused_cannot_serve": ("ValueError", "kernel='fused' cannot serve this call: .* the call's is 16"),
     "joint_without_strategy": ("ValueError", "give all three or none"),
     "heads_that_no_plan_splits": ("ValueError", r"6 heads cannot be split over torus=2 x ulysses=2.*legal for 4 ranks"),
     "product_is_not_the_world": ("ValueError", "describes 2 ranks, but the sequence-parallel group has 4"),

@@ -283,6 +283,45 @@ def test_attention_is_right_and_repeatable(machines, ranks_per_machine, heads, m
             assert (first[seed] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("machines", "ranks_per_machine", "heads", "kv_heads", "split"),
+    [(2, 2, 8, 4, 4), (2, 2, 12, 3, 2), (2, 2, 9, 3, 2), (3, 1, 6, 6, 3), (1, 3, 4, 2, 1), (1, 1, 4, 1, 1)],
+)
+def test_the_fused_kernel_computes_the_same(machines, ranks_per_machine, heads, kv_heads, split, dtype, monkeypatch):
+    """By its twin: with and without a ring, grouped queries also where head groups cut them, joint tokens at either
+    end, tokens that differ from rank to rank, one without any."""
+    virtual.stand_in(monkeypatch)
+    world = machines * ranks_per_machine
+    make = virtual.meshes(machines, ranks_per_machine, split)
+    tokens = [0 if w == 1 else 17 + 5 * w for w in range(world)]
+
+    def rank(position):
+        some = torch.Generator().manual_seed(position)
+        joint = torch.Generator().manual_seed(99)
+        q, k, v = (
+            torch.randn(2, tokens[position], H, 64, generator=some).to(dtype).transpose(1, 2)
+            for H in (heads, kv_heads, kv_heads)
+        )
+        more = dict(
+            zip(
+                ("joint_key", "joint_value"), torch.randn(2, 2, kv_heads, 5, 64, generator=joint).to(dtype), strict=True
+            )
+        )
+        mesh, found = make[position](), []
+        for given in ({}, more | {"joint_strategy": "front"}, more | {"joint_strategy": "rear"}):
+            found.append([torus_attention(q, k, v, mesh=mesh, kernel=name, **given) for name in ("library", "fused")])
+        mesh.close()
+        return found, mesh.pieces
+
+    rounding = max(4 * torch.finfo(dtype).eps, 1e-5)
+    for position, (found, pieces) in enumerate(unraised(virtual.together(world, rank))):
+        for library, fused in found:
+            assert fused.shape == (2, heads, tokens[position], 64) and fused.isfinite().all()
+            torch.testing.assert_close(fused, library, rtol=rounding, atol=rounding)
+        assert {choice.fused for choice in pieces} == {True, False} and len(set(pieces.values())) == 1
+
+
 def test_many_calls_under_delays_have_the_same_bits(monkeypatch):
     """Delays before whatever a stream does, and on the host; ranks run up to two calls apart."""
     virtual.stand_in(monkeypatch)

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_xfuser.kernels import merge_, merge_into, sdpa_attend
+from sf_xfuser.kernels import merge_, merge_into, merge_part, sdpa_attend
 from sf_xfuser.kernels.merge import merge_twin
 from tests.kernel_cases import ADVERSARIAL, attention64, mutated, room_is_untouched, with_room
 
@@ -165,6 +165,42 @@ def test_bad_input_is_named_before_anything_is_written(name):
     assert (good["out"] == 1).all()
 
 
+def test_the_result_may_be_the_accumulator():
+    out, lse = accumulator(B, H, 37, 64)
+    new = partial(B, H, 37, 64, torch.float32, "BSHD")
+    expected, last, kernel = with_room(out, lse), with_room(out, lse), with_room(out, lse)
+    merge_(*expected, *new)
+    merge_into(last[0], *last, *new)
+    triton_merge.launch(*kernel, *new, kernel[0], 1.0)
+    assert torch.equal(last[0], expected[0])
+    torch.testing.assert_close(kernel[0], expected[0], rtol=2e-6, atol=2e-6)
+    with pytest.raises(ValueError, match=r"out .* is written, but result"):  # in the same memory, but not the same
+        merge_into(out[:, :, :-1], out[:, :, 1:], lse[:, :, 1:], new[0][:, :, 1:], new[1][:, :, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_is_merged_as_by_the_checked_functions(dtype):
+    out, lse = accumulator(B, H, 37, 64)
+    new = partial(B, H, 37, 64, dtype, "BSHD")
+    expected, got = with_room(out, lse), with_room(out, lse)
+    merge_(*expected, *new)
+    merge_part(*got, *new, None)
+    assert all(map(torch.equal, got, expected))
+    results = [torch.full((B, H, 37, 64), NAN, dtype=dtype) for _ in range(2)]
+    merge_into(results[0], *with_room(out, lse), *new)
+    merge_part(*with_room(out, lse), *new, results[1])
+    assert torch.equal(*results) and results[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["head sizes", "batch", "layout of lse", "dtype of lse", "strided D"])
+def test_what_an_attention_function_returns_is_looked_at(name):
+    change, text = BAD[name]
+    good = {"out": torch.ones(1, 2, 4, 8), "lse": torch.zeros(1, 2, 4), "new_out": torch.zeros(1, 2, 4, 8)}
+    with pytest.raises(ValueError, match=text):
+        merge_part(**change(good | {"new_lse": torch.zeros(1, 2, 4)}), result=None)
+    assert (good["out"] == 1).all()
+
+
 def test_torch_compile_sees_operators():
     out, lse = accumulator(1, 2, 5, 8)
     new_out, new_lse = partial(1, 2, 5, 8, torch.bfloat16, "BHSD")
@@ -182,15 +218,20 @@ def test_torch_compile_sees_operators():
     torch.library.opcheck(torch.ops.sf_xfuser.merge.default, (out, lse, new_out, new_lse, result, "e"))
 
 
-@pytest.mark.parametrize(("dtype", "D", "format"), [(torch.float32, 64, "int8"), (torch.bfloat16, 72, "none")])
-def test_the_kernels_of_a_call_run_before_it(dtype, D, format, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "D", "format", "fused"),
+    [(torch.float32, 64, "int8", True), (torch.bfloat16, 72, "none", False), (torch.float32, 80, "none", False)],
+)
+def test_the_kernels_of_a_call_run_before_it(dtype, D, format, fused, monkeypatch):
     """On a GPU; here in the interpreter, as if the CPU were one."""
     prepare = sys.modules["sf_xfuser.kernels.prepare"]
     launched, waited = [], []
-    for name in ("prepare", "merge", "packing"):
+    for name in ("prepare", "merge", "packing", "fused"):
         module = sys.modules[f"sf_xfuser.kernels.{name}"]
         monkeypatch.setattr(module, "runs_kernel", lambda x, name=name: launched.append(name) or True)
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    prepare.prepare.__wrapped__(torch.device("cpu"), dtype, D, format)
-    assert "merge" in launched and ("packing" in launched) == (format != "none")
+    prepare.prepare.__wrapped__(torch.device("cpu"), dtype, D, format, fused)
+    assert {"merge", "packing"} <= set(launched) and ("fused" in launched) == fused
+    # Per number of heads: one part and two, there and back; compressed Q, and K beside V.
+    assert launched.count("packing") == 2 * (4 + 4 * (format != "none"))
     assert waited == [torch.device("cpu")]

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_xfuser.kernels import Compressed, pack, pack_compressed, packing, unpack, unpack_compressed
+from sf_xfuser.kernels import Compressed, pack, pack_compressed, packing, place, take, unpack, unpack_compressed
+from sf_xfuser.transport import Parcel
 from tests.kernel_cases import mutated, room_is_untouched, with_room
 
 triton_packing = pytest.importorskip("sf_xfuser.kernels.triton_packing", reason="Triton is not installed")
@@ -197,6 +198,26 @@ def test_bad_input_is_named(name):
     call, text = BAD[name]
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_parcel_is_packed_in_one_launch_on_a_gpu(parts, monkeypatch):
+    """Here in the interpreter, as if the CPU were one; what the kernel does not serve PyTorch copies."""
+    launched, launch = [], triton_packing.launch
+    monkeypatch.setattr(packing, "runs_kernel", lambda x: True)
+    monkeypatch.setattr(triton_packing, "launch", lambda *given: launched.append(given) or launch(*given))
+    views = tuple(torch.randn(2, 7, 5, 64)[:, :, 1:3].transpose(0, 1) for _ in range(parts))
+    parcel = Parcel(views, torch.bfloat16, peer=1, slot=0)
+    chunk = parcel.packed()
+    assert len(launched) == 1
+    torch.testing.assert_close(chunk, torch.stack(views, 1).squeeze(1).bfloat16(), rtol=2**-7, atol=0)
+    back = [torch.zeros_like(x, dtype=torch.bfloat16) for x in views]
+    take(chunk, back)
+    assert len(launched) == 2 and torch.equal(torch.stack(back, 1).squeeze(1), chunk)
+    for other in (views[0][..., ::2], views[0][0], views[0].int()):
+        into = torch.zeros_like(other, memory_format=torch.contiguous_format)
+        place((other,), into)
+        assert torch.equal(into, other) and len(launched) == 2
 
 
 def test_torch_compile_sees_operators():

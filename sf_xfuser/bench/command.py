@@ -115,7 +115,7 @@ def _bench(options: argparse.Namespace) -> int:
     if launched.world_size is not None:
         return _under_torchrun(options, order, launched.world_size)
     cases = read_grid(options.grid) if options.grid else [_case(options, options.cluster)]
-    document = _document()
+    document = new_document("sf-xfuser")
     try:
         failed = _on_emulated_clusters(options, order, cases, document)
     except KeyboardInterrupt:
@@ -220,7 +220,7 @@ def _under_torchrun(options: argparse.Namespace, order: Order, world_size: int) 
     topology = options.topology
     machines = topology if topology != "auto" else f"{_num_nodes(world_size)}x{world_size // _num_nodes(world_size)}"
     case = _case(options, machines)
-    document = _document()
+    document = new_document("sf-xfuser")
 
     def done(rows: list[dict[str, Any]], timelines: list[dict[str, Any]]) -> None:
         document["rows"] += rows
@@ -236,7 +236,7 @@ def _num_nodes(world_size: int) -> int:
 
 
 def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
-    document = _document()
+    document = new_document("sf-xfuser")
     order = PipelineOrder(
         model=options.pipeline,
         topology=options.topology,
@@ -303,7 +303,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
         console.print(report.summary_table(report.summary(rows)))
 
 
-def _document() -> dict[str, Any]:
+def new_document(command: str) -> dict[str, Any]:
+    """What a run's rows are stored with: when, of which commit, by which command, on what."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -311,7 +312,7 @@ def _document() -> dict[str, Any]:
         "schema": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "command": shlex.join(["sf-xfuser", *sys.argv[1:]]),
+        "command": shlex.join([*shlex.split(command), *sys.argv[1:]]),
         "hardware": {
             "cpu": _cpu(),
             "cores": _cores(),
@@ -321,7 +322,7 @@ def _document() -> dict[str, Any]:
         "versions": {
             "sf_xfuser": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "xfuser", "diffusers", "yunchang")},
+            **{name: _version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
         },
         "rows": [],
         "timelines": [],

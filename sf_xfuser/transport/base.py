@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sf_xfuser.kernels import place
+
 
 class TransportError(RuntimeError):
     """A transfer did not complete in time or its peer is gone. The group cannot be used any more."""
@@ -55,8 +57,7 @@ class Parcel:
 
     def write(self, into: torch.Tensor) -> None:
         """Copy the parts into a contiguous tensor of ``shape``."""
-        for part, place in zip(self.parts, into.unbind(1) if len(self.parts) > 1 else (into,), strict=True):
-            place.copy_(part)
+        place(self.parts, into)
 
     def packed(self) -> torch.Tensor:
         """The chunk as one contiguous tensor: the part itself where that is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,10 +32,10 @@ def spread(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def check(mesh, device, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, joint_tokens, seed):
+def check(mesh, device, kernel, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, joint_tokens, seed):
     """One call; every rank makes the same global tensors and keeps its own part of them."""
     make = torch.Generator().manual_seed(seed)
-    D = 16
+    D = 64 if kernel == "fused" else 16  # the fused kernel has no 16
 
     def rand(h, s):
         return torch.randn(batch, s, h, D, generator=make).to(device, dtype).transpose(1, 2)  # view of [B,S,H,D]
@@ -54,11 +55,14 @@ def check(mesh, device, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joi
         kwargs = {"joint_key": jk, "joint_value": jv, "joint_strategy": joint}
     extra = joint_tokens if joint else 0
     counts = {"q_tokens": [n + extra for n in spread(tokens, world)], "kv_tokens": spread(kv_tokens, world)}
-    out = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)
-    again = torus_attention(local_q, local_k, local_v, mesh=mesh, **counts, **kwargs)
+    call = partial(torus_attention, local_q, local_k, local_v, mesh=mesh, **kwargs)
+    out, again = call(kernel=kernel), call(kernel=kernel, **counts)
     what = f"{mesh.layout} {heads=} {kv_heads=} {tokens=} {kv_tokens=} {batch=} {dtype=} {joint=}"
     assert out.shape == local_q.shape and out.dtype == dtype, what
     assert torch.equal(out, again), f"not bitwise repeatable: {what}"
+    if kernel == "fused":
+        rounding = max(4 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(out, call(kernel="library", **counts), rtol=rounding, atol=rounding, msg=what)
     # The error of the whole result: each rank has checked its own rows, so take the largest of the ranks.
     exact = attention64(full_q, full_k, full_v)
     ours = torch.zeros(1, dtype=torch.float64, device=device)
@@ -74,9 +78,10 @@ def check(mesh, device, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joi
 
 
 def main() -> None:
-    """``attention_accuracy.py SIZES [cuda] [TRANSPORT]``: group sizes that divide the world; CPU and gloo, or GPUs and
-    NCCL."""
-    transport = next((x for x in sys.argv[2:] if x != "cuda"), "auto")
+    """``attention_accuracy.py SIZES [cuda] [fused] [TRANSPORT]``: group sizes that divide the world; CPU and gloo, or
+    GPUs and NCCL; pieces computed by the fused kernel, and then compared with the library's, too."""
+    transport = next((x for x in sys.argv[2:] if x not in ("cuda", "fused")), "auto")
+    kernel = "fused" if "fused" in sys.argv[2:] else "auto"
     device = torch.device("cpu")
     if "cuda" in sys.argv[2:]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -125,7 +130,12 @@ def main() -> None:
                     base | even | {"tokens": 41, "kv_tokens": 41},
                 ]
                 for seed, case in enumerate(cases):
-                    worst = max(worst, check(mesh, device, seed=seed, **case))
+                    worst = max(worst, check(mesh, device, kernel, seed=seed, **case))
+                said = [line for line in mesh.lines() if line.startswith("attention computed by")]
+                computed = (
+                    "the fused kernel: as asked for" if kernel == "fused" else "the library, and the merge kernel"
+                )
+                assert computed in said[0], said
     if dist.get_rank() == 0:
         print(f"worst error {worst:.2f}x single-process SDPA")
     dist.barrier()

@@ -54,6 +54,10 @@ def case_counts_that_do_not_fit(rank):
     torus_attention(*qkv(), mesh=mesh(), q_tokens=[8, 8, 8, 9], kv_tokens=[8] * 4)
 
 
+def case_fused_cannot_serve(rank):
+    torus_attention(*qkv(), mesh=mesh(), kernel="fused")
+
+
 def case_joint_without_strategy(rank):
     q, k, v = qkv()
     torus_attention(q, k, v, mesh=mesh(), joint_key=k, joint_value=v)

@@ -1,0 +1,576 @@
+"""What the device kernels reach on this GPU: ``python -m sf_xfuser.bench.gpu``.
+
+(a) ``chunking``: all that one rank computes in a call of Torus Attention over 4 machines, against one call of the best
+attention library on the same queries and keys. (b) ``fused``: the fused kernel's rate against that library's. (c)
+``bandwidth``: merge and packing against a copy on the device. (d) ``enqueue``: the host's time for one call of 4
+machines x 8 ranks. And ``pieces``, from which ``--write-table`` writes the table that chooses between library and fused
+kernel. Every row has the attention library's own time from the same run. Arms alternate on fresh random inputs, with
+caches flushed between; each result is checked against float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.bench.command import new_document
+from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
+from sf_xfuser.kernels import (
+    Kernel,
+    attend_chunks_,
+    attend_chunks_into,
+    merge_,
+    merge_into,
+    pack,
+    pack_compressed,
+    sdpa_attend,
+    unpack,
+    unpack_compressed,
+)
+from sf_xfuser.kernels.attend import SDPA
+from sf_xfuser.kernels.choice import TABLE, Measured, architecture, write_table
+from sf_xfuser.kernels.fused import HEAD_SIZES
+from sf_xfuser.kernels.packing import Compressed, Format
+from sf_xfuser.plan import Layout
+
+Arms = dict[str, Callable[[], object]]
+Row = dict[str, Any]
+
+GOALS = {"chunking": 1.03, "fused": 1 / 0.75, "bandwidth": 1 / 0.85}
+"""At most so many times what the row is compared with."""
+ENQUEUE_US = 150.0
+_ERRORS = 2.0  # at most so many times the library's own
+_SAMPLED = 64  # rows of each head that are compared with float64
+_FLUSH_BYTES = 256 << 20  # more than any GPU's last cache
+_AHEAD_CYCLES = 10_000_000  # for which the GPU sleeps, so that it never waits for the host while it is timed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Tokens are those of all ranks. ``pieces``: tokens of queries and of keys, each with each."""
+
+    chunking: int
+    fused: int
+    bandwidth: int
+    enqueue: int
+    heads: int
+    head_sizes: tuple[int, ...]
+    pieces: tuple[int, ...]
+    piece_heads: int
+    piece_head_sizes: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+REAL = Sizes(
+    chunking=32768,
+    fused=16384,
+    bandwidth=8192,
+    enqueue=32768,
+    heads=24,
+    head_sizes=(128, 64),
+    pieces=(1024, 4096, 16384),
+    piece_heads=6,
+    piece_head_sizes=HEAD_SIZES,
+    dtypes=(torch.bfloat16, torch.float16),
+)
+SMOKE = Sizes(
+    chunking=96,
+    fused=48,
+    bandwidth=32,
+    enqueue=128,
+    heads=8,
+    head_sizes=(64,),
+    pieces=(8, 24),
+    piece_heads=2,
+    piece_head_sizes=(64, 72),
+    dtypes=(torch.bfloat16,),
+)
+
+
+class Wrong(RuntimeError):
+    """A result that must not be timed."""
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Where and how often; ``rows`` collects what was measured."""
+
+    def __init__(self, device: torch.device, sizes: Sizes, repeat: int, warmup: int) -> None:
+        self.device, self.sizes, self.repeat, self.warmup = device, sizes, repeat, warmup
+        self.rows: list[Row] = []
+        self.on_gpu = device.type == "cuda"
+        self._flushed = torch.empty(_FLUSH_BYTES if self.on_gpu else 0, dtype=torch.uint8, device=device)
+
+    def tokens(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Fresh, [B, H, S, D] as xDiT hands them over: a view of [B, S, H, D]."""
+        B, H, S, D = shape
+        return torch.randn(B, S, H, D, device=self.device).to(dtype).transpose(1, 2)
+
+    def us(self, arms: Arms) -> dict[str, list[float]]:
+        """Microseconds on the device, of ``repeat`` runs of each arm after ``warmup``; arms take turns."""
+        return self._alternate(arms, self._device_us)
+
+    def host_us(self, arms: Arms) -> dict[str, list[float]]:
+        """The same of the host, until all is enqueued."""
+        return self._alternate(arms, self._host_us)
+
+    def _alternate(self, arms: Arms, measure: Callable[[Callable[[], object]], float]) -> dict[str, list[float]]:
+        taken: dict[str, list[float]] = {name: [] for name in arms}
+        for number in range(self.warmup + self.repeat):
+            for name, work in arms.items():
+                us = measure(work)
+                if number >= self.warmup:
+                    taken[name].append(us)
+        return taken
+
+    def _device_us(self, work: Callable[[], object]) -> float:
+        if not self.on_gpu:
+            return self._host_us(work)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._flushed.zero_()
+        torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(start.elapsed_time(end))
+
+    def _host_us(self, work: Callable[[], object]) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        started_s = time.perf_counter()
+        work()
+        return 1e6 * (time.perf_counter() - started_s)
+
+    def add(self, part: str, arm: str, us: Sequence[float], **more: Any) -> None:
+        self.rows.append({"part": part, "arm": arm, **summary(us), **more})
+
+
+def summary(us: Sequence[float]) -> Row:
+    """Median and quartiles."""
+    quartiles = statistics.quantiles(us, n=4, method="inclusive") if len(us) > 1 else [us[0]] * 3
+    return {"median_us": statistics.median(us), "quartiles_us": [quartiles[0], quartiles[2]], "repeat": len(us)}
+
+
+def libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+    """PyTorch's attention functions that serve these, by xDiT's names."""
+    found: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {}
+    for name in ("SDPA_FLASH",) if q.device.type == "cpu" else ("CUDNN", "SDPA_FLASH"):
+        work = partial(SDPA[name], q, k, v, None)
+        try:
+            work()
+        except RuntimeError:  # this head size, dtype or GPU is not served
+            continue
+        found[name] = work
+    if not found:
+        raise Wrong(f"no attention library serves {tuple(q.shape)} {q.dtype}")
+    return found
+
+
+def fastest(us: dict[str, list[float]], names: Sequence[str]) -> tuple[str, float]:
+    """The one with the lowest median, and that."""
+    medians = {name: statistics.median(us[name]) for name in names}
+    name = min(medians, key=lambda each: medians[each])
+    return name, medians[name]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is new holds NaN, so that what is not written is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def require_exact(
+    what: str, got: torch.Tensor, library: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> float:
+    """The largest error of ``got`` [B, H, S, D] in parts of what is allowed; rows sampled, the ends among them. Raises
+    ``Wrong`` where that is above 1 or anything is not finite."""
+    if not bool(got.isfinite().all()):
+        raise Wrong(f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite")
+    rows = torch.randint(q.shape[2], (_SAMPLED,), device=q.device)
+    rows[0], rows[1] = 0, q.shape[2] - 1
+    scores = q[:, :, rows].double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
+    exact = torch.softmax(scores, -1) @ v.double()
+    ours, theirs = (float((x[:, :, rows].double() - exact).abs().max()) for x in (got, library))
+    floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) / 2  # half a unit in the last place
+    found = ours / (_ERRORS * max(theirs, floor))
+    if found > 1:
+        raise Wrong(f"{what}: error {ours:.3g} against float64, the library's is {theirs:.3g}")
+    return found
+
+
+# -- (a) -------------------------------------------------------------------------------------------------------------
+
+
+def chunking(bench: Bench) -> None:
+    """One rank's share of T=4: its head group's queries and keys of all tokens."""
+    for D in bench.sizes.head_sizes:
+        L, H = bench.sizes.chunking, bench.sizes.heads
+        q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
+        layout = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=1)
+        rank = OneRank(layout, q, k, v, Loopback(bench.device))
+        own_rows = sdpa_attend(rank.own[0], k, v)[0]
+        rank.fill(own_rows)
+        share = q[:, rank.heads], k[:, rank.heads], v[:, rank.heads]
+        whole = libraries(*share)
+        library, _ = sdpa_attend(*share)
+        arms: Arms = dict(whole)
+        errors = {}
+        for kernel in ("library", "fused"):
+            arms[f"torus, {kernel}"] = work = partial(call, rank, kernel)
+            got = torch.full_like(library, float("nan"))
+            with poisoned():
+                for rows, out in rank.outputs(work()):
+                    got[:, :, rows] = out
+            errors[kernel] = require_exact(f"chunking, {kernel}, D={D}", got, library, *share)
+        us = bench.us(arms)
+        name, library_us = fastest(us, list(whole))
+        flops = 4 * share[0].shape[1] * L * L * D
+        for arm, taken in us.items():
+            bench.add(
+                "chunking",
+                arm,
+                taken,
+                what=f"L={L} H={H} D={D} T=4",
+                library=name,
+                library_us=library_us,
+                ratio=statistics.median(taken) / library_us,
+                goal=GOALS["chunking"] if arm == "torus, library" else None,
+                rate_tflops=flops / statistics.median(taken) / 1e6,
+                error=errors.get(arm.removeprefix("torus, ")),
+            )
+
+
+def call(rank: OneRank, kernel: Kernel) -> torch.Tensor:
+    counts = rank.counts
+    return torus_attention(*rank.own, mesh=rank.mesh, q_tokens=counts, kv_tokens=counts, kernel=kernel)
+
+
+# -- (b) -------------------------------------------------------------------------------------------------------------
+
+
+def fused(bench: Bench) -> None:
+    L, H = bench.sizes.fused, bench.sizes.heads
+    for D in bench.sizes.head_sizes:
+        q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
+        whole = libraries(q, k, v)
+        library, _ = sdpa_attend(q, k, v)
+        arms: Arms = dict(whole)
+        errors = {}
+        for parts in (1, 4):
+            lists = [list(x.chunk(parts, 2)) for x in (q, k, v)]
+            result = torch.full_like(q, float("nan"))
+            out = [torch.full(x.shape, float("nan"), device=bench.device) for x in lists[0]]
+            lse = [torch.full(x.shape[:3], float("-inf"), device=bench.device) for x in lists[0]]
+            arm = f"fused, {parts} x {parts} chunks"
+            arms[arm] = work = partial(attend_chunks_into, list(result.chunk(parts, 2)), *lists, out, lse)
+            work()
+            errors[arm] = require_exact(f"{arm}, D={D}", result, library, q, k, v)
+        us = bench.us(arms)
+        name, library_us = fastest(us, list(whole))
+        for arm, taken in us.items():
+            median_us = statistics.median(taken)
+            bench.add(
+                "fused",
+                arm,
+                taken,
+                what=f"L={L} H={H} D={D}",
+                library=name,
+                library_us=library_us,
+                ratio=median_us / library_us,
+                goal=GOALS["fused"] if arm in errors and D == 128 else None,
+                rate_tflops=4 * H * L * L * D / median_us / 1e6,
+                error=errors.get(arm),
+            )
+
+
+# -- (c) -------------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(bench: Bench) -> None:
+    """Merges and packings, each against a copy of as many bytes as it reads and writes."""
+    L, H = bench.sizes.bandwidth, bench.sizes.heads
+    for D in bench.sizes.head_sizes:
+        q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
+        whole = libraries(q, k, v)
+        new_out, new_lse = sdpa_attend(q, k, v)
+        works = _merges(bench, new_out, new_lse) | _packings(bench, q, k, v)
+        arms: Arms = {name: work for name, (work, _) in works.items()}
+        for name, (_, nbytes) in works.items():
+            source = torch.randint(255, (nbytes // 2,), dtype=torch.uint8, device=bench.device)
+            arms[f"copy for {name}"] = partial(torch.empty_like(source).copy_, source)
+        us = bench.us(arms | whole)
+        library, library_us = fastest(us, list(whole))
+        for name, (_, nbytes) in works.items():
+            copy_us, median_us = (statistics.median(us[each]) for each in (f"copy for {name}", name))
+            bench.add(
+                "bandwidth",
+                name,
+                us[name],
+                what=f"S={L} H={H} D={D}",
+                library=library,
+                library_us=library_us,
+                copy_us=copy_us,
+                ratio=median_us / copy_us,
+                goal=GOALS["bandwidth"],
+                rate_gbps=nbytes / median_us / 1e3,
+            )
+
+
+def _merges(bench: Bench, new_out: torch.Tensor, new_lse: torch.Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+    """By name: what to run, and bytes read and written. The accumulator lies as a call's does."""
+    B, H, S, D = new_out.shape
+    out = torch.randn(S, B, H, D, device=bench.device).permute(1, 2, 0, 3)
+    lse = new_lse + torch.randn_like(new_lse)
+    result = torch.full((B, S, H, D), float("nan"), dtype=new_out.dtype, device=bench.device).transpose(1, 2)
+    weight = torch.sigmoid(new_lse.double() - lse.double()).unsqueeze(-1)
+    expected = out + weight * (new_out.double() - out)
+    merged, merged_lse = out.clone(), lse.clone()
+    merge_(merged, merged_lse, new_out, new_lse)
+    merge_into(result, out.clone(), lse.clone(), new_out, new_lse)
+    _require_close("merge", merged, expected, 1e-5)
+    _require_close("merge, the last", result, expected, torch.finfo(result.dtype).eps)
+    _require_close("merge, log-sum-exp", merged_lse, torch.logaddexp(lse.double(), new_lse.double()), 1e-5)
+    rows, elements = lse.numel(), out.numel()
+    return {
+        "merge": (partial(merge_, merged, merged_lse, new_out, new_lse), 10 * elements + 12 * rows),
+        "merge, the last": (partial(merge_into, result, out, lse, new_out, new_lse), 8 * elements + 8 * rows),
+    }
+
+
+def _packings(
+    bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """As ``_merges``: half of the heads, there and back."""
+    half = slice(0, q.shape[1] // 2)
+    kv = [x[:, half].permute(2, 0, 1, 3) for x in (k, v)]
+    back = [torch.full_like(x, float("nan")) for x in kv]
+    S, B, H, D = kv[0].shape
+    chunk = torch.full((S, 2, B, H, D), float("nan"), dtype=k.dtype, device=bench.device)
+    pack(kv, chunk)
+    unpack(chunk, back)
+    for name, got, expected in (("pack", chunk, torch.stack(kv, 1)), ("unpack", torch.stack(back), torch.stack(kv))):
+        if not torch.equal(got, expected):
+            raise Wrong(f"{name} changed what it copied")
+    works: dict[str, tuple[Callable[[], object], int]] = {
+        "pack K, V": (partial(pack, kv, chunk), 2 * chunk.nbytes),
+        "unpack K, V": (partial(unpack, chunk, back), 2 * chunk.nbytes),
+    }
+    own, returned = q[:, half].permute(2, 0, 1, 3), torch.full_like(kv[0], float("nan"))
+    formats: tuple[tuple[Format, float], ...] = (("fp8", 2.0**-3), ("int8", 2.0**-6))
+    for format, step in formats:
+        layout = Compressed(shape=(S, B, H, D), dtype=q.dtype, formats=(format,))
+        packed = torch.full((layout.nbytes,), 255, dtype=torch.uint8, device=bench.device)
+        pack_compressed((own,), packed, (format,))
+        unpack_compressed(packed, (returned,), (format,))
+        _require_close(f"{format}, there and back", returned, own.double(), step)
+        nbytes = own.nbytes + layout.nbytes
+        works[f"pack Q to {format}"] = (partial(pack_compressed, (own,), packed, (format,)), nbytes)
+        works[f"unpack Q from {format}"] = (partial(unpack_compressed, packed, (returned,), (format,)), nbytes)
+    return works
+
+
+def _require_close(what: str, got: torch.Tensor, expected: torch.Tensor, parts: float) -> None:
+    """In parts of the largest element."""
+    error, largest = float((got.double() - expected).abs().max()), float(expected.abs().max())
+    if not error <= parts * largest:  # NaN, too
+        raise Wrong(f"{what}: error {error:.3g} of {largest:.3g}")
+
+
+# -- (d) -------------------------------------------------------------------------------------------------------------
+
+
+def enqueue(bench: Bench) -> None:
+    """What the host does in one call of T=4, U=2, R=4, the transport's part included on a GPU."""
+    L, H = bench.sizes.enqueue, bench.sizes.heads
+    D = bench.sizes.head_sizes[0]
+    q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
+    layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=4)
+    peers = range(1, layout.world_size)
+    lane = StreamLoopback(layout.world_size, 0, peers, bench.device) if bench.on_gpu else Loopback(bench.device)
+    rank = OneRank(layout, q, k, v, lane)
+    own_rows = sdpa_attend(rank.own[0], k, v)[0]
+    rank.fill(own_rows)
+    whole = libraries(rank.own[0], k, v)
+    arms: Arms = dict(whole)
+    errors = {}
+    for kernel in ("library", "fused"):
+        arms[f"torus, {kernel}"] = work = partial(call, rank, kernel)
+        with poisoned():
+            errors[kernel] = require_exact(f"enqueue, {kernel}", work(), own_rows, rank.own[0], k, v)
+    us = bench.host_us(arms)
+    name, library_us = fastest(us, list(whole))
+    for kernel in ("library", "fused"):
+        taken = us[f"torus, {kernel}"]
+        bench.add(
+            "enqueue",
+            f"torus, {kernel}",
+            taken,
+            what=f"L={L} H={H} D={D} T=4 U=2 R=4, host",
+            library=name,
+            library_us=library_us,
+            ratio=statistics.median(taken) / ENQUEUE_US,
+            goal=1.0,
+            error=errors[kernel],
+        )
+    rank.mesh.close()
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def pieces(bench: Bench) -> None:
+    """One piece attended and merged: by each library and the merge kernel, and by the fused kernel."""
+    H = bench.sizes.piece_heads
+    for dtype in bench.sizes.dtypes:
+        for D in bench.sizes.piece_head_sizes:
+            for S_q in bench.sizes.pieces:
+                for S_kv in bench.sizes.pieces:
+                    _piece(bench, dtype, D, H, S_q, S_kv)
+
+
+def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int) -> None:
+    q, k, v = (bench.tokens(1, H, S, D, dtype=dtype) for S in (S_q, S_kv, S_kv))
+    out = torch.full((S_q, 1, H, D), float("nan"), device=bench.device).permute(1, 2, 0, 3)
+    lse = torch.full((1, H, S_q), float("-inf"), device=bench.device)
+    whole = libraries(q, k, v)
+    attend_chunks_([q], [k], [v], [out], [lse])
+    what = f"{S_q} x {S_kv} tokens H={H} D={D} {str(dtype).removeprefix('torch.')}"
+    library, _ = sdpa_attend(q, k, v)
+    error = require_exact(f"piece of {what}", out.to(dtype), library, q, k, v)
+
+    def and_merge(attend: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+        new_out, new_lse = attend()
+        merge_(out, lse, new_out, new_lse)
+
+    arms: Arms = {name: partial(and_merge, attend) for name, attend in whole.items()}
+    us = bench.us(arms | {"fused": partial(attend_chunks_, [q], [k], [v], [out], [lse])})
+    fused_us = statistics.median(us["fused"])
+    for name in whole:
+        library_us = statistics.median(us[name])
+        bench.add(
+            "pieces",
+            "fused",
+            us["fused"],
+            what=what,
+            library=name,
+            library_us=library_us,
+            ratio=fused_us / library_us,
+            error=error,
+            measured={
+                "architecture": architecture(bench.device) if bench.on_gpu else "cpu",
+                "library": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "D": D,
+                "q_tokens": S_q,
+                "kv_tokens": S_kv,
+                "library_us": library_us,
+                "fused_us": fused_us,
+            },
+        )
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "chunking": chunking,
+    "fused": fused,
+    "bandwidth": bandwidth,
+    "enqueue": enqueue,
+    "pieces": pieces,
+}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    made = Table("part", "arm", "what", "median, us", "library, us", "compared with", "rate", "goal")
+    for row in rows:
+        rate = f"{row['rate_tflops']:.0f} TFLOP/s" if "rate_tflops" in row else ""
+        rate = f"{row['rate_gbps']:.0f} GB/s" if "rate_gbps" in row else rate
+        goal = row.get("goal")
+        met = "" if goal is None else f"<= {goal:.2f}x: {'met' if row['ratio'] <= goal else 'missed'}"
+        against = {"bandwidth": "a copy", "enqueue": f"{ENQUEUE_US:.0f} us"}.get(row["part"], row["library"])
+        library = f"{row['library']} {row['library_us']:.4g}"
+        cells = row["part"], row["arm"], row["what"], f"{row['median_us']:.4g}", library
+        made.add_row(*cells, f"{row['ratio']:.3f}x {against}", rate, met)
+    return made
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.gpu", description=__doc__)
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--repeat", type=int, default=21, help="timed runs of each arm. Default: 21")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed runs before. Default: 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows, as docs/results/ has them")
+    parser.add_argument(
+        "--write-table",
+        type=Path,
+        nargs="?",
+        const=TABLE,
+        metavar="FILE",
+        help="put the measured pieces into the table that chooses between library and fused kernel. Default: the one "
+        "that is shipped",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, also on a CPU: runs all, measures nothing")
+    options = parser.parse_args(argv)
+    options.parts = options.parts.split(",")
+    if unknown := [name for name in options.parts if name not in PARTS]:
+        parser.error(f"--parts {','.join(unknown)}: give some of {', '.join(PARTS)}")
+    if options.repeat < 1 or options.warmup < 0:
+        parser.error("--repeat must be at least 1 and --warmup at least 0")
+    if options.write_table and (options.smoke or "pieces" not in options.parts):
+        parser.error("--write-table takes measured pieces: leave --smoke out, and pieces among --parts")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Status 2 where there is no GPU, 1 where a result was wrong."""
+    options = parse(argv)
+    if not torch.cuda.is_available() and not options.smoke:
+        print("no GPU: PyTorch sees no CUDA device, so there is nothing to measure (--smoke runs it)", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    bench = Bench(device, SMOKE if options.smoke else REAL, options.repeat, options.warmup)
+    found = new_document("python -m sf_xfuser.bench.gpu") | {"smoke": options.smoke}
+    failures = []
+    with torch.no_grad():
+        for name in options.parts:
+            try:
+                PARTS[name](bench)
+            except Wrong as wrong:
+                failures.append(f"{name}: {wrong}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table(bench.rows))
+    found.update(rows=bench.rows, failures=failures)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.write_table and not failures:
+        rows = [Measured(**row["measured"]) for row in bench.rows if "measured" in row]
+        of = {name: found[name] for name in ("created", "commit", "hardware", "versions")}
+        write_table(options.write_table, rows, of)
+    for failure in failures:
+        print(f"wrong, and not timed: {failure}", file=sys.stderr)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""One rank of a group without the others: what they would send lies in the window before a call begins, so a call takes
+what this rank computes and what its host enqueues, and nothing else. On one GPU, or on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from sf_xfuser.call import Call, agree
+from sf_xfuser.mesh import Mesh
+from sf_xfuser.plan import Layout, Plan
+from sf_xfuser.schedule import Exchange, Message, Piece
+from sf_xfuser.topology import Topology
+from sf_xfuser.transport import OneSided, Parcel, SymmMem, Ticket
+from sf_xfuser.transport.device import DeviceWindow
+
+
+class Alone:
+    """As ``Agreement``, where every rank says what this one says."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+
+    def gather(self, topic: str, value: Any) -> list[Any]:
+        return [value] * self._ranks
+
+
+class _Here(Ticket):
+    def wait(self) -> None:
+        pass
+
+
+class Loopback(OneSided):
+    """Nothing is sent and nothing awaited. ``sent``: the parcels of the last call, in the schedule's order."""
+
+    halves = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self._window = torch.empty(0, dtype=torch.uint8, device=device)
+        self.sent: list[Parcel] = []
+
+    @property
+    def window_bytes(self) -> int:
+        return self._window.nbytes
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes > self._window.nbytes:
+            self._window = self._window.new_empty(nbytes)
+
+    def begin(self) -> torch.Tensor:
+        self.sent = []
+        return self._window
+
+    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
+        self.sent += sends
+        return _Here()
+
+    def drain(self) -> None:
+        pass
+
+    def windows(self) -> list[torch.Tensor]:
+        """Each part of the window that a call may use."""
+        return [self._window]
+
+
+class StreamLoopback(SymmMem):
+    """The transport between GPUs with all that its host does for a call (packs, copies, flags, waits, streams), where
+    copies end in memory that nobody reads and every flag has been raised long ago."""
+
+    name = "loopback"
+
+    def __init__(self, ranks: int, position: int, peers: Sequence[int], device: torch.device) -> None:
+        self._where = device
+        agreement: Any = Alone(ranks)
+        DeviceWindow.__init__(self, agreement, range(ranks), position, peers, 60.0)
+
+    def reserve(self, nbytes: int) -> None:
+        super().reserve(nbytes)
+        assert self._block is not None and self._memory is not None
+        self._memory[self._block.flags : self._block.head_bytes].view(torch.int64).fill_(1 << 62)
+
+    def windows(self) -> list[torch.Tensor]:
+        """As ``Loopback.windows``."""
+        assert self._block is not None and self._memory is not None
+        starts = (self._block.half(0), self._block.half(1))
+        return [self._memory[start : start + self._block.half_bytes] for start in starts]
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        memory, self._nowhere = (torch.empty(nbytes, dtype=torch.uint8, device=self._where) for _ in range(2))
+        self._address = dict.fromkeys(self._peers, self._nowhere.data_ptr())
+        return memory
+
+    def _free(self) -> None:
+        pass
+
+
+class OneRank:
+    """Position 0 of ``layout``, with tokens spread evenly: the ranks' tokens follow each other by position."""
+
+    def __init__(
+        self, layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lane: Loopback | StreamLoopback
+    ) -> None:
+        """``q``, ``k``, ``v`` [B, H, L, D]: those of all ranks."""
+        ranks = layout.world_size
+        if q.shape[2] % ranks:
+            raise ValueError(f"{q.shape[2]} tokens cannot be spread evenly over {ranks} ranks")
+        topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
+        nobody: Any = None  # no process groups: a mesh of one rank exchanges nothing through them
+        agreement: Any = Alone(ranks)
+        self.lane = lane
+        self.mesh = Mesh(
+            plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank alone", heads=q.shape[1]),
+            grid=topology.fold(range(ranks)),
+            topology=topology,
+            position=0,
+            lanes={"inside": lane, "across": lane},
+            ulysses_group=nobody,
+            ring_group=nobody,
+            agreement=agreement,
+            transport="loopback",
+            chosen="the only one here",
+        )
+        self.tokens = q.shape[2] // ranks
+        self.own = tuple(x[:, :, : self.tokens] for x in (q, k, v))
+        self.counts = (self.tokens,) * ranks
+        self._all = {"q": (q,), "kv": (k, v)}
+
+    @property
+    def heads(self) -> slice:
+        """Of the head group that this rank attends."""
+        return slice(*self._call.sizes.q_heads[self.mesh.layout.head_group(0)])
+
+    @property
+    def _call(self) -> Call:
+        return agree(self.mesh, (*self.own, None, None), None, (self.counts, self.counts))
+
+    def fill(self, out: torch.Tensor) -> None:
+        """Put into the window what the peers would send; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
+        places = self._call.places[0]
+        for window in (places.window_bytes and self.lane.windows()) or []:
+            for message in self._messages("receives"):
+                offset = places.window_offset(message)
+                chunk = self._chunk(message, out)
+                into = window[offset : offset + chunk.nbytes].view(chunk.dtype).view(chunk.shape)
+                into.copy_(chunk)
+
+    def _chunk(self, message: Message, out: torch.Tensor) -> torch.Tensor:
+        """What the peer sends: [S, B, H, D], or K and V as [S, 2, B, H, D]."""
+        layout, sizes = self.mesh.layout, self._call.sizes
+        if message.tensor == "o":
+            low, high = sizes.q_heads[layout.head_group(message.peer)]
+            first, end = message.pieces[0].span(self.tokens)
+            return out[:, low:high, first:end].permute(2, 0, 1, 3).contiguous()
+        low, high = (sizes.q_heads if message.tensor == "q" else sizes.kv_heads)[layout.head_group(0)]
+        parts = [
+            torch.cat([x[:, low:high, self._rows(piece)] for piece in message.pieces], 2).permute(2, 0, 1, 3)
+            for x in self._all[message.tensor]
+        ]
+        return parts[0].contiguous() if len(parts) == 1 else torch.stack(parts, 1)
+
+    def outputs(self, result: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Every output that this rank attended in the last call, as rows among all tokens and [B, H, S, D]: its own out
+        of ``result``, the others as they were sent over a ``Loopback``."""
+        assert isinstance(self.lane, Loopback)
+        yield slice(0, self.tokens), result[:, self.heads]
+        for message, parcel in zip(self._messages("sends"), self.lane.sent, strict=True):
+            if message.tensor == "o":
+                yield self._rows(message.pieces[0]), parcel.parts[0].permute(1, 2, 0, 3)
+
+    def _messages(self, side: str) -> Iterator[Message]:
+        for step in self._call.schedule.steps:
+            if isinstance(step, Exchange):
+                yield from getattr(step, side)
+
+    def _rows(self, piece: Piece) -> slice:
+        first, end = piece.span(self.tokens)
+        return slice(piece.source * self.tokens + first, piece.source * self.tokens + end)
