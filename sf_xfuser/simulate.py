@@ -132,10 +132,11 @@ class _Work:
     def __init__(self, cluster: Cluster, shape: CallShape) -> None:
         compute = cluster.compute
         self.shape, self.compute = shape, compute
+        self.slower = max(1.0, cluster.world_size / compute.slots) if compute.slots else 1.0
         self.rate = compute.attention_rate(shape.dtype, shape.head_dim)
         self.memory = compute.memory_gbs * 1e9
         self.itemsize = ITEMSIZE[shape.dtype]
-        self.alone_s = shape.flops / cluster.world_size / self.rate
+        self.alone_s = shape.flops / cluster.world_size / self.rate * self.slower
 
     def attend(self, rows: int, keys: int, heads: int, merge_bytes: int) -> float:
         """``rows`` of queries, each with ``heads`` local heads, to ``keys``; and the merge."""
@@ -145,7 +146,7 @@ class _Work:
             tiles = shape.batch * heads * math.ceil(rows / compute.tile_rows)
             seconds *= max(1.0, compute.units / tiles)
         merged = rows * heads * shape.batch * shape.head_dim * merge_bytes
-        return seconds + merged / self.memory + compute.attend_us * 1e-6
+        return (seconds + merged / self.memory + compute.attend_us * 1e-6) * self.slower
 
     def fills(self, rows: int, heads: int) -> bool:
         """Whether an attention call leaves no multiprocessor idle."""
@@ -153,7 +154,7 @@ class _Work:
 
     def copy(self, nbytes: float) -> float:
         """Read and written."""
-        return 2.0 * nbytes / self.memory
+        return 2.0 * nbytes / self.memory * self.slower
 
 
 # -- the replay -------------------------------------------------------------------------------------------------------
@@ -440,7 +441,7 @@ class _Torus(_Arm):
         slabs, blocks = layout.num_machines, layout.num_machines * layout.ring_inside
         rows = self.tokens * layout.ulysses_degree
         keys = layout.world_size * self.tokens + self.shape.joint_tokens
-        busy_s = work.attend(rows, keys, self.heads, 0) + (blocks - 1) * work.compute.attend_us * 1e-6
+        busy_s = work.attend(rows, keys, self.heads, 0) + (blocks - 1) * work.compute.attend_us * 1e-6 * work.slower
         ratio = Fraction(self.shape.kv_heads, self.shape.heads)
         share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
         ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
@@ -533,8 +534,9 @@ class _Torus(_Arm):
             messages += size > 0
             if message.tensor == "o" or to != group:
                 packed += size
-        if packed:
-            replay.work(position, self.work.copy(packed), fills=False)
+        host_s = way.host_us * 1e-6 * messages * self.work.slower + self.work.copy(packed)
+        if host_s:
+            replay.work(position, host_s, fills=False)
         replay.post(
             position,
             step.lane,

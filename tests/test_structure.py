@@ -17,7 +17,7 @@ ROWS = [
     {"models", "planner"},
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
-    {"usp", "long_context", "context_parallel"},
+    {"usp", "probe", "long_context", "context_parallel"},
     {"plugin"},
     {"native", "doctor"},
     {"bench"},
