@@ -1,8 +1,9 @@
-"""Measures a cluster: how fast its ranks attend, and what each pattern of transfers makes of its links. A few seconds.
+"""Measures a cluster: how fast its ranks attend, and what each pattern of transfers makes of its links. Some seconds.
 
-What is measured are pieces, never a whole arm: attention calls of two sizes, a merge, each collective of xDiT's alone
-on the groups that xDiT would make, and the schedule's own transfers with nothing computed. The result is a
-``cluster.Cluster`` for ``simulate.predict``.
+What is measured are pieces, never a whole arm: attention calls, a merge, each collective of xDiT's alone on the groups
+that xDiT would make, and the schedule's own transfers with nothing computed. Each is measured small (what it takes
+whatever its size) and large (what grows with it), several in a row: ranks leave the barrier before it at different
+times, which is no cost of theirs. The result is a ``cluster.Cluster`` for ``simulate.predict``.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.attention import attend_nothing, torus_attention
-from sf_xfuser.cluster import Cluster, Compute, Link, Way
+from sf_xfuser.cluster import PATTERNS, Cluster, Compute, Link, Way
 from sf_xfuser.kernels import AttendFunction, merge_
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.plan import Layout
 from sf_xfuser.simulate import MERGE_BYTES, CallShape, TorusArm, predict
 from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
 
-_ROWS, _KEYS = 1024, (256, 2048)
 _REPEAT = 3
+_SMALL_CALLS = 8  # in a row
+_ATTEND_S = 0.02  # a large attention call takes longer than this
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
 Gather = Callable[[Any], list[Any]]
@@ -37,16 +39,25 @@ Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``; transfers of about
-    ``transfer_s`` each. ``across_gbps``: what a machine can send, where known (None: the fastest pattern seen)."""
+    """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``; large transfers of
+    about ``transfer_s`` each. ``across_gbps``: what a machine can send, where known (None: the fastest pattern seen).
+    """
 
     attend: AttendFunction
     heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    transfer_s: float = 0.2
+    transfer_s: float = 0.1
     across_gbps: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Of one call of the slowest rank: ``seconds`` of the clock, and ``cpu_s`` of all ranks together."""
+
+    seconds: float
+    cpu_s: float
 
 
 def measure(mesh: Mesh, order: Order, gather: Gather) -> Cluster:
@@ -61,14 +72,12 @@ class _Probe:
         self.grid = self.layout.num_machines, self.layout.ranks_per_machine
         self.world_size = self.layout.world_size
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self.slots: float | None = None
 
     def cluster(self) -> Cluster:
         n, m = self.grid
         compute = self._compute()
-        self.slots = compute.slots
-        across = self._link(compute, inside=False) if n > 1 else None
-        inside = self._link(compute, inside=True) if m > 1 else None
+        across = self._link(compute.slots, inside=False) if n > 1 else None
+        inside = self._link(compute.slots, inside=True) if m > 1 else None
         known = across or inside
         assert known is not None, "a mesh has at least two ranks"
         found = Cluster(
@@ -83,100 +92,104 @@ class _Probe:
         )
         return self._with_puts(found)
 
-    # -- compute ------------------------------------------------------------------------------------------------------
-
-    def _compute(self) -> Compute:
-        order = self.order
-        shape = (1, order.heads, _ROWS, order.head_dim)
-        q = torch.randn(shape, device=order.device).to(order.dtype)
-        kv = torch.randn((1, order.heads, _KEYS[1], order.head_dim), device=order.device).to(order.dtype)
-        # Several in a row, so that ranks which share cores take turns.
-        in_a_row = (4 * _KEYS[1] // _KEYS[0], 4)
-        calls = [
-            partial(_repeated, partial(order.attend, q, kv[:, :, :keys], kv[:, :, :keys]), times)
-            for keys, times in zip(_KEYS, in_a_row, strict=True)
-        ]
-        small_s, large_s = (self._timed(call, alone=True) / n for call, n in zip(calls, in_a_row, strict=True))
-        slower = self._timed(calls[1]) / in_a_row[1] / large_s
-        slots = self.world_size / slower if slower > _SLOWED else None
-        slower = slower if slots else 1.0
-        flops = [4.0 * order.heads * _ROWS * keys * order.head_dim for keys in _KEYS]
-        rate = (flops[1] - flops[0]) / max(large_s - small_s, 1e-9)
-        out, lse = order.attend(q, kv[:, :, : _KEYS[0]], kv[:, :, : _KEYS[0]])
-        total, total_lse = out.float(), lse.float()
-        merge_s = self._timed(partial(_repeated, lambda: merge_(total, total_lse, out, lse), 8)) / 8
-        return Compute(
-            attention_tflops=((str(order.dtype).removeprefix("torch."), order.head_dim, rate / 1e12),),
-            linear_tflops=rate / 1e12,
-            memory_gbs=MERGE_BYTES * out.numel() / merge_s * slower / 1e9,
-            attend_us=max(0.0, small_s - flops[0] / rate) * 1e6,
-            slots=slots,
-        )
-
-    def _timed(self, call: Callable[[], object], *, alone: bool = False, repeat: int = _REPEAT) -> float:
-        """Median of the slowest rank's time; ``alone``: of one rank, while the others wait."""
+    def _timed(self, call: Callable[[], object], times: int = 1, *, alone: bool = False) -> Timing:
+        """``times`` calls in a row, the median of some tries; ``alone``: on one rank, while the others wait."""
         idle = alone and dist.get_rank() != self.mesh.members[0]
-        times = []
-        for _ in range(repeat + 1):
-            self._together()
-            started = time.perf_counter()
-            if not idle:
+        seen = []
+        for _ in range(_REPEAT + 1):  # the first makes buffers and connections warm
+            self._synchronize()
+            self.gather(None)
+            cpu_s, started_s = _cpu_s(), time.perf_counter()
+            for _ in range(0 if idle else times):
                 call()
-                self._synchronize()
-            times.append(max(map(float, self.gather(0.0 if idle else time.perf_counter() - started))))
-        return statistics.median(times[1:])
-
-    def _together(self) -> None:
-        self._synchronize()
-        self.gather(None)
+            self._synchronize()
+            took_s = 0.0 if idle else time.perf_counter() - started_s
+            reports = self.gather((took_s, _cpu_s() - cpu_s))
+            seen.append(Timing(seconds=max(r[0] for r in reports), cpu_s=sum(r[1] for r in reports)))
+        median = statistics.median
+        return Timing(
+            seconds=median(t.seconds for t in seen[1:]) / times, cpu_s=median(t.cpu_s for t in seen[1:]) / times
+        )
 
     def _synchronize(self) -> None:
         if self.order.device.type == "cuda":
             torch.cuda.synchronize()
 
+    # -- compute ------------------------------------------------------------------------------------------------------
+
+    def _compute(self) -> Compute:
+        order, tokens = self.order, 512
+        while True:
+            attend = self._attention(tokens)
+            large_s = self._timed(attend, alone=True).seconds
+            if large_s > _ATTEND_S or tokens >= 1 << 15:
+                break
+            tokens *= 2
+        slower = self._timed(attend, 4).seconds / large_s
+        slots = self.world_size / slower if slower > _SLOWED else None
+        rate = 4.0 * tokens**2 * order.heads * order.head_dim / large_s
+        small = 256
+        small_s = self._timed(self._attention(small), 4 * _SMALL_CALLS, alone=True).seconds
+        out = torch.randn((1, order.heads, 1024, order.head_dim), device=order.device).to(order.dtype)
+        total, lse = out.float().clone(), torch.zeros(out.shape[:3], device=order.device)
+        merge_s = self._timed(lambda: merge_(total, lse, out, lse.clone()), 8 * _SMALL_CALLS).seconds
+        return Compute(
+            attention_tflops=((_name(order.dtype), order.head_dim, rate / 1e12),),
+            linear_tflops=rate / 1e12,
+            memory_gbs=MERGE_BYTES * out.numel() / merge_s * (slower if slots else 1.0) / 1e9,
+            attend_us=max(0.0, small_s - 4.0 * small**2 * order.heads * order.head_dim / rate) * 1e6,
+            slots=slots,
+        )
+
+    def _attention(self, tokens: int) -> Callable[[], object]:
+        shape = (1, self.order.heads, tokens, self.order.head_dim)
+        x = torch.randn(shape, device=self.order.device).to(self.order.dtype)
+        return partial(self.order.attend, x, x.clone(), x.clone())
+
     # -- xDiT's collectives -------------------------------------------------------------------------------------------
 
-    def _link(self, compute: Compute, *, inside: bool) -> Link:
+    def _link(self, slots: float | None, *, inside: bool) -> Link:
         """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
-        m = self.grid[1]
-        seen: list[tuple[str, int, float, float]] = []  # pattern, members, Gbit/s, takes
+        seen: list[tuple[str, int, float, float, float]] = []  # pattern, members, start_s, Gbit/s, takes
         for pattern, config in self._patterns(inside=inside):
             sent = sent_by_ulysses(config, *self.grid) if pattern == "exchange" else sent_by_a_hop(config, *self.grid)
-            members = config.ulysses_degree if pattern == "exchange" else config.ring_degree
+            groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
+            members = len(groups[0])
             hops = members - 1 if pattern == "allgather" else 1
-            seconds, nbytes, takes = self._collective(pattern, config)
-            parts = [part * nbytes * self.world_size * hops for part in (sent.inside if inside else sent.across)]
-            # Out of a machine, or, inside, out of the rank that sends most.
-            busiest = max(parts) if inside else Sent((), tuple(parts)).out_of_a_machine(m)
-            seen.append((pattern, members, busiest * 8e-9 / seconds, takes))
-        nominal = max(gbps for _, _, gbps, _ in seen)
+            # Of one byte on each rank: what goes out of a machine, or, inside, out of the rank that sends most.
+            parts = [part * self.world_size * hops for part in (sent.inside if inside else sent.across)]
+            busiest = max(parts) if inside else Sent((), tuple(parts)).out_of_a_machine(self.grid[1])
+            small, large, nbytes = self._collective(pattern, self._group(groups))
+            takes = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
+            moved_s = max(large.seconds - small.seconds, large.seconds / 2)
+            seen.append((pattern, members, small.seconds, busiest * nbytes * 8e-9 / moved_s, takes))
+        nominal = max(gbps for _, _, _, gbps, _ in seen)
         if not inside and self.order.across_gbps is not None:
             nominal = self.order.across_gbps
-        ways = [(p, size, Way(efficiency=min(1.5, gbps / nominal), takes=takes)) for p, size, gbps, takes in seen]
-        for pattern in ("put", "message", "exchange", "allgather", "alltoall"):
-            if pattern not in {name for name, _, _ in ways}:
-                ways.append((pattern, 2, replace(ways[0][2])))
+        ways = [
+            (pattern, members, Way(efficiency=min(1.5, gbps / nominal), start_us=start_s * 1e6, takes=takes))
+            for pattern, members, start_s, gbps, takes in seen
+        ]
+        known = {pattern for pattern, _, _ in ways}
+        ways += [(pattern, 2, ways[0][2]) for pattern in PATTERNS if pattern not in known]
         return Link(rank_gbps=nominal, machine_gbps=None if inside else nominal, ways=tuple(ways))
 
     def _patterns(self, *, inside: bool) -> Iterable[tuple[str, XditConfig]]:
         """The collectives that cross machines (or do not), on the groups of each pair of degrees."""
-        m = self.grid[1]
-        for u in (d for d in range(2, self.world_size + 1) if self.world_size % d == 0):
-            if (u <= m) == inside and (m % u == 0 or u % m == 0):
-                yield "exchange", XditConfig(ulysses_degree=u, ring_degree=self.world_size // u)
-        if inside:
-            return
-        for ring in sorted({self.grid[0], 2 if self.grid[0] % 2 == 0 else self.grid[0]}):
+        n, m = self.grid
+        for size in (d for d in range(2, self.world_size + 1) if self.world_size % d == 0):
+            if (size <= m) == inside and (m % size == 0 or size % m == 0):
+                yield "exchange", XditConfig(ulysses_degree=size, ring_degree=self.world_size // size)
             for rotation in ("allgather", "alltoall"):
-                config = XditConfig(ulysses_degree=self.world_size // ring, ring_degree=ring, rotation=rotation)
-                yield rotation, config
+                # xDiT's rings cross machines wherever there are several; inside lie those of one.
+                if (n == 1) == inside:
+                    ulysses = self.world_size // size
+                    yield rotation, XditConfig(ulysses_degree=ulysses, ring_degree=size, rotation=rotation)
 
-    def _collective(self, pattern: str, config: XditConfig) -> tuple[float, int, float]:
-        """(seconds, bytes of this rank's tensor, fraction of all that computes which it took)."""
+    def _collective(self, pattern: str, group: dist.ProcessGroup) -> tuple[Timing, Timing, int]:
+        """(small, large, bytes of this rank's tensor in the large one)"""
         from torch.distributed import _functional_collectives as functional
 
-        groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
-        group = self._group(groups)
         size = dist.get_world_size(group)
 
         def run(tensor: torch.Tensor) -> None:
@@ -187,23 +200,17 @@ class _Probe:
             else:  # as PyTorch's ring passes KV on
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
-        numel = 1 << 14
-        while True:  # until it takes as long as wanted
-            tensor = torch.zeros(numel * size, dtype=torch.float32, device=self.order.device)
-            took = self._timed(partial(run, tensor), repeat=1)
-            wanted = max(1, min(64, math.ceil(self.order.transfer_s / max(took, 1e-6))))
-            if wanted == 1 or numel >= 1 << 24:
-                break
-            numel *= wanted if took > self.order.transfer_s / 20 else 8
-        before, started = _cpu_s(), time.perf_counter()
-        seconds = self._timed(partial(run, tensor))
-        return seconds, tensor.nbytes, self._took(before, started)
+        def of(numel: int) -> Callable[[], None]:
+            return partial(run, torch.zeros(numel * size, dtype=torch.float32, device=self.order.device))
 
-    def _took(self, cpu_before: float, started: float) -> float:
-        """The fraction of all cores that this job's ranks used since then; 0 where ranks have their own."""
-        wall = time.perf_counter() - started
-        used = sum(self.gather(_cpu_s() - cpu_before))
-        return min(0.9, used / (wall * self.slots)) if self.slots else 0.0
+        small = self._timed(of(64), _SMALL_CALLS)
+        numel = 1 << 12
+        while True:
+            large = self._timed(of(numel), 2)
+            wanted = self.order.transfer_s / max(large.seconds, 1e-6)
+            if wanted < 2 or numel >= 1 << 24:
+                return small, large, 4 * numel * size
+            numel *= min(16, math.ceil(wanted))
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
         mine: dist.ProcessGroup | None = None
@@ -221,61 +228,57 @@ class _Probe:
     def _with_puts(self, cluster: Cluster) -> Cluster:
         """Calls with nothing computed, of two sizes: what grows with the bytes is the link's, the rest the host's."""
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
-        sizes: list[int] = []
-        times: list[float] = []
-        link = cluster.across if self.grid[0] > 1 else cluster.inside
-        takes = link.way("alltoall", self.world_size).takes  # a byte costs as much, whoever sends it
-        tokens = 64 * self.world_size
+        least = 4 * self.world_size
+        small = self._timed(self._exchange(least), _SMALL_CALLS)
+        tokens = least
         while True:
-            query = torch.zeros(
-                (1, self.order.heads, tokens // self.world_size, self.order.head_dim),
-                dtype=self.order.dtype,
-                device=self.order.device,
-            )
-            counts = (query.shape[2],) * self.world_size
-
-            in_a_row = 4 if not sizes else 1  # ranks leave the barrier at different times, which is not the call's
-            seconds = self._timed(partial(self._exchange, query, counts, in_a_row)) / in_a_row
-            sizes.append(tokens)
-            times.append(seconds)
-            if seconds > self.order.transfer_s or tokens > 1 << 17:
-                break
             tokens *= 4
-        return _fitted(cluster, self.layout, self.order, pattern, sizes, times, takes)
+            large = self._timed(self._exchange(tokens), 2)
+            if large.seconds > 2 * self.order.transfer_s or tokens > 1 << 17:
+                return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})
 
-    def _exchange(self, query: torch.Tensor, counts: tuple[int, ...], calls: int) -> None:
-        for _ in range(calls):
-            torus_attention(
-                query, query, query, mesh=self.mesh, attend=attend_nothing, q_tokens=counts, kv_tokens=counts
-            )
+    def _exchange(self, tokens: int) -> Callable[[], object]:
+        order, each = self.order, tokens // self.world_size
+        x = torch.zeros((1, order.heads, each, order.head_dim), dtype=order.dtype, device=order.device)
+        counts = (each,) * self.world_size
+        return partial(
+            torus_attention, x, x, x, mesh=self.mesh, attend=attend_nothing, q_tokens=counts, kv_tokens=counts
+        )
 
 
-def _fitted(
-    cluster: Cluster,
-    layout: Layout,
-    order: Order,
-    pattern: str,
-    sizes: Sequence[int],
-    times: Sequence[float],
-    takes: float,
-) -> Cluster:
-    """``cluster`` whose ``pattern`` explains the times of calls with nothing computed. Pure."""
-    dtype = str(order.dtype).removeprefix("torch.")
+def _fitted(cluster: Cluster, layout: Layout, order: Order, pattern: str, seen: dict[int, Timing]) -> Cluster:
+    """``cluster`` whose ``pattern`` explains calls with nothing computed, of ``{tokens: timing}``. Pure."""
+    (few, small), (many, large) = sorted(seen.items())
+    dtype, slots = _name(order.dtype), cluster.compute.slots
     nothing = replace(cluster.compute, attention_tflops=((dtype, order.head_dim, 1e9),), attend_us=0.0)
 
-    def replayed(tokens: int, way: Way) -> float:
+    def replayed(tokens: int, way: Way) -> tuple[float, float]:
+        """(seconds, those in which a rank computes)"""
         changed = _with_way(replace(cluster, compute=nothing), pattern, way)
         shape = CallShape(seq_len=tokens, heads=order.heads, kv_heads=order.heads, head_dim=order.head_dim, dtype=dtype)
-        return predict(changed, shape, TorusArm(layout=layout, pattern=pattern)).seconds
+        found = predict(changed, shape, TorusArm(layout=layout, pattern=pattern))
+        return found.seconds, found.seconds - found.exposed_s
 
-    host_us, efficiency = 0.0, 1.0
-    for _ in range(8):  # each in turn: they hardly touch one another
-        least = replayed(sizes[0], Way(efficiency=efficiency))
-        per_us = (replayed(sizes[0], Way(efficiency=efficiency, host_us=100.0)) - least) / 100.0
-        host_us = max(0.0, (times[0] - least) / per_us) if per_us > 0 else 0.0
-        wire = replayed(sizes[-1], Way(efficiency=efficiency, host_us=host_us))
-        efficiency = min(1.5, max(0.01, efficiency * wire / times[-1]))
-    return _with_way(cluster, pattern, Way(efficiency=efficiency, host_us=host_us, takes=takes))
+    way = Way(efficiency=1.0)
+    for _ in range(4):  # each in turn: they hardly touch one another
+        host_us = _solved(lambda x, way=way: replayed(few, replace(way, host_us=x))[0], small.seconds, 0.0, 1e4)
+        way = replace(way, host_us=host_us)
+        slower = _solved(
+            lambda x, way=way: replayed(many, replace(way, efficiency=1 / x))[0], large.seconds, 0.67, 20.0
+        )
+        way = replace(way, efficiency=1 / slower)
+        if slots:  # what its ranks used of the cores beyond what the replay has them compute
+            moving_s = large.cpu_s / slots - replayed(many, way)[1]
+            way = replace(way, takes=min(0.9, max(0.0, moving_s / large.seconds)))
+    return _with_way(cluster, pattern, way)
+
+
+def _solved(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Where ``rising`` is ``wanted``, or the end that is nearer."""
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+    return (low + high) / 2
 
 
 def _with_way(cluster: Cluster, pattern: str, way: Way) -> Cluster:
@@ -289,9 +292,8 @@ def _with_way(cluster: Cluster, pattern: str, way: Way) -> Cluster:
     return replace(cluster, inside=with_it(cluster.inside, inside), across=with_it(cluster.across, way))
 
 
-def _repeated(call: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        call()
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _cpu_s() -> float:

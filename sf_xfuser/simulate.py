@@ -435,13 +435,9 @@ class _Torus(_Arm):
 
     @property
     def bound_s(self) -> float:
-        """A slab takes an attention call for each of its blocks at least, of all queries at most; each chunk of Q and O
-        and each slab is a round between machines, each further block of a slab one inside."""
-        layout, work = self.layout, self.work
-        slabs, blocks = layout.num_machines, layout.num_machines * layout.ring_inside
-        rows = self.tokens * layout.ulysses_degree
-        keys = layout.world_size * self.tokens + self.shape.joint_tokens
-        busy_s = work.attend(rows, keys, self.heads, 0) + (blocks - 1) * work.compute.attend_us * 1e-6 * work.slower
+        """Each chunk of Q and O and each slab is a round between machines, each further block of a slab one inside."""
+        layout = self.layout
+        slabs = layout.num_machines
         ratio = Fraction(self.shape.kv_heads, self.shape.heads)
         share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
         ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
@@ -451,10 +447,27 @@ class _Torus(_Arm):
         passed_on = float(2 * ratio) * self.shape.nbytes / layout.world_size * slabs * (layout.ring_inside - 1)
         inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
         return max(
-            busy_s,
+            self._busy_s,
             across_s + share * self.seconds_per_byte["across"],
             inside_s + passed_on * self.seconds_per_byte["inside"],
         )
+
+    @property
+    def _busy_s(self) -> float:
+        """In attention calls and merges, at the least: joint keys and the smaller calls at both ends are left out."""
+        layout, heads, attend = self.layout, self.heads, self.work.attend
+        own, blocks = self.tokens * layout.ulysses, layout.ring_inside
+        slab, others = own * blocks, own * (layout.torus - 1)
+        seconds = attend(own, own, heads, 0) * blocks
+        for k in range(1, layout.num_machines):
+            if others:
+                at = k // layout.ring_across
+                parts = (0 if at == 0 else self.cut.kv if at < layout.torus - 1 else self.cut.last_kv) or 1
+                seconds += attend(others, own // parts, heads, MERGE_BYTES) * parts * blocks
+                seconds += attend(own, slab, heads, MERGE_BYTES)
+            else:
+                seconds += attend(own, own, heads, MERGE_BYTES) * blocks
+        return seconds + attend(own, slab, heads, 0) * (layout.torus - 1)
 
     @cached_property
     def first(self) -> Schedule:
@@ -689,7 +702,7 @@ class _Usp(_Arm):
                 posted_s=0.0,
                 seconds=seconds,
                 latency_s=latency_s,
-                takes=way.takes if seconds else 0.0,
+                takes=way.takes if seconds and (lane == "across" or not any(sent.across)) else 0.0,
                 queues=way.queues,
                 matched=False,
                 receivers=(),

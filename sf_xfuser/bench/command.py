@@ -295,6 +295,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if len(cases) > 1:
         console.print(report.grid_table(rows))
         console.print(report.summary_table(report.summary(rows)))
+    if (predicted := report.prediction_table(rows)) is not None:
+        console.print(predicted)
 
 
 def _document() -> dict[str, Any]:
