@@ -12,7 +12,7 @@ ROWS = [
     {"topology", "plan", "agreement", "trace", "emulate"},
     {"kernels", "transport", "schedule"},
     {"lanes", "compression"},
-    {"mesh", "places", "xdit_layouts", "cluster"},
+    {"mesh", "places", "xdit_layouts", "cluster", "replay"},
     {"call", "simulate", "presets"},
     {"models", "planner"},
     {"buffers", "drop_in"},
