@@ -28,8 +28,8 @@ from sf_xfuser.plan import Layout
 from sf_xfuser.simulate import MERGE_BYTES, CallShape, TorusArm, predict
 from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
 
-_REPEAT = 3
-_SMALL_CALLS = 8  # in a row
+_TRIES = 3
+_TRY_S = 0.2
 _ATTEND_S = 0.02  # a large attention call takes longer than this
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
@@ -39,15 +39,16 @@ Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``; large transfers of
-    about ``transfer_s`` each. ``across_gbps``: what a machine can send, where known (None: the fastest pattern seen).
-    """
+    """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``. ``seq_len``: of the
+    calls to come, where known, so that transfers are measured at their size (None: of about ``transfer_s`` each).
+    ``across_gbps``: what a machine can send, where known (None: the fastest pattern seen)."""
 
     attend: AttendFunction
     heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    seq_len: int | None = None
     transfer_s: float = 0.1
     across_gbps: float | None = None
 
@@ -75,6 +76,7 @@ class _Probe:
 
     def cluster(self) -> Cluster:
         n, m = self.grid
+        started_s = time.perf_counter()
         compute = self._compute()
         across = self._link(compute.slots, inside=False) if n > 1 else None
         inside = self._link(compute.slots, inside=True) if m > 1 else None
@@ -88,15 +90,17 @@ class _Probe:
             inside=inside or known,
             across=across or known,
             device=self.order.device.type,
-            sources=("measured by the probe",),
         )
-        return self._with_puts(found)
+        found = self._with_puts(found)
+        took_s = max(self.gather(time.perf_counter() - started_s))
+        return replace(found, sources=(f"measured by the probe in {took_s:.1f} s",))
 
-    def _timed(self, call: Callable[[], object], times: int = 1, *, alone: bool = False) -> Timing:
-        """``times`` calls in a row, the median of some tries; ``alone``: on one rank, while the others wait."""
+    def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
+        """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
+        difference; ``alone``: on one rank, while the others wait."""
         idle = alone and dist.get_rank() != self.mesh.members[0]
-        seen = []
-        for _ in range(_REPEAT + 1):  # the first makes buffers and connections warm
+        times, tries = 1, []
+        for _ in range(_TRIES + 1):
             self._synchronize()
             self.gather(None)
             cpu_s, started_s = _cpu_s(), time.perf_counter()
@@ -104,12 +108,12 @@ class _Probe:
                 call()
             self._synchronize()
             took_s = 0.0 if idle else time.perf_counter() - started_s
-            reports = self.gather((took_s, _cpu_s() - cpu_s))
-            seen.append(Timing(seconds=max(r[0] for r in reports), cpu_s=sum(r[1] for r in reports)))
-        median = statistics.median
-        return Timing(
-            seconds=median(t.seconds for t in seen[1:]) / times, cpu_s=median(t.cpu_s for t in seen[1:]) / times
-        )
+            reports = self.gather((took_s / times, (_cpu_s() - cpu_s) / times))
+            tries.append(Timing(seconds=max(r[0] for r in reports), cpu_s=sum(r[1] for r in reports)))
+            if len(tries) == 1:  # which made buffers and connections warm
+                times = max(1, min(64, round(_TRY_S / tries[0].seconds)))
+        pick = min if fastest else statistics.median
+        return Timing(seconds=pick(t.seconds for t in tries[1:]), cpu_s=pick(t.cpu_s for t in tries[1:]))
 
     def _synchronize(self) -> None:
         if self.order.device.type == "cuda":
@@ -121,18 +125,18 @@ class _Probe:
         order, tokens = self.order, 512
         while True:
             attend = self._attention(tokens)
-            large_s = self._timed(attend, alone=True).seconds
+            large_s = self._timed(attend, alone=True, fastest=True).seconds
             if large_s > _ATTEND_S or tokens >= 1 << 15:
                 break
             tokens *= 2
-        slower = self._timed(attend, 4).seconds / large_s
+        slower = self._timed(attend, fastest=True).seconds / large_s
         slots = self.world_size / slower if slower > _SLOWED else None
         rate = 4.0 * tokens**2 * order.heads * order.head_dim / large_s
         small = 256
-        small_s = self._timed(self._attention(small), 4 * _SMALL_CALLS, alone=True).seconds
+        small_s = self._timed(self._attention(small), alone=True, fastest=True).seconds
         out = torch.randn((1, order.heads, 1024, order.head_dim), device=order.device).to(order.dtype)
         total, lse = out.float().clone(), torch.zeros(out.shape[:3], device=order.device)
-        merge_s = self._timed(lambda: merge_(total, lse, out, lse.clone()), 8 * _SMALL_CALLS).seconds
+        merge_s = self._timed(lambda: merge_(total, lse, out, lse.clone()), fastest=True).seconds
         return Compute(
             attention_tflops=((_name(order.dtype), order.head_dim, rate / 1e12),),
             linear_tflops=rate / 1e12,
@@ -200,16 +204,21 @@ class _Probe:
             else:  # as PyTorch's ring passes KV on
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
-        def of(numel: int) -> Callable[[], None]:
-            return partial(run, torch.zeros(numel * size, dtype=torch.float32, device=self.order.device))
+        def timed(numel: int) -> Timing:
+            return self._timed(partial(run, torch.zeros(numel, dtype=dtype, device=self.order.device)))
 
-        small = self._timed(of(64), _SMALL_CALLS)
-        numel = 1 << 12
+        dtype, seq_len = self.order.dtype, self.order.seq_len
+        small = timed(64 * size)
+        numel = size << 12
+        if seq_len is not None:  # a ring moves K and V at once
+            tensors = 1 if pattern == "exchange" else 2
+            numel = tensors * math.ceil(seq_len / self.world_size) * self.order.heads * self.order.head_dim
+            numel = math.ceil(numel / size) * size
         while True:
-            large = self._timed(of(numel), 2)
+            large = timed(numel)
             wanted = self.order.transfer_s / max(large.seconds, 1e-6)
-            if wanted < 2 or numel >= 1 << 24:
-                return small, large, 4 * numel * size
+            if seq_len is not None or wanted < 2 or numel >= size << 24:
+                return small, large, numel * dtype.itemsize
             numel *= min(16, math.ceil(wanted))
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
@@ -229,11 +238,11 @@ class _Probe:
         """Calls with nothing computed, of two sizes: what grows with the bytes is the link's, the rest the host's."""
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
         least = 4 * self.world_size
-        small = self._timed(self._exchange(least), _SMALL_CALLS)
+        small = self._timed(self._exchange(least))
         tokens = least
         while True:
             tokens *= 4
-            large = self._timed(self._exchange(tokens), 2)
+            large = self._timed(self._exchange(tokens))
             if large.seconds > 2 * self.order.transfer_s or tokens > 1 << 17:
                 return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})
 

@@ -159,6 +159,7 @@ class _Measurement:
             head_dim=case.head_dim,
             dtype=getattr(torch, case.dtype),
             device=self.device,
+            seq_len=case.seq_len,
             across_gbps=None if rate_bps is None else rate_bps / 1e9,
         )
         cluster = probe.measure(mesh, order, self._gather)
