@@ -31,6 +31,7 @@ from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulys
 _TRIES = 3
 _TRY_S = 0.2
 _ATTEND_S = 0.02  # a large attention call takes longer than this
+_MOST_BYTES = 1 << 28  # that a collective may leave behind
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
 Gather = Callable[[Any], list[Any]]
@@ -214,12 +215,14 @@ class _Probe:
             tensors = 1 if pattern == "exchange" else 2
             numel = tensors * math.ceil(seq_len / self.world_size) * self.order.heads * self.order.head_dim
             numel = math.ceil(numel / size) * size
+        held = dtype.itemsize * (size if pattern == "allgather" else 1)  # bytes of the result for each element sent
+        most = _MOST_BYTES // held // size * size
         while True:
             large = timed(numel)
             wanted = self.order.transfer_s / max(large.seconds, 1e-6)
-            if seq_len is not None or wanted < 2 or numel >= size << 24:
+            if seq_len is not None or wanted < 2 or numel >= most:
                 return small, large, numel * dtype.itemsize
-            numel *= min(16, math.ceil(wanted))
+            numel = min(most, numel * min(16, math.ceil(wanted)))
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
         mine: dist.ProcessGroup | None = None
@@ -269,7 +272,7 @@ def _fitted(cluster: Cluster, layout: Layout, order: Order, pattern: str, seen: 
         return found.seconds, found.seconds - found.exposed_s
 
     way = Way(efficiency=1.0)
-    for _ in range(4):  # each in turn: they hardly touch one another
+    for _ in range(3):  # each in turn: they hardly touch one another
         host_us = _solved(lambda x, way=way: replayed(few, replace(way, host_us=x))[0], small.seconds, 0.0, 1e4)
         way = replace(way, host_us=host_us)
         slower = _solved(
@@ -284,7 +287,7 @@ def _fitted(cluster: Cluster, layout: Layout, order: Order, pattern: str, seen: 
 
 def _solved(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
     """Where ``rising`` is ``wanted``, or the end that is nearer."""
-    for _ in range(16):
+    for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < wanted else (low, middle)
     return (low + high) / 2
