@@ -274,16 +274,19 @@ class _Torus(_Arm):
         layout, heads, attend = self.layout, self.heads, self.work.attend
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
         slab, others = own * blocks, own * (layout.torus - 1)
-        seconds = attend(own, own, heads, 0) * blocks
-        for k in range(1, layout.num_machines):
-            if others:
-                at = k // layout.ring_across
-                parts = (0 if at == 0 else self.cut.kv if at < layout.torus - 1 else self.cut.last_kv) or 1
-                seconds += attend(others, own // parts, heads, MERGE_BYTES) * parts * blocks
-                seconds += attend(own, slab, heads, MERGE_BYTES)
-            else:
-                seconds += attend(own, own, heads, MERGE_BYTES) * blocks
-        return seconds + attend(own, slab, heads, 0) * (layout.torus - 1)
+        first = attend(own, own, heads, 0) * blocks
+        if not others:
+            return first + attend(own, own, heads, MERGE_BYTES) * blocks * (layout.num_machines - 1)
+        seconds = first + attend(own, slab, heads, 0) * (layout.torus - 1)
+        seconds += attend(own, slab, heads, MERGE_BYTES) * (layout.num_machines - 1)
+        slabs_in_parts = (
+            (layout.ring_across - 1, 1),
+            (layout.ring_across * (layout.torus - 2), self.cut.kv),
+            (layout.ring_across, self.cut.last_kv),
+        )
+        for slabs, parts in slabs_in_parts:
+            seconds += attend(others, own // parts, heads, MERGE_BYTES) * parts * blocks * slabs
+        return seconds
 
     @cached_property
     def first(self) -> Schedule:
