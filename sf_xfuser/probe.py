@@ -271,14 +271,16 @@ def _fitted(cluster: Cluster, layout: Layout, order: Order, pattern: str, seen: 
         found = predict(changed, shape, TorusArm(layout=layout, pattern=pattern))
         return found.seconds, found.seconds - found.exposed_s
 
+    def with_host(way: Way, host_us: float) -> float:
+        return replayed(few, replace(way, host_us=host_us))[0]
+
+    def slowed(way: Way, times: float) -> float:
+        return replayed(many, replace(way, efficiency=1 / times))[0]
+
     way = Way(efficiency=1.0)
     for _ in range(3):  # each in turn: they hardly touch one another
-        host_us = _solved(lambda x, way=way: replayed(few, replace(way, host_us=x))[0], small.seconds, 0.0, 1e4)
-        way = replace(way, host_us=host_us)
-        slower = _solved(
-            lambda x, way=way: replayed(many, replace(way, efficiency=1 / x))[0], large.seconds, 0.67, 20.0
-        )
-        way = replace(way, efficiency=1 / slower)
+        way = replace(way, host_us=_solved(partial(with_host, way), small.seconds, 0.0, 1e4))
+        way = replace(way, efficiency=1 / _solved(partial(slowed, way), large.seconds, 0.67, 20.0))
         if slots:  # what its ranks used of the cores beyond what the replay has them compute
             moving_s = large.cpu_s / slots - replayed(many, way)[1]
             way = replace(way, takes=min(0.9, max(0.0, moving_s / large.seconds)))
