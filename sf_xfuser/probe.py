@@ -30,7 +30,7 @@ from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulys
 
 _TRIES = 3
 _TRY_S = 0.2
-_ATTEND_S = 0.02  # a large attention call takes longer than this
+_ATTEND_S = 0.04  # a large attention call takes longer than this
 _MOST_BYTES = 1 << 28  # that a collective may leave behind
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
@@ -99,22 +99,23 @@ class _Probe:
     def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
         """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
         difference; ``alone``: on one rank, while the others wait."""
-        idle = alone and dist.get_rank() != self.mesh.members[0]
-        times, tries = 1, []
-        for _ in range(_TRIES + 1):
-            self._synchronize()
-            self.gather(None)
-            cpu_s, started_s = _cpu_s(), time.perf_counter()
-            for _ in range(0 if idle else times):
-                call()
-            self._synchronize()
-            took_s = 0.0 if idle else time.perf_counter() - started_s
-            reports = self.gather((took_s / times, (_cpu_s() - cpu_s) / times))
-            tries.append(Timing(seconds=max(r[0] for r in reports), cpu_s=sum(r[1] for r in reports)))
-            if len(tries) == 1:  # which made buffers and connections warm
-                times = max(1, min(64, round(_TRY_S / tries[0].seconds)))
+        first = self._tried(call, 1, alone)  # makes buffers and connections warm
+        times = max(1, min(64, round(_TRY_S / first.seconds)))
+        tries = [self._tried(call, times, alone) for _ in range(_TRIES)]
         pick = min if fastest else statistics.median
-        return Timing(seconds=pick(t.seconds for t in tries[1:]), cpu_s=pick(t.cpu_s for t in tries[1:]))
+        return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))
+
+    def _tried(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
+        idle = alone and dist.get_rank() != self.mesh.members[0]
+        self._synchronize()
+        self.gather(None)
+        cpu_s, started_s = _cpu_s(), time.perf_counter()
+        for _ in range(0 if idle else times):
+            call()
+        self._synchronize()
+        took_s = 0.0 if idle else time.perf_counter() - started_s
+        reports = self.gather((took_s / times, (_cpu_s() - cpu_s) / times))
+        return Timing(seconds=max(r[0] for r in reports), cpu_s=sum(r[1] for r in reports))
 
     def _synchronize(self) -> None:
         if self.order.device.type == "cuda":
@@ -205,11 +206,11 @@ class _Probe:
             else:  # as PyTorch's ring passes KV on
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
-        def timed(numel: int) -> Timing:
-            return self._timed(partial(run, torch.zeros(numel, dtype=dtype, device=self.order.device)))
+        def of(numel: int) -> Callable[[], None]:
+            return partial(run, torch.zeros(numel, dtype=dtype, device=self.order.device))
 
         dtype, seq_len = self.order.dtype, self.order.seq_len
-        small = timed(64 * size)
+        small = self._timed(of(64 * size))
         numel = size << 12
         if seq_len is not None:  # a ring moves K and V at once
             tensors = 1 if pattern == "exchange" else 2
@@ -217,12 +218,12 @@ class _Probe:
             numel = math.ceil(numel / size) * size
         held = dtype.itemsize * (size if pattern == "allgather" else 1)  # bytes of the result for each element sent
         most = _MOST_BYTES // held // size * size
-        while True:
-            large = timed(numel)
-            wanted = self.order.transfer_s / max(large.seconds, 1e-6)
-            if seq_len is not None or wanted < 2 or numel >= most:
-                return small, large, numel * dtype.itemsize
+        while seq_len is None and numel < most:
+            wanted = self.order.transfer_s / max(self._tried(of(numel), 1).seconds, 1e-6)
+            if wanted < 2:
+                break
             numel = min(most, numel * min(16, math.ceil(wanted)))
+        return small, self._timed(of(numel)), numel * dtype.itemsize
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
         mine: dist.ProcessGroup | None = None
@@ -242,12 +243,11 @@ class _Probe:
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
         least = 4 * self.world_size
         small = self._timed(self._exchange(least))
-        tokens = least
-        while True:
+        tokens = 4 * least
+        while tokens < 1 << 17 and self._tried(self._exchange(tokens), 1).seconds < 2 * self.order.transfer_s:
             tokens *= 4
-            large = self._timed(self._exchange(tokens))
-            if large.seconds > 2 * self.order.transfer_s or tokens > 1 << 17:
-                return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})
+        large = self._timed(self._exchange(tokens))
+        return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})
 
     def _exchange(self, tokens: int) -> Callable[[], object]:
         order, each = self.order, tokens // self.world_size
