@@ -110,7 +110,7 @@ def torus_attention(
         mesh.join_again()
     try:
         if not mesh.chosen:
-            _choose_transport(mesh, lambda: call(_attend_nothing, lambda *_: False), query.device)
+            _choose_transport(mesh, lambda: call(attend_nothing, lambda *_: False), query.device)
         return call(attend, fuses)
     except TransportError:
         mesh.retire()
@@ -139,7 +139,8 @@ def _choose_transport(mesh: Mesh, call: Callable[[], object], device: torch.devi
     mesh.choose(seconds, refusals)
 
 
-def _attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of local attention: what a call takes when nothing is computed."""
     return q, q.new_zeros(q.shape[:3], dtype=torch.float32)
 
 

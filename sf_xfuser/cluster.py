@@ -22,22 +22,24 @@ all-gather and the hop of a ring."""
 class Way:
     """What one pattern makes of a link. ``efficiency``: the fraction of the link's rate that it reaches on large
     transfers; ``start_us``: before a round or collective moves anything (launch, and both ends finding each other);
-    ``message_us``: for each message, during which the sender's link carries nothing; ``takes``: the fraction of a
-    rank's compute that is gone while it is under way; ``queues``: it is a kernel that needs multiprocessors, and gets
-    none before an attention call that fills them ends."""
+    ``message_us``: for each message, during which the sender's link carries nothing; ``host_us``: for each message, of
+    the thread that computes; ``takes``: the fraction of a rank's compute that is gone while it is under way;
+    ``queues``: it is a kernel that needs multiprocessors, and gets none before an attention call that fills them ends.
+    """
 
     efficiency: float
     start_us: float = 0.0
     message_us: float = 0.0
+    host_us: float = 0.0
     takes: float = 0.0
     queues: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.efficiency <= 1:
-            raise ValueError(f"efficiency must be above 0 and at most 1 (the link's rate), got {self.efficiency}")
+        if not 0 < self.efficiency <= 1.5:
+            raise ValueError(f"efficiency must be above 0 and at most 1.5 (1: the link's rate), got {self.efficiency}")
         if not 0 <= self.takes < 1:
             raise ValueError(f"takes must be at least 0 and below 1, got {self.takes}")
-        for name in ("start_us", "message_us"):
+        for name in ("start_us", "message_us", "host_us"):
             _at_least_zero(name, getattr(self, name))
 
 
@@ -96,7 +98,7 @@ class Compute:
 
     ``units``: multiprocessors, each of which takes ``tile_rows`` query rows of one head at a time, so that a call of
     fewer pieces leaves some idle (0: calls of any size run at the full rate). ``attend_us``: each attention call and
-    its merge, besides."""
+    its merge, besides. ``slots``: how many ranks of the cluster can compute at once (None: all of them)."""
 
     attention_tflops: tuple[tuple[str, int, float], ...]
     linear_tflops: float
@@ -104,6 +106,7 @@ class Compute:
     attend_us: float
     units: int = 0
     tile_rows: int = 128
+    slots: float | None = None
 
     def __post_init__(self) -> None:
         if not self.attention_tflops:
@@ -111,7 +114,7 @@ class Compute:
         for _, head_dim, rate in self.attention_tflops:
             _positive("a head size of attention_tflops", head_dim)
             _positive("a rate of attention_tflops", rate)
-        for name in ("linear_tflops", "memory_gbs", "tile_rows"):
+        for name in ("linear_tflops", "memory_gbs", "tile_rows", "slots"):
             _positive(name, getattr(self, name))
         for name in ("attend_us", "units"):
             _at_least_zero(name, getattr(self, name))

@@ -1,14 +1,8 @@
 """What one attention call takes on a cluster: the steps that the ranks run, replayed against its rates. Pure.
 
 Torus Attention is replayed from ``schedule.build_schedule``, step by step, as ``attention._Run`` runs it; xDiT's USP,
-flat Ulysses and Ring as xDiT 0.7 and PyTorch's ring template run them. Each rank has a clock, and a queue for each lane
-in which its rounds leave in the order in which they were posted, at the rank's share of the link while all of its
-machine send.
-
-    a put leaves       when it is at the head of its queue
-    a matched round    when it is at the head at both ends, and both have posted it
-    NCCL's kernels     besides, when no attention call that fills the GPU is running
-    compute            slows down while a transfer that takes multiprocessors (or CPU time) is under way
+flat Ulysses and Ring as xDiT 0.7 and PyTorch's ring template run them. A rank's rounds leave at its share of the link
+while all of its machine send; when each may leave, and what slows computing down, ``replay`` says.
 
 Where all ranks hold as many tokens and heads, a rotation of the mesh takes any rank to any other and the schedule with
 it: all run in step, and what comes in a round comes when this rank's own has left. Then one rank is replayed for all.
@@ -17,12 +11,10 @@ it: all run in step, and what comes in a round comes when this rank's own has le
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
@@ -30,6 +22,7 @@ from typing import Any, Literal
 from sf_xfuser.cluster import Cluster, Link, Way
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import Layout, head_ranges
+from sf_xfuser.replay import Key, Program, Replay, Round
 from sf_xfuser.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
 from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses, sent_in_a_call
 
@@ -132,10 +125,11 @@ class _Work:
     def __init__(self, cluster: Cluster, shape: CallShape) -> None:
         compute = cluster.compute
         self.shape, self.compute = shape, compute
+        self.slower = max(1.0, cluster.world_size / compute.slots) if compute.slots else 1.0
         self.rate = compute.attention_rate(shape.dtype, shape.head_dim)
         self.memory = compute.memory_gbs * 1e9
         self.itemsize = ITEMSIZE[shape.dtype]
-        self.alone_s = shape.flops / cluster.world_size / self.rate
+        self.alone_s = shape.flops / cluster.world_size / self.rate * self.slower
 
     def attend(self, rows: int, keys: int, heads: int, merge_bytes: int) -> float:
         """``rows`` of queries, each with ``heads`` local heads, to ``keys``; and the merge."""
@@ -145,7 +139,7 @@ class _Work:
             tiles = shape.batch * heads * math.ceil(rows / compute.tile_rows)
             seconds *= max(1.0, compute.units / tiles)
         merged = rows * heads * shape.batch * shape.head_dim * merge_bytes
-        return seconds + merged / self.memory + compute.attend_us * 1e-6
+        return (seconds + merged / self.memory + compute.attend_us * 1e-6) * self.slower
 
     def fills(self, rows: int, heads: int) -> bool:
         """Whether an attention call leaves no multiprocessor idle."""
@@ -153,187 +147,10 @@ class _Work:
 
     def copy(self, nbytes: float) -> float:
         """Read and written."""
-        return 2.0 * nbytes / self.memory
+        return 2.0 * nbytes / self.memory * self.slower
 
 
-# -- the replay -------------------------------------------------------------------------------------------------------
-
-Key = tuple[str, int]
-"""A lane and the number of a round on it."""
-
-Wanted = tuple[tuple[int, ...], Key]
-"""Whose round, and which one."""
-
-Program = Generator[Wanted | None, float, None]
-"""One rank: yields what it waits for and is sent when that round's chunks of all of them are here; or None, so that
-others whose clocks are not ahead come first."""
-
-
-@dataclass(slots=True)
-class _Round:
-    posted_s: float
-    seconds: float
-    latency_s: float
-    takes: float
-    queues: bool
-    matched: bool
-    receivers: tuple[int, ...]
-    senders: tuple[int, ...]
-    name: str
-    nbytes: float
-    start_s: float | None = None
-    end_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Rank:
-    """A clock, queues, and what is to be shown."""
-
-    now: float = 0.0
-    computed_s: float = 0.0
-    rounds: dict[str, list[_Round]] = field(default_factory=dict)
-    resolved: dict[str, int] = field(default_factory=dict)
-    sent: dict[str, float] = field(default_factory=dict)
-    full: tuple[float, float] = (0.0, 0.0)  # the last time in which all multiprocessors were taken
-    disturbed: bool = False  # whether any of its rounds has to do with multiprocessors
-    spans: list[dict[str, Any]] = field(default_factory=list)
-
-
-class Replay:
-    """Ranks that run programs. ``mirrored``: one rank stands for all; its peers' rounds go as its own."""
-
-    def __init__(self, num_ranks: int, *, mirrored: bool, spans: bool) -> None:
-        self.ranks = [_Rank() for _ in range(1 if mirrored else num_ranks)]
-        self.mirrored = mirrored
-        self.keep_spans = spans
-
-    def run(self, programs: Sequence[Program]) -> None:
-        """Until all have ended, the rank whose clock is least ahead first. Raises RuntimeError if they wait for each
-        other for ever."""
-        waiting: dict[int, Wanted] = {}
-        turns = itertools.count()
-        ready: list[tuple[float, int, int, float | None]] = [(0.0, next(turns), n, None) for n in range(len(programs))]
-        while ready:
-            _, _, number, arrived = heapq.heappop(ready)
-            program = programs[number]
-            try:
-                wanted = next(program) if arrived is None else program.send(arrived)
-            except StopIteration:
-                wanted = None
-            else:
-                if wanted is None:
-                    heapq.heappush(ready, (self.ranks[number].now, next(turns), number, None))
-                else:
-                    waiting[number] = wanted
-            for number in list(waiting):
-                arrived = self._arrival(*waiting[number])
-                if arrived is not None:
-                    del waiting[number]
-                    heapq.heappush(ready, (max(arrived, self.ranks[number].now), next(turns), number, arrived))
-        if waiting:
-            raise RuntimeError(f"ranks wait for each other for ever: {list(waiting.items())[:4]}")
-
-    # -- verbs of programs --------------------------------------------------------------------------------------------
-
-    def post(self, number: int, lane: str, round: _Round) -> None:
-        rank = self.ranks[number]
-        round.posted_s = rank.now
-        rank.rounds.setdefault(lane, []).append(round)
-        rank.disturbed = rank.disturbed or round.takes > 0 or round.queues
-        rank.sent[lane] = rank.sent.get(lane, 0.0) + round.nbytes
-
-    def work(self, number: int, seconds: float, name: str = "", fills: bool = True) -> None:
-        """Compute; slower while transfers of this rank take some of what computes. ``fills``: nothing else that needs
-        multiprocessors can begin meanwhile."""
-        rank = self.ranks[number]
-        rank.computed_s += seconds
-        start, now, left = rank.now, rank.now, seconds
-        takers = []
-        if rank.disturbed:
-            for lane in rank.rounds if fills else ():  # what found room before this began
-                self._resolve(number, lane, len(rank.rounds[lane]) - 1, before=now)
-            takers = [
-                (r.start_s, r.end_s, r.takes)
-                for lane in rank.rounds
-                for r in self._under_way(number, lane, now)
-                if r.takes and r.start_s is not None
-            ]
-        while takers and left > 0:
-            speed = math.prod(1.0 - takes for begin, end, takes in takers if begin <= now < end)
-            until = min((t for begin, end, _ in takers for t in (begin, end) if t > now), default=math.inf)
-            if left / speed <= until - now:
-                break
-            left -= (until - now) * speed
-            now = until
-        else:
-            speed = 1.0
-        rank.now = now + left / speed
-        if fills:
-            rank.full = (start, rank.now)
-        if name and self.keep_spans:
-            rank.spans.append({"lane": "compute", "name": name, "start_s": start, "end_s": rank.now, "bytes": 0})
-
-    def wait(self, number: int, until: float, name: str) -> None:
-        rank = self.ranks[number]
-        if until > rank.now:
-            if self.keep_spans:
-                rank.spans.append({"lane": "wait", "name": name, "start_s": rank.now, "end_s": until, "bytes": 0})
-            rank.now = until
-
-    # -- when rounds leave --------------------------------------------------------------------------------------------
-
-    def _at(self, number: int) -> _Rank:
-        return self.ranks[0] if self.mirrored else self.ranks[number]
-
-    def _under_way(self, number: int, lane: str, now: float) -> Iterable[_Round]:
-        """Rounds of a lane that have a time and do not end before now, latest first."""
-        rounds = self.ranks[number].rounds[lane]
-        for index in range(len(rounds) - 1, -1, -1):
-            round = rounds[index]
-            if round.start_s is not None or (not round.queues and self._resolve(number, lane, index)):
-                if round.end_s <= now:
-                    return
-                yield round
-
-    def _arrival(self, whose: tuple[int, ...], key: Key) -> float | None:
-        lane, index = key
-        latest = 0.0
-        for number in whose[:1] if self.mirrored else whose:
-            rounds = self._at(number).rounds.get(lane, ())
-            if index >= len(rounds) or not self._resolve(number, lane, index):
-                return None
-            latest = max(latest, rounds[index].end_s + rounds[index].latency_s)
-        return latest
-
-    def _resolve(self, number: int, lane: str, index: int, before: float = math.inf) -> bool:
-        """Give rounds up to ``index`` their times, where their peers have come to them and they begin ``before``."""
-        rank = self._at(number)
-        rounds = rank.rounds.get(lane, [])
-        for at in range(rank.resolved.get(lane, 0), min(index + 1, len(rounds))):
-            round = rounds[at]
-            begin = self._may_begin(number, lane, at, before)
-            if begin is None:
-                return False
-            if round.queues and rank.full[0] <= begin < rank.full[1]:
-                begin = rank.full[1]
-            if begin >= before:
-                return False
-            round.start_s, round.end_s = begin, begin + round.seconds
-            rank.resolved[lane] = at + 1
-        return rank.resolved.get(lane, 0) > index
-
-    def _may_begin(self, number: int, lane: str, at: int, before: float) -> float | None:
-        """When a round is posted and those before it are through: at both ends, if it is matched."""
-        rounds = self._at(number).rounds[lane]
-        begin = max(rounds[at].posted_s, rounds[at - 1].end_s if at else 0.0)
-        if self.mirrored or not rounds[at].matched:
-            return begin
-        for peer in {*rounds[at].receivers, *rounds[at].senders}:
-            theirs = self._at(peer).rounds.get(lane, [])
-            if at >= len(theirs) or (at and not self._resolve(peer, lane, at - 1, before)):
-                return None
-            begin = max(begin, theirs[at].posted_s, theirs[at - 1].end_s if at else 0.0)
-        return begin
+# -- an arm ----------------------------------------------------------------------------------------------------------
 
 
 class _Arm(ABC):
@@ -434,13 +251,9 @@ class _Torus(_Arm):
 
     @property
     def bound_s(self) -> float:
-        """A slab takes an attention call for each of its blocks at least, of all queries at most; each chunk of Q and O
-        and each slab is a round between machines, each further block of a slab one inside."""
-        layout, work = self.layout, self.work
-        slabs, blocks = layout.num_machines, layout.num_machines * layout.ring_inside
-        rows = self.tokens * layout.ulysses_degree
-        keys = layout.world_size * self.tokens + self.shape.joint_tokens
-        busy_s = work.attend(rows, keys, self.heads, 0) + (blocks - 1) * work.compute.attend_us * 1e-6
+        """Each chunk of Q and O and each slab is a round between machines, each further block of a slab one inside."""
+        layout = self.layout
+        slabs = layout.num_machines
         ratio = Fraction(self.shape.kv_heads, self.shape.heads)
         share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
         ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
@@ -450,10 +263,30 @@ class _Torus(_Arm):
         passed_on = float(2 * ratio) * self.shape.nbytes / layout.world_size * slabs * (layout.ring_inside - 1)
         inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
         return max(
-            busy_s,
+            self._busy_s,
             across_s + share * self.seconds_per_byte["across"],
             inside_s + passed_on * self.seconds_per_byte["inside"],
         )
+
+    @property
+    def _busy_s(self) -> float:
+        """In attention calls and merges, at the least: joint keys and the smaller calls at both ends are left out."""
+        layout, heads, attend = self.layout, self.heads, self.work.attend
+        own, blocks = self.tokens * layout.ulysses, layout.ring_inside
+        slab, others = own * blocks, own * (layout.torus - 1)
+        first = attend(own, own, heads, 0) * blocks
+        if not others:
+            return first + attend(own, own, heads, MERGE_BYTES) * blocks * (layout.num_machines - 1)
+        seconds = first + attend(own, slab, heads, 0) * (layout.torus - 1)
+        seconds += attend(own, slab, heads, MERGE_BYTES) * (layout.num_machines - 1)
+        slabs_in_parts = (
+            (layout.ring_across - 1, 1),
+            (layout.ring_across * (layout.torus - 2), self.cut.kv),
+            (layout.ring_across, self.cut.last_kv),
+        )
+        for slabs, parts in slabs_in_parts:
+            seconds += attend(others, own // parts, heads, MERGE_BYTES) * parts * blocks * slabs
+        return seconds
 
     @cached_property
     def first(self) -> Schedule:
@@ -533,12 +366,13 @@ class _Torus(_Arm):
             messages += size > 0
             if message.tensor == "o" or to != group:
                 packed += size
-        if packed:
-            replay.work(position, self.work.copy(packed), fills=False)
+        host_s = way.host_us * 1e-6 * messages * self.work.slower + self.work.copy(packed)
+        if host_s:
+            replay.work(position, host_s, fills=False)
         replay.post(
             position,
             step.lane,
-            _Round(
+            Round(
                 posted_s=0.0,
                 seconds=nbytes * self.seconds_per_byte[step.lane] + (way.start_us + way.message_us * messages) * 1e-6,
                 latency_s=self.links[step.lane].latency_us * 1e-6,
@@ -683,11 +517,11 @@ class _Usp(_Arm):
     ) -> None:
         for lane, fractions in (("across", sent.across), ("inside", sent.inside)):
             seconds, way, latency_s = self._collective_s(lane, fractions, pattern, nbytes, members, hops)
-            round = _Round(
+            round = Round(
                 posted_s=0.0,
                 seconds=seconds,
                 latency_s=latency_s,
-                takes=way.takes if seconds else 0.0,
+                takes=way.takes if seconds and (lane == "across" or not any(sent.across)) else 0.0,
                 queues=way.queues,
                 matched=False,
                 receivers=(),

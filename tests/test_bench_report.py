@@ -172,6 +172,28 @@ def test_bytes_and_numbers():
     assert [report.shown(x) for x in (None, math.nan, math.inf, "?")] == ["–"] * 4
 
 
+def test_predictions_are_compared_by_hand():
+    """Off by 10 %, 50 % and 20 %; of the pairs that differ by over 10 % the one of A is predicted the other way."""
+    case, other = a_case("A"), a_case("B")
+    rows = [
+        a_row(case, "usp-allgather", 1.0, predicted_s=0.9),
+        a_row(case, "torus", 0.8, "ours", predicted_s=1.2),
+        a_row(other, "usp-allgather", 1.0, predicted_s=1.2),
+        a_row(other, "torus", 0.95, "ours"),
+        a_row(other, "ulysses", 0.5, predicted_s=0.5, status="failed"),
+    ]
+    found = report.predictions(rows)
+    assert found["arms"] == 3 and found["median_off"] == pytest.approx(0.2)
+    assert found["worst"] == {"case": case["id"], "arm": "torus", "ratio": pytest.approx(1.5)}
+    wrong = {"case": case["id"], "arms": ["usp-allgather", "torus"], "ratio": pytest.approx(1.25)}
+    assert found["pairs"] == 1 and found["wrong_order"] == [wrong]
+    said = report.prediction_table(rows).caption.plain
+    assert (
+        said.startswith("off by 20.0 % at the median of 3, at worst 1.50x (torus") and "wrong in 1 of 1 pairs" in said
+    )
+    assert report.prediction_table(a_document()["rows"]) is None
+
+
 def test_the_summary_is_right_by_hand():
     result = report.summary(a_document()["rows"])
     assert result["cases"] == 4 and result["without_torus"] == ["D 3x2 L4096"]

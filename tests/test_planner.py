@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,30 @@ def test_a_call_by_hand():
     assert slow.seconds == pytest.approx(computed, rel=1e-3)
     fast = predict(replace(cluster, compute=replace(compute, attention_tflops=(("bfloat16", 64, 1e6),))), shape, arm)
     assert fast.seconds == pytest.approx(512 * 2 * 64 * 2 * 8e-9, rel=1e-3)  # a quarter each of Q, K, V and O
+
+
+@pytest.mark.parametrize("name", ["emulated-2core-predicted", "emulated-2core-predicted-any-length"])
+def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
+    """Within 15 % at the median, 30 % at worst, over the arms that were measured beside the probe."""
+    rows = json.loads((Path(__file__).parents[1] / f"docs/results/{name}.json").read_text())["rows"]
+    found = {row["case"]["id"]: Cluster.from_json(row["cluster"]) for row in rows if row["cluster"]}
+    off = []
+    for row in rows:
+        if row["predicted_s"] is None:
+            continue
+        cluster = found[row["case"]["id"]]
+        arm: TorusArm | XditConfig
+        if row["arm"].startswith("torus"):
+            n, m = cluster.num_machines, cluster.ranks_per_machine
+            torus, ulysses = map(int, re.match(r"torus=(\d+) ulysses=(\d+)", row["layout"]).groups())
+            layout = Layout(torus=torus, ulysses=ulysses, ring_across=n // torus, ring_inside=m // ulysses)
+            arm = TorusArm(layout=layout, overlap=row["arm"] == "torus")
+        else:
+            ulysses, ring = map(int, re.match(r"ulysses=(\d+) ring=(\d+)", row["layout"]).groups())
+            rotation = "alltoall" if "alltoall" in row["layout"] else "allgather"
+            arm = XditConfig(ulysses_degree=ulysses, ring_degree=ring, rotation=rotation)
+        off.append(abs(predict(cluster, shape_of(row["case"]), arm).seconds / row["median_s"] - 1))
+    assert len(off) > 15 and statistics.median(off) <= 0.15 and max(off) <= 0.3
 
 
 def test_the_papers_ablation():

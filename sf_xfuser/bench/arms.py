@@ -15,6 +15,7 @@ from sf_xfuser.bench.case import Case
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import UNEVEN, Layout, head_ranges
+from sf_xfuser.simulate import TorusArm
 from sf_xfuser.trace import Trace
 from sf_xfuser.transport import OneSided, Parcel, Ticket, Transport, TransportError
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, egress, legal_configs
@@ -33,8 +34,9 @@ class Arm:
     """``call`` takes this rank's q, k, v [B,H,S,D], returns [B,H,S,D]; None where the arm cannot run, for ``reason``.
 
     ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
-    ``mesh`` is set where the arm can be traced. ``relative_error``: of the result as root mean squares, that is right
-    for an arm that compresses; None: as much as rounding makes.
+    ``mesh`` is set where the arm can be traced, ``replayed`` where it can be predicted (``simulate.predict`` takes it).
+    ``relative_error``: of the result as root mean squares, that is right for an arm that compresses; None: as much as
+    rounding makes.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Arm:
     formula_bytes: float | None = None
     mesh: Mesh | None = None
     relative_error: float | None = None
+    replayed: TorusArm | XditConfig | None = None
 
 
 def known_names() -> str:
@@ -133,6 +136,11 @@ def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: Attend
         call=_torus(case, mesh, attend),
         formula_bytes=formula,
         mesh=mesh,
+        replayed=TorusArm(
+            layout=mesh.layout,
+            pattern="message" if mesh.transport == "two_sided" else "put",
+            overlap=not any(isinstance(lane, _Blocking) for lane in mesh.lanes.values()),
+        ),
     )
 
 
@@ -253,6 +261,7 @@ def _xdit_arms(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> l
             layout=str(named[name]),
             call=calls[named[name]],
             formula_bytes=egress(named[name], n, m, kv_heads / case.heads) * _elements(case) * _itemsize(case),
+            replayed=named[name],
         )
         if name in named
         else Arm(name=name, description=_DESCRIPTIONS[name], family=_family(name), reason=reasons[name])

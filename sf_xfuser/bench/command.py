@@ -68,6 +68,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--repeat", type=int, default=7, help="timed calls of each arm. Default: 7")
     how.add_argument("--warmup", type=int, default=2, help="untimed calls before, besides the first. Default: 2")
     how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--predict", action="store_true", help="measure the cluster first (some seconds) and say what the "
+                     "simulator predicts for each arm")  # fmt: skip
     how.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="longest wait. Default: 300")
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="rows and timelines; - for standard output instead of tables")
@@ -111,6 +113,7 @@ def _bench(options: argparse.Namespace) -> int:
         seed=options.seed,
         topology=options.topology,
         timeout_s=options.timeout,
+        predict=options.predict,
     )
     if launched.world_size is not None:
         return _under_torchrun(options, order, launched.world_size)
@@ -301,6 +304,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if len(cases) > 1:
         console.print(report.grid_table(rows))
         console.print(report.summary_table(report.summary(rows)))
+    if (predicted := report.prediction_table(rows)) is not None:
+        console.print(predicted)
 
 
 def new_document(command: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def crossings(sweep: Sweep) -> list[tuple[float, float]]:
 
 def _panel(sweep: Sweep) -> Panel:
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+        from matplotlib.ticker import FuncFormatter, NullFormatter
 
         for line, colour in _LINES.items():
             known = [(x, y * 1e3) for x, y in zip(sweep.at, sweep.seconds[line], strict=True) if y is not None]
@@ -121,7 +121,6 @@ def _panel(sweep: Sweep) -> Panel:
             axes.plot(at, seconds * 1e3, "o", color="#202020", fillstyle="none")
             axes.annotate(f"{at:,.3g}", (at, seconds * 1e3), xytext=(6, 6), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", yscale="log", xlabel=sweep.label, ylabel="ms per attention call")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # two at least, where all lies within one decade
         for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_formatter(NullFormatter())

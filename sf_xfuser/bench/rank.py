@@ -25,20 +25,23 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from sf_xfuser import emulate, plugin
+from sf_xfuser import emulate, plugin, probe
 from sf_xfuser.args import launch_environment
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
 from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows, pipeline_rows
 from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.simulate import CallShape, predict
 from sf_xfuser.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What the ranks are to do. ``arms``: names, None for all. ``repeat`` timed calls of each arm after ``warmup``
-    untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count."""
+    untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count. ``predict``: measure
+    the cluster first and say what each arm should take."""
 
     cases: tuple[Case, ...]
     arms: tuple[str, ...] | None = None
@@ -48,6 +51,7 @@ class Order:
     topology: str = "auto"
     timeout_s: float = 300.0
     emulated: bool = False
+    predict: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -105,6 +109,8 @@ class _Measurement:
         self.spent = 0.0  # seconds inside attention kernels since last reset
 
     def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        if self.order.predict:
+            self._predict()
         runnable = [arm for arm in self.arms if arm.call is not None or arm.name == SINGLE]
         total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
         with ExitStack() as stack:
@@ -139,6 +145,36 @@ class _Measurement:
                 arm.mesh.close()
 
     # -- measurements ----------------------------------------------------------------------------------------------
+
+    def _predict(self) -> None:
+        """Measure the cluster, in pieces, and ask the simulator what each arm will take on it."""
+        case = self.case
+        mesh = next((arm.mesh for arm in self.arms if arm.mesh is not None and arm.name == SUBJECT), None)
+        if mesh is None:
+            raise ValueError(f"--predict measures over the lanes of the arm {SUBJECT}, which is not among the arms")
+        rate_bps = case.inter_rate_bps if self.order.emulated else None
+        order = probe.Order(
+            attend=sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention(),
+            heads=case.heads,
+            head_dim=case.head_dim,
+            dtype=getattr(torch, case.dtype),
+            device=self.device,
+            seq_len=case.seq_len,
+            across_gbps=None if rate_bps is None else rate_bps / 1e9,
+        )
+        cluster = probe.measure(mesh, order, self._gather)
+        shape = CallShape(
+            seq_len=case.seq_len,
+            heads=case.heads,
+            kv_heads=case.kv_heads or case.heads,
+            head_dim=case.head_dim,
+            batch=case.batch,
+            dtype=case.dtype,
+        )
+        for arm in self.arms:
+            if arm.replayed is not None and arm.call is not None:
+                self.samples[arm.name].predicted_s = predict(cluster, shape, arm.replayed).seconds
+        self.samples[ALONE].cluster = cluster.to_json()
 
     def _gate(self, arm: Arm) -> None:
         """First call, and whether its result is the single process's."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from typing import Any, Literal
 
 from rich import box
@@ -264,6 +264,67 @@ def summary_cells(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """``summary``'s result, one line per value."""
     return _table((SUBJECT, ""), summary_cells(summary), left=2)
+
+
+def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
+    """How near the simulator's times are to the measured ones, as JSON data; None where nothing was predicted.
+
+    ``arms`` compared, in all cases; ``median_off`` of abs(predicted / measured - 1); ``worst`` ``{case, arm, ratio}``,
+    the ratio farthest from 1; ``pairs`` of arms of one case whose measured medians differ by more than 10 %, and
+    ``wrong_order``: ``{case, arms, ratio}`` (slower, faster, measured) of those that are predicted the other way.
+    """
+    found: list[dict[str, Any]] = []
+    wrong: list[dict[str, Any]] = []
+    pairs = 0
+    for case, of_case in by_case(rows).items():
+        known = [
+            (row["arm"], median, predicted)
+            for row in of_case
+            if succeeded(row)
+            and (median := number(row.get("median_s")))
+            and (predicted := number(row.get("predicted_s")))
+        ]
+        found += [{"case": case, "arm": arm, "ratio": predicted / median} for arm, median, predicted in known]
+        for one, other in combinations(known, 2):
+            fast, slow = sorted((one, other), key=lambda arm: arm[1])
+            if slow[1] > fast[1] * 1.1:
+                pairs += 1
+                if slow[2] <= fast[2]:
+                    wrong.append({"case": case, "arms": [slow[0], fast[0]], "ratio": slow[1] / fast[1]})
+    if not found:
+        return None
+    return {
+        "arms": len(found),
+        "median_off": statistics.median(abs(item["ratio"] - 1) for item in found),
+        "worst": max(found, key=lambda item: abs(item["ratio"] - 1)),
+        "pairs": pairs,
+        "wrong_order": wrong,
+    }
+
+
+def prediction_table(rows: Sequence[Row]) -> Table | None:
+    """Predicted beside measured times of all arms and cases; None where nothing was predicted."""
+    summed = predictions(rows)
+    if summed is None:
+        return None
+    lines = [
+        [
+            row["arm"],
+            row["case"]["id"],
+            shown(row["median_s"], 1e3),
+            shown(row["predicted_s"], 1e3),
+            times(row["predicted_s"] / row["median_s"]),
+        ]
+        for row in rows
+        if succeeded(row) and number(row.get("predicted_s")) is not None
+    ]
+    worst, wrong = summed["worst"], summed["wrong_order"]
+    caption = (
+        f"off by {shown(summed['median_off'], 1e2, ' %')} at the median of {summed['arms']}, at worst "
+        f"{times(worst['ratio'])} ({worst['arm']}, {worst['case']}); order wrong in {len(wrong)} of {summed['pairs']} "
+        f"pairs that differ by over 10 %"
+    )
+    return _table(("arm", "case", "measured ms", "predicted ms", "ratio"), lines, left=2, caption=caption)
 
 
 def sub_lanes(spans: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -21,7 +21,7 @@ PSNR_DB = 40.0
 @dataclass
 class Sample:
     """One arm's figures on rank 0. ``times_s``, ``attention_s``, ``exposed_s``, ``wire`` (bytes from machine to
-    machine): one entry per timed call."""
+    machine): one entry per timed call. ``predicted_s`` is the simulator's, ``cluster`` the probe's, where asked for."""
 
     times_s: list[float] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
@@ -33,6 +33,8 @@ class Sample:
     rms_error: float | None = None
     failure: str = ""
     timeline: dict[str, Any] | None = None
+    predicted_s: float | None = None
+    cluster: dict[str, Any] | None = None
 
 
 def attention_rows(
@@ -80,6 +82,8 @@ def attention_rows(
                 bound_compute_s=compute_s,
                 bound_wire_s=wire_s,
                 efficiency=bound_s / median_s if bound_s is not None and median_s else None,
+                predicted_s=sample.predicted_s,
+                cluster=sample.cluster,
             )
         )
     return _with_ratios(rows)
@@ -125,7 +129,7 @@ _FIELDS = (
     *("kind", "case", "arm", "description", "family", "status", "reason", "layout"),
     *("times_s", "median_s", "min_s", "max_s", "q1_s", "q3_s", "first_call_s", "attention_s", "exposed_s"),
     *("peak_bytes", "wire_bytes", "formula_bytes", "max_abs_error", "rms_error", "psnr_db"),
-    *("bound_s", "bound_compute_s", "bound_wire_s", "efficiency"),
+    *("bound_s", "bound_compute_s", "bound_wire_s", "efficiency", "predicted_s", "cluster"),
 )
 
 
