@@ -108,8 +108,8 @@ def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -
                 grid.ranks_per_machine,
                 heads=model.heads if model else None,
                 kv_heads=model.kv_heads if model else None,
-                rule="usp" if given.backend == "usp" else given.rule,
-                explicit=given.explicit_plan(),
+                rule="usp" if given.backend in ("usp", "auto") else given.rule,
+                explicit=None if given.backend == "auto" else given.explicit_plan(),  # auto: it is torus's alone
             )
         except ValueError as error:
             unknown = "" if model else f" (no transformer/config.json found for --model {xfuser_args.model})"

@@ -103,7 +103,7 @@ class _Probe:
         flops = [4.0 * order.heads * _ROWS * keys * order.head_dim for keys in _KEYS]
         rate = (flops[1] - flops[0]) / max(large_s - small_s, 1e-9)
         out, lse = order.attend(q, kv[:, :, : _KEYS[0]], kv[:, :, : _KEYS[0]])
-        total, total_lse = out.float(), lse.float()
+        total, total_lse = out.float().clone(), lse.float().clone()
         merge_s = self._timed(partial(_repeated, lambda: merge_(total, total_lse, out, lse), 8)) / 8
         return Compute(
             attention_tflops=((str(order.dtype).removeprefix("torch."), order.head_dim, rate / 1e12),),
