@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
@@ -138,8 +139,8 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
             default=None,
             help="How attention runs across the ranks of a sequence-parallel group: torus = Torus Attention (Ulysses "
             "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code with the degrees filled "
-            "in; auto = torus where it crosses machines with fewer bytes, else usp. Without this flag xDiT is "
-            "untouched.",
+            "in; auto = whichever of torus and usp is predicted and, in the first calls of each shape, measured to be "
+            "faster. Without this flag xDiT is untouched.",
         )
     add(
         "plan",
@@ -250,6 +251,11 @@ def set_defaults(values: Mapping[str, str]) -> None:
     """Set those environment names that are not set."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
+
+
+def cache_folder() -> Path:
+    """Where what was measured once is kept, for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sf-xfuser"
 
 
 def autoload_wanted() -> bool:

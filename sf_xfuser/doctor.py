@@ -47,7 +47,7 @@ _TRAPS = {
 
 def examine() -> list[Finding]:
     """All findings. Imports torch and xfuser; opens no connection and starts no process group."""
-    return [*_versions(), *_hooks(), *_accelerators(), *_transports(), *_topology(), *_environment()]
+    return [*_versions(), *_hooks(), *_accelerators(), *_transports(), *_topology(), *_kept(), *_environment()]
 
 
 def usable(findings: list[Finding]) -> bool:
@@ -137,6 +137,14 @@ def _topology() -> Iterator[Finding]:
     launched = sp_args.launch_environment()
     world = f"{launched.world_size} ranks" if launched.world_size else "not started by a launcher"
     yield Finding(section="topology", name="launcher", status="info", detail=world)
+
+
+def _kept() -> Iterator[Finding]:
+    """The clusters that ``--sp-backend auto`` has measured."""
+    folder = sp_args.cache_folder()
+    count = len(list(folder.glob("cluster-*.json"))) if folder.is_dir() else 0
+    detail = f"{count} in {folder}; remove one to have it measured again"
+    yield Finding(section="topology", name="clusters measured", status="info", detail=detail)
 
 
 def _environment() -> Iterator[Finding]:

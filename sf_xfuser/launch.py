@@ -112,8 +112,8 @@ def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -
                 grid.ranks_per_machine,
                 heads=model.heads if model else None,
                 kv_heads=model.kv_heads if model else None,
-                rule="usp" if given.backend == "usp" else given.rule,
-                explicit=given.explicit_plan(),
+                rule="usp" if given.backend in ("usp", "auto") else given.rule,
+                explicit=None if given.backend == "auto" else given.explicit_plan(),  # auto: it is torus's alone
                 max_imbalance=max_imbalance(given),
             )
         except ValueError as error:
@@ -126,8 +126,8 @@ def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -
 
 
 def max_imbalance(given: TorusArgs) -> Fraction:
-    """How unevenly the backend of ``given`` may split heads."""
-    return EVEN if given.backend in XDIT_BACKENDS else UNEVEN
+    """How unevenly the layout in which xDiT is set up may split heads; under ``auto`` that is xDiT's own."""
+    return EVEN if given.backend in (*XDIT_BACKENDS, "auto") else UNEVEN
 
 
 def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:

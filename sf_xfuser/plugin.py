@@ -15,6 +15,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from sf_xfuser import args as sp_args
@@ -22,9 +23,12 @@ from sf_xfuser import combinations, launch, platform_cpu, repairs, usp
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.all_to_all import MeshAllToAll4D
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.choice import Choice, control_group, layouts
 from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.launch import ModelFacts
 from sf_xfuser.mesh import Mesh, build_mesh
+from sf_xfuser.plan import UNEVEN
+from sf_xfuser.xdit_layouts import XditConfig
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
 CHECKED_VERSION = "0.7.0"
@@ -33,12 +37,14 @@ _MARK = "sf_xfuser_args"  # attribute that carries TorusArgs on xFuserArgs and, 
 
 @dataclass
 class _Session:
-    """What this process runs: the flags in force, what was read of the model, the mesh, and what uses it."""
+    """What this process runs: the flags in force, what was read of the model, the mesh of xDiT's groups, and what uses
+    it. ``choice``: under ``--sp-backend auto``, with the meshes of Torus Attention."""
 
     args: TorusArgs | None = None
     command_line: TorusArgs | None = None  # flags taken from a parser that does not know them
     model: ModelFacts | None = None
     mesh: Mesh | None = None
+    choice: Choice | None = None
     usp: usp.TorusUSP | None = None
     all_to_all: MeshAllToAll4D | None = None
 
@@ -72,9 +78,7 @@ def disable() -> None:
     if _hook_set is not None:
         _hook_set.remove()
         _hook_set = None
-    if _session.mesh is not None:
-        _session.mesh.close()
-    usp.activate(None)
+    leave_groups()
     for name, value in vars(_Session()).items():
         setattr(_session, name, value)
     repairs.used.clear()
@@ -91,6 +95,8 @@ def explain() -> str:
         lines.append("no mesh yet: xDiT has not initialised its sequence-parallel groups")
     else:
         lines += _session.mesh.lines()
+    if _session.choice is not None:
+        lines += _session.choice.lines()
     if _session.all_to_all is not None:
         lines.append(f"all-to-alls of yunchang served by the mesh: {_session.all_to_all.served}")
         lines += [f"handed back to yunchang {n} times: {why}" for why, n in _session.all_to_all.handed_back.items()]
@@ -100,7 +106,7 @@ def explain() -> str:
         lines.append(f"attention calls served by torus: {_session.usp.served}")
         lines += [f"handed back to xDiT {n} times: {why}" for why, n in _session.usp.handed_back.items()]
     elif _session.mesh is not None:
-        lines.append(f"attention runs xDiT's own code: {_why_xdit(_session.args, _session.mesh)}")
+        lines.append(f"attention runs xDiT's own code: --sp-backend {_session.args.backend} is xDiT's own")
     lines += [f"repaired in xDiT: {what}" for what in repairs.used]
     return "\n".join(lines)
 
@@ -322,9 +328,14 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
     if len(group_ranks[0]) == 1:
         _log(f"--sp-backend {given.backend} has nothing to do: each sequence-parallel group is one rank")
         return ulysses_group, ring_group
+    asked = given
+    if given.backend in XDIT_BACKENDS:
+        asked = replace(given, plan="usp")
+    elif given.backend == "auto":  # xDiT's own layout is one of the arms; what is handed back runs as without us
+        asked = TorusArgs(backend="usp", plan="usp", topology=given.topology, timeout=given.timeout)
     mesh = build_mesh(
         group_ranks,
-        replace(given, plan="usp") if given.backend in XDIT_BACKENDS else given,
+        asked,
         heads=_session.model.heads if _session.model else None,
         kv_heads=_session.model.kv_heads if _session.model else None,
         ulysses_degree=dist.get_world_size(ulysses_group),
@@ -332,22 +343,59 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
         backend=backend,
         max_imbalance=launch.max_imbalance(given),
     )
-    _use(mesh, given)
+    choice = _arms(mesh, group_ranks, backend, given) if given.backend == "auto" else None
+    _use(mesh, choice, given)
     return mesh.ulysses_group, mesh.ring_group
 
 
-def _use(mesh: Mesh, given: TorusArgs) -> None:
-    """Attention of this process, and yunchang's all-to-all, run on ``mesh`` from now on."""
-    _session.mesh = mesh
-    mesh.log = _log
-    why_xdit = _why_xdit(given, mesh)
-    if why_xdit is None:
+def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusArgs) -> Choice:
+    """Those of ``--sp-backend auto``: xDiT's own on ``mesh``, and Torus Attention on meshes of its own. Collective over
+    the world."""
+    own, model = mesh.layout, _session.model
+    heads, kv_heads = (model.heads, model.kv_heads) if model else (None, None)
+    grids = {(g.num_machines, g.ranks_per_machine) for g in map(mesh.topology.fold, group_ranks)}
+    plans = [given.plan]
+    if len(grids) == 1:  # else each group plans its own
+        found = layouts(*grids.pop(), heads, kv_heads, own.ulysses_degree, given)
+        plans = [f"torus={x.torus},ulysses={x.ulysses},ring={x.ring_degree}" for x in found]
+    meshes = [
+        build_mesh(
+            group_ranks,
+            replace(given, backend="torus", plan=plan),
+            heads=heads,
+            kv_heads=kv_heads,
+            ulysses_degree=own.ulysses_degree if heads is None and plan == "auto" else None,
+            backend=backend,
+            max_imbalance=UNEVEN,
+        )
+        for plan in plans
+    ]
+    return Choice(
+        XditConfig(ulysses_degree=own.ulysses_degree, ring_degree=own.ring_degree),
+        meshes,
+        control_group(group_ranks, given.timeout),
+        kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),
+        folder=sp_args.cache_folder(),
+        log=_log,
+    )
+
+
+def _use(mesh: Mesh, choice: Choice | None, given: TorusArgs) -> None:
+    """Attention of this process, and yunchang's all-to-all, run on these from now on."""
+    _session.mesh, _session.choice = mesh, choice
+    meshes = [mesh] if choice is None else [mesh, *choice.meshes.values()]
+    for one in meshes:
+        one.log = _log
+    xdits = given.backend in XDIT_BACKENDS
+    if not xdits:
         original = importlib.import_module("xfuser.model_executor.layers.usp").USP
         original = getattr(original, "__wrapped__", original)
         _session.usp = usp.TorusUSP(
             original=original,
             host=_XditHost(),
-            mesh=mesh,
+            mesh=mesh if choice is None else choice.mesh,
+            ring_degree=mesh.layout.ring_degree,
+            choice=choice,
             strict=given.strict,
             log=_log,
             check=given.check == "first",
@@ -357,21 +405,16 @@ def _use(mesh: Mesh, given: TorusArgs) -> None:
     usp.activate(_session.usp)
     _session.all_to_all = None
     evenly = mesh.plan.even == mesh.layout  # its tensors are cut into equal parts
-    if evenly and mesh.layout.ulysses_degree > 1 and (why_xdit is None or given.transport != "auto"):
+    if evenly and mesh.layout.ulysses_degree > 1 and mesh.transports:
         own = importlib.import_module("yunchang.comm.all_to_all").all_to_all_4D
         own = getattr(own, "__wrapped__", own)
         _session.all_to_all = MeshAllToAll4D(original=own, mesh=mesh, strict=given.strict, log=_log)
-    runs = "Torus Attention" if why_xdit is None else f"xDiT's own attention ({why_xdit})"
+    runs = "Torus Attention"
+    if xdits:
+        runs = f"xDiT's own attention (--sp-backend {given.backend} is xDiT's own)"
+    elif choice is not None:
+        runs = f"the fastest of {', '.join(choice.arms)}, as predicted and as the first calls of each shape go"
     _log(f"--sp-backend {given.backend}: {runs}; {mesh}")
-
-
-def _why_xdit(given: TorusArgs, mesh: Mesh) -> str | None:
-    """Why attention stays with xDiT's own code; None where Torus Attention takes it."""
-    if given.backend in XDIT_BACKENDS:
-        return f"--sp-backend {given.backend} is xDiT's own"
-    if given.backend == "auto" and mesh.layout.num_machines == 1:
-        return "the sequence-parallel group sits inside one machine, so torus has nothing to hide"
-    return None
 
 
 def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
@@ -392,7 +435,9 @@ def leave_groups() -> None:
     """The mesh of this process is closed, and nothing uses it any more. Idempotent."""
     if _session.mesh is not None:
         _session.mesh.close()
-    _session.mesh = _session.usp = _session.all_to_all = None
+    if _session.choice is not None:
+        _session.choice.close()
+    _session.mesh = _session.choice = _session.usp = _session.all_to_all = None
     usp.activate(None)
 
 
@@ -486,12 +531,18 @@ def _wrap_check_backend(original: Callable[..., None]) -> Callable[..., None]:
 
 def require_lse(attention_backend: Any) -> None:
     """Raises RuntimeError where Torus Attention cannot use this member of xDiT's ``AttentionBackendType``."""
-    if _session.usp is not None and attention_backend.name not in usp.LSE_BACKENDS:
+    if _torus_alone() and attention_backend.name not in usp.LSE_BACKENDS:
         raise RuntimeError(
             f"attention backend {attention_backend.name} returns no log-sum-exp, which --sp-backend "
             f"{_session.args.backend if _session.args else 'torus'} needs to merge partial results; use "
             f"--attention_backend with one of {', '.join(sorted(usp.LSE_BACKENDS))}"
         )
+
+
+def _torus_alone() -> bool:
+    """Whether attention has to be such that torus can serve it. Under ``auto`` xDiT's choice stands: a backend without
+    log-sum-exp may be the faster one, and its calls are handed back."""
+    return _session.usp is not None and _session.choice is None
 
 
 def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -508,7 +559,7 @@ def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_lse(chosen: Any) -> Any:
     """``chosen``, or the member of xDiT's ``AttentionBackendType`` that Torus Attention can use in its place."""
-    if _session.usp is None or chosen.name in usp.LSE_BACKENDS:
+    if not _torus_alone() or chosen.name in usp.LSE_BACKENDS:
         return chosen
     import torch
     from xfuser.envs import PACKAGES_CHECKER

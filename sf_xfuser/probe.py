@@ -29,7 +29,6 @@ from sf_xfuser.simulate import MERGE_BYTES, CallShape, TorusArm, predict
 from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
 
 _TRIES = 3
-_TRY_S = 0.2
 _ATTEND_S = 0.04  # a large attention call takes longer than this
 _MOST_BYTES = 1 << 28  # that a collective may leave behind
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
@@ -42,7 +41,8 @@ Gather = Callable[[Any], list[Any]]
 class Order:
     """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``. ``seq_len``: of the
     calls to come, where known, so that transfers are measured at their size (None: of about ``transfer_s`` each).
-    ``across_gbps``: what a machine can send, where known (None: the fastest pattern seen)."""
+    ``try_s``: how long a piece is repeated, three times. ``across_gbps``: what a machine can send, where known (None:
+    the fastest pattern seen)."""
 
     attend: AttendFunction
     heads: int
@@ -51,6 +51,7 @@ class Order:
     device: torch.device
     seq_len: int | None = None
     transfer_s: float = 0.1
+    try_s: float = 0.2
     across_gbps: float | None = None
 
 
@@ -100,7 +101,7 @@ class _Probe:
         """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
         difference; ``alone``: on one rank, while the others wait."""
         first = self._tried(call, 1, alone)  # makes buffers and connections warm
-        times = max(1, min(64, round(_TRY_S / first.seconds)))
+        times = max(1, min(64, round(self.order.try_s / first.seconds)))
         tries = [self._tried(call, times, alone) for _ in range(_TRIES)]
         pick = min if fastest else statistics.median
         return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))

@@ -8,14 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from sf_xfuser.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.choice import OWN, Choice
 from sf_xfuser.compression import EPS
 from sf_xfuser.drop_in import DropIn
 from sf_xfuser.kernels import AttendFunction
+from sf_xfuser.mesh import Mesh
 
 # xDiT's attention backends that return the natural-log log-sum-exp that a merge needs, for dense attention.
 LSE_BACKENDS = frozenset(
@@ -44,7 +47,8 @@ class Host(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class TorusUSP(DropIn):
-    """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function."""
+    """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function, ``ring_degree`` that of the
+    groups in which it runs."""
 
     cannot = "torus cannot serve this attention call exactly"
     owner = "xDiT's own USP"
@@ -52,6 +56,9 @@ class TorusUSP(DropIn):
 
     original: Callable[..., torch.Tensor]
     host: Host
+    ring_degree: int
+    choice: Choice | None = None
+    """Which of several meshes serves a call, or ``original``; None: ``mesh`` serves all."""
     check: bool = False
     """Compare the first call of each shape with ``original``."""
     checked: dict[Any, float] = field(default_factory=dict)
@@ -120,10 +127,20 @@ class TorusUSP(DropIn):
         elif joint_query is not None:
             rows = torch.cat((joint_query, query) if joint_strategy == "front" else (query, joint_query), dim=2)
         valid = (attention_kwargs or {}).get("valid_kv_len")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the graph is to be the same on every rank, before anything is measured
+            if self.choice is not None and not self.choice.torus_first:
+                return xdits()
             compiled: torch.Tensor = _torus_usp(rows, key, value, keys, values, joint_strategy or "", name, valid)
             return compiled
-        out = self.attend(rows, key, value, keys, values, joint_strategy or None, name, valid)
+        torus = partial(self.attend, rows, key, value, keys, values, joint_strategy or None, name, valid)
+        if self.choice is None:
+            out = torus()
+        else:
+            ways = {arm: partial(torus, mesh) for arm, mesh in self.choice.meshes.items()} | {OWN: xdits}
+            attend = as_attend_function(self.host.raw_attention(name))
+            arm, out = self.choice.serve(rows, key, keys, name, attend, ways)
+            if arm == OWN:
+                return out
         if self.check:
             joint = (joint_strategy or None, None if keys is None else keys.shape)
             shape = (rows.shape, key.shape, valid, joint, rows.dtype, name)
@@ -143,20 +160,23 @@ class TorusUSP(DropIn):
         joint_strategy: Any,
         backend: str,
         valid_kv_len: int | None = None,
+        mesh: Mesh | None = None,
     ) -> torch.Tensor:
-        """``valid_kv_len``: only that many keys count, from the first of the lowest rank on; the others are padding."""
-        world_size = self.mesh.layout.world_size
+        """Over ``mesh``; None: the first. ``valid_kv_len``: only that many keys count, from the first of the lowest
+        rank on; the others are padding."""
+        mesh = mesh or self.mesh
+        world_size = mesh.layout.world_size
         kv_tokens = (key.shape[2],) * world_size  # xDiT gives every rank of a group the same number of tokens
         if valid_kv_len is not None:
             if not 0 < valid_kv_len <= sum(kv_tokens):
                 raise ValueError(f"valid_kv_len must be in [1, {sum(kv_tokens)}], got {valid_kv_len}")
-            kv_tokens = _leading(valid_kv_len, key.shape[2], self.mesh.members)
-            key, value = (x[:, :, : kv_tokens[self.mesh.position]] for x in (key, value))
+            kv_tokens = _leading(valid_kv_len, key.shape[2], mesh.members)
+            key, value = (x[:, :, : kv_tokens[mesh.position]] for x in (key, value))
         return torus_attention(
             query,
             key,
             value,
-            mesh=self.mesh,
+            mesh=mesh,
             q_tokens=(query.shape[2],) * world_size,
             kv_tokens=kv_tokens,
             attend=as_attend_function(self.host.raw_attention(backend)),
@@ -219,7 +239,7 @@ class TorusUSP(DropIn):
         because everything it looks at is."""
         if self.wrong:
             return self.wrong
-        if (reason := self.mesh.why_not_now()) is not None:
+        if (reason := (self.choice or self.mesh).why_not_now()) is not None:
             return reason
         if is_causal:
             return "causal attention needs keys in order"
@@ -229,7 +249,7 @@ class TorusUSP(DropIn):
         for key in _ORDERED_KWARGS:
             if wanted.get(key) is not None:
                 return f"attention_kwargs[{key!r}] needs keys in order"
-        if wanted.get("valid_kv_len") is not None and self.mesh.layout.ring_degree > 1:
+        if wanted.get("valid_kv_len") is not None and self.ring_degree > 1:
             return "attention_kwargs['valid_kv_len'] counts the keys of all ranks, and xDiT's ring sees those of some"
         if backend not in LSE_BACKENDS:
             return f"attention backend {backend} returns no log-sum-exp"

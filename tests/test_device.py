@@ -492,7 +492,7 @@ def test_calls_in_a_capture_are_handed_back(monkeypatch):
     virtual.stand_in(monkeypatch)
     make = virtual.meshes(1, 2, 4)
     mesh = unraised(virtual.together(2, lambda position: make[position]()))[0]
-    served = usp.TorusUSP(original=None, host=Unasked(), mesh=mesh, strict=False, log=print)
+    served = usp.TorusUSP(original=None, host=Unasked(), mesh=mesh, ring_degree=1, strict=False, log=print)
     exchanged = all_to_all.MeshAllToAll4D(original=None, mesh=mesh, strict=False, log=print)
     plain = ("FLASH", 0.0, False, None, None, None, 1, {})
     assert served.why_not(*plain) is None

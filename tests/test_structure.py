@@ -17,7 +17,7 @@ ROWS = [
     {"models", "planner"},
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
-    {"usp", "probe", "long_context", "context_parallel"},
+    {"probe", "choice", "usp", "long_context", "context_parallel"},
     {"combinations"},
     {"plugin"},
     {"native", "doctor"},

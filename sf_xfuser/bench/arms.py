@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
 from math import gcd
 
 import torch
@@ -12,6 +14,7 @@ from sf_xfuser.args import COMPRESSIONS, TRANSPORTS, TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
+from sf_xfuser.choice import OWN, Choice, control_group, layouts
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import UNEVEN, Layout, head_ranges
@@ -24,6 +27,7 @@ Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 SINGLE = "single"
 ALONE = "attention-alone"
+AUTO = "auto"
 NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 RELATIVE_ERROR = {"int8": 0.04, "fp8": 0.1}
 COMPRESSED = tuple(name for name in COMPRESSIONS if name != "none")
@@ -36,7 +40,7 @@ class Arm:
     ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
     ``mesh`` is set where the arm can be traced, ``replayed`` where it can be predicted (``simulate.predict`` takes it).
     ``relative_error``: of the result as root mean squares, that is right for an arm that compresses; None: as much as
-    rounding makes.
+    rounding makes. ``choice``: of the arm that takes the fastest of others, once its first calls have settled it.
     """
 
     name: str
@@ -49,12 +53,21 @@ class Arm:
     mesh: Mesh | None = None
     relative_error: float | None = None
     replayed: TorusArm | XditConfig | None = None
+    choice: Choice | None = None
+
+    @property
+    def said(self) -> tuple[str, str]:
+        """(description, layout), as it turned out."""
+        if self.choice is None or not self.choice.contests:
+            return self.description, self.layout
+        contest = next(iter(self.choice.contests.values()))
+        return f"{self.description}: {contest}", contest.chosen or ""
 
 
 def known_names() -> str:
     return (
         f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
-        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, "
+        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, {AUTO}, "
         f"{', '.join(over(name) for name in (*NAMED_TRANSPORTS, *COMPRESSED))}"
     )
 
@@ -65,8 +78,8 @@ def over(transport: str) -> str:
 
 
 def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str] | None) -> list[Arm]:
-    """The arms of ``case`` whose names are ``wanted`` (None: all but those over named transports). Collective over the
-    world, alike on every rank."""
+    """The arms of ``case`` whose names are ``wanted`` (None: all but ``auto`` and those over named transports).
+    Collective over the world, alike on every rank."""
     arms = [Arm(name=SINGLE, description="one process, the others wait", family="reference")]
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
     kv_heads = case.kv_heads or case.heads
@@ -83,7 +96,7 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         arms += [Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
         return [arm for arm in arms if wanted is None or arm.name in wanted]
     attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
-    ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
+    ours_wanted = wanted is None or AUTO in wanted or any(name in wanted for name, _ in _OURS)
     if ours_wanted and not mesh.chosen:  # the first call does it; the arm without overlap is to use the same
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
@@ -104,6 +117,8 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
     ]
     every = [arms[0], alone, *arms[1:], *ours]
     asked = wanted or ()
+    if AUTO in asked:
+        every.append(_auto(case, mesh, args, attend))
     for name in NAMED_TRANSPORTS:
         if over(name) in asked:
             text = f"Torus Attention over {name}"
@@ -151,6 +166,32 @@ def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: A
     except (ValueError, TransportError) as error:
         return Arm(name=name, description=description, family="ours", reason=str(error))
     return _our_arm(name, description, case, mesh, attend, formula)
+
+
+def _auto(case: Case, mesh: Mesh, args: TorusArgs, attend: AttendFunction) -> Arm:
+    """What ``--sp-backend auto`` takes of xDiT's own layout and torus, with a probe of its own and no file."""
+    text = "the faster of torus and xDiT's own"
+    if (reason := _no_xdit(case)) is not None:
+        return Arm(name=AUTO, description=text, family="ours", reason=reason)
+    kv_heads, m = case.kv_heads or case.heads, case.ranks_per_machine
+    degree = gcd(m, gcd(case.heads, kv_heads))
+    own = XditConfig(ulysses_degree=degree, ring_degree=case.world_size // degree)
+    xdits = xdit_arms.open_arms([own], ranks_per_machine=m, members=mesh.members)[own]
+    found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
+    others = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
+    plans = [f"torus={x.torus},ulysses={x.ulysses},ring={x.ring_degree}" for x in others]
+    meshes = [mesh, *(_mesh(case, replace(args, plan=plan)) for plan in plans)]
+    control = control_group([sorted(mesh.members)], args.timeout)
+    ratio = Fraction(kv_heads, case.heads)
+    choice = Choice(own, meshes, control, kv_ratio=ratio, folder=None, log=lambda message: None)
+    calls: dict[str, Call] = {arm: _torus(case, one, attend) for arm, one in choice.meshes.items()}
+    calls[OWN] = xdits
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ways = {arm: partial(way, query, key, value) for arm, way in calls.items()}
+        return choice.serve(query, key, None, "registered attention", attend, ways)[1]
+
+    return Arm(name=AUTO, description=text, family="ours", call=call, choice=choice)
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
@@ -246,10 +287,7 @@ def _xdit_arms(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> l
     order = ("usp", "ulysses", "ring", "xdit", "mapping")
     names = sorted({*named, *reasons}, key=lambda name: (order.index(name.split("-")[0]), name))
     names = [name for name in names if wanted is None or name in wanted]
-    missing = xdit_arms.available()
-    if missing is None and case.seq_len % case.world_size:
-        missing = f"xDiT splits tokens evenly, and {case.world_size} ranks do not divide {case.seq_len}"
-    if missing is not None:
+    if (missing := _no_xdit(case)) is not None:
         return [Arm(name=name, description="xDiT", family=_family(name), reason=missing) for name in names]
     members = None if mesh is None else mesh.members
     calls = xdit_arms.open_arms([named[x] for x in names if x in named], ranks_per_machine=m, members=members)
@@ -267,6 +305,14 @@ def _xdit_arms(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> l
         else Arm(name=name, description=_DESCRIPTIONS[name], family=_family(name), reason=reasons[name])
         for name in names
     ]
+
+
+def _no_xdit(case: Case) -> str | None:
+    """Why none of xDiT's arms can run the case."""
+    missing = xdit_arms.available()
+    if missing is None and case.seq_len % case.world_size:
+        missing = f"xDiT splits tokens evenly, and {case.world_size} ranks do not divide {case.seq_len}"
+    return missing
 
 
 _DESCRIPTIONS = {

@@ -59,8 +59,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="Default: float32")
     what.add_argument("--plan", default="auto", help="layout of the torus arms, as --sp-plan. Default: auto")
     what.add_argument("--arms", metavar="A,B", help=f"only these arms: {known_names()}. Default: all that are legal, "
-                      "torus over its default transport. With --pipeline: torus-fp8 and torus-int8, besides "
-                      "the others")  # fmt: skip
+                      "torus over its default transport; auto where it is named. With --pipeline: torus-fp8 and "
+                      "torus-int8, besides the others")  # fmt: skip
     what.add_argument("--pipeline", metavar="MODEL", help="whole denoising steps through xDiT instead of attention "
                       "calls: flux, hunyuanvideo, cogvideox, or a diffusers folder")  # fmt: skip
     what.add_argument("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")

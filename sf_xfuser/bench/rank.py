@@ -120,6 +120,8 @@ class _Measurement:
             for arm in runnable:
                 advance(f"{arm.name}: checking")
                 self._gate(arm)
+                while arm.choice is not None and not arm.choice.settled:  # its first calls measure
+                    self._call(arm)
             for arm in runnable:
                 if not self.samples[arm.name].failure:
                     advance(f"{arm.name}: memory and timeline")
@@ -143,6 +145,8 @@ class _Measurement:
         for arm in self.arms:
             if arm.mesh is not None:
                 arm.mesh.close()
+            if arm.choice is not None:
+                arm.choice.close()
 
     # -- measurements ----------------------------------------------------------------------------------------------
 

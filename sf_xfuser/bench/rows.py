@@ -47,6 +47,7 @@ def attention_rows(
     rows = []
     for arm in arms:
         sample = samples[arm.name]
+        description, layout = arm.said
         timed = _times(sample.times_s)
         median_s = timed["median_s"]
         attention_s = statistics.median(sample.attention_s) if sample.attention_s else None
@@ -64,11 +65,11 @@ def attention_rows(
                 kind="attention",
                 case=case.to_json(),
                 arm=arm.name,
-                description=arm.description,
+                description=description,
                 family=arm.family,
                 status="failed" if sample.failure else "ok" if sample.times_s else "skipped",
                 reason=sample.failure or arm.reason,
-                layout=arm.layout,
+                layout=layout,
                 **timed,
                 first_call_s=sample.first_call_s,
                 attention_s=attention_s,

@@ -1,0 +1,412 @@
+"""``--sp-backend auto``: which arm serves attention calls. By prediction, and by the first calls themselves.
+
+An *arm* runs a call: xDiT's own USP, or Torus Attention in a layout. All take the same tensors and give the same
+result, so any of them may serve any call, and measuring needs no call besides those that the model makes:
+
+    order    by what the simulator predicts on this cluster, whose rates a short probe measures once (``known_cluster``)
+    try      the first calls of a call shape go to the arms in turn, but for those predicted far behind
+    settle   after ten calls at most the fastest serves that shape; where two are as fast, the one predicted so
+
+Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from datetime import timedelta
+from fractions import Fraction
+from functools import partial
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sf_xfuser import __version__, probe, topology
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.cluster import Cluster
+from sf_xfuser.kernels import AttendFunction
+from sf_xfuser.mesh import PATIENCE, Mesh
+from sf_xfuser.plan import UNEVEN, Layout, legal_layouts, make_plan
+from sf_xfuser.simulate import CallShape, TorusArm, predict
+from sf_xfuser.xdit_layouts import XditConfig, egress
+
+OWN = "xDiT's own USP"
+
+_MOST_CALLS = 10  # of a shape, until it is settled
+_TRUSTED = 1.5  # a prediction is believed within this factor
+_BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
+_TIE = 1.02
+_SHAPES_KEPT = 64
+_TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
+
+
+# -- one call shape: pure ---------------------------------------------------------------------------------------------
+
+
+class Contest:
+    """Which arm serves the calls of one shape, from predicted and measured seconds. Pure: the caller makes the calls.
+
+    ``arms``: by preference, where nothing is ``predicted``. ``times[arm]``: of each call, the first of which made the
+    arm warm and counts for nothing. ``chosen``: None until it is settled.
+    """
+
+    def __init__(self, arms: Sequence[str], predicted: Mapping[str, float]) -> None:
+        self.predicted = dict(predicted)
+        self.arms = sorted(arms, key=lambda arm: predicted.get(arm, 0.0))
+        self.times: dict[str, list[float]] = {arm: [] for arm in self.arms}
+        near = _TRUSTED * min(predicted.values(), default=0.0)
+        self.running = [arm for arm in self.arms if predicted.get(arm, 0.0) <= near]
+        self.chosen = self.arms[0] if len(self.arms) == 1 else None
+        self._due = deque(self.running)
+
+    @property
+    def turn(self) -> str:
+        """Who serves the next call."""
+        return self.chosen or self._due[0]
+
+    def took(self, seconds: float) -> None:
+        """The call of ``turn`` took so long, on the slowest rank."""
+        self.times[self._due.popleft()].append(seconds)
+        if not self._due:
+            self._next_round()
+
+    def measured(self, arm: str) -> float | None:
+        """The least of its timed calls."""
+        return min(self.times[arm][1:], default=None)
+
+    def _next_round(self) -> None:
+        cold = [arm for arm in self.running if len(self.times[arm]) < 2]
+        if cold:
+            self._due.extend(cold)
+            return
+        best = {arm: min(self.times[arm][1:]) for arm in self.running}
+        left_out = [arm for arm in self.arms if not self.times[arm]]
+        if left_out and not all(1 / _TRUSTED < best[arm] / self.predicted[arm] < _TRUSTED for arm in best):
+            self.running += left_out  # they were left out by predictions that have turned out wrong
+            self._due.extend(left_out)
+            return
+        rounds = min(len(self.times[arm]) for arm in self.running) - 1
+        behind, least = _BEHIND[rounds > 1], min(best.values())
+        self.running = [arm for arm in self.running if best[arm] <= behind * least]
+        calls = sum(map(len, self.times.values()))
+        if len(self.running) > 1 and calls + len(self.running) <= _MOST_CALLS:
+            self.running.reverse()  # so that none always comes after the same other
+            self._due.extend(self.running)
+            return
+        self.chosen = next(arm for arm in self.arms if best.get(arm, least * 2) <= _TIE * least)
+
+    def __str__(self) -> str:
+        said = []
+        for arm in self.arms:
+            words = [f"predicted {1e3 * self.predicted[arm]:.3g} ms"] if arm in self.predicted else []
+            if (best := self.measured(arm)) is not None:
+                words.append(f"measured {1e3 * best:.3g} ms (least of {len(self.times[arm]) - 1})")
+            elif not self.times[arm] and self.chosen is not None and len(self.arms) > 1:
+                words.append("not tried")
+            said.append(f"{arm}: {', '.join(words) or 'not measured yet'}")
+        return f"{self.chosen or 'being measured'}; {'; '.join(said)}"
+
+
+def layouts(
+    num_machines: int, ranks_per_machine: int, heads: int | None, kv_heads: int | None, degree: int, args: TorusArgs
+) -> list[Layout]:
+    """Torus Attention's layouts worth trying: the one that ``--sp-plan`` takes, and where it is ``auto`` and there are
+    machines to cross, the next one with as few bytes (10 % more at most). ``degree``: xDiT's Ulysses degree, which says
+    how heads can be split where their number is not known. Pure; raises ValueError as ``make_plan``."""
+    plan = make_plan(
+        num_machines,
+        ranks_per_machine,
+        heads=heads,
+        kv_heads=kv_heads,
+        rule=args.rule,
+        explicit=args.explicit_plan(),
+        ulysses_degree=degree if heads is None and args.plan == "auto" else None,
+        max_imbalance=UNEVEN,
+    )
+    if args.plan != "auto" or heads is None or num_machines == 1:
+        return [plan.layout]
+    ratio = Fraction(kv_heads or heads, heads)
+    legal = legal_layouts(num_machines, ranks_per_machine, gcd(heads, kv_heads or heads), UNEVEN)
+    others = [x for x in legal if x != plan.layout and x.egress(ratio) <= Fraction(11, 10) * plan.layout.egress(ratio)]
+    others.sort(key=lambda layout: (layout.egress(ratio), -layout.ulysses_degree))
+    return [plan.layout, *others[:1]]
+
+
+def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
+    """Whether torus is to be preferred where nothing is predicted or measured: it has something to hide, and moves no
+    more bytes between machines than xDiT's own. Pure."""
+    grid = layout.num_machines, layout.ranks_per_machine
+    return grid[0] > 1 and float(layout.egress(kv_ratio)) <= egress(own, *grid, float(kv_ratio)) * (1 + 1e-9)
+
+
+# -- the cluster, kept in a file --------------------------------------------------------------------------------------
+
+
+def cluster_file(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """Where the rates of the cluster that ``identity`` describes are kept."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"cluster-{digest}.json"
+
+
+def read_cluster(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """(the cluster as ``Cluster.to_json`` gave it, or None; what is to be said of the file). Never raises."""
+    try:
+        values = json.loads(path.read_text())
+        kept = values["identity"]
+        differing = sorted(name for name in {*kept, *identity} if kept.get(name) != identity.get(name))
+        if differing:
+            return None, f"{path} is ignored: it was measured on another cluster ({', '.join(differing)} differ)"
+        Cluster.from_json(values["cluster"])
+        return dict(values["cluster"]), f"as measured before, from {path}"
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{path} is ignored: it holds no cluster ({type(error).__name__}: {error})"
+
+
+def write_cluster(path: Path, identity: Mapping[str, Any], cluster: Cluster) -> str:
+    """Keep it, whole or not at all; what is to be said of that. Never raises: the file saves seconds, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+        with os.fdopen(handle, "w") as file:
+            json.dump({"identity": dict(identity), "cluster": cluster.to_json()}, file, indent=1)
+        os.replace(name, path)
+        return f"kept in {path}"
+    except OSError as error:
+        return f"not kept: {path}: {error.strerror or error}"
+
+
+# -- all ranks of a group ---------------------------------------------------------------------------------------------
+
+
+def control_group(sp_rank_lists: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
+    """A gloo group of this rank's sequence-parallel group, over which measurements are exchanged. Collective over the
+    world. (The store behind ``Agreement`` lets ranks go up to 50 ms apart, which a time would then hold.)"""
+    mine: dist.ProcessGroup | None = None
+    for ranks in sp_rank_lists:
+        group = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=PATIENCE * timeout_s))
+        mine = group if dist.get_rank() in ranks else mine
+    assert mine is not None, "every rank is in one of the groups"
+    return mine
+
+
+class Choice:
+    """The arms of one sequence-parallel group, and what is known of them. All ranks make the same calls.
+
+    ``own``: xDiT's own layout. ``meshes``: of Torus Attention in each layout, by arm; the first is the plan's.
+    ``folder``: where clusters are kept; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        own: XditConfig,
+        meshes: Sequence[Mesh],
+        control: dist.ProcessGroup,
+        *,
+        kv_ratio: Fraction,
+        folder: Path | None,
+        log: Callable[[str], object],
+    ) -> None:
+        self.own, self.control, self.folder, self.log = own, control, folder, log
+        self.meshes = {f"torus ({mesh.layout})": mesh for mesh in meshes}
+        self.torus_first = torus_first(meshes[0].layout, own, kv_ratio)
+        self.arms = [*self.meshes, OWN] if self.torus_first else [OWN, *self.meshes]
+        self.contests: dict[Hashable, Contest] = {}
+        self.served: Counter[str] = Counter()
+        self.clusters: dict[Hashable, tuple[Cluster | None, str]] = {}
+        facts = topology.probe()
+        said = self._gather([meshes[0].position, facts.host.partition("/")[0], facts.machine, facts.accelerator])
+        self._places = [entry[1:] for entry in sorted(said)]
+        self._whole_job = len(said) == dist.get_world_size()
+
+    @property
+    def mesh(self) -> Mesh:
+        return next(iter(self.meshes.values()))
+
+    def why_not_now(self) -> str | None:
+        return next((reason for mesh in self.meshes.values() if (reason := mesh.why_not_now()) is not None), None)
+
+    def serve(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        joint_key: torch.Tensor | None,
+        kind: Hashable,
+        attend: AttendFunction,
+        ways: Mapping[str, Callable[[], torch.Tensor]],
+    ) -> tuple[str, torch.Tensor]:
+        """(the arm that served, its result). ``ways``: what makes the call, by arm. ``kind``: whatever else than shapes
+        and dtype tells calls apart. Collective; waits for the device until the shape is settled, then never again."""
+        joint_tokens = 0 if joint_key is None else joint_key.shape[2]
+        known = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind)
+        contest = self.contests.get(known)
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph keeps what it captures: no trial
+            arm = (contest.chosen or contest.arms[0]) if contest else self.arms[0]
+            return self._count(arm), ways[arm]()
+        if contest is None:
+            contest = self._opened(known, query, key, joint_tokens, kind, attend)
+        arm = contest.turn
+        if contest.chosen is not None:
+            return self._count(arm), ways[arm]()
+        self._synchronize(query.device)
+        dist.barrier(self.control)
+        started = time.perf_counter()
+        out = ways[arm]()
+        self._synchronize(query.device)
+        contest.took(max(self._gather(time.perf_counter() - started)))
+        if contest.chosen is not None:
+            self.log(f"--sp-backend auto: {_spelled(known)}: {contest}")
+        return self._count(arm), out
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being measured."""
+        return bool(self.contests) and all(contest.chosen is not None for contest in self.contests.values())
+
+    def lines(self) -> list[str]:
+        """What is known and was decided, as text."""
+        preferred = "torus crosses machines with no more bytes" if self.torus_first else "torus has nothing to save"
+        text = [f"--sp-backend auto: arms {', '.join(self.arms)} ({self.own}); without a prediction: {preferred}"]
+        text += [f"cluster for {_joined(kind)}: {said}" for kind, (_, said) in self.clusters.items()]
+        text += [f"{_spelled(known)}: {contest}" for known, contest in self.contests.items()]
+        return text + [f"attention calls served by {arm}: {n}" for arm, n in self.served.items()]
+
+    def close(self) -> None:
+        for mesh in self.meshes.values():
+            mesh.close()
+
+    def _count(self, arm: str) -> str:
+        self.served[arm] += 1
+        return arm
+
+    def _opened(
+        self,
+        known: Hashable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        joint_tokens: int,
+        kind: Hashable,
+        attend: AttendFunction,
+    ) -> Contest:
+        predicted: dict[str, float] = {}
+        try:
+            shape = CallShape(
+                seq_len=key.shape[2] * self.mesh.layout.world_size,
+                heads=query.shape[1],
+                kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                batch=query.shape[0],
+                dtype=str(query.dtype).removeprefix("torch."),
+                joint_tokens=joint_tokens,
+            )
+        except ValueError:  # a dtype or a shape that the simulator does not know: the calls themselves will tell
+            pass
+        else:
+            cluster = self._cluster(shape, kind, attend, query.device)
+            predicted = self._from_first(partial(self._predicted, cluster, shape)) if cluster is not None else {}
+        if len(self.contests) == _SHAPES_KEPT:
+            del self.contests[next(iter(self.contests))]
+        contest = self.contests[known] = Contest(self.arms, predicted)
+        return contest
+
+    def _predicted(self, cluster: Cluster, shape: CallShape) -> dict[str, float]:
+        found = {}
+        for name in self.arms:
+            mesh = self.meshes.get(name)
+            replayed: TorusArm | XditConfig = self.own
+            if mesh is not None:
+                replayed = TorusArm(layout=mesh.layout, pattern=_pattern(mesh))
+            found[name] = predict(cluster, shape, replayed).seconds
+        return found
+
+    def _cluster(
+        self, shape: CallShape, kind: Hashable, attend: AttendFunction, device: torch.device
+    ) -> Cluster | None:
+        """From the file, else from the probe; None where neither can be had. Collective."""
+        at = (shape.dtype, shape.head_dim, kind)
+        if at not in self.clusters:
+            self.clusters[at] = self._found_cluster(shape, str(kind), attend, device)
+            self.log(f"--sp-backend auto: cluster for {_joined(at)}: {self.clusters[at][1]}")
+        return self.clusters[at][0]
+
+    def _found_cluster(
+        self, shape: CallShape, kind: str, attend: AttendFunction, device: torch.device
+    ) -> tuple[Cluster | None, str]:
+        identity = {
+            "ranks": self._places,  # by position: host, machine, accelerator
+            "machines": self.mesh.layout.num_machines,
+            "transport": sorted(self.mesh.transports),
+            "attention": kind,
+            "dtype": shape.dtype,
+            "head_dim": shape.head_dim,
+            "torch": torch.__version__,
+            "sf_xfuser": __version__,
+        }
+        path = cluster_file(self.folder, identity) if self.folder is not None else None
+        kept, said = self._from_first(partial(read_cluster, path, identity)) if path is not None else (None, "")
+        if kept is not None:
+            return Cluster.from_json(kept), said
+        if said:
+            self.log(f"--sp-backend auto: {said}")
+        if not self._whole_job:
+            return None, "not known: the probe measures groups of the whole job, and this job has several groups"
+        self.log("--sp-backend auto: measuring the rates of this cluster; some seconds, once")
+        order = probe.Order(
+            attend=attend,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            dtype=getattr(torch, shape.dtype),
+            device=device,
+            transfer_s=_TRANSFER_S,
+            try_s=_TRY_S,
+        )
+        started = time.perf_counter()
+        try:
+            cluster, failed = probe.measure(self.mesh, order, self._gather), ""
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            cluster, failed = None, f"{type(error).__name__}: {error}"
+        failures = [text for text in self._gather(failed) if text]
+        if cluster is None or failures:
+            return None, f"not known: the probe failed ({(failures or [failed])[0]})"
+        took = f"measured in {time.perf_counter() - started:.1f} s"
+        if path is None:
+            return cluster, took
+        return cluster, f"{took}, {self._from_first(partial(write_cluster, path, identity, cluster))}"
+
+    def _from_first(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 of the group makes of it. Collective."""
+        first = sorted(self.mesh.members).index(self.mesh.members[0])  # its number in ``control``
+        return self._gather(make() if self.mesh.position == 0 else None)[first]
+
+    def _gather(self, value: Any) -> list[Any]:
+        reports: list[Any] = [None] * dist.get_world_size(self.control)
+        dist.all_gather_object(reports, value, group=self.control)
+        return reports
+
+    def _synchronize(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _pattern(mesh: Mesh) -> str:
+    return "message" if mesh.transport == "two_sided" else "put"
+
+
+def _joined(kind: Any) -> str:
+    return ", ".join(map(str, kind))
+
+
+def _spelled(known: Any) -> str:
+    query, key, joint_tokens, dtype, kind = known
+    keys = "" if query == key else f", keys {list(key)}"
+    joint = f", {joint_tokens} joint tokens" if joint_tokens else ""
+    return f"calls of {list(query)}{keys}{joint} in {str(dtype).removeprefix('torch.')}, {kind}"

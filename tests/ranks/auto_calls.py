@@ -1,0 +1,82 @@
+"""Rank side of test_choice.py: xDiT's USP by name under ``--sp-backend auto``, twelve calls of each of two shapes.
+
+Prints ``@@case|rank|value@@``: for each shape the largest difference from xDiT's own and the arms that served, in turn;
+for calls that torus cannot serve, why; and all that ``explain()`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from xfuser import xFuserArgs
+from xfuser.config import FlexibleArgumentParser
+from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_rank, runtime_state
+from xfuser.core.distributed.attention_backend import AttentionBackendType
+from xfuser.model_executor.layers import usp
+
+import sf_xfuser
+from sf_xfuser import choice, plugin
+
+B, H, D, CALLS = 1, 8, 16, 12
+
+
+class AnyRuntimeState(runtime_state.RuntimeState):
+    """A runtime state without a pipeline: groups and attention backend are all that USP asks for."""
+
+
+def tensors(tokens: int) -> list[torch.Tensor]:
+    make = torch.Generator().manual_seed(get_sequence_parallel_rank())
+    return [torch.randn(B, tokens, H, D, generator=make).transpose(1, 2) for _ in range(3)]
+
+
+def slow_on_rank_2(arm: str, seconds: float) -> None:
+    """There the calls of an arm whose name holds ``arm`` take so much longer."""
+    serve = choice.Choice.serve
+
+    def slowed(self, query, key, joint_key, kind, attend, ways):
+        def late(way):
+            time.sleep(seconds if dist.get_rank() == 2 else 0.0)
+            return way()
+
+        ways = {name: (lambda way=way: late(way)) if arm in name else way for name, way in ways.items()}
+        return serve(self, query, key, joint_key, kind, attend, ways)
+
+    choice.Choice.serve = slowed
+
+
+def main() -> None:
+    if "--slow" in sys.argv:
+        at = sys.argv.index("--slow")
+        slow_on_rank_2(sys.argv[at + 1], 0.2)
+        del sys.argv[at : at + 2]
+    parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
+    engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args([*sys.argv[1:]])).create_config()
+    runtime_state._RUNTIME = AnyRuntimeState(engine_config)
+    get_runtime_state().patch_mode = False
+    rank = dist.get_rank()
+    for name, tokens in (("short", 12), ("long", 256)):
+        q, k, v = tensors(tokens)
+        expected = usp.USP.__wrapped__(q, k, v)
+        worst, served = 0.0, []
+        for _ in range(CALLS):
+            before = plugin._session.choice.served.copy()
+            worst = max(worst, (usp.USP(q, k, v) - expected).abs().max().item())
+            served += [arm for arm, n in plugin._session.choice.served.items() if n > before[arm]]
+        print(f"@@{name}|{rank}|{worst}|{' then '.join(served)}@@", flush=True)
+    with contextlib.suppress(Exception):  # torus cannot serve it, and xDiT's own ring cannot either
+        usp.USP(*tensors(12), is_causal=True)
+    if get_runtime_state().parallel_config.ring_degree == 1:  # xDiT's own ring needs a log-sum-exp, too
+        get_runtime_state().set_attention_backend(AttentionBackendType.SDPA)
+        usp.USP(*tensors(12))
+    print(f"@@explain|{rank}|{sf_xfuser.explain()}|@@", flush=True)
+    dist.barrier()
+    get_runtime_state().destroy_distributed_env()
+    assert plugin._session.choice is None
+
+
+if __name__ == "__main__":
+    main()

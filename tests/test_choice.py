@@ -1,0 +1,250 @@
+"""``--sp-backend auto``: who is tried and who stays, what is kept of a cluster, and real ranks that choose together."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sf_xfuser import presets
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.choice import Contest, cluster_file, layouts, read_cluster, torus_first, write_cluster
+from sf_xfuser.cluster import Cluster
+from sf_xfuser.plan import Layout
+from sf_xfuser.xdit_layouts import XditConfig
+from tests.launch import torchrun
+
+AUTO = TorusArgs(backend="auto")
+
+# -- who is tried, and who stays --------------------------------------------------------------------------------------
+
+
+def settle(contest: Contest, true: dict[str, float], cold: float = 5.0) -> list[str]:
+    """The arms in the order of their calls, where each takes its true time, the first one ``cold`` times that."""
+    calls: list[str] = []
+    while contest.chosen is None:
+        arm = contest.turn
+        contest.took(true[arm] * (1.0 if arm in calls else cold))
+        calls.append(arm)
+    return calls
+
+
+def test_without_predictions_all_are_tried_in_turn_and_the_fastest_stays():
+    contest = Contest(["torus", "own", "other"], {})
+    calls = settle(contest, {"torus": 1.1, "own": 1.0, "other": 1.15}, cold=0.5)
+    assert calls[:3] == ["torus", "own", "other"] and len(calls) <= 10
+    assert contest.chosen == "own" == contest.turn
+    assert contest.measured("own") == 1.0  # the first call, which makes an arm warm, counts for nothing
+
+
+def test_what_is_clearly_slower_is_not_tried_again():
+    contest = Contest(["torus", "own"], {})
+    assert settle(contest, {"torus": 1.0, "own": 1.6}) == ["torus", "own", "torus", "own"]
+    assert contest.chosen == "torus"
+
+
+def test_what_is_predicted_far_behind_is_not_tried_where_the_prediction_holds():
+    contest = Contest(["torus", "own"], {"torus": 2.0, "own": 1.0})
+    assert settle(contest, {"torus": 0.1, "own": 1.2}) == ["own", "own"]
+    assert str(contest) == (
+        "own; own: predicted 1e+03 ms, measured 1.2e+03 ms (least of 1); torus: predicted 2e+03 ms, not tried"
+    )
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])  # faster than predicted says as much against the predictions
+def test_predictions_that_turn_out_wrong_are_not_believed(factor):
+    contest = Contest(["torus", "own"], {"torus": 2.0, "own": 1.0})
+    settle(contest, {"torus": 0.1, "own": 1.0 * factor})
+    assert contest.chosen == "torus"
+
+
+def test_a_tie_goes_to_the_prediction():
+    measured = {"torus": 1.0, "own": 1.015}
+    for predicted, chosen in (
+        ({"torus": 1.1, "own": 1.0}, "own"),
+        ({"torus": 1.0, "own": 1.1}, "torus"),
+    ):
+        contest = Contest(["torus", "own"], predicted)
+        settle(contest, measured)
+        assert contest.chosen == chosen
+    contest = Contest(["own", "torus"], {"torus": 1.1, "own": 1.0})
+    settle(contest, {"torus": 1.0, "own": 1.03})
+    assert contest.chosen == "torus"  # no tie
+
+
+def test_a_single_arm_needs_no_call():
+    assert settle(Contest(["torus"], {}), {}) == []
+
+
+@given(
+    st.lists(st.floats(0.01, 100.0), min_size=2, max_size=3),
+    st.lists(st.floats(1 / 1.2, 1.2), min_size=3, max_size=3),
+    st.booleans(),
+)
+def test_it_is_never_slower_than_the_best(times, errors, predicting):
+    """Whatever the arms take, with predictions within 20 % or none at all; ten calls settle it."""
+    true = {f"arm {n}": seconds for n, seconds in enumerate(times)}
+    predicted = {arm: true[arm] * error for arm, error in zip(true, errors, strict=False)} if predicting else {}
+    contest = Contest(list(true), predicted)
+    assert len(settle(contest, true)) <= 10
+    assert min(true.values()) / true[contest.chosen] >= 0.98
+
+
+# -- which arms -------------------------------------------------------------------------------------------------------
+
+
+def spelled(found: list[Layout]) -> list[str]:
+    return [str(layout) for layout in found]
+
+
+def test_layouts_of_torus_worth_trying():
+    assert spelled(layouts(4, 2, 8, 8, 2, AUTO)) == ["torus=4 ulysses=2 ring=1", "torus=4 ulysses=1 ring=2"]
+    assert spelled(layouts(3, 1, 3, 3, 1, AUTO)) == ["torus=3 ulysses=1 ring=1"]  # a ring would move more bytes
+    assert spelled(layouts(1, 4, 8, 8, 4, AUTO)) == ["torus=1 ulysses=4 ring=1"]
+    assert spelled(layouts(4, 2, None, None, 2, AUTO)) == ["torus=2 ulysses=1 ring=4 (2 across machines x 2 inside)"]
+    assert spelled(layouts(4, 2, 8, 8, 2, replace(AUTO, plan="paper"))) == ["torus=4 ulysses=2 ring=1"]
+    assert spelled(layouts(4, 2, 8, 8, 2, replace(AUTO, plan="torus=2,ulysses=2,ring=2"))) == [
+        "torus=2 ulysses=2 ring=2 (2 across machines x 1 inside)"
+    ]
+
+
+def test_without_a_prediction_torus_comes_first_where_it_hides_something_and_moves_no_more_bytes():
+    own = XditConfig(ulysses_degree=2, ring_degree=4)
+    assert torus_first(Layout.fitting(4, 2, torus=4, ulysses=2), own, Fraction(1))
+    assert not torus_first(Layout.fitting(4, 2, torus=4, ulysses=2), own, Fraction(1, 8))  # few KV heads: ring is cheap
+    inside = XditConfig(ulysses_degree=4, ring_degree=1)
+    assert not torus_first(Layout.fitting(1, 4, torus=1, ulysses=4), inside, Fraction(1))
+
+
+# -- the cluster, kept ------------------------------------------------------------------------------------------------
+
+HERE = {"ranks": [["host", "host", "cpu"]] * 2, "head_dim": 64, "torch": "2.13"}
+
+
+def test_a_cluster_is_read_back_as_it_was_written(tmp_path):
+    cluster = presets.PRESETS["p4de"]
+    path = cluster_file(tmp_path / "new" / "folder", HERE)
+    assert read_cluster(path, HERE) == (None, "")
+    assert write_cluster(path, HERE, cluster) == f"kept in {path}"
+    kept, said = read_cluster(path, HERE)
+    assert Cluster.from_json(kept) == Cluster.from_json(json.loads(json.dumps(cluster.to_json())))
+    assert said == f"as measured before, from {path}"
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # nothing half written beside it
+
+
+def test_a_cluster_of_others_is_told_apart(tmp_path):
+    elsewhere = {**HERE, "ranks": [["other", "other", "cpu"]] * 2}
+    path = cluster_file(tmp_path, HERE)
+    assert path != cluster_file(tmp_path, elsewhere)
+    write_cluster(path, elsewhere, presets.PRESETS["p4de"])  # as if the file had been copied here
+    assert read_cluster(path, HERE) == (
+        None,
+        f"{path} is ignored: it was measured on another cluster (ranks differ)",
+    )
+
+
+@pytest.mark.parametrize("text", ["", '{"identity": {"ra', "[]", '{"identity": {}}', "\x00\xff"])
+def test_a_broken_file_is_ignored(tmp_path, text):
+    path = tmp_path / "cluster.json"
+    path.write_bytes(text.encode("latin-1"))
+    kept, said = read_cluster(path, {})
+    assert kept is None and said.startswith(f"{path} is ignored: it holds no cluster (")
+
+
+def test_a_cluster_without_sense_is_ignored(tmp_path):
+    path = cluster_file(tmp_path, HERE)
+    write_cluster(path, HERE, presets.PRESETS["p4de"])
+    values = json.loads(path.read_text())
+    values["cluster"]["across"]["rank_gbps"] = -1
+    path.write_text(json.dumps(values))
+    kept, said = read_cluster(path, HERE)
+    assert kept is None and "rank_gbps must be a finite number above 0, got -1" in said
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = cluster_file(tmp_path / "file" / "below", HERE)
+    assert write_cluster(path, HERE, presets.PRESETS["p4de"]).startswith(f"not kept: {path}: ")
+
+
+# -- real ranks -------------------------------------------------------------------------------------------------------
+
+FLAGS = ("--model", "m", "--sp-backend", "auto")
+OF_2X2 = (*FLAGS, "--sp-topology", "2x2", "--ulysses_degree", "2", "--ring_degree", "2")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def calls(cache: Path, *flags: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
+    """(what each rank said of each case: two texts; all output)."""
+    output = torchrun("auto_calls.py", *flags, nproc=4, env={"XDG_CACHE_HOME": str(cache)}).output
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, _, first, second in re.findall(r"@@(\w+)\|(\d)\|(.*?)\|(.*?)@@", output, re.DOTALL):
+        found.setdefault(name, []).append((first, second))
+    assert all(len(ranks) == 4 for ranks in found.values())
+    return found, output
+
+
+def chosen_for(found: dict[str, list[tuple[str, str]]], arms: set[str]) -> set[str]:
+    """The arm that serves in the end, where all ranks took the same ones in the same order and were right."""
+    last = set()
+    for name in ("short", "long"):
+        assert all(float(difference) <= 2e-6 for difference, _ in found[name])
+        assert len({served for _, served in found[name]}) == 1
+        served = found[name][0][1].split(" then ")
+        assert len(served) == 12 and set(served) <= arms
+        assert len(set(served[10:])) == 1  # ten calls have settled it
+        last.add(served[-1])
+    return last
+
+
+TORUS, OWN = "torus (torus=2 ulysses=1 ring=2)", "xDiT's own USP"
+
+
+@pytest.fixture(scope="module")
+def late_torus(cache) -> tuple[dict[str, list[tuple[str, str]]], str]:
+    """The first run on this cluster. On rank 2 torus comes late."""
+    return calls(cache, *OF_2X2, "--slow", "torus")
+
+
+def test_what_is_slow_on_one_rank_is_left_by_all(late_torus, cache):
+    """The others could not know by themselves."""
+    found, output = late_torus
+    assert chosen_for(found, {TORUS, OWN}) == {OWN}
+    path = cache / "sf-xfuser" / "cluster-[0-9a-f]{16}.json"
+    said = {text for text, _ in found["explain"]}
+    for text in said:
+        assert re.search(rf"cluster for float32, 16, SDPA_FLASH: measured in \d+\.\d s, kept in {path}", text)
+        assert re.search(rf"calls of \[1, 8, 256, 16\] in float32, SDPA_FLASH: {OWN}; ", text)
+        assert re.search(rf"{OWN}: predicted \S+ ms, measured \S+ ms \(least of \d\)", text)
+        assert f"attention calls served by {OWN}: " in text
+        assert "handed back to xDiT 1 times: causal attention needs keys in order" in text
+    assert len(re.findall(r"--sp-backend auto: measuring the rates of this cluster", output)) == 1
+    assert len(re.findall(r"--sp-backend auto: calls of \[.*?: xDiT's own USP; ", output)) == 2
+
+
+def test_the_cluster_is_measured_once(late_torus, cache):
+    found, output = calls(cache, *OF_2X2, "--slow", "xDiT")
+    assert chosen_for(found, {TORUS, OWN}) == {TORUS}
+    assert all("cluster for float32, 16, SDPA_FLASH: as measured before, from " in text for text, _ in found["explain"])
+    assert "measuring the rates" not in output
+
+
+def test_inside_one_machine_torus_and_xdits_own_are_compared_and_checked(cache):
+    flags = ("--sp-topology", "1x4", "--ulysses_degree", "4", "--sp-check", "first", "--slow", "xDiT")
+    before = len(list(cache.glob("sf-xfuser/*")))
+    found, _ = calls(cache, *FLAGS, *flags)
+    assert chosen_for(found, {"torus (torus=1 ulysses=4 ring=1)", OWN}) == {"torus (torus=1 ulysses=4 ring=1)"}
+    assert all("--sp-check first: 2 shape(s), at most" in text for text, _ in found["explain"])
+    handed_back = "handed back to xDiT 1 times: attention backend SDPA returns no log-sum-exp"
+    assert all(handed_back in text for text, _ in found["explain"])  # torus alone would refuse such a backend
+    assert len(list(cache.glob("sf-xfuser/cluster-*.json"))) == before + 1  # another topology is another cluster
