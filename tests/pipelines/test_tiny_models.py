@@ -153,7 +153,7 @@ def test_same_arguments_same_bytes(tmp_path, family):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"heads": 6}, "heads=6"), ({"head_dim": 24}, "head_dim=24"), ({"layers": 0}, "layers=0")],
+    [({"heads": 5}, "heads=5"), ({"head_dim": 24}, "head_dim=24"), ({"layers": 0}, "layers=0")],
 )
 def test_sizes_that_cannot_be_split_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
