@@ -32,9 +32,10 @@ def main() -> None:
         except (ValueError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        print(f"@<{name}|{dist.get_rank()}|{text}|{explained}>@", flush=True)
-        destroy_model_parallel()
-        dist.barrier()
+        print(f"@<{name}|{os.environ['RANK']}|{text}|{explained}>@", flush=True)
+        if dist.is_initialized():  # a case may be refused before that
+            destroy_model_parallel()
+            dist.barrier()
     dist.destroy_process_group()
 
 
