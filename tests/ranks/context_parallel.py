@@ -243,7 +243,7 @@ def case_heads_that_no_plan_splits(rank: int) -> None:
 
 
 def case_another_backend(rank: int) -> None:
-    sf_xfuser.parallelize(flux2()[0], args=args(backend="usp"))
+    sf_xfuser.parallelize(flux2()[0], args=sf_xfuser.TorusArgs(backend="usp"))
 
 
 # -- backends other than the native one ------------------------------------------------------------------------------
