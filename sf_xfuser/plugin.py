@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sf_xfuser import args as sp_args
-from sf_xfuser import combinations, launch, platform_cpu, repairs, usp
+from sf_xfuser import launch, platform_cpu, repairs
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.all_to_all import MeshAllToAll4D
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
-from sf_xfuser.choice import Choice, control_group, layouts
 from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.launch import ModelFacts
-from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import UNEVEN
-from sf_xfuser.xdit_layouts import XditConfig
+
+# Who gives no flag imports nothing of these: `import xfuser` may take 2 % longer (python -m sf_xfuser.bench.imports).
+if TYPE_CHECKING:
+    from sf_xfuser.all_to_all import MeshAllToAll4D
+    from sf_xfuser.choice import Choice
+    from sf_xfuser.mesh import Mesh
+    from sf_xfuser.usp import TorusUSP
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
 CHECKED_VERSION = "0.7.0"
@@ -45,7 +48,7 @@ class _Session:
     model: ModelFacts | None = None
     mesh: Mesh | None = None
     choice: Choice | None = None
-    usp: usp.TorusUSP | None = None
+    usp: TorusUSP | None = None
     all_to_all: MeshAllToAll4D | None = None
 
 
@@ -262,6 +265,8 @@ def _fill_degrees(xfuser_args: Any) -> None:
     _session.model = launch.model_facts(xfuser_args.model, getattr(entry, "settings", None))
     planned = launch.fill_degrees(xfuser_args, given, _session.model)
     if (xfuser_args.ulysses_degree or 1) * (xfuser_args.ring_degree or 1) > 1:
+        from sf_xfuser import combinations
+
         combinations.refuse(xfuser_args, given, _session.model)
     if planned is not None:
         _log(planned)
@@ -323,6 +328,8 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
     Collective over the world. Needs flags in force (``settle``, ``start``)."""
     import torch.distributed as dist
 
+    from sf_xfuser.mesh import build_mesh
+
     given = _session.args
     assert given is not None
     if len(group_ranks[0]) == 1:
@@ -351,6 +358,10 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
 def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusArgs) -> Choice:
     """Those of ``--sp-backend auto``: xDiT's own on ``mesh``, and Torus Attention on meshes of its own. Collective over
     the world."""
+    from sf_xfuser.choice import Choice, control_group, layouts
+    from sf_xfuser.mesh import build_mesh
+    from sf_xfuser.xdit_layouts import XditConfig
+
     own, model = mesh.layout, _session.model
     heads, kv_heads = (model.heads, model.kv_heads) if model else (None, None)
     grids = {(g.num_machines, g.ranks_per_machine) for g in map(mesh.topology.fold, group_ranks)}
@@ -382,6 +393,9 @@ def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusAr
 
 def _use(mesh: Mesh, choice: Choice | None, given: TorusArgs) -> None:
     """Attention of this process, and yunchang's all-to-all, run on these from now on."""
+    from sf_xfuser import usp
+    from sf_xfuser.all_to_all import MeshAllToAll4D
+
     _session.mesh, _session.choice = mesh, choice
     meshes = [mesh] if choice is None else [mesh, *choice.meshes.values()]
     for one in meshes:
@@ -433,8 +447,11 @@ def forget_flags() -> None:
 
 def leave_groups() -> None:
     """The mesh of this process is closed, and nothing uses it any more. Idempotent."""
-    if _session.mesh is not None:
-        _session.mesh.close()
+    if _session.mesh is None:
+        return
+    from sf_xfuser import usp
+
+    _session.mesh.close()
     if _session.choice is not None:
         _session.choice.close()
     _session.mesh = _session.choice = _session.usp = _session.all_to_all = None
@@ -531,7 +548,11 @@ def _wrap_check_backend(original: Callable[..., None]) -> Callable[..., None]:
 
 def require_lse(attention_backend: Any) -> None:
     """Raises RuntimeError where Torus Attention cannot use this member of xDiT's ``AttentionBackendType``."""
-    if _torus_alone() and attention_backend.name not in usp.LSE_BACKENDS:
+    if not _torus_alone():
+        return
+    from sf_xfuser import usp
+
+    if attention_backend.name not in usp.LSE_BACKENDS:
         raise RuntimeError(
             f"attention backend {attention_backend.name} returns no log-sum-exp, which --sp-backend "
             f"{_session.args.backend if _session.args else 'torus'} needs to merge partial results; use "
@@ -559,10 +580,15 @@ def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_lse(chosen: Any) -> Any:
     """``chosen``, or the member of xDiT's ``AttentionBackendType`` that Torus Attention can use in its place."""
-    if not _torus_alone() or chosen.name in usp.LSE_BACKENDS:
+    if not _torus_alone():
         return chosen
     import torch
     from xfuser.envs import PACKAGES_CHECKER
+
+    from sf_xfuser import usp
+
+    if chosen.name in usp.LSE_BACKENDS:
+        return chosen
 
     have = PACKAGES_CHECKER.get_packages_info()
     if have.get("has_flash_attn_3"):

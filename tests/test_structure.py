@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -69,3 +71,13 @@ def test_the_readme_lists_every_module():
     table = (ROOT / "README.md").read_text()
     for name in set(sources()) - {"__init__"}:
         assert f"`sf_xfuser/{name}" in table or f"`{name}" in table or f"{name}/`" in table, name
+
+
+def test_who_gives_no_flag_imports_little():
+    """What the plugin loads into every program that imports xfuser."""
+    program = "import sys, torch, sf_xfuser.plugin; print([m for m in sys.modules if m.startswith('sf_xfuser.')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "sf_xfuser.plugin" in done.stdout
+    assert not [
+        name for name in ("mesh", "kernels", "transport", "attention", "choice") if f"xfuser.{name}'" in done.stdout
+    ]
