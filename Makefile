@@ -12,7 +12,7 @@ VERSIONS := 0.5.0 0.6.0 0.7.0
 VERSION_TESTS := tests/test_plugin.py tests/test_usp.py tests/test_all_to_all.py tests/test_launchers.py \
     tests/pipelines/test_pipelines.py
 
-.PHONY: demo test test-versions test-upstream lint bench kernels-table clean
+.PHONY: demo test test-all test-versions test-upstream lint bench kernels-table clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -27,6 +27,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+# As test, and those marked slow: half an hour.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(TEST_ARGS)
 
 # A quarter of an hour and, with PyTorch's CPU build, 2 GB for each version; a failure ends it after all have run.
 test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)

@@ -76,7 +76,7 @@ RUNS = {
 
 
 @pytest.mark.skipif(SHM_REASON is not None, reason=SHM_REASON or "")
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*list(RUNS)[:-1], pytest.param(list(RUNS)[-1], marks=pytest.mark.slow)])
 def test_layers_are_served(run):
     (backend, transport, ways), lanes = RUNS[run]
     found, output = layers(
@@ -100,6 +100,7 @@ def test_ulysses_without_a_named_transport_is_untouched():
     assert all(said == {"equal | untouched"} for said in found.values()), found
 
 
+@pytest.mark.slow
 def test_without_a_backend_nothing_is_touched():
     found, _ = layers("--ulysses_degree", "4")
     assert found.pop("lanes") == {" []"}

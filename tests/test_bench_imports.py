@@ -10,6 +10,7 @@ import pytest
 from sf_xfuser.bench import imports
 
 
+@pytest.mark.slow
 def test_real_imports(tmp_path, capsys, monkeypatch):
     """Three fresh processes; each proves that the plugin is there, or is not. One round says nothing about time."""
     monkeypatch.setattr(imports, "measure", lambda rounds: {arm: [imports._import_once(arm)] for arm in imports.ARMS})

@@ -239,6 +239,7 @@ def test_the_cluster_is_measured_once(late_torus, cache):
     assert "measuring the rates" not in output
 
 
+@pytest.mark.slow
 def test_inside_one_machine_torus_and_xdits_own_are_compared_and_checked(cache):
     flags = ("--sp-topology", "1x4", "--ulysses_degree", "4", "--sp-check", "first", "--slow", "xDiT")
     before = len(list(cache.glob("sf-xfuser/*")))

@@ -43,7 +43,10 @@ def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
     return found
 
 
-@pytest.mark.parametrize(("topology", "ulysses", "ring"), [("2x2", 4, 1), ("2x2", 2, 2), ("4x1", 2, 2), ("1x4", 1, 4)])
+@pytest.mark.parametrize(
+    ("topology", "ulysses", "ring"),
+    [("2x2", 4, 1), ("2x2", 2, 2), *(pytest.param(*x, marks=pytest.mark.slow) for x in [("4x1", 2, 2), ("1x4", 1, 4)])],
+)
 def test_equals_xdits_own(topology, ulysses, ring):
     found = calls("--sp-backend", "torus", "--sp-topology", topology, "--ulysses_degree", str(ulysses),
                   "--ring_degree", str(ring))  # fmt: skip

@@ -20,6 +20,7 @@ STEPS = 6
 CALLS_OF_A_STEP = 4  # two blocks of either kind
 
 
+@pytest.mark.slow
 def test_torus_equals_usp_with_the_same_cache(model_folder, tmp_path):
     """A step that is skipped changes the result: only xDiT's own USP with the same cache gives the same."""
     common = ["--family", "flux", "--model", str(model_folder("flux")), "--wrapper", "runner", "--text-length", "16",

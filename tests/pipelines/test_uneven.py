@@ -86,7 +86,14 @@ def finished(tmp_path_factory):
     return run, lambda case: reference_latents(folder_of(root, case.family, case.heads, case.size), TEXT)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.layout])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if case.machines == 6 else [])
+        for name, case in CASES.items()
+        if case.layout
+    ],
+)
 def test_latents(finished, name):
     run, single = finished
     case = CASES[name]
