@@ -52,7 +52,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Verdict:
     """``fused``: whether the fused kernel computes a piece."""
 
     fused: bool
@@ -62,7 +62,7 @@ class Choice:
         return f"{'the fused kernel' if self.fused else 'the library, and the merge kernel'}: {self.reason}"
 
 
-def choose_from(rows: Sequence[Measured], piece: tuple[str, str, str, int], q_tokens: int, kv_tokens: int) -> Choice:
+def choose_from(rows: Sequence[Measured], piece: tuple[str, str, str, int], q_tokens: int, kv_tokens: int) -> Verdict:
     """By the row nearest to ``q_tokens`` x ``kv_tokens`` among those of ``piece``: architecture, library, dtype, D.
     Pure."""
     architecture, library, dtype, D = piece
@@ -76,22 +76,22 @@ def choose_from(rows: Sequence[Measured], piece: tuple[str, str, str, int], q_to
     near = [row for row in rows if row.piece == piece and times(row) <= _NEAR]
     if not near:
         some = any(row.piece == piece for row in rows)
-        return Choice(False, f"no measured row for {what}{' near a piece of this size' if some else ''}")
+        return Verdict(False, f"no measured row for {what}{' near a piece of this size' if some else ''}")
     row = min(near, key=times)
     said = f"{row.fused_us:.4g} us fused, {row.library_us:.4g} us by the library, at {row.q_tokens} x {row.kv_tokens}"
-    return Choice(row.fused_us < row.library_us, f"{said} tokens, {what}")
+    return Verdict(row.fused_us < row.library_us, f"{said} tokens, {what}")
 
 
 @cache
 def choose(
     device: torch.device, library: str | None, dtype: torch.dtype, D: int, q_tokens: int, kv_tokens: int
-) -> Choice:
+) -> Verdict:
     """What computes a piece of ``q_tokens`` x ``kv_tokens`` on ``device``, where ``library``, xDiT's name of it, is the
     attention library; None: one that no row can name."""
     if device.type != "cuda":
-        return Choice(False, f"on a {device.type} there is the plain path alone")
+        return Verdict(False, f"on a {device.type} there is the plain path alone")
     if library is None:
-        return Choice(False, "what computes attention has no name to look up")
+        return Verdict(False, "what computes attention has no name to look up")
     return choose_from(shipped_rows(), (architecture(device), library, _name(dtype), D), q_tokens, kv_tokens)
 
 

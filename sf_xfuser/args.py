@@ -63,13 +63,8 @@ class TorusArgs:
             raise ValueError(f"--sp-transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.compress not in COMPRESSIONS:
             raise ValueError(f"--sp-compress must be one of {', '.join(COMPRESSIONS)}, got {self.compress!r}")
-        if self.compress != "none" and self.backend in XDIT_BACKENDS:
-            raise ValueError(
-                f"--sp-compress {self.compress} is about Torus Attention's chunks, and --sp-backend {self.backend} "
-                f"runs xDiT's own code: use --sp-backend torus, or leave --sp-compress out"
-            )
         if self.backend in XDIT_BACKENDS:
-            self._refuse_what_torus_alone_has(self.backend)
+            self._refuse_what_torus_alone_has()
         if self.compress != "none" and self.transport in ("shm", "nvshmem"):
             raise ValueError(
                 f"--sp-compress {self.compress} cannot be used with --sp-transport {self.transport}, which writes "
@@ -80,13 +75,15 @@ class TorusArgs:
         if not self.timeout > 0:
             raise ValueError(f"--sp-timeout must be a positive number of seconds, got {self.timeout}")
 
-    def _refuse_what_torus_alone_has(self, backend: str) -> None:
-        runs = f"--sp-backend {backend} runs xDiT's own code"
-        exchanges = backend != "ring" and self.transport != "auto"  # yunchang's all-to-all is ours
+    def _refuse_what_torus_alone_has(self) -> None:
+        runs = f"--sp-backend {self.backend} runs xDiT's own code"
+        moves = self.transport != "auto"
+        exchanges = moves and self.backend != "ring"  # yunchang's all-to-all is ours
         for flag, given, about in (
+            (f"--sp-compress {self.compress}", self.compress != "none", "is about Torus Attention's chunks"),
             (f"--sp-plan {self.plan}", self.plan not in ("auto", "usp"), "chooses Torus Attention's layout"),
             (f"--sp-check {self.check}", self.check != "off", "compares Torus Attention with xDiT's own code"),
-            (f"--sp-transport {self.transport}", backend == "ring" and self.transport != "auto", "moves no ring"),
+            (f"--sp-transport {self.transport}", moves and not exchanges, "moves no ring"),
             ("--sp-strict", self.strict and not exchanges, "is about calls that are handed back to xDiT's own code"),
         ):
             if given:

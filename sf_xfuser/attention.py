@@ -14,9 +14,9 @@ from sf_xfuser.buffers import Buffers
 from sf_xfuser.call import Call, agree
 from sf_xfuser.kernels import (
     AttendFunction,
-    Choice,
     Chunks,
     Kernel,
+    Verdict,
     attend_unchecked,
     choose,
     may_fuse,
@@ -93,12 +93,12 @@ def torus_attention(
         library = sdpa_backend(query.device, query.dtype)
 
     def fuses(q_tokens: int, kv_tokens: int) -> bool:
-        choice = Choice(kernel == "fused", "as asked for")
         if kernel == "auto":
-            choice = choose(query.device, library, query.dtype, query.shape[3], q_tokens, kv_tokens)
-        mesh.pieces[choice] += 1
-        fused: bool = choice.fused
-        return fused
+            verdict = choose(query.device, library, query.dtype, query.shape[3], q_tokens, kv_tokens)
+        else:
+            verdict = Verdict(kernel == "fused", "as asked for")
+        mesh.pieces[verdict] += 1
+        return bool(verdict.fused)
 
     def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
         agreed = agree(mesh, tensors, joint_strategy, counts)

@@ -19,7 +19,6 @@ Connect = Callable[[Agreement], Lanes]
 """Makes the lanes of one rank. Collective over its group."""
 
 XDITS = "xDiT's own collectives"
-_OVER_GROUPS = ("two_sided", "symm_mem")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def wanted(args: TorusArgs, backend: str) -> str | None:
 
 def need_groups(wanted: str | None, backend: str) -> bool:
     """Whether lanes may be made of torch.distributed's process groups: between GPUs ``"auto"`` tries those, too."""
-    return wanted in _OVER_GROUPS or (wanted == "auto" and backend != "gloo")
+    return wanted in ("two_sided", "symm_mem") or (wanted == "auto" and backend != "gloo")
 
 
 def gather_homes(world: Agreement, wanted: str | None, backend: str) -> list[Home]:

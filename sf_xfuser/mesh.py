@@ -16,7 +16,7 @@ from sf_xfuser import lanes
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.compression import Compression
-from sf_xfuser.kernels import Choice
+from sf_xfuser.kernels import Verdict
 from sf_xfuser.lanes import Connect, Group, Lanes, Seat
 from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
@@ -57,7 +57,7 @@ class Mesh:
     chosen: str = ""
     one_host: bool = False
     compression: Compression | None = None
-    pieces: Counter[Choice] = field(default_factory=Counter)
+    pieces: Counter[Verdict] = field(default_factory=Counter)
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info

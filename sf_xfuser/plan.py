@@ -109,6 +109,11 @@ class Layout:
         ring_leaves = 2 * kv_ratio * (self.ring_across - 1)
         return (heads_leave + ring_leaves) / self.num_machines
 
+    @property
+    def flag(self) -> str:
+        """As ``--sp-plan`` takes it."""
+        return f"torus={self.torus},ulysses={self.ulysses},ring={self.ring_degree}"
+
     def __str__(self) -> str:
         ring = f"ring={self.ring_degree}"
         if self.ring_across > 1:
@@ -324,7 +329,7 @@ def _indivisible(heads: int, layout: Layout, world_size: int, max_imbalance: Fra
 
 
 def _spell(layouts: Iterator[Layout]) -> str:
-    return " or ".join(f"torus={x.torus},ulysses={x.ulysses},ring={x.ring_degree}" for x in layouts)
+    return " or ".join(layout.flag for layout in layouts)
 
 
 def _explain(

@@ -125,9 +125,8 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
 def _flags(arm: TorusArm | XditConfig, transport: str) -> str:
     if isinstance(arm, XditConfig):
         return f"--ulysses_degree {arm.ulysses_degree} --ring_degree {arm.ring_degree}"
-    layout = arm.layout
     over = "" if transport == "two_sided" else " --sp-transport nvshmem"
-    return f"--sp-backend torus --sp-plan torus={layout.torus},ulysses={layout.ulysses},ring={layout.ring_degree}{over}"
+    return f"--sp-backend torus --sp-plan {arm.layout.flag}{over}"
 
 
 def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Choice:

@@ -368,7 +368,7 @@ def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusAr
     plans = [given.plan]
     if len(grids) == 1:  # else each group plans its own
         found = layouts(*grids.pop(), heads, kv_heads, own.ulysses_degree, given)
-        plans = [f"torus={x.torus},ulysses={x.ulysses},ring={x.ring_degree}" for x in found]
+        plans = [layout.flag for layout in found]
     meshes = [
         build_mesh(
             group_ranks,

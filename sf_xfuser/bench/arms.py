@@ -179,8 +179,7 @@ def _auto(case: Case, mesh: Mesh, args: TorusArgs, attend: AttendFunction) -> Ar
     xdits = xdit_arms.open_arms([own], ranks_per_machine=m, members=mesh.members)[own]
     found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
     others = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
-    plans = [f"torus={x.torus},ulysses={x.ulysses},ring={x.ring_degree}" for x in others]
-    meshes = [mesh, *(_mesh(case, replace(args, plan=plan)) for plan in plans)]
+    meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in others)]
     control = control_group([sorted(mesh.members)], args.timeout)
     ratio = Fraction(kv_heads, case.heads)
     choice = Choice(own, meshes, control, kv_ratio=ratio, folder=None, log=lambda message: None)

@@ -133,8 +133,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     local attention kernels, likewise), ``first_call_s`` (the untimed first call, text encoding included),
     ``max_abs_error`` (of the final latents against ``"single"``, the largest of all calls and ranks) and ``psnr_db``
     (peak signal-to-noise ratio of the final latents against ``"torus"``, for arms that compress; None where they are
-    the same bits). ``"single"`` is timed
-    in one call, alone.
+    the same bits). ``"single"`` is timed in one call, alone.
 
     Sets xDiT up for this process, so it wants a process in which xDiT is not set up. Raises ValueError for a model
     that it does not know and RuntimeError where torus serves no attention call; attention that torus would hand back

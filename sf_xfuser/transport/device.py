@@ -142,10 +142,7 @@ class DeviceWindow(OneSided):
             )
         # Every rank has come, and none has anything on its way: the memory of earlier windows may go.
         self._block = None
-        for window in going:
-            window._memory = None
-            window._free()
-        _kept[:] = [window for window in _kept if window not in earlier]
+        _drop([self, *earlier])
         try:
             memory = self._allocate(block.nbytes)
             memory[: block.head_bytes].zero_()
@@ -420,14 +417,20 @@ _kept: list[DeviceWindow] = []  # closed, with memory into which a peer may stil
 def let_go(agreement: Agreement, members: Sequence[int], position: int) -> bool:
     """Free the memory of closed transports of a group, whatever their kind; False where some rank is not done with it,
     and it stays. Collective."""
-    mine = [w for w in _kept if w._ends()[1:] == (tuple(members), position) and w._memory is not None]
+    mine = [window for window in _kept if window._ends()[1:] == (tuple(members), position)]
     if mine and any(agreement.gather("windows", mine[0]._still(mine))):
         return False
-    for window in mine:
-        window._memory = None
-        window._free()
-    _kept[:] = [window for window in _kept if window not in mine]
+    _drop(mine)
     return True
+
+
+def _drop(windows: Sequence[DeviceWindow]) -> None:
+    """Their memory goes. Collective; nothing is on its way."""
+    for window in windows:
+        if window._memory is not None:
+            window._memory = None
+            window._free()
+    _kept[:] = [window for window in _kept if window not in windows]
 
 
 class _Arrival(Ticket):
