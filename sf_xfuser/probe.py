@@ -31,6 +31,10 @@ from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulys
 _TRIES = 3
 _ATTEND_S = 0.04  # a large attention call takes longer than this
 _MOST_BYTES = 1 << 28  # that a collective may leave behind
+# Two ranks that pass tensors to each other over gloo: each says that it is ready to receive after it has begun to send
+# what the other is ready for, on the same connection. So, where they do not come at once, one sends after the other.
+# Behind attention they do not; here they would.
+_LATE_S = 0.002
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
 Gather = Callable[[Any], list[Any]]
@@ -198,6 +202,7 @@ class _Probe:
         from torch.distributed import _functional_collectives as functional
 
         size = dist.get_world_size(group)
+        late_s = _LATE_S if pattern == "alltoall" and size == 2 and self.order.device.type == "cpu" else 0.0
 
         def run(tensor: torch.Tensor) -> None:
             if pattern == "exchange":
@@ -205,13 +210,19 @@ class _Probe:
             elif pattern == "allgather":
                 dist.all_gather_into_tensor(tensor.new_empty(size * tensor.numel()), tensor, group=group)
             else:  # as PyTorch's ring passes KV on
+                time.sleep(late_s * dist.get_rank(group))
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
         def of(numel: int) -> Callable[[], None]:
             return partial(run, torch.zeros(numel, dtype=dtype, device=self.order.device))
 
         dtype, seq_len = self.order.dtype, self.order.seq_len
-        small = self._timed(of(64 * size))
+
+        def timed(numel: int) -> Timing:
+            timing = self._timed(of(numel))
+            return replace(timing, seconds=max(timing.seconds - late_s, 1e-6))
+
+        small = timed(64 * size)
         numel = size << 12
         if seq_len is not None:  # a ring moves K and V at once
             tensors = 1 if pattern == "exchange" else 2
@@ -224,7 +235,7 @@ class _Probe:
             if wanted < 2:
                 break
             numel = min(most, numel * min(16, math.ceil(wanted)))
-        return small, self._timed(of(numel)), numel * dtype.itemsize
+        return small, timed(numel), numel * dtype.itemsize
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
         mine: dist.ProcessGroup | None = None

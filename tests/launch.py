@@ -7,9 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.warm import KILLED, Launch
 
 RANKS = Path(__file__).parent / "ranks"
 
@@ -22,12 +26,28 @@ class Finished:
 
 def torchrun(
     script: str | Path, *arguments: object, nproc: int, timeout: float = 180, env: dict[str, str] | None = None,
-    expect_failure: bool = False, torchrun_args: tuple[str, ...] = (),
+    expect_failure: bool = False, torchrun_args: tuple[str, ...] = (), warm: bool = True,
 ) -> Finished:  # fmt: skip
-    """Run ``tests/ranks/<script>`` on ``nproc`` ranks. Asserts success (or failure) and that it ends by itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += [*torchrun_args, str(RANKS / script), *map(str, arguments)]
-    return run(command, timeout=timeout, env=env, expect_failure=expect_failure)
+    """Run ``tests/ranks/<script>`` on ``nproc`` ranks. Asserts success (or failure) and that it ends by itself.
+
+    ``warm``: ranks are forked from a process that has the libraries (warm.py). By torchrun itself, in fresh
+    interpreters, where that is False, arguments for torchrun are given, or ``env`` says where modules are found.
+    """
+    path, given = str(RANKS / script), [str(argument) for argument in arguments]
+    if not warm or torchrun_args or "PYTHONPATH" in (env or {}):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        return run([*command, *torchrun_args, path, *given], timeout=timeout, env=env, expect_failure=expect_failure)
+    with tempfile.TemporaryFile("w+") as output:
+        launch = Launch(path, given, nproc, environment(env), output.fileno())
+        alarm = threading.Timer(timeout, launch.kill)
+        alarm.start()
+        status = launch.wait()
+        alarm.cancel()
+        output.seek(0)
+        finished = Finished(status, output.read())
+    command = [f"{nproc} ranks of", path, *given]
+    assert status != KILLED, f"still running after {timeout} s: {' '.join(command)}\n{finished.output[-8000:]}"
+    return checked(finished, command, expect_failure)
 
 
 def reports(output: str, names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -42,7 +62,10 @@ def run(
     command: list[str], *, timeout: float = 180, env: dict[str, str] | None = None, expect_failure: bool = False
 ) -> Finished:
     """Run a command. Asserts success (or failure) and that it ends by itself."""
-    finished = finish(command, timeout=timeout, env=env)
+    return checked(finish(command, timeout=timeout, env=env), command, expect_failure)
+
+
+def checked(finished: Finished, command: list[str], expect_failure: bool) -> Finished:
     failed = finished.returncode != 0
     assert failed == expect_failure, (
         f"exit status {finished.returncode} of {' '.join(command)}\n{finished.output[-8000:]}"
@@ -50,14 +73,19 @@ def run(
     return finished
 
 
+def environment(more: dict[str, str] | None) -> dict[str, str]:
+    """That of programs that tests start."""
+    merged = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
+    merged.pop("TRITON_INTERPRET", None)  # conftest.py
+    return merged
+
+
 def finish(
     command: list[str], *, timeout: float, env: dict[str, str] | None = None, cwd: str | Path | None = None
 ) -> Finished:
     """Run a command, in its own session, so that a time-out can end all of its processes; AssertionError then."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    environment.pop("TRITON_INTERPRET", None)  # conftest.py
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=cwd,
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(env), cwd=cwd,
         start_new_session=True,
     )  # fmt: skip
     try:

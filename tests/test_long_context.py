@@ -37,7 +37,7 @@ WITHOUT = {
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, dict[str, str]]:
-    return reports(torchrun("long_context.py", "--without-yunchang", *WITHOUT, nproc=4).output, WITHOUT)
+    return reports(torchrun("long_context.py", "--without-yunchang", *WITHOUT, nproc=4, warm=False).output, WITHOUT)
 
 
 @pytest.mark.parametrize("case", WITHOUT)
