@@ -8,6 +8,7 @@ times, which is no cost of theirs. The result is a ``cluster.Cluster`` for ``sim
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import statistics
@@ -32,9 +33,9 @@ _TRIES = 3
 _ATTEND_S = 0.04  # a large attention call takes longer than this
 _MOST_BYTES = 1 << 28  # that a collective may leave behind
 # Two ranks that pass tensors to each other over gloo: each says that it is ready to receive after it has begun to send
-# what the other is ready for, on the same connection. So, where they do not come at once, one sends after the other.
-# Behind attention they do not; here they would.
-_LATE_S = 0.002
+# what the other is ready for, and on the same connection. So both send at once where both come at once, and one after
+# the other where they come apart. Behind attention either happens: here they come apart by this every other time.
+_APART_S = 0.002
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
 Gather = Callable[[Any], list[Any]]
@@ -202,15 +203,16 @@ class _Probe:
         from torch.distributed import _functional_collectives as functional
 
         size = dist.get_world_size(group)
-        late_s = _LATE_S if pattern == "alltoall" and size == 2 and self.order.device.type == "cpu" else 0.0
+        apart_s = _APART_S if size == 2 and self.order.device.type == "cpu" else 0.0
+        late_s = itertools.cycle((apart_s * dist.get_rank(group), 0.0))
 
         def run(tensor: torch.Tensor) -> None:
+            time.sleep(next(late_s))
             if pattern == "exchange":
                 dist.all_to_all_single(torch.empty_like(tensor), tensor, group=group)
             elif pattern == "allgather":
                 dist.all_gather_into_tensor(tensor.new_empty(size * tensor.numel()), tensor, group=group)
             else:  # as PyTorch's ring passes KV on
-                time.sleep(late_s * dist.get_rank(group))
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
         def of(numel: int) -> Callable[[], None]:
@@ -220,7 +222,7 @@ class _Probe:
 
         def timed(numel: int) -> Timing:
             timing = self._timed(of(numel))
-            return replace(timing, seconds=max(timing.seconds - late_s, 1e-6))
+            return replace(timing, seconds=max(timing.seconds - apart_s / 2, 1e-6))
 
         small = timed(64 * size)
         numel = size << 12
