@@ -31,10 +31,10 @@ def torchrun(
     """Run ``tests/ranks/<script>`` on ``nproc`` ranks. Asserts success (or failure) and that it ends by itself.
 
     ``warm``: ranks are forked from a process that has the libraries (warm.py). By torchrun itself, in fresh
-    interpreters, where that is False, arguments for torchrun are given, or ``env`` says where modules are found.
+    interpreters, where that is False or arguments for torchrun are given.
     """
     path, given = str(RANKS / script), [str(argument) for argument in arguments]
-    if not warm or torchrun_args or "PYTHONPATH" in (env or {}):
+    if not warm or torchrun_args:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
         return run([*command, *torchrun_args, path, *given], timeout=timeout, env=env, expect_failure=expect_failure)
     with tempfile.TemporaryFile("w+") as output:

@@ -123,7 +123,9 @@ def test_a_call_by_hand():
     assert fast.seconds == pytest.approx(512 * 2 * 64 * 2 * 8e-9, rel=1e-3)  # a quarter each of Q, K, V and O
 
 
-@pytest.mark.parametrize("name", ["emulated-2core-predicted", "emulated-2core-predicted-any-length"])
+@pytest.mark.parametrize(
+    "name", ["emulated-2core-predicted", "emulated-2core-predicted-pairs", "emulated-2core-predicted-any-length"]
+)
 def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
     """Within 15 % at the median, 30 % at worst, over the arms that were measured beside the probe."""
     rows = json.loads((Path(__file__).parents[1] / f"docs/results/{name}.json").read_text())["rows"]

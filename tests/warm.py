@@ -145,9 +145,10 @@ def _ended(ranks: dict[int, int]) -> bool:
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG if failed else 0)
         if pid:
-            rank = ranks.pop(pid)
-            if status and not failed:
-                print(f"rank {rank} ended with exitcode {os.waitstatus_to_exitcode(status)}", flush=True)
+            rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+            if code and not (failed and code == -signal.SIGTERM):
+                print(f"rank {rank} ended with exit status {code}", flush=True)
+            if code and not failed:
                 failed, until = True, time.monotonic() + GRACE
                 for other in ranks:
                     os.kill(other, signal.SIGTERM)
@@ -171,13 +172,18 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
     )  # fmt: skip
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", buffering=0, closefd=False), write_through=True)
     sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).parent)
+    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:1] = [str(Path(script).parent), *folders]
     code = 0
     try:
         import torch
 
         if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "0":
             torch._import_device_backends()
+        for folder in folders:
+            if (Path(folder) / "sitecustomize.py").exists():
+                sys.modules.pop("sitecustomize", None)  # that of the installed Python
+                importlib.import_module("sitecustomize")
         runpy.run_path(script, run_name="__main__")
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
