@@ -226,7 +226,7 @@ class Choice:
         facts = topology.probe()
         said = self._gather([meshes[0].position, facts.host.partition("/")[0], facts.machine, facts.accelerator])
         self._places = [entry[1:] for entry in sorted(said)]
-        self._whole_job = len(said) == dist.get_world_size()
+        self._groups = dist.get_world_size() // len(said)
 
     @property
     def mesh(self) -> Mesh:
@@ -344,6 +344,7 @@ class Choice:
         identity = {
             "ranks": self._places,  # by position: host, machine, accelerator
             "machines": self.mesh.layout.num_machines,
+            "groups": self._groups,  # of the job, which share its links
             "transport": sorted(self.mesh.transports),
             "attention": kind,
             "dtype": shape.dtype,
@@ -357,8 +358,6 @@ class Choice:
             return Cluster.from_json(kept), said
         if said:
             self.log(f"--sp-backend auto: {said}")
-        if not self._whole_job:
-            return None, "not known: the probe measures groups of the whole job, and this job has several groups"
         self.log("--sp-backend auto: measuring the rates of this cluster; some seconds, once")
         order = probe.Order(
             attend=attend,

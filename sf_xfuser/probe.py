@@ -69,7 +69,9 @@ class Timing:
 
 
 def measure(mesh: Mesh, order: Order, gather: Gather) -> Cluster:
-    """The cluster on which ``mesh`` lies. Collective over its ranks, which must be all of the job; the same on each."""
+    """The cluster on which ``mesh`` lies, as its group finds it: where the job has several and they measure at the
+    same time, as they also attend, each sees its share of the links. Collective over the group; the same on its ranks.
+    """
     return _Probe(mesh, order, gather).cluster()
 
 
@@ -240,15 +242,12 @@ class _Probe:
         return small, timed(numel), numel * dtype.itemsize
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
-        mine: dist.ProcessGroup | None = None
-        for positions in groups:
-            ranks = tuple(sorted(self.mesh.members[p] for p in positions))
-            if ranks not in self._made:
-                self._made[ranks] = dist.new_group(list(ranks))
-            if dist.get_rank() in ranks:
-                mine = self._made[ranks]
-        assert mine is not None, "groups cover every rank"
-        return mine
+        """That of ``groups``, which cover every position, in which this rank is."""
+        mine = next(positions for positions in groups if self.mesh.position in positions)
+        ranks = tuple(sorted(self.mesh.members[p] for p in mine))
+        if ranks not in self._made:
+            self._made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return self._made[ranks]
 
     # -- the schedule's transfers -------------------------------------------------------------------------------------
 

@@ -46,7 +46,9 @@ def torchrun(
         output.seek(0)
         finished = Finished(status, output.read())
     command = [f"{nproc} ranks of", path, *given]
-    assert status != KILLED, f"still running after {timeout} s: {' '.join(command)}\n{finished.output[-8000:]}"
+    assert status != KILLED, (
+        f"killed, or still running after {timeout} s: {' '.join(command)}\n{finished.output[-8000:]}"
+    )
     return checked(finished, command, expect_failure)
 
 

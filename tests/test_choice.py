@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -237,6 +238,20 @@ def test_the_cluster_is_measured_once(late_torus, cache):
     assert chosen_for(found, {TORUS, OWN}) == {TORUS}
     assert all("cluster for float32, 16, SDPA_FLASH: as measured before, from " in text for text, _ in found["explain"])
     assert "measuring the rates" not in output
+
+
+def test_each_group_of_a_job_measures_the_cluster_and_settles(cache):
+    flags = ("--sp-topology", "4x1", "--ulysses_degree", "2", "--data_parallel_degree", "2")
+    found, _ = calls(cache, *FLAGS, *flags)
+    for name in ("short", "long"):
+        assert all(float(difference) <= 2e-6 for difference, _ in found[name])
+        served = Counter(served for _, served in found[name])
+        assert all(ranks % 2 == 0 for ranks in served.values())  # a group's ranks make the same calls
+        assert all(len(set(text.split(" then ")[10:])) == 1 for text in served)
+    texts = [text for text, _ in found["explain"]]
+    assert all(
+        re.search(r"cluster for float32, 16, SDPA_FLASH: measured in \d+\.\d s, kept in ", text) for text in texts
+    )
 
 
 @pytest.mark.slow

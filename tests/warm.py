@@ -42,7 +42,10 @@ class Launch:
         socket.send_fds(_server(), [json.dumps(request).encode()], [output, theirs])
         os.close(theirs)
         self._status = os.fdopen(status)
-        self._agent = int(self._status.readline())
+        agent = self._status.readline()
+        if not agent:
+            raise RuntimeError("the process that forks ranks has ended; `python -m tests.warm 0` shows why")
+        self._agent = int(agent)
 
     def wait(self) -> int:
         """The exit status: 0, 1 after a rank failed, KILLED after ``kill``."""
