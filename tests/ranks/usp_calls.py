@@ -66,11 +66,13 @@ def cases():
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
     yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
     yield "indices_k", tensors(), {"attention_kwargs": {"indices_k": torch.arange(2 * 17), "valid_kv_len": 17}}
-    if hasattr(usp, "_trim_trailing_kv_padding"):  # from xfuser 0.7 on
+    padded = hasattr(usp, "_trim_trailing_kv_padding")  # from xfuser 0.7 on
+    if padded:
         yield "valid_kv_len of one rank", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
-    if get_runtime_state().parallel_config.ring_degree == 1:
+    if padded and get_runtime_state().parallel_config.ring_degree == 1:
         yield "valid_kv_len", tensors(), {"attention_kwargs": {"valid_kv_len": 17}}
         yield "valid_kv_len and joint", tensors(), {"attention_kwargs": {"valid_kv_len": 17}, **joint("rear")}
+    if get_runtime_state().parallel_config.ring_degree == 1:
         extra = {"ulysses_extra_inputs": ("gate",), "gate": tensors(seed=1)[0]}
         yield "extra Ulysses inputs", tensors(), {"attention_kwargs": extra}
         yield "causal", tensors(), {"is_causal": True}
