@@ -135,9 +135,15 @@ def suite(
 
 def reason(text: str) -> str:
     """What was wrong: the first error that is named, in other words where it means more than it says."""
-    named = re.search(r"^(?:E +|\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error: .*|StopIteration$))", text, re.MULTILINE)
+    named = re.search(
+        r"^(?:E +|\[rank\d+\]: *)?((?:\w+\.)*\w*(?:Error: .*|StopIteration$)|fixture '\w+' not found)",
+        text,
+        re.MULTILINE,
+    )
     line = named[1] if named else text.strip().partition("\n")[0]
-    line = re.sub(r"<module '(.*?)' from '.*?'>", r"\1", line)[:160]
+    line = re.sub(r"<module '(.*?)' from '.*?'>", r"\1", line)
+    line = re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", line)  # folders of whoever ran this
+    line = re.sub(r"(worker)(?: pids: \[.*?\])", r"\1s", line)[:160]
     meaning = next((meaning for pattern, meaning in MEANINGS.items() if re.search(pattern, line)), None)
     return f"{meaning} (`{line}`)" if meaning else line
 

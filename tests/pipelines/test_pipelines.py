@@ -112,9 +112,9 @@ FAMILIES = ("flux", "hunyuanvideo", "cogvideox", "sd3", "wan")
 _finished: dict[str, dict[str, Case]] = {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def finished(request, model_folder, tmp_path_factory):
-    """All cases of a family, run once."""
+    """All cases of a family, run once, also where that fails."""
     family = request.param
     if family == "hunyuanvideo" and version("xfuser") < "0.6":
         pytest.skip("its wrapper in xfuser 0.5 reads no configuration: only the real model's size can be loaded")

@@ -140,7 +140,7 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
             max_condition_sequence_length=arguments.text_length,
             split_text_embed_in_sp=get_pipeline_parallel_world_size() == 1,
         )
-    if arguments.cache_method == "dbcache":
+    if getattr(arguments, "cache_method", None) == "dbcache":  # from xfuser 0.6 on
         _cache_blocks(pipeline, arguments.num_inference_steps)
     return pipeline
 
