@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.warm import KILLED, Launch
+import torch
 
 RANKS = Path(__file__).parent / "ranks"
+KILLED = 137  # exit status of a launch that `Launch.kill` ended
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,11 @@ def torchrun(
     """Run ``tests/ranks/<script>`` on ``nproc`` ranks. Asserts success (or failure) and that it ends by itself.
 
     ``warm``: ranks are forked from a process that has the libraries (warm.py). By torchrun itself, in fresh
-    interpreters, where that is False or arguments for torchrun are given.
+    interpreters, where that is False, arguments for torchrun are given, or there are GPUs, which CUDA opens in one
+    process and not in its forks.
     """
     path, given = str(RANKS / script), [str(argument) for argument in arguments]
-    if not warm or torchrun_args:
+    if not warm or torchrun_args or torch.cuda.is_available():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
         return run([*command, *torchrun_args, path, *given], timeout=timeout, env=env, expect_failure=expect_failure)
     with tempfile.TemporaryFile("w+") as output:
@@ -50,6 +56,41 @@ def torchrun(
         f"killed, or still running after {timeout} s: {' '.join(command)}\n{finished.output[-8000:]}"
     )
     return checked(finished, command, expect_failure)
+
+
+class Launch:
+    """``nproc`` ranks of a script, forked from the process of warm.py that this pytest shares."""
+
+    def __init__(self, script: str, arguments: list[str], nproc: int, env: dict[str, str], output: int) -> None:
+        status, theirs = os.pipe()
+        request = {"argv": [script, *arguments], "nproc": nproc, "env": env, "cwd": os.getcwd()}
+        socket.send_fds(_warm(), [json.dumps(request).encode()], [output, theirs])
+        os.close(theirs)
+        self._status = os.fdopen(status)
+        agent = self._status.readline()
+        if not agent:
+            raise RuntimeError("the process that forks ranks has ended; what it wrote to stderr says why")
+        self._agent = int(agent)
+
+    def wait(self) -> int:
+        """The exit status: 0, 1 after a rank failed, KILLED after ``kill``."""
+        with self._status:
+            return int(self._status.readline() or KILLED)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # ranks are in their agent's session
+            os.killpg(self._agent, signal.SIGKILL)
+
+
+@functools.cache
+def _warm() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            env=environment({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}), cwd=RANKS.parents[1],
+        )  # fmt: skip
+    return ours  # closed with this process: then the other ends
 
 
 def reports(output: str, names: Iterable[str]) -> dict[str, dict[str, str]]:

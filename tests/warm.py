@@ -4,13 +4,12 @@
 sixty launches of four ranks that was most of the suite. This process imports those once. A rank forked from it differs
 from one that torchrun starts in nothing else: neither xfuser nor yunchang nor sf_xfuser is imported yet, PyTorch has
 not called its back-ends, the environment, the arguments, ``sys.path`` and the output are the rank's own, and what runs
-at exit runs. `launch.torchrun` says when ranks start cold.
+at exit runs. `launch.Launch` starts it and asks for ranks, over the socket that is its argument.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import importlib
 import io
@@ -19,65 +18,24 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-KILLED = 137  # exit status of a launch that `Launch.kill` ended
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL for the ranks that are left, as torchrun
-
-
-class Launch:
-    """``nproc`` ranks of a script, started by the process that this pytest shares."""
-
-    def __init__(self, script: str, arguments: list[str], nproc: int, env: dict[str, str], output: int) -> None:
-        status, theirs = os.pipe()
-        request = {"argv": [script, *arguments], "nproc": nproc, "env": env, "cwd": os.getcwd()}
-        socket.send_fds(_server(), [json.dumps(request).encode()], [output, theirs])
-        os.close(theirs)
-        self._status = os.fdopen(status)
-        agent = self._status.readline()
-        if not agent:
-            raise RuntimeError("the process that forks ranks has ended; `python -m tests.warm 0` shows why")
-        self._agent = int(agent)
-
-    def wait(self) -> int:
-        """The exit status: 0, 1 after a rank failed, KILLED after ``kill``."""
-        with self._status:
-            return int(self._status.readline() or KILLED)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):  # ranks are in their agent's session
-            os.killpg(self._agent, signal.SIGKILL)
-
-
-@functools.cache
-def _server() -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    environment.pop("TRITON_INTERPRET", None)  # conftest.py
-    with theirs:
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], env=environment, cwd=Path(__file__).parents[1],
-        )  # fmt: skip
-    return ours  # closed with this process: then the server ends
 
 
 def main() -> None:
     server = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, whose end is ours
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    for name in _imported_by_xfuser():
-        with suppress(Exception):  # as optional there as here
-            importlib.import_module(name)
+    _import(LIBRARIES)
+    _import(_imported_by_xfuser())
     gc.collect()
     gc.freeze()
     while True:
@@ -92,6 +50,12 @@ def main() -> None:
         with suppress(ChildProcessError):  # of the launches that have ended
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(Exception):  # as optional here as in xfuser
+            importlib.import_module(name)
 
 
 def _imported_by_xfuser() -> list[str]:
