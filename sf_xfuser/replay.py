@@ -95,6 +95,18 @@ class Replay:
         if waiting:
             raise RuntimeError(f"ranks wait for each other for ever: {list(waiting.items())[:4]}")
 
+    def _run_alone(self, program: Program) -> None:
+        """With nobody to take turns with."""
+        wanted = next(program, None)
+        while wanted is not None:
+            arrived = self._arrival(*wanted)
+            if arrived is None:
+                raise RuntimeError(f"a rank waits for itself for ever: {wanted}")
+            try:
+                wanted = program.send(arrived)
+            except StopIteration:
+                return
+
     # -- verbs of programs --------------------------------------------------------------------------------------------
 
     def post(self, number: int, lane: str, round: Round) -> None:
@@ -174,12 +186,10 @@ class Replay:
         for at in range(rank.resolved.get(lane, 0), min(index + 1, len(rounds))):
             round = rounds[at]
             begin = self._may_begin(number, lane, at, before)
-            if begin is None:
+            if begin is None or begin >= before:
                 return False
             if round.queues and rank.full[0] <= begin < rank.full[1]:
                 begin = rank.full[1]
-            if begin >= before:
-                return False
             round.start_s, round.end_s = begin, begin + round.seconds
             rank.resolved[lane] = at + 1
         return rank.resolved.get(lane, 0) > index

@@ -258,15 +258,18 @@ class _Torus(_Arm):
         share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
         ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
         messages = ulysses * layout.ulysses + slabs - layout.torus
-        way, inside = self.ways["across"], self.ways["inside"]
-        across_s = (way.start_us * (ulysses + slabs - layout.torus) + way.message_us * messages) * 1e-6
-        passed_on = float(2 * ratio) * self.shape.nbytes / layout.world_size * slabs * (layout.ring_inside - 1)
+        across, inside = self.ways["across"], self.ways["inside"]
+        across_s = (across.start_us * (ulysses + slabs - layout.torus) + across.message_us * messages) * 1e-6
+        across_s += share * self.seconds_per_byte["across"]
+        block = float(2 * ratio) * self.shape.nbytes / layout.world_size / layout.torus  # K and V of one head group
+        passed_on = block * slabs * (layout.ring_inside - 1)
         inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
-        return max(
-            self._busy_s,
-            across_s + share * self.seconds_per_byte["across"],
-            inside_s + passed_on * self.seconds_per_byte["inside"],
-        )
+        inside_s += passed_on * self.seconds_per_byte["inside"]
+        taken_s = 0.0
+        if self.work.fills(self.tokens, self.heads):  # from computing, if the two lanes overlap as far as that goes
+            taken_s = across.takes * across_s + inside.takes * inside_s
+            taken_s -= across.takes * inside.takes * min(across_s, inside_s)
+        return max(self._busy_s + taken_s, across_s, inside_s)
 
     @property
     def _busy_s(self) -> float:
@@ -302,7 +305,7 @@ class _Torus(_Arm):
         schedule = self.schedule(position) if position else self.first
         group = self.layout.head_group(position)
         q_low, q_high = self.sizes.q_heads[group]
-        arriving: dict[tuple[str, Piece], tuple[tuple[int, ...], Key]] = {}
+        arriving: dict[str, dict[Piece, tuple[tuple[int, ...], Key]]] = {"q": {}, "kv": {}}
         outputs: list[tuple[tuple[int, ...], Key]] = []
         begun: set[Piece] = set()
         wanted: tuple[tuple[int, ...], Key] | None
@@ -311,7 +314,7 @@ class _Torus(_Arm):
                 for message in step.sends:
                     if self._passes_on(message, group):
                         for piece in message.pieces:
-                            if wanted := arriving.pop((message.tensor, piece), None):
+                            if wanted := arriving[message.tensor].pop(piece, None):
                                 replay.wait(position, (yield wanted), "to pass on")
                 key = self._post(replay, position, group, step)
                 if not replay.mirrored:
@@ -321,18 +324,19 @@ class _Torus(_Arm):
                     if message.tensor == "o":
                         outputs.append((whose, key))
                     else:
-                        arriving.update({(message.tensor, piece): (whose, key) for piece in message.pieces})
+                        arriving[message.tensor].update((piece, (whose, key)) for piece in message.pieces)
                 if not self.arm.overlap:
                     replay.wait(position, (yield tuple(m.peer for m in step.receives), key), "each transfer")
                 continue
             name = _name(step) if replay.keep_spans else "-"
             for tensor, pieces in (("q", step.queries), ("kv", step.keys)):
-                for piece in pieces:
-                    if wanted := arriving.pop((tensor, piece), None):
+                for piece in pieces if arriving[tensor] else ():
+                    if wanted := arriving[tensor].pop(piece, None):
                         replay.wait(position, (yield wanted), name)
             rows, keys = self._tokens(step.queries), self._tokens(step.keys)
             merge = MERGE_BYTES if not begun.isdisjoint(step.queries) else 4 + self.work.itemsize
-            begun.update(step.queries)
+            if len(begun) < len(schedule.queries):
+                begun.update(step.queries)
             if rows and keys:
                 heads = q_high - q_low
                 replay.work(position, self.work.attend(rows, keys, heads, merge), name, self.work.fills(rows, heads))
@@ -448,6 +452,7 @@ class _Usp(_Arm):
         self.exchanged: Sent = sent_by_ulysses(config, *grid)
         self.hop: Sent = sent_by_a_hop(config, *grid)
         self.kv_bytes = shape.nbytes * shape.kv_heads / shape.heads
+        self._seconds_per_byte: dict[tuple[str, str], float] = {}
 
     @cached_property
     def alike(self) -> bool:
@@ -539,9 +544,11 @@ class _Usp(_Arm):
         way = link.way(pattern, members)
         if not any(fractions):
             return 0.0, way, 0.0
-        moved = link.seconds([part * nbytes for part in fractions], self.cluster.ranks_per_machine, way)
+        if (per_byte := self._seconds_per_byte.get((lane, pattern))) is None:
+            per_byte = link.seconds(fractions, self.cluster.ranks_per_machine, way)
+            self._seconds_per_byte[lane, pattern] = per_byte
         messages = (members - 1) if pattern == "exchange" else hops
-        return moved + (way.start_us + way.message_us * messages) * 1e-6, way, hops * link.latency_us * 1e-6
+        return per_byte * nbytes + (way.start_us + way.message_us * messages) * 1e-6, way, hops * link.latency_us * 1e-6
 
     @property
     def wire_s(self) -> float:

@@ -18,6 +18,7 @@ from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import Layout, legal_layouts, paper_layout
 from sf_xfuser.planner import rank
 from sf_xfuser.presets import PRESETS, preset
+from sf_xfuser.replay import Program, Replay, Round
 from sf_xfuser.simulate import CallShape, TorusArm, bound, predict
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, legal_configs
 
@@ -104,6 +105,37 @@ def test_one_rank_stands_for_all(grid, pattern, kv_heads, joint_tokens):
         assert one.exposed_s == pytest.approx(every.exposed_s, rel=1e-9, abs=1e-12), arm
         assert one.across_bytes == pytest.approx(every.across_bytes), arm
         assert bound(cluster, shape, arm) <= one.seconds * (1 + 1e-9), arm
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("grid", [(2, 8), (8, 8)])
+@pytest.mark.parametrize(("heads", "kv_heads", "seq_len"), [(24, 24, 65536), (16, 4, 16384)])
+def test_no_replay_beats_the_bound(name, grid, heads, kv_heads, seq_len):
+    cluster = preset(name).sized(*grid)
+    shape = CallShape(seq_len=seq_len, heads=heads, kv_heads=kv_heads, head_dim=128)
+    for layout in legal_layouts(*grid, kv_heads):
+        for pattern in ("put", "message"):
+            arm = TorusArm(layout=layout, pattern=pattern)
+            assert bound(cluster, shape, arm) <= predict(cluster, shape, arm).seconds * (1 + 1e-9), arm
+
+
+def test_a_transfer_that_is_a_kernel_begins_between_two_attention_calls():
+    """Posted together with the first of three, it takes half of what computes from the second one on."""
+    replay = Replay(1, mirrored=True, spans=False)
+    sent = Round(
+        posted_s=0.0, seconds=1.0, latency_s=0.0, takes=0.5, queues=True, matched=False, receivers=(0,), senders=(0,),
+        name="", nbytes=1.0,
+    )  # fmt: skip
+
+    def program() -> Program:
+        replay.post(0, "across", sent)
+        for _ in range(3):
+            replay.work(0, 1.0)
+        replay.wait(0, (yield (0,), ("across", 0)), "")
+
+    replay.run([program()])
+    assert (sent.start_s, sent.end_s) == (1.0, 2.0)
+    assert replay.ranks[0].now == 3.5
 
 
 def test_a_call_by_hand():
