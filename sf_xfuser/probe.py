@@ -104,11 +104,13 @@ class _Probe:
         took_s = max(self.gather(time.perf_counter() - started_s))
         return replace(found, sources=(f"measured by the probe in {took_s:.1f} s",))
 
-    def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
-        """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
-        difference; ``alone``: on one rank, while the others wait."""
-        first = self._tried(call, 1, alone)  # makes buffers and connections warm
-        times = max(1, min(64, round(self.order.try_s / first.seconds)))
+    def _timed(
+        self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False, together: int = 1
+    ) -> Timing:
+        """One of several calls in a row (whole multiples of ``together``), the median of some tries, or the ``fastest``
+        where only interference makes a difference; ``alone``: on one rank, while the others wait."""
+        first = self._tried(call, together, alone)  # makes buffers and connections warm
+        times = together * max(1, min(64, round(self.order.try_s / first.seconds / together)))
         tries = [self._tried(call, times, alone) for _ in range(_TRIES)]
         pick = min if fastest else statistics.median
         return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))
@@ -223,7 +225,7 @@ class _Probe:
         dtype, seq_len = self.order.dtype, self.order.seq_len
 
         def timed(numel: int) -> Timing:
-            timing = self._timed(of(numel))
+            timing = self._timed(of(numel), together=2 if apart_s else 1)
             return replace(timing, seconds=max(timing.seconds - apart_s / 2, 1e-6))
 
         small = timed(64 * size)
