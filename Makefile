@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
+# Two tests at a time, of different files: most wait for ranks to start, or compute on one core. TEST_ARGS="-n 0": one.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 # Supported versions of xDiT, each tested in an environment of its own: .venv-xfuser-VERSION.
 VERSIONS := 0.5.0 0.6.0 0.7.0
 VERSION_TESTS := tests/test_plugin.py tests/test_usp.py tests/test_all_to_all.py tests/test_launchers.py \
@@ -26,17 +29,17 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(TEST_ARGS)
 
 # As test, and those marked slow: half an hour.
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "slow or not slow" $(TEST_ARGS)
 
 # A quarter of an hour and, with PyTorch's CPU build, 2 GB for each version; a failure ends it after all have run.
 test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
 	@for v in $(VERSIONS); do \
 	    echo "== xfuser $$v"; \
-	    OMP_NUM_THREADS=1 .venv-xfuser-$$v/bin/python -m pytest $(VERSION_TESTS) $(TEST_ARGS) || failed="$$failed $$v"; \
+	    OMP_NUM_THREADS=1 .venv-xfuser-$$v/bin/$(PYTEST) $(VERSION_TESTS) $(TEST_ARGS) || failed="$$failed $$v"; \
 	done; \
 	test -z "$$failed" || { echo "failed with xfuser$$failed"; exit 1; }
 

@@ -79,7 +79,7 @@ def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, wh
 
 
 def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dict:
-    names = shared_names()
+    names = lasting_names()
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), {}
         for rank in range(WORLD):
@@ -116,12 +116,15 @@ def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dic
         "scenario": f"{transport}:{how}:{victim}:{where}:{nth}",
         "statuses": [statuses.get(rank, "hangs") for rank in range(WORLD)],
         "told": [told.get(rank) for rank in range(WORLD)],
-        "left": sorted(shared_names() - names),
+        "left": sorted(lasting_names() - names),
     }
 
 
-def shared_names() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("sf-xfuser-")}
+def lasting_names() -> set[str]:
+    """Of segments in shared memory. A job that starts has some for milliseconds: these do not count."""
+    names = set(os.listdir("/dev/shm"))
+    time.sleep(0.2)
+    return {name for name in names.intersection(os.listdir("/dev/shm")) if name.startswith("sf-xfuser-")}
 
 
 def main() -> None:
