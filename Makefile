@@ -51,7 +51,7 @@ test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
 	touch $@
 
 # The tests of xDiT and yunchang themselves: XDIT= and YUNCHANG= are checkouts at the releases that are installed
-# (tags 0.7.0 and 0.6.4). A quarter of an hour.
+# (tags 0.7.0 and 0.6.4). Some twenty minutes.
 test-upstream: $(STAMP)
 	$(BIN)/python -m tests.upstream --xdit $(XDIT) --yunchang $(YUNCHANG) --markdown docs/upstream-tests.md
 
