@@ -340,7 +340,7 @@ def test_enable_by_hand_when_autoload_is_off():
 
 def test_xdit_help_shows_the_flags():
     xdit = Path(sys.executable).with_name("xdit")
-    assert "--sp-backend" in run([str(xdit), "--help"]).output
+    assert "--sp-backend" in run([str(xdit), "--master_port", "29575", "--help"]).output
 
 
 def test_unmodified_examples_show_the_flags():

@@ -122,7 +122,7 @@ def case_only_the_user_may_open_it(rank):
 def case_no_name_is_left(rank):
     lane = transport()
     dist.barrier()
-    names = lasting_names()
+    names = sorted(lasting_names())
     lane.close()
     return f"names: {names}"
 
