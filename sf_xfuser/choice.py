@@ -4,7 +4,9 @@ An *arm* runs a call: xDiT's own USP, or Torus Attention in a layout. All take t
 result, so any of them may serve any call, and measuring needs no call besides those that the model makes:
 
     order    by what the simulator predicts on this cluster, whose rates a short probe measures once (``known_cluster``)
-    try      the first calls of a call shape go to the arms in turn, but for those predicted far behind
+    try      the first calls of a call shape go to the arms in turn, but for those predicted far behind; xDiT's own
+             and the best of Torus Attention are both timed unless that looks hopeless, so that nothing rests on a
+             prediction alone
     settle   after ten calls at most the fastest serves that shape; where two are as fast, the one predicted so
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
@@ -42,6 +44,7 @@ OWN = "xDiT's own USP"
 
 _MOST_CALLS = 10  # of a shape, until it is settled
 _TRUSTED = 1.5  # a prediction is believed within this factor
+_HOPELESS = 3.0  # nor is the better one of the other kind tried when it is predicted slower by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
 _TIE = 1.02
 _SHAPES_KEPT = 64
@@ -62,8 +65,11 @@ class Contest:
         self.predicted = dict(predicted)
         self.arms = sorted(arms, key=lambda arm: predicted.get(arm, 0.0))
         self.times: dict[str, list[float]] = {arm: [] for arm in self.arms}
-        near = _TRUSTED * min(predicted.values(), default=0.0)
-        self.running = [arm for arm in self.arms if predicted.get(arm, 0.0) <= near]
+        least = min(predicted.values(), default=0.0)
+        kinds = {OWN, next((arm for arm in self.arms if arm != OWN), OWN)}
+        self.running = [
+            arm for arm in self.arms if predicted.get(arm, 0.0) <= (_HOPELESS if arm in kinds else _TRUSTED) * least
+        ]
         self.chosen = self.arms[0] if len(self.arms) == 1 else None
         self._due = deque(self.running)
 

@@ -265,31 +265,38 @@ class _Torus(_Arm):
         passed_on = block * slabs * (layout.ring_inside - 1)
         inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
         inside_s += passed_on * self.seconds_per_byte["inside"]
-        taken_s = 0.0
-        if self.work.fills(self.tokens, self.heads):  # from computing, if the two lanes overlap as far as that goes
-            taken_s = across.takes * across_s + inside.takes * inside_s
-            taken_s -= across.takes * inside.takes * min(across_s, inside_s)
-        return max(self._busy_s + taken_s, across_s, inside_s)
+        busy_s, small_s = self._busy_s()
+        # What transfers take from computing, if they lie beside the calls that leave it to them as far as that goes,
+        # and the two lanes beside each other.
+        taken = (across.takes * max(0.0, across_s - small_s), inside.takes * max(0.0, inside_s - small_s))
+        both_s = across.takes * inside.takes * max(0.0, min(across_s, inside_s) - small_s)
+        return max(busy_s + sum(taken) - both_s, across_s, inside_s)
 
-    @property
-    def _busy_s(self) -> float:
-        """In attention calls and merges, at the least: joint keys and the smaller calls at both ends are left out."""
-        layout, heads, attend = self.layout, self.heads, self.work.attend
+    def _busy_s(self) -> tuple[float, float]:
+        """In attention calls and merges, at the least (joint keys are left out); and in those of them that may leave
+        multiprocessors idle, at the most."""
+        layout, cut, heads = self.layout, self.cut, self.heads
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
-        slab, others = own * blocks, own * (layout.torus - 1)
-        first = attend(own, own, heads, 0) * blocks
+        others, last = own * (layout.torus - 1), own // cut.last_kv
+        calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, how many calls
         if not others:
-            return first + attend(own, own, heads, MERGE_BYTES) * blocks * (layout.num_machines - 1)
-        seconds = first + attend(own, slab, heads, 0) * (layout.torus - 1)
-        seconds += attend(own, slab, heads, MERGE_BYTES) * (layout.num_machines - 1)
-        slabs_in_parts = (
-            (layout.ring_across - 1, 1),
-            (layout.ring_across * (layout.torus - 2), self.cut.kv),
-            (layout.ring_across, self.cut.last_kv),
-        )
-        for slabs, parts in slabs_in_parts:
-            seconds += attend(others, own // parts, heads, MERGE_BYTES) * parts * blocks * slabs
-        return seconds
+            calls += [(own, own, MERGE_BYTES, blocks * (layout.num_machines - 1))]
+        else:
+            calls += [
+                (own, own * blocks, 0, layout.torus - 1),
+                (own, own * blocks, MERGE_BYTES, layout.num_machines - 1),
+                (others, own, MERGE_BYTES, blocks * (layout.ring_across - 1)),
+                (others, own // cut.kv, MERGE_BYTES, blocks * layout.ring_across * (layout.torus - 2) * cut.kv),
+                (others, last, MERGE_BYTES, blocks * layout.ring_across * cut.last_kv - 1),
+                (own, last, MERGE_BYTES, layout.torus - 1),
+            ]
+        busy_s = small_s = 0.0
+        for rows, keys, merge_bytes, times in calls:
+            seconds = self.work.attend(rows, keys, heads, merge_bytes) * times
+            busy_s += seconds
+            if not self.work.fills(rows if rows > own else self.tokens, heads):  # a chunk may be attended by itself
+                small_s += seconds
+        return busy_s, small_s
 
     @cached_property
     def first(self) -> Schedule:
