@@ -242,6 +242,8 @@ def test_plan_as_json_and_as_a_table(capsys, tmp_path):
         assert Cluster.load(described) == preset("p4de").sized(2, 2)
     assert main(["plan", *BY_HAND, "--cluster-file", str(described)]) == 0
     out = capsys.readouterr().out
+    replayed = sum("seconds" in choice for choice in document["choices"])
+    assert re.search(rf"ranked in \d+ ms, {replayed} of {len(document['choices'])} replayed", out)
     assert "launch with: " + document["choices"][0]["flags"] in out and "(paper's rule)" in out
 
 

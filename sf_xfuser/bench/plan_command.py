@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -80,7 +81,9 @@ def plan_command(options: argparse.Namespace) -> int:
     try:
         _check_files(options)
         cluster, shape, calls = _asked(options)
+        started_s = time.perf_counter()
         ranking = rank(cluster, shape, calls=calls, transport=options.transport)
+        took_s = time.perf_counter() - started_s
         if options.plot:
             from sf_xfuser.bench import plan_page
 
@@ -94,7 +97,7 @@ def plan_command(options: argparse.Namespace) -> int:
             print(text)
             return 0
         Path(options.json).write_text(text + "\n")
-    _show(ranking)
+    _show(ranking, took_s)
     return 0
 
 
@@ -275,7 +278,7 @@ def _overlaid(measured: Mapping[str, Any], predicted: Mapping[str, Any]) -> dict
 # -- showing it -------------------------------------------------------------------------------------------------------
 
 
-def _show(ranking: Ranking) -> None:
+def _show(ranking: Ranking, took_s: float) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
@@ -293,6 +296,8 @@ def _show(ranking: Ranking) -> None:
         style = "bold green" if choice is ranking.best else "dim" if choice.bound_s is None else ""
         table.add_row(*_cells(choice, ranking.calls), style=style)
     console.print(table)
+    replayed = sum(choice.predicted is not None for choice in ranking.choices)
+    console.print(f"ranked in {took_s * 1e3:.0f} ms, {replayed} of {len(ranking.choices)} replayed", highlight=False)
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 
