@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from sf_xfuser.cluster import Cluster, Link, Way
@@ -218,6 +218,7 @@ class _Torus(_Arm):
     def __init__(self, cluster: Cluster, shape: CallShape, arm: TorusArm) -> None:
         super().__init__(cluster, shape)
         self.arm, self.layout = arm, arm.layout
+        self._head_group = cache(arm.layout.head_group)
         world_size, ways = cluster.world_size, arm.layout.ulysses_degree
         # Evenly dealt out as far as that goes; an unequal token more or less is nothing.
         tokens = (math.ceil(shape.seq_len / world_size),) * world_size
@@ -355,7 +356,7 @@ class _Torus(_Arm):
         replay.work(position, self.work.copy(result), "result", fills=False)
 
     def _passes_on(self, message: Message, group: int) -> bool:
-        return message.tensor != "o" and self.layout.head_group(message.peer) == group
+        return message.tensor != "o" and self._head_group(message.peer) == group
 
     def _tokens(self, pieces: Sequence[Piece]) -> int:
         total = 0
@@ -369,7 +370,7 @@ class _Torus(_Arm):
     def _post(self, replay: Replay, position: int, group: int, step: Exchange) -> Key:
         way, packed, nbytes, messages = self.ways[step.lane], 0, 0, 0
         for message in step.sends:
-            to = self.layout.head_group(message.peer)
+            to = self._head_group(message.peer)
             size = self._row_bytes[message.tensor, group if message.tensor == "o" else to] * self._tokens(
                 message.pieces
             )
@@ -496,7 +497,12 @@ class _Usp(_Arm):
                 self._start(replay, number, "kv", config.rotation, self.hop, 2 * self.kv_bytes * hops, ring, hops)
             keys = rows + (shape.joint_tokens if block == 0 else 0)
             merge = _RING_MERGE_BYTES if block else 4 + work.itemsize if ring > 1 else 0
-            replay.work(number, work.attend(rows, keys, heads, merge), f"block {block}", work.fills(rows, heads))
+            seconds = work.attend(rows, keys, heads, merge)
+            if block == 2 and config.rotation == "allgather" and not replay.keep_spans:
+                # All blocks are here: the rest at once.
+                replay.work(number, seconds * (ring - block), fills=work.fills(rows, heads))
+                break
+            replay.work(number, seconds, f"block {block}", work.fills(rows, heads))
         if config.ulysses_degree > 1:
             replay.work(number, work.copy(rank_bytes), "copy", fills=False)
             yield from self._collective(replay, number, "o", "exchange", self.exchanged, shape.nbytes)
