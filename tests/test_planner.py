@@ -155,14 +155,20 @@ def test_a_call_by_hand():
     assert fast.seconds == pytest.approx(512 * 2 * 64 * 2 * 8e-9, rel=1e-3)  # a quarter each of Q, K, V and O
 
 
-@pytest.mark.parametrize(
-    ("name", "beyond"), [("predicted", 2), ("predicted-before", 1), ("predicted-pairs", 0), ("predicted-any-length", 0)]
-)
-def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name, beyond):
-    """Within 15 % at the median, and 30 % but for those ``beyond``, over the arms measured beside the probe."""
+BEYOND = {  # what docs/simulator.md says was missed
+    "predicted": {("2x1 100mbit L4096 H8 D64", "usp-alltoall"), ("2x2 200mbit L4096 H8 D64", "ulysses")},
+    "predicted-before": {("2x1 100mbit L4096 H8 D64", "usp-allgather")},
+    "predicted-pairs": set(),
+    "predicted-any-length": set(),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
+    """Within 15 % at the median, and 30 % but for ``BEYOND``, over the arms that were measured beside the probe."""
     rows = json.loads((Path(__file__).parents[1] / f"docs/results/emulated-2core-{name}.json").read_text())["rows"]
     found = {row["case"]["id"]: Cluster.from_json(row["cluster"]) for row in rows if row["cluster"]}
-    off = []
+    off = {}
     for row in rows:
         if row["predicted_s"] is None:
             continue
@@ -177,9 +183,10 @@ def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name, beyo
             ulysses, ring = map(int, re.match(r"ulysses=(\d+) ring=(\d+)", row["layout"]).groups())
             rotation = "alltoall" if "alltoall" in row["layout"] else "allgather"
             arm = XditConfig(ulysses_degree=ulysses, ring_degree=ring, rotation=rotation)
-        off.append(abs(predict(cluster, shape_of(row["case"]), arm).seconds / row["median_s"] - 1))
-    assert len(off) > 15 and statistics.median(off) <= 0.15
-    assert sum(error > 0.3 for error in off) == beyond
+        predicted_s = predict(cluster, shape_of(row["case"]), arm).seconds
+        off[row["case"]["id"], row["arm"]] = abs(predicted_s / row["median_s"] - 1)
+    assert len(off) > 15 and statistics.median(off.values()) <= 0.15
+    assert {arm for arm, error in off.items() if error > 0.3} == BEYOND[name]
 
 
 def test_the_papers_ablation():

@@ -25,8 +25,9 @@ from sf_xfuser import kernels
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.mesh import build_mesh
-from sf_xfuser.transport import TransportError
+from sf_xfuser.transport import TransportError, shm
 
+shm._PREFIX = "sf-xfuser_faults-"  # apart from jobs that come and go meanwhile
 WORLD = 4
 TIMEOUT_S = 2.0
 WHERE = ("put", "flag", "wait", "read")
@@ -79,7 +80,7 @@ def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, wh
 
 
 def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dict:
-    names = lasting_names()
+    names = shared_names()
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), {}
         for rank in range(WORLD):
@@ -116,15 +117,12 @@ def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dic
         "scenario": f"{transport}:{how}:{victim}:{where}:{nth}",
         "statuses": [statuses.get(rank, "hangs") for rank in range(WORLD)],
         "told": [told.get(rank) for rank in range(WORLD)],
-        "left": sorted(lasting_names() - names),
+        "left": sorted(shared_names() - names),
     }
 
 
-def lasting_names() -> set[str]:
-    """Of segments in shared memory. A job that starts has some for milliseconds: these do not count."""
-    names = set(os.listdir("/dev/shm"))
-    time.sleep(0.2)
-    return {name for name in names.intersection(os.listdir("/dev/shm")) if name.startswith("sf-xfuser-")}
+def shared_names() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)}
 
 
 def main() -> None:
