@@ -8,7 +8,6 @@ times, which is no cost of theirs. The result is a ``cluster.Cluster`` for ``sim
 
 from __future__ import annotations
 
-import itertools
 import math
 import resource
 import statistics
@@ -32,10 +31,6 @@ from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulys
 _TRIES = 3
 _ATTEND_S = 0.04  # a large attention call takes longer than this
 _MOST_BYTES = 1 << 28  # that a collective may leave behind
-# Two ranks that pass tensors to each other over gloo: each says that it is ready to receive after it has begun to send
-# what the other is ready for, and on the same connection. So both send at once where both come at once, and one after
-# the other where they come apart. Behind attention either happens: here they come apart by this every other time.
-_APART_S = 0.002
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
 Gather = Callable[[Any], list[Any]]
@@ -104,13 +99,11 @@ class _Probe:
         took_s = max(self.gather(time.perf_counter() - started_s))
         return replace(found, sources=(f"measured by the probe in {took_s:.1f} s",))
 
-    def _timed(
-        self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False, together: int = 1
-    ) -> Timing:
-        """One of several calls in a row (whole multiples of ``together``), the median of some tries, or the ``fastest``
-        where only interference makes a difference; ``alone``: on one rank, while the others wait."""
-        first = self._tried(call, together, alone)  # makes buffers and connections warm
-        times = together * max(1, min(64, round(self.order.try_s / first.seconds / together)))
+    def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
+        """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
+        difference; ``alone``: on one rank, while the others wait."""
+        first = self._tried(call, 1, alone)  # makes buffers and connections warm
+        times = max(1, min(64, round(self.order.try_s / first.seconds)))
         tries = [self._tried(call, times, alone) for _ in range(_TRIES)]
         pick = min if fastest else statistics.median
         return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))
@@ -207,16 +200,15 @@ class _Probe:
         from torch.distributed import _functional_collectives as functional
 
         size = dist.get_world_size(group)
-        apart_s = _APART_S if size == 2 and self.order.device.type == "cpu" else 0.0
-        late_s = itertools.cycle((apart_s * dist.get_rank(group), 0.0))
+        # As PyTorch's ring gathers KV, or passes it on.
+        gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
         def run(tensor: torch.Tensor) -> None:
-            time.sleep(next(late_s))
             if pattern == "exchange":
                 dist.all_to_all_single(torch.empty_like(tensor), tensor, group=group)
             elif pattern == "allgather":
-                dist.all_gather_into_tensor(tensor.new_empty(size * tensor.numel()), tensor, group=group)
-            else:  # as PyTorch's ring passes KV on
+                functional.wait_tensor(gather(tensor, 0, group))  # type: ignore[no-untyped-call]
+            else:
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
         def of(numel: int) -> Callable[[], None]:
@@ -224,11 +216,7 @@ class _Probe:
 
         dtype, seq_len = self.order.dtype, self.order.seq_len
 
-        def timed(numel: int) -> Timing:
-            timing = self._timed(of(numel), together=2 if apart_s else 1)
-            return replace(timing, seconds=max(timing.seconds - apart_s / 2, 1e-6))
-
-        small = timed(64 * size)
+        small = self._timed(of(64 * size))
         numel = size << 12
         if seq_len is not None:  # a ring moves K and V at once
             tensors = 1 if pattern == "exchange" else 2
@@ -241,7 +229,7 @@ class _Probe:
             if wanted < 2:
                 break
             numel = min(most, numel * min(16, math.ceil(wanted)))
-        return small, timed(numel), numel * dtype.itemsize
+        return small, self._timed(of(numel)), numel * dtype.itemsize
 
     def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
         """That of ``groups``, which cover every position, in which this rank is."""

@@ -24,7 +24,12 @@ import torch
 
 from sf_xfuser.hooks import Hook
 from sf_xfuser.platform_cpu.cuda_names import CpuTorch, HostEvent, cpu_fsdp, cpu_generator, nothing_to_offload, to_cpu
-from sf_xfuser.platform_cpu.gloo import share_event_loop
+from sf_xfuser.platform_cpu.gloo import (
+    all_to_all_both_ways,
+    functional_all_to_all_both_ways,
+    pair_gathers_both_ways,
+    share_event_loop,
+)
 from sf_xfuser.platform_cpu.pipefusion import (
     communicate_shapes,
     destroy_after_delivery,
@@ -191,6 +196,7 @@ def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
 # --- the hooks -----------------------------------------------------------------------------------------------------
 
 _ENVS = "xfuser.envs"
+_FUNCTIONAL = "torch.distributed._functional_collectives"
 _COORDINATOR = "xfuser.core.distributed.group_coordinator"
 _NO_CPU_IN_XDIT = "xDiT names a CPU device itself (envs.get_device_version and its neighbours stop raising)"
 _NATIVE = "_is_cpu"  # of xfuser.envs, where it names the CPU (patches/)
@@ -316,6 +322,22 @@ HOOKS: tuple[Hook, ...] = (
         why="PyTorch gives each gloo group a thread that wakes every 10 ms, and xDiT makes some twenty groups",
         remove_when="PyTorch shares one gloo device among the groups of a process",
         required=False,
+    ),
+    *(
+        Hook(
+            module=module,
+            name=name,
+            wrap=wrap,
+            why="gloo's collectives post sends before receives, and two ranks then send one after the other",
+            remove_when="gloo says that it is ready to receive before it begins to send",
+            required=False,
+        )
+        for module, name, wrap in (
+            ("torch.distributed", "all_to_all_single", all_to_all_both_ways),
+            (_FUNCTIONAL, "all_to_all_single", functional_all_to_all_both_ways),
+            (_FUNCTIONAL, "all_gather_single", pair_gathers_both_ways),
+            (_FUNCTIONAL, "all_gather_tensor", pair_gathers_both_ways),  # which PyTorch's ring called until 2.12
+        )
     ),
     Hook(
         module="torch.cuda",

@@ -50,6 +50,13 @@ def test_pipefusion_delivers_every_send_and_is_exact(tiny_flux):
     assert "2 patches" in output
 
 
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_both_directions_of_a_link_are_used_at_once(nproc):
+    """All-to-all, even and uneven, plain, asynchronous and functional, the ring's hop, and all-gather of two ranks."""
+    output = torchrun("platform_gloo.py", nproc=nproc, env=PLATFORM_ONLY).output
+    assert output.count("as gloo's own") == 3 * nproc
+
+
 def test_fsdp_shards_and_equals_the_whole_module():
     """Ranks that start with other weights than rank 0 (FSDP1 brings them in step), and the per-block path (FSDP2)."""
     output = torchrun("platform_sharding.py", nproc=2, env=PLATFORM_ONLY).output

@@ -1,0 +1,108 @@
+"""Two or three ranks: all-to-all and all-gather with receives posted first give what gloo's own give."""
+
+import gc
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
+
+from sf_xfuser.platform_cpu.gloo import _Works
+
+dist.init_process_group("gloo")
+RANK, SIZE = dist.get_rank(), dist.get_world_size()
+WORLD = dist.group.WORLD
+SUBGROUP = dist.new_group([0, 1])
+order = []
+
+
+def recorded(name):
+    """The method of process groups with its name added to ``order``."""
+    original = getattr(dist.ProcessGroup, name)
+
+    def method(*args, **kwargs):
+        order.append(name)
+        return original(*args, **kwargs)
+
+    return method
+
+
+dist.ProcessGroup.recv, dist.ProcessGroup.send = recorded("recv"), recorded("send")
+
+
+def checked(call, group, receives, sends=None):
+    """``call`` through the hooks, with ranks that come apart, against gloo's own; it posts ``receives``, then ``sends``
+    (None: as many)."""
+    stock = call(True)
+    order.clear()
+    time.sleep(0.01 * dist.get_rank(group))
+    out = call(False)
+    assert order == ["recv"] * receives + ["send"] * (receives if sends is None else sends), order
+    assert out.dtype == stock.dtype and torch.equal(out, stock), (out, stock)
+
+
+def plain(x, sizes, group, asynchronous):
+    def call(stock):
+        given, taken = sizes
+        out = torch.zeros(sum(taken) if taken else x.shape[0], *x.shape[1:], dtype=x.dtype)
+        all_to_all = dist.all_to_all_single
+        work = (all_to_all.__wrapped__ if stock else all_to_all)(out, x, taken, given, group, async_op=asynchronous)
+        gc.collect()
+        assert (work is None) != asynchronous and (work is None or work.wait())
+        return out
+
+    return call
+
+
+def as_read(collective, *args):
+    def call(stock):
+        out = (collective.__wrapped__ if stock else collective)(*args)
+        gc.collect()
+        assert stock or len(_Works._begun) == 1, "nobody but the tensor wants what knows how to wait for it"
+        return out * 1
+
+    return call
+
+
+rows = torch.arange(12.0).view(12, 1) + 100 * RANK
+for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+    large = rows.repeat(1, 50_000).to(dtype)
+    # Row counts by (from, to): some are nothing.
+    counts = [[(source + 2 * to + 1) % 3 for to in range(SIZE)] for source in range(SIZE)]
+    given, taken = counts[RANK], [row[RANK] for row in counts]
+    from_others, to_others = (sum(n > 0 for at, n in enumerate(x) if at != RANK) for x in (taken, given))
+    uneven = large[: sum(given)]
+    for asynchronous in (False, True):
+        checked(plain(large, (None, None), WORLD, asynchronous), WORLD, SIZE - 1)
+        checked(plain(uneven, (given, taken), WORLD, asynchronous), WORLD, from_others, to_others)
+    checked(as_read(functional.all_to_all_single, large, None, None, WORLD), WORLD, SIZE - 1)
+    checked(as_read(functional.all_to_all_single, uneven, taken, given, WORLD), WORLD, from_others, to_others)
+    around = [int(to == (RANK + 1) % SIZE) * 12 for to in range(SIZE)]
+    back = [int(source == (RANK - 1) % SIZE) * 12 for source in range(SIZE)]
+    checked(as_read(functional.all_to_all_single, large, back, around, WORLD), WORLD, 1)
+    if RANK < 2:
+        for name in ("all_gather_single", "all_gather_tensor"):
+            if gather := getattr(functional, name, None):
+                checked(as_read(gather, large, 0, SUBGROUP), SUBGROUP, 1)
+        checked(plain(large, (None, None), SUBGROUP, False), SUBGROUP, 1)
+    print("as gloo's own", flush=True)
+
+# PyTorch's ring calls through the same name.
+order.clear()
+passed_on = functional.permute_tensor(rows, [*range(1, SIZE), 0], WORLD)
+assert torch.equal(passed_on * 1, rows + 100 * ((RANK - 1) % SIZE - RANK))
+assert order == ["recv", "send"], order
+
+# Not ours: what autograd records, and rows that are not contiguous.
+order.clear()
+functional.all_to_all_single(rows.clone().requires_grad_(), None, None, WORLD).sum().backward()
+assert not order, order
+
+try:
+    dist.all_to_all_single(torch.empty(SIZE + 1), torch.empty(SIZE + 1))
+except ValueError as error:
+    assert f"{SIZE + 1} rows" in str(error) and f"{SIZE} ranks" in str(error)
+else:
+    raise AssertionError("rows that do not split evenly were taken")
+assert not _Works._begun, "a Work that was waited for is still held"
+dist.destroy_process_group()
