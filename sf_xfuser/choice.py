@@ -7,7 +7,7 @@ result, so any of them may serve any call, and measuring needs no call besides t
     try      the first calls of a call shape go to the arms in turn, but for those predicted far behind; xDiT's own
              and the best of Torus Attention are both timed unless that looks hopeless, so that nothing rests on a
              prediction alone
-    settle   after ten calls at most the fastest serves that shape; where two are as fast, the one predicted so
+    settle   after ten calls at most the fastest serves that shape; where others are no faster, xDiT's own
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections import Counter, deque
@@ -46,7 +47,7 @@ _MOST_CALLS = 10  # of a shape, until it is settled
 _TRUSTED = 1.5  # a prediction is believed within this factor
 _HOPELESS = 3.0  # nor is the better one of the other kind tried when it is predicted slower by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
-_TIE = 1.02
+_TIE = 1.02  # as fast: so often nothing but the order of calls
 _SHAPES_KEPT = 64
 _TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
 
@@ -85,8 +86,9 @@ class Contest:
             self._next_round()
 
     def measured(self, arm: str) -> float | None:
-        """The least of its timed calls."""
-        return min(self.times[arm][1:], default=None)
+        """The median of its timed calls."""
+        timed = self.times[arm][1:]
+        return statistics.median(timed) if timed else None
 
     def _next_round(self) -> None:
         cold = [arm for arm in self.running if len(self.times[arm]) < 2]
@@ -107,14 +109,17 @@ class Contest:
             self.running.reverse()  # so that none always comes after the same other
             self._due.extend(self.running)
             return
-        self.chosen = next(arm for arm in self.arms if best.get(arm, least * 2) <= _TIE * least)
+        # Disturbances only ever add: the least says whom not to try again. What is to come is as disturbed as these.
+        usual = {arm: statistics.median(self.times[arm][1:]) for arm in self.arms if arm in self.running}
+        as_fast = [arm for arm in usual if usual[arm] <= _TIE * min(usual.values())]
+        self.chosen = OWN if OWN in as_fast else as_fast[0]
 
     def __str__(self) -> str:
         said = []
         for arm in self.arms:
             words = [f"predicted {1e3 * self.predicted[arm]:.3g} ms"] if arm in self.predicted else []
             if (best := self.measured(arm)) is not None:
-                words.append(f"measured {1e3 * best:.3g} ms (least of {len(self.times[arm]) - 1})")
+                words.append(f"measured {1e3 * best:.3g} ms (median of {len(self.times[arm]) - 1})")
             elif not self.times[arm] and self.chosen is not None and len(self.arms) > 1:
                 words.append("not tried")
             said.append(f"{arm}: {', '.join(words) or 'not measured yet'}")
