@@ -297,7 +297,8 @@ def _show(ranking: Ranking, took_s: float) -> None:
         table.add_row(*_cells(choice, ranking.calls), style=style)
     console.print(table)
     replayed = sum(choice.predicted is not None for choice in ranking.choices)
-    console.print(f"ranked in {took_s * 1e3:.0f} ms, {replayed} of {len(ranking.choices)} replayed", highlight=False)
+    legal = sum(choice.bound_s is not None for choice in ranking.choices)
+    console.print(f"ranked in {took_s * 1e3:.0f} ms, {replayed} of {legal} replayed", highlight=False)
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 
