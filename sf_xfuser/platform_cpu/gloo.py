@@ -59,8 +59,7 @@ def all_to_all_both_ways(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
         among = dist.group.WORLD if group is None else group
         if among is None or not (_served(among, output) and _served(among, input)):
             return all_to_all(output, input, output_split_sizes, input_split_sizes, group, async_op)
-        given, taken = (_split(*x, among) for x in ((input, input_split_sizes), (output, output_split_sizes)))
-        work = _exchange(given, taken, among)
+        work = _exchange(_split(input, input_split_sizes, among), _split(output, output_split_sizes, among), among)
         if async_op:
             return work
         work.wait()
@@ -82,10 +81,10 @@ def functional_all_to_all_both_ways(all_to_all: Callable[..., torch.Tensor]) -> 
     ) -> torch.Tensor:
         if not _served(group, self):
             return all_to_all(self, output_split_sizes, input_split_sizes, group, tag)
-        rows = self.shape[0] if output_split_sizes is None else sum(output_split_sizes)
+        rows = sum(output_split_sizes) if output_split_sizes else self.shape[0]
         output = self.new_empty(rows, *self.shape[1:])
-        given, taken = (_split(*x, group) for x in ((self, input_split_sizes), (output, output_split_sizes)))
-        return _waited_for_when_read(output, _exchange(given, taken, group))
+        given = _split(self, input_split_sizes, group)
+        return _waited_for_when_read(output, _exchange(given, _split(output, output_split_sizes, group), group))
 
     return replacement
 
@@ -108,7 +107,7 @@ def _served(group: Any, tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or not isinstance(group, dist.ProcessGroup) or type(tensor) is not torch.Tensor:
         return False
     recorded = torch.is_grad_enabled() and tensor.requires_grad
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dim() == 0 or recorded:
+    if tensor.device.type != "cpu" or recorded:
         return False
     return isinstance(group._get_backend(tensor.device), ProcessGroupGloo)
 
@@ -116,21 +115,24 @@ def _served(group: Any, tensor: torch.Tensor) -> bool:
 def _split(tensor: torch.Tensor, sizes: list[int] | None, group: dist.ProcessGroup) -> tuple[torch.Tensor, ...]:
     """The rows of each rank. Raises ValueError or RuntimeError where they do not come out even."""
     rows, size = tensor.shape[0], group.size()
-    if sizes is None and rows % size:
+    if not sizes and rows % size:
         raise ValueError(f"{rows} rows do not split evenly over {size} ranks; give split sizes")
-    return torch.split(tensor, [rows // size] * size if sizes is None else sizes)
+    return torch.split(tensor, sizes or [rows // size] * size)
 
 
 def _exchange(given: Sequence[torch.Tensor], taken: Sequence[torch.Tensor], group: dist.ProcessGroup) -> _Works:
-    """``given[r]`` goes to rank ``r`` of the group, ``taken[r]`` comes from it. Collective."""
+    """``given[r]``, any strides, goes to rank ``r`` of the group, ``taken[r]`` comes from it. Collective. Raises
+    ValueError where what is to be taken is not contiguous."""
     rank, size = group.rank(), group.size()
+    if not all(x.is_contiguous() for x in taken):
+        raise ValueError("the output of an all-to-all must be contiguous")
     works = []
     for peer in ((rank - i) % size for i in range(1, size)):
         if taken[peer].numel():
             works.append(group.recv([taken[peer]], peer, _TAG))
     for peer in ((rank + i) % size for i in range(1, size)):
         if given[peer].numel():
-            works.append(group.send([given[peer]], peer, _TAG))
+            works.append(group.send([given[peer].contiguous()], peer, _TAG))
     taken[rank].copy_(given[rank])
     return _Works(works)
 
