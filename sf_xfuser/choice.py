@@ -7,7 +7,8 @@ result, so any of them may serve any call, and measuring needs no call besides t
     try      the first calls of a call shape go to the arms in turn, but for those predicted far behind; xDiT's own
              and the best of Torus Attention are both timed unless that looks hopeless, so that nothing rests on a
              prediction alone
-    settle   after ten calls at most the fastest serves that shape; where others are no faster, xDiT's own
+    settle   after ten calls at most the one whose median is the least serves that shape; of those as fast, xDiT's own,
+             else the one predicted to be
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
 """
@@ -47,7 +48,7 @@ _MOST_CALLS = 10  # of a shape, until it is settled
 _TRUSTED = 1.5  # a prediction is believed within this factor
 _HOPELESS = 3.0  # nor is the better one of the other kind tried when it is predicted slower by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
-_TIE = 1.02  # as fast: so often nothing but the order of calls
+_TIE = 1.02  # times as long is as fast: calls of one arm differ by more
 _SHAPES_KEPT = 64
 _TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
 
@@ -87,8 +88,7 @@ class Contest:
 
     def measured(self, arm: str) -> float | None:
         """The median of its timed calls."""
-        timed = self.times[arm][1:]
-        return statistics.median(timed) if timed else None
+        return _median(self.times[arm]) if len(self.times[arm]) > 1 else None
 
     def _next_round(self) -> None:
         cold = [arm for arm in self.running if len(self.times[arm]) < 2]
@@ -110,7 +110,7 @@ class Contest:
             self._due.extend(self.running)
             return
         # Disturbances only ever add: the least says whom not to try again. What is to come is as disturbed as these.
-        usual = {arm: statistics.median(self.times[arm][1:]) for arm in self.arms if arm in self.running}
+        usual = {arm: _median(self.times[arm]) for arm in self.arms if arm in self.running}
         as_fast = [arm for arm in usual if usual[arm] <= _TIE * min(usual.values())]
         self.chosen = OWN if OWN in as_fast else as_fast[0]
 
@@ -124,6 +124,11 @@ class Contest:
                 words.append("not tried")
             said.append(f"{arm}: {', '.join(words) or 'not measured yet'}")
         return f"{self.chosen or 'being measured'}; {'; '.join(said)}"
+
+
+def _median(times: Sequence[float]) -> float:
+    """Of the timed calls of one arm: all but the first."""
+    return statistics.median(times[1:])
 
 
 def layouts(

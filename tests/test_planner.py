@@ -248,6 +248,27 @@ BY_HAND = ["--heads", "8", "--head-dim", "64", "--seq-len", "8192"]
 SMALL = ["--machines", "2", "--gpus-per-machine", "2", *BY_HAND]
 
 
+def test_layouts_that_are_not_legal_are_not_counted(capsys):
+    flags = [
+        "plan",
+        "--machines",
+        "2",
+        "--gpus-per-machine",
+        "2",
+        "--heads",
+        "2",
+        "--head-dim",
+        "64",
+        "--seq-len",
+        "8192",
+    ]
+    assert main([*flags, "--json", "-"]) == 0
+    choices = json.loads(capsys.readouterr().out)["choices"]
+    legal = sum(choice["bound_s"] is not None for choice in choices)
+    assert legal < len(choices) and main(flags) == 0
+    assert f"{legal} of {legal} replayed" in capsys.readouterr().out
+
+
 def test_plan_as_json_and_as_a_table(capsys, tmp_path):
     assert main(["plan", *SMALL, "--json", "-"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -336,7 +336,7 @@ HOOKS: tuple[Hook, ...] = (
             ("torch.distributed", "all_to_all_single", all_to_all_both_ways),
             (_FUNCTIONAL, "all_to_all_single", functional_all_to_all_both_ways),
             (_FUNCTIONAL, "all_gather_single", pair_gathers_both_ways),
-            (_FUNCTIONAL, "all_gather_tensor", pair_gathers_both_ways),  # which PyTorch's ring called until 2.12
+            (_FUNCTIONAL, "all_gather_tensor", pair_gathers_both_ways),  # its older name
         )
     ),
     Hook(
