@@ -203,7 +203,7 @@ class _Run:
     def _exchange(self, step: Exchange) -> None:
         """Start one round."""
         dtype = self.query.dtype
-        sends = [Parcel(self._outgoing(m), dtype, m.peer, _SLOT[m.tensor], self._landing(step, m)) for m in step.sends]
+        sends = [Parcel(self._outgoing(m), dtype, m.peer, _SLOT[m.tensor], *self._landing(step, m)) for m in step.sends]
         receives = [(m, Parcel((self.buffers.incoming(m),), dtype, m.peer, _SLOT[m.tensor])) for m in step.receives]
         started_s = time.perf_counter()
         ticket = self.lanes[step.lane].exchange(step.round, sends, [parcel for _, parcel in receives])
@@ -239,6 +239,9 @@ class _Run:
 
     def _attend_rows(self, rows: slice, k: torch.Tensor, v: torch.Tensor, first: bool, last: bool) -> None:
         k, v = self.buffers.with_all_heads(k, v)
+        if first and last and rows == slice(0, self.buffers.q_rows.total) and rows.stop:
+            self.buffers.finish(self.attend(self.buffers.queries(rows), k, v)[0])
+            return
         for start in range(rows.start, rows.stop, self.rows_at_once):
             some = slice(start, min(start + self.rows_at_once, rows.stop))
             out, lse = self.attend(self.buffers.queries(some), k, v)
@@ -285,12 +288,12 @@ class _Run:
             self._await(message.tensor, message.pieces)
         return self.buffers.outgoing(message)
 
-    def _landing(self, step: Exchange, message: Message) -> int:
-        """Where the peer receives this message of ours, in its window."""
+    def _landing(self, step: Exchange, message: Message) -> tuple[int, int | None]:
+        """Where the peer receives this message of ours, in its window: offset and pitch."""
         if step.lane not in self.window_lanes:
-            return 0
+            return 0, None
         mirrored = Message(message.tensor, message.pieces, self.call.schedule.position)
-        return self.call.places[message.peer].window_offset(mirrored)
+        return self.call.places[message.peer].landing(mirrored)
 
     def _await(self, name: str, pieces: Sequence[Piece]) -> None:
         for piece in pieces:

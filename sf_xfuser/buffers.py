@@ -1,14 +1,14 @@
 """Where the pieces of one attention call lie on a rank. Shapes are in names: B batch, H heads, S tokens, D head size.
 
 Chunks travel and wait as [S, B, H, D] (K and V of a token together, as [S, 2, B, H, D]), so that chunks of several
-ranks lie one after the other in one buffer and each is contiguous; attention sees [B, H, S, D] views of it. A buffer
-into which peers write lies in the window; another is made when it is first asked for and let go once the schedule says
-that nothing reads it any more. Outputs are kept in fp32 until they are final; those go where they belong at once.
+ranks lie one after the other in one buffer and each is contiguous (in shared memory, which needs no contiguous chunks,
+the same shapes lie head by head); attention sees [B, H, S, D] views of it. A buffer into which peers write lies in the
+window; another is made when it is first asked for and let go once the schedule says that nothing reads it any more.
+Outputs are kept in fp32 until they are final; those go where they belong at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from sf_xfuser.kernels import place, take
 from sf_xfuser.places import Buffer
 from sf_xfuser.plan import Layout
 from sf_xfuser.schedule import JOINT, Message, Piece
+from sf_xfuser.transport import window_view
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -42,11 +43,9 @@ class Buffers:
         self.H, self.H_kv = (high - low for low, high in (sizes.q_heads[self._group], sizes.kv_heads[self._group]))
 
         self.q_rows = self.places.queries
-        self.o_SBHD = self._query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
-        self.lse_BHS = self._query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
-        self._remote = set(schedule.queries[layout.ulysses :])
+        self._remote = set(schedule.remote)
         self._q_SBHD: dict[bool, torch.Tensor] = {}  # by whether they come from other machines
-        if layout.ulysses == 1:
+        if len(schedule.queries) == len(schedule.remote) + 1:
             self._q_SBHD[False] = self._readable("q")[0]
 
         self._kv_S2BHD: dict[int, torch.Tensor] = {}  # by slab
@@ -76,7 +75,13 @@ class Buffers:
 
     def accumulator(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, H, S, D] and log-sum-exp [B, H, S] of these queries, fp32."""
-        return self.o_SBHD[rows].permute(1, 2, 0, 3), self.lse_BHS[:, :, rows]
+        o_SBHD, lse_BHS = self._accumulators
+        return o_SBHD[rows].permute(1, 2, 0, 3), lse_BHS[:, :, rows]
+
+    @cached_property
+    def _accumulators(self) -> Tensors:
+        o_SBHD = self._query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
+        return o_SBHD, self._query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
 
     @cached_property
     def result_BSHD(self) -> torch.Tensor:
@@ -97,10 +102,16 @@ class Buffers:
             found.append((slice(others.start, others.stop), leaving.permute(1, 2, 0, 3)))
         return found
 
+    def finish(self, out: torch.Tensor) -> None:
+        """Take the final outputs of all queries, [B, H, S, D] in the input dtype; nothing is accumulated then."""
+        low, high = self._call.sizes.q_heads[self._group]
+        self.result_BSHD[:, :, low:high].copy_(out[:, :, : self.S].transpose(1, 2))
+        self._leaving_SBHD = out[:, :, self.S :].permute(2, 0, 1, 3)
+
     @cached_property
     def _leaving_SBHD(self) -> torch.Tensor:
         """Final outputs for other ranks; those in fp32 stay in the accumulator."""
-        others = self.o_SBHD[self.S :]
+        others = self._accumulators[0][self.S :]
         return others if self._query.dtype == torch.float32 else torch.empty_like(others, dtype=self._query.dtype)
 
     def let_go_keys(self, pieces: Sequence[Piece]) -> None:
@@ -202,5 +213,4 @@ class Buffers:
         offset = self.places.offset.get(buffer)
         if offset is None or self._window is None:
             return self._query.new_empty(shape)
-        nbytes = math.prod(shape) * self._query.element_size()
-        return self._window[offset : offset + nbytes].view(self._query.dtype).view(shape)
+        return window_view(self._window, offset, shape, self._query.dtype, self.places.pitch(buffer))

@@ -145,7 +145,7 @@ def _make_call(
     window = mesh.window
     positions = [mesh.position] if window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
-    places = {w: Places(schedule, sizes, mesh.window_lanes) for w, schedule in schedules.items()}
+    places = {w: Places(s, sizes, mesh.window_lanes, head_major=at_once) for w, s in schedules.items()}
     if window is not None:
         window.reserve(max(place.window_bytes for place in places.values()))
     return Call(

@@ -61,22 +61,30 @@ class Buffer(NamedTuple):
 
 
 class Places:
-    """The buffers of one rank. Queries of other machines lie apart from those of the own one: no step attends both,
-    and they are done with sooner."""
+    """The buffers of one rank. ``schedule.remote`` queries lie apart from the others: they are done with sooner."""
 
-    def __init__(self, schedule: Schedule, sizes: Sizes, written_by_peers: Collection[Lane] = ()) -> None:
-        """``written_by_peers``: the lanes on which chunks come into the window."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        sizes: Sizes,
+        written_by_peers: Collection[Lane] = (),
+        *,
+        head_major: bool = False,
+    ) -> None:
+        """``written_by_peers``: the lanes on which chunks come into the window. ``head_major``: Q and K, V lie there as
+        [B, H, S, D] and [2, B, H, S, D], as attention on a CPU reads them fastest; chunks are not contiguous then."""
         layout = schedule.layout
         group = layout.head_group(schedule.position)
         self.queries = Rows(schedule.queries, sizes.q_tokens.__getitem__)
-        self.remote_from = self.queries[schedule.queries[: layout.ulysses]].stop
-        self._remote = set(schedule.queries[layout.ulysses :])
+        self.remote_from = self.queries[schedule.remote].start if schedule.remote else self.queries.total
+        self._remote = set(schedule.remote)
         self.slab_of = {piece: n for n, slab in enumerate(schedule.slabs) for piece in slab}
         self.slabs = [
             Rows(slab, lambda source: sizes.joint_tokens if source == JOINT else sizes.kv_tokens[source])
             for slab in schedule.slabs
         ]
         self._row_bytes = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
+        self._head_size, self._itemsize, self._head_major = sizes.head_size, sizes.itemsize, head_major
         self.offset: dict[Buffer, int] = {}
         """Bytes from the start of the window, for each buffer in it."""
         self.window_bytes = 0
@@ -86,15 +94,24 @@ class Places:
                 if buffer in self.offset:
                     continue
                 self.offset[buffer] = self.window_bytes
-                if buffer.tensor == "q":
-                    rows = self.queries.total - self.remote_from if buffer.which else self.remote_from
-                    size = rows * self._row_bytes["q"]
-                elif buffer.tensor == "kv":
-                    size = self.slabs[buffer.which].total * self._row_bytes["kv"]
-                else:
+                if buffer.tensor == "o":
                     low, high = message.pieces[0].span(sizes.q_tokens[schedule.position])
                     size = (high - low) * sizes.row_bytes("o", layout.head_group(message.peer))
+                else:
+                    size = self.tokens(buffer) * self._row_bytes[buffer.tensor]
                 self.window_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def tokens(self, buffer: Buffer) -> int:
+        """Of queries or of KV."""
+        if buffer.tensor == "kv":
+            return self.slabs[buffer.which].total
+        return self.queries.total - self.remote_from if buffer.which else self.remote_from
+
+    def pitch(self, buffer: Buffer) -> int | None:
+        """Elements from one head to the next in a buffer of the window that is head-major, else None."""
+        if not self._head_major or buffer.tensor == "o":
+            return None
+        return self.tokens(buffer) * self._head_size
 
     def buffer(self, message: Message) -> Buffer:
         """Where this rank receives the message."""
@@ -103,14 +120,16 @@ class Places:
             return Buffer("q", int(first in self._remote))
         return Buffer("kv", self.slab_of[first]) if message.tensor == "kv" else Buffer("o", message.peer, first.part)
 
-    def window_offset(self, message: Message) -> int:
-        """Of a message that this rank receives, in bytes."""
+    def landing(self, message: Message) -> tuple[int, int | None]:
+        """Where in the window this rank receives the message: ``Parcel.offset`` and ``Parcel.pitch``."""
         buffer = self.buffer(message)
         if buffer.tensor == "o":
-            return self.offset[buffer]
+            return self.offset[buffer], None
         row: int
         if buffer.tensor == "q":
             row = self.queries[message.pieces].start - (self.remote_from if buffer.which else 0)
         else:
             row = self.slabs[buffer.which][message.pieces].start
-        return self.offset[buffer] + row * self._row_bytes[buffer.tensor]
+        pitch = self.pitch(buffer)
+        row_bytes = self._row_bytes[buffer.tensor] if pitch is None else self._head_size * self._itemsize
+        return self.offset[buffer] + row * row_bytes, pitch

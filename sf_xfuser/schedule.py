@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab. ``together``:
-    attend what arrives together in one call, where chunks arrive at once and no transfer is worth covering."""
+    attend everything in one call, where chunks arrive at once and no transfer is worth covering."""
 
     q: int = 1
     kv: int = 1
@@ -109,11 +109,13 @@ Step = Exchange | Attend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """One rank's call. ``queries`` and each slab of ``slabs`` list pieces in the order of their buffers."""
+    """One rank's call. ``queries`` and each slab of ``slabs`` list pieces in the order of their buffers. ``remote``:
+    those of the queries, the last, that other machines sent and no step attends with the own machine's."""
 
     layout: Layout
     position: int
     queries: tuple[Piece, ...]
+    remote: tuple[Piece, ...]
     slabs: tuple[tuple[Piece, ...], ...]
     steps: tuple[Step, ...]
 
@@ -179,6 +181,38 @@ class _Builder:
         )
 
     def build(self) -> Schedule:
+        if self.together:
+            self._all_together()
+        else:
+            self._stages()
+        slabs = [self._keys(k) for k in range(len(self.slabs))]
+        return Schedule(
+            layout=self.layout,
+            position=self.own,
+            queries=_flat(_flat(self.queries)),
+            remote=() if self.together else self.remote,
+            slabs=(_flat(slabs),) if self.together else tuple(slabs),
+            steps=tuple(self._marked_last()),
+        )
+
+    def _all_together(self) -> None:
+        """Without stages: all chunks, one attention, all outputs."""
+        if self.layout.ulysses > 1:
+            self._post_local_inputs()
+        self._post_across(arriving=len(self.arrivals))
+        for k, slab in enumerate(self.slabs):
+            for part, blocks in enumerate(slab):
+                for block in range(len(blocks)):
+                    self._post_ring_inside(k, part, block)
+        keys = _flat(self._keys(k) for k in range(len(self.slabs)))
+        self.steps.append(Attend(_flat(_flat(self.queries)), keys, 0))
+        for i in range(1, self.layout.torus):
+            for part in range(len(self.queries[i])):
+                self._push_across(i, part)
+        if self.layout.ulysses > 1:
+            self._push_inside()
+
+    def _stages(self) -> None:
         self._own_slab()
         for i in range(1, self.layout.torus):
             self._post_across(arriving=i * len(self.queries[i]) - 1)
@@ -187,18 +221,11 @@ class _Builder:
             self._pull_kv_for_own_machine()
         else:
             self._pull_kv()
-        return Schedule(
-            layout=self.layout,
-            position=self.own,
-            queries=_flat(_flat(self.queries)),
-            slabs=tuple(self._keys(k) for k in range(len(self.slabs))),
-            steps=tuple(self._marked_last()),
-        )
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def _own_slab(self) -> None:
-        """Stage 0: the own chunk at once, then the other chunks of the machine as they arrive; or all together."""
+        """Stage 0: the own chunk at once, then the other chunks of the machine as they arrive."""
         machine = self.queries[0][0]
         own, others = machine[:1], machine[1:]
         only = len(self.slabs) == 1
@@ -206,17 +233,13 @@ class _Builder:
         final = only and self.layout.ring_inside == 1
         if others:
             self._post_local_inputs()
-            if not self.together:
-                self._attend(own, 0, 0, 0, slice(0, 1))
+            self._attend(own, 0, 0, 0, slice(0, 1))
             self._post_across(arriving=-1)
             self._post_ring_inside(0, 0, 0)
-            if self.together:
-                self._attend_own_machine(0, 0, final)
-            else:
-                self._attend(others, 0, 0, 0)
-                if final:
-                    self._push_inside()
-                self._attend(own, 0, 0, 0, slice(1, None))
+            self._attend(others, 0, 0, 0)
+            if final:
+                self._push_inside()
+            self._attend(own, 0, 0, 0, slice(1, None))
         else:
             self._post_ring_inside(0, 0, 0)
             self._attend(own, 0, 0, 0)
@@ -243,14 +266,10 @@ class _Builder:
         """The last keys for the queries of the own machine: the others' outputs leave as soon as they are final."""
         machine = self.queries[0][0]
         own, others = machine[:1], machine[1:]
-        if self.together or not others:
-            self._attend(machine, k, part, block)
-            if others:
-                self._push_inside()
-        else:
+        if others:
             self._attend(others, k, part, block)
             self._push_inside()
-            self._attend(own, k, part, block)
+        self._attend(own, k, part, block)
 
     def _pull_kv(self) -> None:
         machine = self.queries[0][0]
@@ -275,12 +294,9 @@ class _Builder:
 
     def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
         """The last keys for the queries of other machines: each O part leaves as soon as it is final."""
-        if self.together:
-            self._attend(self.remote, k, part, block)
         for i in range(1, self.layout.torus):
             for q_part, queries in enumerate(self.queries[i]):
-                if not self.together:
-                    self._attend(queries, k, part, block)
+                self._attend(queries, k, part, block)
                 self._push_across(i, q_part)
 
     def _attend(

@@ -219,6 +219,7 @@ GROUPS = {
     "ring across three": (Layout(torus=1, ulysses=1, ring_across=3, ring_inside=1), Cut(kv=2, last_kv=2)),
     "ulysses and ring": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=2), Cut()),
     "two machines together": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(together=True)),
+    "ring together": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut(together=True)),
 }
 
 
@@ -233,7 +234,8 @@ def test_two_halves_and_no_barrier_are_safe(group):
     assert fault is None and visited > 50
 
 
-@pytest.mark.parametrize("group", GROUPS)
+# Without a ring, what is attended together is read before the outputs leave.
+@pytest.mark.parametrize("group", [name for name in GROUPS if name != "two machines together"])
 def test_a_single_window_would_not_be(group):
     assert "writes begun" in explored(group, halves=1)[1]
 

@@ -13,7 +13,7 @@ from sf_xfuser.mesh import Mesh
 from sf_xfuser.plan import Layout, Plan
 from sf_xfuser.schedule import Exchange, Message, Piece
 from sf_xfuser.topology import Topology
-from sf_xfuser.transport import OneSided, Parcel, SymmMem, Ticket
+from sf_xfuser.transport import OneSided, Parcel, SymmMem, Ticket, window_view
 from sf_xfuser.transport.device import DeviceWindow
 
 
@@ -141,10 +141,9 @@ class OneRank:
         places = self._call.places[0]
         for window in (places.window_bytes and self.lane.windows()) or []:
             for message in self._messages("receives"):
-                offset = places.window_offset(message)
+                offset, pitch = places.landing(message)
                 chunk = self._chunk(message, out)
-                into = window[offset : offset + chunk.nbytes].view(chunk.dtype).view(chunk.shape)
-                into.copy_(chunk)
+                window_view(window, offset, chunk.shape, chunk.dtype, pitch).copy_(chunk)
 
     def _chunk(self, message: Message, out: torch.Tensor) -> torch.Tensor:
         """What the peer sends: [S, B, H, D], or K and V as [S, 2, B, H, D]."""

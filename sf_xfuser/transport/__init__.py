@@ -1,6 +1,6 @@
 """Moves chunks between the ranks of a lane. Knows peers and bytes; knows nothing of heads or attention."""
 
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError, Unusable
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError, Unusable, window_view
 from sf_xfuser.transport.device import captures
 from sf_xfuser.transport.nvshmem import Nvshmem
 from sf_xfuser.transport.shm import Shm
@@ -19,4 +19,5 @@ __all__ = [
     "TwoSided",
     "Unusable",
     "captures",
+    "window_view",
 ]

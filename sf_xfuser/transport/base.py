@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ class Parcel:
     To be sent: ``parts`` are views of equal shape [S, ...], any strides; the chunk holds them as ``dtype``, several of
     them side by side as [S, parts, ...]. To be received: one contiguous part, where the chunk is to lie.
 
-    ``slot`` numbers the parcel among those of one round between the same two ranks, alike at both ends. ``offset``:
-    where the chunk lies in the receiver's window, in bytes, where the transport writes into one.
+    ``slot`` numbers the parcel among those of one round between the same two ranks, alike at both ends. Where the
+    transport writes into a window of the receiver, the chunk lies there from the byte ``offset`` on, ``pitch`` as in
+    ``window_view``; only shared memory has other chunks than contiguous ones.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -45,6 +47,7 @@ class Parcel:
     peer: int
     slot: int
     offset: int = 0
+    pitch: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +59,7 @@ class Parcel:
         return sum(part.numel() for part in self.parts) * self.dtype.itemsize
 
     def write(self, into: torch.Tensor) -> None:
-        """Copy the parts into a contiguous tensor of ``shape``."""
+        """Copy the parts into a tensor of ``shape``."""
         place(self.parts, into)
 
     def packed(self) -> torch.Tensor:
@@ -67,6 +70,20 @@ class Parcel:
         into = first.new_empty(self.shape, dtype=self.dtype)
         self.write(into)
         return into
+
+
+def window_view(
+    window: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype, pitch: int | None = None
+) -> torch.Tensor:
+    """A chunk [S, ..., H, D] in the bytes of a window, from ``offset`` on: contiguous, or, where ``pitch`` is given, as
+    [..., H, S, D] with so many elements from one head to the next."""
+    if pitch is None:
+        nbytes = math.prod(shape) * dtype.itemsize
+        return window[offset : offset + nbytes].view(dtype).view(tuple(shape))
+    *outer, head_size = shape[1:]
+    strides = [pitch * math.prod(outer[n + 1 :]) for n in range(len(outer))]
+    start = (window.storage_offset() + offset) // dtype.itemsize
+    return window.view(dtype).as_strided(shape, (head_size, *strides, 1), start)
 
 
 class Ticket(ABC):

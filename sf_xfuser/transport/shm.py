@@ -45,7 +45,7 @@ from typing import Literal
 import torch
 
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.block import grown
 
 _FOLDER = "/dev/shm"
@@ -189,8 +189,8 @@ class Shm(OneSided):
             segment = self._of[parcel.peer]
             self._pause("put")
             if parcel.nbytes:
-                into = segment.half(self._epoch)[parcel.offset : parcel.offset + parcel.nbytes]
-                parcel.write(into.view(parcel.dtype).view(parcel.shape))
+                half = segment.half(self._epoch)
+                parcel.write(window_view(half, parcel.offset, parcel.shape, parcel.dtype, parcel.pitch))
             self._pause("flag")
             self._put[parcel.peer] += 1
             segment.raise_flag(self._position, self._put[parcel.peer])

@@ -40,6 +40,7 @@ def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, wh
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
     mesh = build_mesh([[0, 1, 2, 3]], args, heads=4)
+    mesh.one_host = nth % 2 == 0  # attended together, or in stages
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, 4, 16, 8, generator=make) for _ in range(3))
 
