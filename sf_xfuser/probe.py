@@ -30,6 +30,7 @@ from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulys
 
 _TRIES = 3
 _ATTEND_S = 0.04  # a large attention call takes longer than this
+_MOST_TOKENS = 1 << 15  # of such a call
 _MOST_BYTES = 1 << 28  # that a collective may leave behind
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
@@ -54,6 +55,10 @@ class Order:
     try_s: float = 0.2
     across_gbps: float | None = None
 
+    def flop(self, tokens: int) -> float:
+        """Of one attention call of so many queries and keys."""
+        return 4.0 * tokens**2 * self.heads * self.head_dim
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
@@ -68,6 +73,41 @@ def measure(mesh: Mesh, order: Order, gather: Gather) -> Cluster:
     same time, as they also attend, each sees its share of the links. Collective over the group; the same on its ranks.
     """
     return _Probe(mesh, order, gather).cluster()
+
+
+class Pace:
+    """How fast the ranks of ``cluster`` attend while other calls are timed: what else runs on a machine, and its clock,
+    change that from one minute to the next. Samples alternate with those calls."""
+
+    def __init__(self, cluster: Cluster, mesh: Mesh, order: Order, gather: Gather) -> None:
+        """``cluster`` as ``measure`` found it with the same ``mesh``, ``order`` and ``gather``."""
+        self._cluster, self._probe = cluster, _Probe(mesh, order, gather)
+        compute, tokens = cluster.compute, 512
+        rate = compute.attention_rate(_name(order.dtype), order.head_dim)
+        while order.flop(tokens) / rate < _ATTEND_S and tokens < _MOST_TOKENS:
+            tokens *= 2
+        at_once = self._probe.world_size / compute.slots if compute.slots else 1.0
+        self._expected_s = order.flop(tokens) / rate * at_once
+        self._attention = self._probe.attention(tokens)
+        self._seen_s: list[float] = []
+
+    def sample(self) -> None:
+        """All ranks attend once, at the same time. Collective."""
+        self._seen_s.append(self._probe.tried(self._attention, 1).seconds)
+
+    def cluster(self) -> Cluster:
+        """The cluster at the median of the samples' pace."""
+        slower = statistics.median(self._seen_s) / self._expected_s
+        compute = self._cluster.compute
+        paced = replace(
+            compute,
+            attention_tflops=tuple((dtype, size, rate / slower) for dtype, size, rate in compute.attention_tflops),
+            linear_tflops=compute.linear_tflops / slower,
+            memory_gbs=compute.memory_gbs / slower,
+            attend_us=compute.attend_us * slower,
+        )
+        says = f"attention at {1 / slower:.2f}x of that pace while the arms were timed"
+        return replace(self._cluster, compute=paced, sources=(*self._cluster.sources, says))
 
 
 class _Probe:
@@ -102,13 +142,13 @@ class _Probe:
     def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
         """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
         difference; ``alone``: on one rank, while the others wait."""
-        first = self._tried(call, 1, alone)  # makes buffers and connections warm
+        first = self.tried(call, 1, alone)  # makes buffers and connections warm
         times = max(1, min(64, round(self.order.try_s / first.seconds)))
-        tries = [self._tried(call, times, alone) for _ in range(_TRIES)]
+        tries = [self.tried(call, times, alone) for _ in range(_TRIES)]
         pick = min if fastest else statistics.median
         return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))
 
-    def _tried(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
+    def tried(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
         idle = alone and dist.get_rank() != self.mesh.members[0]
         self._synchronize()
         self.gather(None)
@@ -129,16 +169,16 @@ class _Probe:
     def _compute(self) -> Compute:
         order, tokens = self.order, 512
         while True:
-            attend = self._attention(tokens)
+            attend = self.attention(tokens)
             large_s = self._timed(attend, alone=True, fastest=True).seconds
-            if large_s > _ATTEND_S or tokens >= 1 << 15:
+            if large_s > _ATTEND_S or tokens >= _MOST_TOKENS:
                 break
             tokens *= 2
         slower = self._timed(attend, fastest=True).seconds / large_s
         slots = self.world_size / slower if slower > _SLOWED else None
-        rate = 4.0 * tokens**2 * order.heads * order.head_dim / large_s
+        rate = order.flop(tokens) / large_s
         small = 256
-        small_s = self._timed(self._attention(small), alone=True, fastest=True).seconds
+        small_s = self._timed(self.attention(small), alone=True, fastest=True).seconds
         out = torch.randn((1, order.heads, 1024, order.head_dim), device=order.device).to(order.dtype)
         total, lse = out.float().clone(), torch.zeros(out.shape[:3], device=order.device)
         merge_s = self._timed(lambda: merge_(total, lse, out, lse.clone()), fastest=True).seconds
@@ -146,11 +186,11 @@ class _Probe:
             attention_tflops=((_name(order.dtype), order.head_dim, rate / 1e12),),
             linear_tflops=rate / 1e12,
             memory_gbs=MERGE_BYTES * out.numel() / merge_s * (slower if slots else 1.0) / 1e9,
-            attend_us=max(0.0, small_s - 4.0 * small**2 * order.heads * order.head_dim / rate) * 1e6,
+            attend_us=max(0.0, small_s - order.flop(small) / rate) * 1e6,
             slots=slots,
         )
 
-    def _attention(self, tokens: int) -> Callable[[], object]:
+    def attention(self, tokens: int) -> Callable[[], object]:
         shape = (1, self.order.heads, tokens, self.order.head_dim)
         x = torch.randn(shape, device=self.order.device).to(self.order.dtype)
         return partial(self.order.attend, x, x.clone(), x.clone())
@@ -225,7 +265,7 @@ class _Probe:
         held = dtype.itemsize * (size if pattern == "allgather" else 1)  # bytes of the result for each element sent
         most = _MOST_BYTES // held // size * size
         while seq_len is None and numel < most:
-            wanted = self.order.transfer_s / max(self._tried(of(numel), 1).seconds, 1e-6)
+            wanted = self.order.transfer_s / max(self.tried(of(numel), 1).seconds, 1e-6)
             if wanted < 2:
                 break
             numel = min(most, numel * min(16, math.ceil(wanted)))
@@ -247,7 +287,7 @@ class _Probe:
         least = 4 * self.world_size
         small = self._timed(self._exchange(least))
         tokens = 4 * least
-        while tokens < 1 << 17 and self._tried(self._exchange(tokens), 1).seconds < 2 * self.order.transfer_s:
+        while tokens < 1 << 17 and self.tried(self._exchange(tokens), 1).seconds < 2 * self.order.transfer_s:
             tokens *= 4
         large = self._timed(self._exchange(tokens))
         return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})

@@ -32,6 +32,7 @@ from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows, pipeline_rows
+from sf_xfuser.cluster import Cluster
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.simulate import CallShape, predict
 from sf_xfuser.trace import Trace
@@ -109,8 +110,7 @@ class _Measurement:
         self.spent = 0.0  # seconds inside attention kernels since last reset
 
     def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        if self.order.predict:
-            self._predict()
+        pace = self._probe() if self.order.predict else None
         runnable = [arm for arm in self.arms if arm.call is not None or arm.name == SINGLE]
         total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
         with ExitStack() as stack:
@@ -128,12 +128,16 @@ class _Measurement:
                     self._observe(arm)
             passed = [arm for arm in runnable if not self.samples[arm.name].failure]
             for number in range(self.order.warmup + self.order.repeat):
+                if pace is not None:
+                    pace.sample()
                 shift = number % len(passed) if passed else 0
                 for arm in (*passed[shift:], *passed[:shift]):
                     advance(f"{arm.name}: call {number + 1}")
                     if arm.name == SINGLE and number >= 2:
                         continue  # a whole computation on one rank: two calls are enough for a reference
                     self._time(arm, timed=number >= self.order.warmup or arm.name == SINGLE)
+        if pace is not None:
+            self._predict(pace.cluster())
         if self.rank != 0:
             return [], []
         timelines = [s.timeline for s in reversed(self.samples.values()) if s.timeline is not None]
@@ -150,8 +154,8 @@ class _Measurement:
 
     # -- measurements ----------------------------------------------------------------------------------------------
 
-    def _predict(self) -> None:
-        """Measure the cluster, in pieces, and ask the simulator what each arm will take on it."""
+    def _probe(self) -> probe.Pace:
+        """Measure the cluster, in pieces."""
         case = self.case
         mesh = next((arm.mesh for arm in self.arms if arm.mesh is not None and arm.name == SUBJECT), None)
         if mesh is None:
@@ -166,7 +170,11 @@ class _Measurement:
             seq_len=case.seq_len,
             across_gbps=None if rate_bps is None else rate_bps / 1e9,
         )
-        cluster = probe.measure(mesh, order, self._gather)
+        return probe.Pace(probe.measure(mesh, order, self._gather), mesh, order, self._gather)
+
+    def _predict(self, cluster: Cluster) -> None:
+        """Ask the simulator what each arm takes on it."""
+        case = self.case
         shape = CallShape(
             seq_len=case.seq_len,
             heads=case.heads,

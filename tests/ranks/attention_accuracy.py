@@ -132,7 +132,8 @@ def main() -> None:
                     base | even | {"tokens": 40, "kv_tokens": 40},
                     base | even | {"tokens": 41, "kv_tokens": 41},
                 ]
-                for mesh.one_host in {mesh.one_host, False}:  # attended together, and in stages
+                for one_host in {mesh.one_host, False}:  # attended together, and in stages
+                    mesh.one_host = one_host
                     mesh.calls.clear()
                     for seed, case in enumerate(cases):
                         worst = max(worst, check(mesh, device, kernel, seed=seed, **case))
