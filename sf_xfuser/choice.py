@@ -7,8 +7,7 @@ result, so any of them may serve any call, and measuring needs no call besides t
     try      the first calls of a call shape go to the arms in turn, but for those predicted far behind; xDiT's own
              and the best of Torus Attention are both timed unless that looks hopeless, so that nothing rests on a
              prediction alone
-    settle   after ten calls at most the one whose median is the least serves that shape; of those as fast, xDiT's own,
-             else the one predicted to be
+    settle   after ten calls at most the one whose median is the least serves that shape; xDiT's own where it is as fast
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
 """
@@ -26,7 +25,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
-from math import gcd
+from math import gcd, inf
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +110,8 @@ class Contest:
             return
         # Disturbances only ever add: the least says whom not to try again. What is to come is as disturbed as these.
         usual = {arm: _median(self.times[arm]) for arm in self.arms if arm in self.running}
-        as_fast = [arm for arm in usual if usual[arm] <= _TIE * min(usual.values())]
-        self.chosen = OWN if OWN in as_fast else as_fast[0]
+        least = min(usual.values())
+        self.chosen = OWN if usual.get(OWN, inf) <= _TIE * least else min(usual, key=usual.__getitem__)
 
     def __str__(self) -> str:
         said = []

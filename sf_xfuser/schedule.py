@@ -18,6 +18,9 @@ keeps that order on the wire. What matters is the tail: no O can leave before th
 idles from then until the first O is final. So slabs come in parts, remote queries go first, and the attention that only
 this machine wants is left for last, where it covers the O transfers.
 
+Where chunks arrive at once (``Cut.together``: one host) there is nothing to hide: everything is attended in one call,
+between the inputs and the outputs.
+
 Machine order is a rotation (in: t-1, t-2, ...; out: t+1, t+2, ...), so a machine sends to one machine and receives
 from one at a time. Exchanges are *rounds*: the k-th round of a lane on one rank matches the k-th round of that lane on
 every peer, which is what NCCL's grouped sends and receives need.

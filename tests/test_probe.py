@@ -1,13 +1,15 @@
-"""The probe's fit: the figures of a cluster, found again from the times and CPU seconds that they make. Pure."""
+"""The figures of a cluster, found again from the times and CPU seconds that they make."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sf_xfuser import probe
+from sf_xfuser.bench.loopback import Loopback, OneRank
 from sf_xfuser.cluster import PATTERNS, Cluster, Compute, Link, Way
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.plan import Layout
@@ -57,3 +59,24 @@ def test_the_figures_behind_calls_with_nothing_computed_are_found_again(slots, e
     assert fitted.efficiency == pytest.approx(efficiency, rel=0.02)
     assert fitted.host_us == pytest.approx(host_us, rel=0.05, abs=3)
     assert fitted.takes == pytest.approx(true.takes, abs=0.02)
+
+
+def test_the_pace_beside_other_calls_scales_what_computes():
+    """Attention takes three times what the cluster says: its rates are a third, links and cores stay as they are."""
+    cluster = a_cluster(Way(efficiency=0.9), 2.0)
+    x = torch.zeros(1, 8, 8, 64)
+    mesh = OneRank(LAYOUT, x, x, x, Loopback(x.device)).mesh
+
+    def attend(q, k, v):
+        time.sleep(3 * order.flop(q.shape[2]) / 0.065e12 * 8 / 2)  # eight ranks on two cores
+
+    order = replace(ORDER, attend=attend, heads=1)
+    pace = probe.Pace(cluster, mesh, order, lambda value: [value] * 8)
+    for _ in range(3):
+        pace.sample()
+    found = pace.cluster()
+    assert found.compute.attention_rate("float32", 64) == pytest.approx(0.065e12 / 3, rel=0.05)
+    assert found.compute.attend_us == pytest.approx(60.0, rel=0.05)
+    assert found.compute.memory_gbs == pytest.approx(10.0, rel=0.05)
+    assert found.compute.slots == 2.0 and (found.inside, found.across) == (cluster.inside, cluster.across)
+    assert "0.33x of that pace" in found.sources[-1]

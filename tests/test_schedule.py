@@ -345,6 +345,17 @@ def test_every_cut(cut):
         check(Layout(torus=2, ulysses=1, ring_across=2, ring_inside=2), joint, cut)
 
 
+@pytest.mark.parametrize("joint", [None, "front", "rear"])
+def test_together_is_one_attention(joint):
+    for layout in SMALL:
+        s = build_schedule(layout, layout.world_size - 1, joint, Cut(together=True))
+        (attend,) = (step for step in s.steps if isinstance(step, Attend))
+        assert attend.queries == s.queries and (attend.keys,) == s.slabs and s.remote == ()
+        assert attend.keys_last and attend.queries_last
+        where = {None: [], "front": [0], "rear": [len(attend.keys) - 1]}[joint]
+        assert [n for n, piece in enumerate(attend.keys) if piece.source == JOINT] == where
+
+
 @settings(max_examples=25)
 @given(layouts, joints, cuts)
 def test_larger_layouts(layout, joint, cut):
