@@ -16,7 +16,7 @@ from sf_xfuser.drop_in import DropIn
 from sf_xfuser.lanes import lane_peers
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import Lane
-from sf_xfuser.transport import Parcel, Ticket, TransportError
+from sf_xfuser.transport import Parcel, Ticket, TransportError, window_view
 
 _TOKENS, _HEADS = 1, 2  # dimensions
 _LANES: tuple[Lane, ...] = ("across", "inside")  # the longer way first
@@ -83,7 +83,7 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     def landing(peer: int, one_sided: bool) -> torch.Tensor:
         """Where the chunk of this member arrives: in the window, in the result, or beside it where that is strided."""
         if one_sided and window is not None:
-            return window[slot[peer] : slot[peer] + chunk_bytes].view(input.dtype).view(incoming[peer].shape)
+            return window_view(window, slot[peer], incoming[peer].shape, input.dtype)
         return incoming[peer] if incoming[peer].is_contiguous() else incoming[peer].new_empty(incoming[peer].shape)
 
     # Ring neighbours, who write into each other's windows in attention calls, are sent a chunk of no tokens: that it is

@@ -47,7 +47,7 @@ _MOST_CALLS = 10  # of a shape, until it is settled
 _TRUSTED = 1.5  # a prediction is believed within this factor
 _HOPELESS = 3.0  # nor is the better one of the other kind tried when it is predicted slower by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
-_TIE = 1.02  # times as long is as fast: calls of one arm differ by more
+_TIE = 1.02  # times as long is as fast, for xDiT's own: calls of one arm differ by more
 _SHAPES_KEPT = 64
 _TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
 

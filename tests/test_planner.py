@@ -252,19 +252,7 @@ SMALL = ["--machines", "2", "--gpus-per-machine", "2", *BY_HAND]
 
 
 def test_layouts_that_are_not_legal_are_not_counted(capsys):
-    flags = [
-        "plan",
-        "--machines",
-        "2",
-        "--gpus-per-machine",
-        "2",
-        "--heads",
-        "2",
-        "--head-dim",
-        "64",
-        "--seq-len",
-        "8192",
-    ]
+    flags = ["plan", *SMALL, "--heads", "2"]
     assert main([*flags, "--json", "-"]) == 0
     choices = json.loads(capsys.readouterr().out)["choices"]
     legal = sum(choice["bound_s"] is not None for choice in choices)

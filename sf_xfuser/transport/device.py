@@ -47,7 +47,7 @@ import torch
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.driver import Driver
 from sf_xfuser.transport.watchdog import Awaited, Seen, Watchdog
@@ -302,7 +302,7 @@ class DeviceWindow(OneSided):
                     each.wait_event(event)
         at += self._block.staging
         with torch.cuda.stream(stream):
-            parcel.write(self._memory[at : at + parcel.nbytes].view(parcel.dtype).view(parcel.shape))
+            parcel.write(window_view(self._memory, at, parcel.shape, parcel.dtype))
         return self._base + at
 
     def _end_here(self) -> torch.cuda.Event:
