@@ -18,8 +18,8 @@ keeps that order on the wire. What matters is the tail: no O can leave before th
 idles from then until the first O is final. So slabs come in parts, remote queries go first, and the attention that only
 this machine wants is left for last, where it covers the O transfers.
 
-Where chunks arrive at once (``Cut.together``: one host) there is nothing to hide: everything is attended in one call,
-between the inputs and the outputs.
+Where there is nothing to hide (``Cut.together``: chunks of one host arrive at once) everything is attended in one call,
+between the inputs and the outputs, keys in the order of the sequence, as one process would.
 
 Machine order is a rotation (in: t-1, t-2, ...; out: t+1, t+2, ...), so a machine sends to one machine and receives
 from one at a time. Exchanges are *rounds*: the k-th round of a lane on one rank matches the k-th round of that lane on
@@ -67,12 +67,16 @@ class Piece(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab. ``together``:
-    attend everything in one call, where chunks arrive at once and no transfer is worth covering."""
+    attend everything in one call, where no transfer is worth covering; nothing is cut then."""
 
     q: int = 1
     kv: int = 1
     last_kv: int = 1
     together: bool = False
+
+    def __post_init__(self) -> None:
+        if self.together and (self.q, self.kv, self.last_kv) != (1, 1, 1):
+            raise ValueError(f"{self}: what is attended together is not cut")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +159,18 @@ class _Builder:
         self.t, self.u, self.r_x, self.r_i = layout.coordinates(position)
         self.steps: list[Step] = []
         self.rounds: dict[Lane, int] = {"inside": 0, "across": 0}
+        self.together = cut.together
         # Parts by machine offset: what starts on the own machine is not cut, the last machine's KV most finely.
         q_parts = [1] + [cut.q] * (layout.torus - 1)
         kv_parts = ([1] + [cut.kv] * (layout.torus - 2) + [cut.last_kv])[: layout.torus]
-        # queries[i][part] and slabs[k][part][block]: the U pieces that arrive together, own u first.
+        # queries[i][part] and slabs[k][part][block]: the U pieces that arrive together, own u first; keys that are all
+        # attended together lie in the order of the sequence.
         self.queries = [
             [self._pieces(i, 0, 0, part, parts) for part in range(parts)] for i, parts in enumerate(q_parts)
         ]
         self.remote = _flat(part for machine in self.queries[1:] for part in machine)
         self.slabs = [
-            [[self._pieces(i, j_x, j_i, part, parts) for j_i in range(layout.ring_inside)] for part in range(parts)]
+            [[self._block(i, j_x, j_i, part, parts) for j_i in range(layout.ring_inside)] for part in range(parts)]
             for i, parts in enumerate(kv_parts)
             for j_x in range(layout.ring_across)
         ]
@@ -174,7 +180,6 @@ class _Builder:
         # What is passed on is posted while its slab is still held.
         self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
         self.posted = 0
-        self.together = cut.together
 
     def _pieces(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
         """One part of the U chunks of block (i, j_x, j_i), own u first."""
@@ -183,37 +188,43 @@ class _Builder:
             for du in range(self.layout.ulysses)
         )
 
+    def _block(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
+        """``_pieces`` as their keys lie in a slab."""
+        pieces = self._pieces(i, j_x, j_i, part, parts)
+        return tuple(sorted(pieces)) if self.together else pieces
+
     def build(self) -> Schedule:
+        slabs: tuple[tuple[Piece, ...], ...]
         if self.together:
-            self._all_together()
+            slabs = (self._all_together(),)
         else:
             self._stages()
-        slabs = [self._keys(k) for k in range(len(self.slabs))]
+            slabs = tuple(self._keys(k) for k in range(len(self.slabs)))
         return Schedule(
             layout=self.layout,
             position=self.own,
             queries=_flat(_flat(self.queries)),
             remote=() if self.together else self.remote,
-            slabs=(_flat(slabs),) if self.together else tuple(slabs),
+            slabs=slabs,
             steps=tuple(self._marked_last()),
         )
 
-    def _all_together(self) -> None:
-        """Without stages: all chunks, one attention, all outputs."""
+    def _all_together(self) -> tuple[Piece, ...]:
+        """Without stages: all chunks, one attention, all outputs. Its keys, in the order of the sequence."""
         if self.layout.ulysses > 1:
             self._post_local_inputs()
         self._post_across(arriving=len(self.arrivals))
-        for k, slab in enumerate(self.slabs):
-            for part, blocks in enumerate(slab):
-                for block in range(len(blocks)):
-                    self._post_ring_inside(k, part, block)
-        keys = _flat(self._keys(k) for k in range(len(self.slabs)))
+        for k in range(len(self.slabs)):
+            for block in range(self.layout.ring_inside):
+                self._post_ring_inside(k, 0, block)
+        keys = tuple(sorted(_flat(self._keys(k) for k in range(len(self.slabs)))))  # JOINT comes first
+        keys = (*keys[1:], keys[0]) if self.joint == "rear" else keys
         self.steps.append(Attend(_flat(_flat(self.queries)), keys, 0))
         for i in range(1, self.layout.torus):
-            for part in range(len(self.queries[i])):
-                self._push_across(i, part)
+            self._push_across(i, 0)
         if self.layout.ulysses > 1:
             self._push_inside()
+        return keys
 
     def _stages(self) -> None:
         self._own_slab()

@@ -27,7 +27,7 @@ from sf_xfuser.schedule import (
 
 SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
 CUTS = [Cut(q=q, kv=kv, last_kv=last_kv) for q, kv, last_kv in product((1, 2, 3), repeat=3)]
-CUTS += [Cut(together=True), Cut(kv=2, last_kv=3, together=True)]
+CUTS += [Cut(together=True)]
 
 layouts = st.builds(
     Layout,
@@ -352,8 +352,14 @@ def test_together_is_one_attention(joint):
         (attend,) = (step for step in s.steps if isinstance(step, Attend))
         assert attend.queries == s.queries and (attend.keys,) == s.slabs and s.remote == ()
         assert attend.keys_last and attend.queries_last
-        where = {None: [], "front": [0], "rear": [len(attend.keys) - 1]}[joint]
-        assert [n for n, piece in enumerate(attend.keys) if piece.source == JOINT] == where
+        sources = [Piece(source) for source in range(layout.world_size)]
+        front, rear = ([Piece(JOINT)] if joint == place else [] for place in ("front", "rear"))
+        assert list(attend.keys) == front + sources + rear
+
+
+def test_what_is_attended_together_is_not_cut():
+    with pytest.raises(ValueError, match="not cut"):
+        Cut(kv=2, together=True)
 
 
 @settings(max_examples=25)
