@@ -73,10 +73,7 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     incoming = dict(zip(group, out.tensor_split(len(group), gather_dim), strict=True))
 
     # Each member has a slot in the window of each other, of one size and in the order of the group.
-    window = None if mesh.window is None else mesh.window.begin()
-    alone = mesh.window is None or mesh.window.halves > 1  # else the window is that of the call before, and of the next
-    if not alone:
-        _greet(mesh)
+    window = mesh.begin(object())  # like no other call: not even two alike may follow each other at once in one half
     chunk_bytes = outgoing[own].numel() * input.element_size()
     slot = {peer: index * chunk_bytes for index, peer in enumerate(group)}
 
@@ -105,21 +102,9 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
         for peer, chunk in places.items():
             if chunk is not incoming[peer]:
                 incoming[peer].copy_(chunk)
-    if not alone:
-        _greet(mesh)
     for transport in mesh.lanes.values():
         transport.drain()
     return out
-
-
-def _greet(mesh: Mesh) -> None:
-    """Go on when all ranks that write into this one's window have come here."""
-    nothing = (torch.empty(0),)
-    for lane in mesh.window_lanes:
-        parcels = [
-            Parcel(nothing, torch.float32, peer, slot=0) for peer in lane_peers(mesh.layout, mesh.position)[lane]
-        ]
-        mesh.lanes[lane].exchange(0, parcels, parcels).wait()
 
 
 @dataclass(eq=False, kw_only=True)

@@ -177,8 +177,7 @@ class _Run:
         if mesh.compression is not None:
             self.lanes["across"] = mesh.compression.over(mesh.lanes["across"])
         self.window_lanes = mesh.window_lanes
-        window = None if mesh.window is None else mesh.window.begin()
-        self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint, window)
+        self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint, mesh.begin(call))
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
             self.rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_at_once // 4))

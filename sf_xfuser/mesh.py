@@ -10,6 +10,7 @@ from datetime import timedelta
 from fractions import Fraction
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sf_xfuser import lanes
@@ -22,7 +23,7 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, TransportError, TwoSided, captures
+from sf_xfuser.transport import OneSided, Parcel, TransportError, TwoSided, captures
 
 PATIENCE = 5
 """Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
@@ -86,6 +87,24 @@ class Mesh:
         if not self.chosen and captures():
             return "a CUDA graph is being captured, and the transports have not been tried yet"
         return None if self.window is None else self.window.why_not_now()
+
+    def begin(self, call: object) -> torch.Tensor | None:
+        """Start a call: the bytes of the window in it, where there is one.
+
+        In a window of a single half, a peer may write as soon as it has what this rank sends last, while this rank
+        still reads what that peer sent last. Where two calls have the same places that is not the same memory: give the
+        same ``call`` for them. Before any other, those who write into the window meet."""
+        window = self.window
+        if window is None:
+            return None
+        mine = window.begin()
+        if window.halves == 1 and call is not window.last_call:
+            for name in self.window_lanes:
+                peers = lanes.lane_peers(self.layout, self.position)[name]
+                nothing = [Parcel((torch.empty(0),), torch.float32, peer, slot=0) for peer in peers]
+                self.lanes[name].exchange(0, nothing, nothing).wait()
+        window.last_call = call
+        return mine
 
     def close(self) -> None:
         """Let go of what the lanes hold; idempotent. Local. No call may follow."""

@@ -2,7 +2,7 @@
 interleaving of small groups.
 
 A model of the executor: each rank's real schedule, four calls in a row, as a list of operations on shared memory; or
-all-to-alls (``all_to_all.py``) in turn with such calls.
+all-to-alls (``all_to_all.py``) in turn with such calls, or calls of other shapes, whose chunks lie elsewhere.
 Every reachable interleaving is visited. Since each place and each flag has one writer, how far the ranks have come
 says all that there is to say about memory.
 """
@@ -29,6 +29,12 @@ class Place(NamedTuple):
     tensor: str
     pieces: tuple[Piece, ...]
     writer: int
+    shape: int
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """Of two kinds of calls each place of one may lie over any of the other's."""
+        return self.tensor == ALL_TO_ALL, self.shape
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,16 @@ def program(
     short=0,
     silent=(),
     mixed=False,
+    changing=False,
     greets=True,
     drains=False,
     epochs=EPOCHS,
 ):
     """What attention.py does to shared memory on one rank, where ``lanes`` go through it; what comes over the others is
-    there at once. ``mixed``: and all_to_all.py, in every second call. ``drains``: calls end with a Drain. To plant
-    faults: another number of ``halves``; ``short``: chunks by which every wait falls short; ``silent``: (sender,
-    receiver) pairs whose chunks raise no flag; not ``greets``: all-to-alls tell ring neighbours nothing, and announce
-    neither their begin nor their end."""
+    there at once. ``mixed``: and all_to_all.py, in every second call. ``changing``: calls have three shapes in turn.
+    ``drains``: calls end with a Drain. To plant faults: another number of ``halves``; ``short``: chunks by which every
+    wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag; not ``greets``: all-to-alls tell
+    ring neighbours nothing, and ranks do not meet where ``Mesh.begin`` lets them."""
     schedule = build_schedule(layout, position, cut=cut)
     operations: list[Write | Raise | Await | Read | Drain] = []
     due = dict.fromkeys(range(layout.world_size), 0)
@@ -94,7 +101,7 @@ def program(
         outputs = []
 
         def place_of(message, writer):
-            return Place(epoch % halves, message.tensor, message.pieces, writer)
+            return Place(epoch % halves, message.tensor, message.pieces, writer, epoch % 3 if changing else 0)
 
         def wait_for(due_ones):
             operations.extend(Await(peer, count - short) for peer, count, _ in due_ones)
@@ -128,31 +135,32 @@ def program(
         if drains:
             operations.append(Drain())
 
-    def all_to_all(epoch):
-        peers = sorted({*layout.ulysses_group(position), *(layout.ring_group(position) if greets else ())} - {position})
-        if "across" not in lanes:
-            peers = [peer for peer in peers if layout.machine(peer) == layout.machine(position)]
+    def peers(with_ring):
+        found = sorted({*layout.ulysses_group(position), *(layout.ring_group(position) if with_ring else ())})
+        here = [peer for peer in found if "across" in lanes or layout.machine(peer) == layout.machine(position)]
+        return [peer for peer in here if peer != position]
 
-        def place(writer):
-            return Place(epoch % halves, ALL_TO_ALL, (), writer)
-
-        def greet():
-            operations.extend(Raise(peer) for peer in peers)
-            for peer in peers:
-                due[peer] += 1
-            operations.extend(Await(peer, due[peer] - short) for peer in peers)
-
-        if halves == 1 and greets:
-            greet()
-        for peer in peers:
-            operations.extend([Write(peer, place(position), epoch), Raise(peer)])
+    def raise_and_wait(those):
+        operations.extend(Raise(peer) for peer in those)
+        for peer in those:
             due[peer] += 1
-        operations.extend(Await(peer, due[peer] - short) for peer in peers)
-        operations.append(Read(tuple(place(peer) for peer in peers), epoch))
-        if halves == 1 and greets:
-            greet()
+        operations.extend(Await(peer, due[peer] - short) for peer in those)
+
+    def all_to_all(epoch):
+        def place(writer):
+            return Place(epoch % halves, ALL_TO_ALL, (), writer, 0)
+
+        those = peers(with_ring=greets)
+        for peer in those:
+            operations.append(Write(peer, place(position), epoch))
+            operations.append(Raise(peer))
+            due[peer] += 1
+        operations.extend(Await(peer, due[peer] - short) for peer in those)
+        operations.append(Read(tuple(place(peer) for peer in those), epoch))
 
     for epoch in range(1, epochs + 1):
+        if halves == 1 and greets and (mixed or changing):
+            raise_and_wait(peers(with_ring=True))
         (all_to_all if mixed and epoch % 2 == 0 else call)(epoch)
     return operations
 
@@ -166,19 +174,18 @@ def explore(programs):
     ]
     # When each chunk is written into each place, and when each kind of call was last read in each epoch.
     writes: list[dict[Write, list[tuple[int, int]]]] = [{} for _ in programs]
-    last_read: list[dict[tuple[bool, int, int], int]] = [{} for _ in programs]
+    last_read: list[dict[tuple[tuple[bool, int], int, int], int]] = [{} for _ in programs]
     for w, operations in enumerate(programs):
         for at, op in enumerate(operations):
             if isinstance(op, Write):
                 writes[w].setdefault(op, []).append((at, op.epoch))
             elif isinstance(op, Read):
-                last_read[w][op.places[0].tensor == ALL_TO_ALL, op.places[0].half, op.epoch] = at
+                last_read[w][op.places[0].kind, op.places[0].half, op.epoch] = at
 
     def fault(state, w, op):
-        if isinstance(op, Write):  # an all-to-all lies where the chunks of attention do
-            kind = op.place.tensor == ALL_TO_ALL
+        if isinstance(op, Write):
             for (other, half, epoch), at in last_read[op.peer].items():
-                if (other, half) == (not kind, op.place.half) and epoch < op.epoch and state[op.peer] <= at:
+                if other != op.place.kind and half == op.place.half and epoch < op.epoch and state[op.peer] <= at:
                     return f"rank {w} begins to write {op.place} while rank {op.peer} reads what lies there"
         for place in op.places if isinstance(op, Read) else ():
             begun = [x for x in writes[place.writer][Write(w, place, 0)] if x[0] < state[place.writer]]
@@ -240,16 +247,17 @@ def test_a_single_window_would_not_be(group):
     assert "writes begun" in explored(group, halves=1)[1]
 
 
-def inside_a_machine(layout, **planted):
+def inside_a_machine(layout, cut=Cut(kv=2, last_kv=2), **planted):  # noqa: B008
     machine = range(layout.ranks_per_machine)
-    return explore([program(layout, w, Cut(kv=2, last_kv=2), lanes=["inside"], **planted) for w in machine])
+    return explore([program(layout, w, cut, lanes=["inside"], **planted) for w in machine])
 
 
 @pytest.mark.parametrize("torus", [2, 3, 4])
 @pytest.mark.parametrize("ulysses", [2, 3])
-def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses):
+@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(together=True)], ids=["in stages", "together"])
+def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses, cut):
     layout = Layout(torus=torus, ulysses=ulysses, ring_across=1, ring_inside=1)
-    visited, fault = inside_a_machine(layout, halves=1)
+    visited, fault = inside_a_machine(layout, cut, halves=1)
     assert fault is None and visited > 50
 
 
@@ -258,11 +266,13 @@ def test_one_half_is_not_enough_on_a_single_machine():
 
 
 @pytest.mark.parametrize("ulysses", [2, 3])
-def test_all_to_alls_in_one_half_announce_their_begin_and_end(ulysses):
+@pytest.mark.parametrize("other", ["mixed", "changing"])
+@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(together=True)], ids=["in stages", "together"])
+def test_in_one_half_ranks_meet_before_a_call_of_another_kind(ulysses, other, cut):
     layout = Layout(torus=2, ulysses=ulysses, ring_across=1, ring_inside=1)
-    visited, fault = inside_a_machine(layout, halves=1, mixed=True)
+    visited, fault = inside_a_machine(layout, cut, halves=1, **{other: True})
     assert fault is None and visited > 50
-    assert "while rank" in inside_a_machine(layout, halves=1, mixed=True, greets=False)[1]
+    assert "while rank" in inside_a_machine(layout, cut, halves=1, **{other: True}, greets=False)[1]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -275,9 +285,10 @@ def test_empty_chunks_have_to_raise_their_flags():
     assert "writes begun" in explored("ring of two", silent={(1, 0)})[1]
 
 
+@pytest.mark.parametrize("other", ["mixed", "changing"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_all_to_alls_in_between_are_safe(group):
-    visited, fault = explored(group, mixed=True)
+def test_calls_of_another_kind_in_between_are_safe(group, other):
+    visited, fault = explored(group, **{other: True})
     assert fault is None and visited > 50
 
 

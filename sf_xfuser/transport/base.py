@@ -131,8 +131,10 @@ class OneSided(Transport):
 
     halves: int
     """Parts of a window that calls use in turn. With one, a rank may write to a peer as soon as that has sent it what
-    it sends last in an attention call, and so must not in a call of another kind before both have said that they have
-    come to it, nor after it before both have said that they have left it."""
+    it sends last in an attention call; ``Mesh.begin`` sees to what follows from that."""
+
+    last_call: object = None
+    """What ``Mesh.begin`` was given last."""
 
     @property
     @abstractmethod

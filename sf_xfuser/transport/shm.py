@@ -14,8 +14,9 @@ those was put by ``r`` in epoch e-1 or passed on from one that was (in a Ulysses
 directions; in a ring ``s`` receives every member's chunk, ``r``'s included, and in an all-to-all a chunk of no tokens
 from each), and chunks of no tokens raise their flag like others. ``r`` put that chunk after it had finished epoch e-2,
 the last that read half ``e mod 2``. So no rank waits for another before it writes, and there is no barrier. Where ``r``
-sends ``s`` something after it last read what ``s`` had put, as inside the machines of a group without a ring (the last
-is O), a single half will do. ``tests/test_protocol.py`` checks both for small groups in every interleaving.
+sends ``s`` something after it last read what ``s`` had put but O, as inside the machines of a group without a ring (the
+last is O), a single half will do as long as calls have the same places, O's apart from the others'; before one that has
+not, ranks meet (``Mesh.begin``). ``tests/test_protocol.py`` checks both for small groups in every interleaving.
 
 **Order of memory.** Chunk before flag is two stores; a reader that sees the flag must see the chunk. x86-64 keeps
 stores in order. Weaker processors are refused, since nothing here could make theirs keep it.

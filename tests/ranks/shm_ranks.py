@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
+from sf_xfuser import lanes
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
@@ -74,6 +75,30 @@ def case_chaos(rank):
             assert torch.equal(call(mesh, given[number % 7]), wanted[number % 7]), f"call {number} {together=}"
     assert min(paused.values()) > 0, paused
     return f"{EPOCHS} calls equal"
+
+
+def case_shapes_that_change_in_a_single_half(rank):
+    """As between machines that share nothing: shared memory inside, TCP across. Before an output is read its sender may
+    have gone on to a call whose chunks lie elsewhere."""
+    shared, lanes.shared_lanes = lanes.shared_lanes, lambda *_: ["inside"]
+    try:
+        mesh = mesh_of("auto")
+    finally:
+        lanes.shared_lanes = shared
+    mesh.one_host = False
+    mesh.use("shm inside, tcp across")
+    mesh.chosen = "the one with a single half"
+    assert mesh.window.halves == 1
+    over_tcp = mesh_of("tcp")
+    over_tcp.one_host = False
+    sizes, wait = [8, 40, 24, 8, 8, 56], random.Random(rank)
+    given = {tokens: inputs(rank, tokens, tokens) for tokens in sizes}
+    wanted = {tokens: call(over_tcp, given[tokens], tokens) for tokens in given}
+    mesh.window.pause = lambda where: time.sleep(1e-3) if where == "read" and wait.random() < 0.2 else None
+    for number in range(300):
+        tokens = sizes[number % len(sizes)]
+        assert torch.equal(call(mesh, given[tokens], tokens), wanted[tokens]), f"call {number} of {tokens} tokens"
+    return "300 calls equal"
 
 
 def case_memory(rank):
