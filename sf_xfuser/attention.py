@@ -60,6 +60,7 @@ def torus_attention(
     joint_strategy: Literal["front", "rear"] | None = None,
     q_tokens: Sequence[int] | None = None,
     kv_tokens: Sequence[int] | None = None,
+    together: bool = False,
 ) -> torch.Tensor:
     """Dense, non-causal attention over the tokens of all ranks of ``mesh``. Collective over the group.
 
@@ -78,6 +79,9 @@ def torus_attention(
     measured to be faster, it computes and merges a piece in one launch (``kernels.choice``; ``mesh.pieces`` says what
     was chosen); without a name ``attend`` computes all. ``kernel``, for tests and measurements: ``"library"`` or
     ``"fused"``, whichever is faster.
+
+    ``together``, alike on every rank: no stages; all chunks are exchanged, then everything is attended in one call.
+    Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
 
     For inference: ValueError where autograd would record the call. Raises ValueError on every rank when ranks disagree
     or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
@@ -101,7 +105,7 @@ def torus_attention(
         return bool(verdict.fused)
 
     def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
-        agreed = agree(mesh, tensors, joint_strategy, counts)
+        agreed = agree(mesh, tensors, joint_strategy, counts, together)
         compressed = "none" if mesh.compression is None else mesh.compression.format
         prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
         return _Run(mesh, agreed, attend, fuses, *tensors).run()

@@ -11,7 +11,7 @@ import torch
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
-from sf_xfuser.schedule import Schedule, build_schedule, choose_cut
+from sf_xfuser.schedule import Cut, Schedule, build_schedule, choose_cut
 
 _SHAPES_KEPT = 64
 
@@ -33,15 +33,17 @@ def agree(
     tensors: Sequence[torch.Tensor | None],
     joint_strategy: str | None,
     counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    together: bool,
 ) -> Call:
     """The call that all ranks make; ``tensors`` are query, key, value, joint key and joint value of this one."""
-    shapes = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), joint_strategy)
+    given = joint_strategy, together
+    shapes = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), given)
     known: Call | None = mesh.calls.get((shapes, counts))
     if known is not None:
         return known
     error = _shape_error(mesh, tensors, joint_strategy, counts)
     described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
-    reports = mesh.agreement.gather("attention call", {"error": error, "tensors": described, "joint": joint_strategy})
+    reports = mesh.agreement.gather("attention call", {"error": error, "tensors": described, "given": given})
     if refusal := _refusal(mesh, reports):
         raise ValueError(refusal)
     assert tensors[0] is not None  # a missing query is a TypeError of the caller's
@@ -49,7 +51,7 @@ def agree(
     if (shapes, seen) not in mesh.calls:
         if len(mesh.calls) == _SHAPES_KEPT:  # the oldest, on every rank alike
             del mesh.calls[next(iter(mesh.calls))]
-        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, tensors[0])
+        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, together, tensors[0])
     agreed: Call = mesh.calls[shapes, seen]
     return agreed
 
@@ -106,11 +108,14 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
         return [
             [x[0][:2] + (x[0][2:] if index > 2 else x[0][3:]), *x[1:]] if x else None
             for index, x in enumerate(report["tensors"])
-        ], report["joint"]
+        ], report["given"]
 
     if any(common(r) != common(reports[0]) for r in reports):
-        seen = "; ".join(f"rank {mesh.members[w]}: {r['tensors']} {r['joint'] or ''}" for w, r in enumerate(reports))
-        return f"ranks disagree on shape, dtype or joint tokens (only token counts may differ): {seen}"
+        seen = "; ".join(
+            f"rank {mesh.members[w]}: {r['tensors']} joint {r['given'][0]}, together {r['given'][1]}"
+            for w, r in enumerate(reports)
+        )
+        return f"ranks disagree on shape, dtype, joint tokens or stages (only token counts may differ): {seen}"
     if not sum(r["tensors"][1][0][2] for r in reports) + (reports[0]["tensors"][3] or [[0, 0, 0]])[0][2]:
         return "no rank holds any key: there is nothing to attend to"
     return None
@@ -121,6 +126,7 @@ def _make_call(
     reports: list[dict[str, Any]],
     counts: tuple[tuple[int, ...], tuple[int, ...]],
     joint_strategy: Any,
+    together: bool,
     query: torch.Tensor,
 ) -> Call:
     ways = mesh.layout.ulysses_degree
@@ -140,8 +146,8 @@ def _make_call(
         q_heads=q_heads,
         kv_heads=kv_ranges,
     )
-    at_once = mesh.one_host and query.device.type == "cpu"
-    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, at_once=at_once)
+    at_once = mesh.one_host and query.device.type == "cpu"  # no wire is slow
+    cut = Cut(together=True) if together or at_once else choose_cut(mesh.layout, max(counts[1]), query.device.type)
     window = mesh.window
     positions = [mesh.position] if window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}

@@ -1,7 +1,8 @@
 """``--sp-backend auto``: which arm serves attention calls. By prediction, and by the first calls themselves.
 
-An *arm* runs a call: xDiT's own USP, or Torus Attention in a layout. All take the same tensors and give the same
-result, so any of them may serve any call, and measuring needs no call besides those that the model makes:
+An *arm* runs a call: xDiT's own USP, or Torus Attention in a layout, in stages or without. All take the same tensors
+and give the same result, so any of them may serve any call, and measuring needs no call besides those that the model
+makes:
 
     order    by what the simulator predicts on this cluster, whose rates a short probe measures once (``known_cluster``)
     try      the first calls of a call shape go to the arms in turn, but for those predicted far behind; xDiT's own
@@ -27,7 +28,7 @@ from fractions import Fraction
 from functools import partial
 from math import gcd, inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -103,9 +104,10 @@ class Contest:
         rounds = min(len(self.times[arm]) for arm in self.running) - 1
         behind, least = _BEHIND[rounds > 1], min(best.values())
         self.running = [arm for arm in self.running if best[arm] <= behind * least]
-        calls = sum(map(len, self.times.values()))
-        if len(self.running) > 1 and calls + len(self.running) <= _MOST_CALLS:
-            self.running.reverse()  # so that none always comes after the same other
+        left = _MOST_CALLS - sum(map(len, self.times.values()))
+        if len(self.running) > 1 and left > 1:
+            nearest = sorted(self.running, key=best.__getitem__)[:left]
+            self.running = [arm for arm in reversed(self.running) if arm in nearest]  # none always after the same other
             self._due.extend(self.running)
             return
         # Disturbances only ever add: the least says whom not to try again. What is to come is as disturbed as these.
@@ -214,11 +216,18 @@ def control_group(sp_rank_lists: Sequence[Sequence[int]], timeout_s: float) -> d
     return mine
 
 
+class Way(NamedTuple):
+    """Torus Attention on ``mesh``; ``together``: without stages."""
+
+    mesh: Mesh
+    together: bool = False
+
+
 class Choice:
     """The arms of one sequence-parallel group, and what is known of them. All ranks make the same calls.
 
-    ``own``: xDiT's own layout. ``meshes``: of Torus Attention in each layout, by arm; the first is the plan's.
-    ``folder``: where clusters are kept; None: nowhere.
+    ``own``: xDiT's own layout. ``meshes``: of Torus Attention in each layout, the plan's first. ``ways``: what torus
+    runs on, by arm. ``folder``: where clusters are kept; None: nowhere.
     """
 
     def __init__(
@@ -232,23 +241,26 @@ class Choice:
         log: Callable[[str], object],
     ) -> None:
         self.own, self.control, self.folder, self.log = own, control, folder, log
-        self.meshes = {f"torus ({mesh.layout})": mesh for mesh in meshes}
+        facts = topology.probe()
+        self.meshes = tuple(meshes)
+        self.ways = {f"torus ({mesh.layout})": Way(mesh) for mesh in meshes}
+        if not (self.mesh.one_host and facts.accelerator == "cpu"):  # where torus has no stages in any case
+            self.ways[f"torus together ({self.mesh.layout})"] = Way(self.mesh, together=True)
         self.torus_first = torus_first(meshes[0].layout, own, kv_ratio)
-        self.arms = [*self.meshes, OWN] if self.torus_first else [OWN, *self.meshes]
+        self.arms = [*self.ways, OWN] if self.torus_first else [OWN, *self.ways]
         self.contests: dict[Hashable, Contest] = {}
         self.served: Counter[str] = Counter()
         self.clusters: dict[Hashable, tuple[Cluster | None, str]] = {}
-        facts = topology.probe()
         said = self._gather([meshes[0].position, facts.host.partition("/")[0], facts.machine, facts.accelerator])
         self._places = [entry[1:] for entry in sorted(said)]
         self._groups = dist.get_world_size() // len(said)
 
     @property
     def mesh(self) -> Mesh:
-        return next(iter(self.meshes.values()))
+        return self.meshes[0]
 
     def why_not_now(self) -> str | None:
-        return next((reason for mesh in self.meshes.values() if (reason := mesh.why_not_now()) is not None), None)
+        return next((reason for mesh in self.meshes if (reason := mesh.why_not_now()) is not None), None)
 
     def serve(
         self,
@@ -296,7 +308,7 @@ class Choice:
         return text + [f"attention calls served by {arm}: {n}" for arm, n in self.served.items()]
 
     def close(self) -> None:
-        for mesh in self.meshes.values():
+        for mesh in self.meshes:
             mesh.close()
 
     def _count(self, arm: str) -> str:
@@ -336,10 +348,10 @@ class Choice:
     def _predicted(self, cluster: Cluster, shape: CallShape) -> dict[str, float]:
         found = {}
         for name in self.arms:
-            mesh = self.meshes.get(name)
             replayed: TorusArm | XditConfig = self.own
-            if mesh is not None:
-                replayed = TorusArm(layout=mesh.layout, pattern=_pattern(mesh))
+            if name in self.ways:
+                mesh, together = self.ways[name]
+                replayed = TorusArm(layout=mesh.layout, pattern=_pattern(mesh), together=together)
             found[name] = predict(cluster, shape, replayed).seconds
         return found
 

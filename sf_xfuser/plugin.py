@@ -397,7 +397,7 @@ def _use(mesh: Mesh, choice: Choice | None, given: TorusArgs) -> None:
     from sf_xfuser.all_to_all import MeshAllToAll4D
 
     _session.mesh, _session.choice = mesh, choice
-    meshes = [mesh] if choice is None else [mesh, *choice.meshes.values()]
+    meshes = [mesh] if choice is None else [mesh, *choice.meshes]
     for one in meshes:
         one.log = _log
     xdits = given.backend in XDIT_BACKENDS

@@ -139,16 +139,16 @@ def build_schedule(
 _TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
 
 
-def choose_cut(layout: Layout, kv_tokens: int, device: str, *, at_once: bool) -> Cut:
-    """How finely KV from other machines is cut: in 2 parts; in 4 where one slab is all there is; not at all where
-    chunks arrive ``at_once`` since no wire is slow. As far as the parts stay large. ``kv_tokens``: of the rank that
-    holds most; ``device``: ``"cpu"``, ``"cuda"``. Alike on every rank, whatever the transport, which so changes no bit
-    of the result (docs/performance.md has the rows)."""
-    if at_once:
-        return Cut(together=True)
+def choose_cut(layout: Layout, kv_tokens: int, device: str) -> Cut:
+    """How finely KV from other machines is cut, as far as the parts stay large: in 4 where one slab is all there is;
+    else in 2, on a CPU not at all, since each part costs it an attention call that is slower and a merge.
+    ``kv_tokens``: of the rank that holds most; ``device``: ``"cpu"``, ``"cuda"``. Alike on every rank, whatever the
+    transport, which so changes no bit of the result (docs/performance.md has the rows)."""
     largest = layout.ulysses * kv_tokens // _TOKENS_PER_PART.get(device, 2048)
-    last = 4 if layout.num_machines == 2 else 2
-    return Cut(kv=max(1, min(2, largest)), last_kv=max(1, min(last, largest)))
+    if layout.num_machines == 2:
+        return Cut(last_kv=max(1, min(4, largest)))
+    parts = 1 if device == "cpu" else max(1, min(2, largest))
+    return Cut(kv=parts, last_kv=parts)
 
 
 class _Builder:

@@ -71,14 +71,15 @@ class CallShape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusArm:
     """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives);
-    ``overlap`` False: each transfer is waited for at once."""
+    ``overlap`` False: each transfer is waited for at once. ``together``: no stages, all attended in one call."""
 
     layout: Layout
     pattern: str = "put"
     overlap: bool = True
+    together: bool = False
 
     def __str__(self) -> str:
-        return f"{self.layout}{'' if self.overlap else ', no overlap'}"
+        return f"{self.layout}{'' if self.overlap else ', no overlap'}{', together' if self.together else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +238,8 @@ class _Torus(_Arm):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.cut: Cut = choose_cut(arm.layout, self.tokens, cluster.device, at_once=False)
+        chosen = choose_cut(arm.layout, self.tokens, cluster.device)
+        self.cut = Cut(together=True) if arm.together else chosen
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
         self.ways: dict[str, Way] = {lane: link.way(arm.pattern) for lane, link in self.links.items()}
         self.seconds_per_byte = {
@@ -280,7 +282,9 @@ class _Torus(_Arm):
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
         others, last = own * (layout.torus - 1), own // cut.last_kv
         calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, how many calls
-        if not others:
+        if cut.together:
+            calls = [(own * layout.torus, own * blocks * layout.num_machines, 0, 1)]
+        elif not others:
             calls += [(own, own, MERGE_BYTES, blocks * (layout.num_machines - 1))]
         else:
             calls += [
@@ -422,6 +426,8 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
     places = Places(schedule, sizes, ("inside", "across") if in_windows else ())
     low, high = sizes.q_heads[group]
     accumulator = places.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
+    if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # nothing to accumulate: what the call returned
+        accumulator = places.queries.total * sizes.row_bytes("o", group)
     row = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
     if in_windows:
         return accumulator + 2 * places.window_bytes

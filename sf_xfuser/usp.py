@@ -136,7 +136,7 @@ class TorusUSP(DropIn):
         if self.choice is None:
             out = torus()
         else:
-            ways = {arm: partial(torus, mesh) for arm, mesh in self.choice.meshes.items()} | {OWN: xdits}
+            ways = {arm: partial(torus, *way) for arm, way in self.choice.ways.items()} | {OWN: xdits}
             attend = as_attend_function(self.host.raw_attention(name))
             arm, out = self.choice.serve(rows, key, keys, name, attend, ways)
             if arm == OWN:
@@ -161,9 +161,10 @@ class TorusUSP(DropIn):
         backend: str,
         valid_kv_len: int | None = None,
         mesh: Mesh | None = None,
+        together: bool = False,
     ) -> torch.Tensor:
-        """Over ``mesh``; None: the first. ``valid_kv_len``: only that many keys count, from the first of the lowest
-        rank on; the others are padding."""
+        """Over ``mesh``; None: the first. ``together``: without stages. ``valid_kv_len``: only that many keys count,
+        from the first of the lowest rank on; the others are padding."""
         mesh = mesh or self.mesh
         world_size = mesh.layout.world_size
         kv_tokens = (key.shape[2],) * world_size  # xDiT gives every rank of a group the same number of tokens
@@ -184,6 +185,7 @@ class TorusUSP(DropIn):
             joint_key=joint_key,
             joint_value=joint_value,
             joint_strategy=joint_strategy,
+            together=together,
         )
 
     def agrees(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -101,13 +101,21 @@ def test_what_is_usually_faster_serves_not_what_was_once():
         assert contest.chosen == chosen and next(took, None) is None
 
 
+def test_of_four_arms_the_nearest_two_are_timed_once_more():
+    """Ten calls are not enough for all."""
+    true = {"a": 1.0, "b": 1.3, "c": 1.02, "d": 1.2}
+    contest = Contest(list(true), {})
+    calls = settle(contest, true)
+    assert len(calls) == 10 and set(calls[8:]) == {"a", "c"} and contest.chosen == "a"
+
+
 def test_a_single_arm_needs_no_call():
     assert settle(Contest(["torus"], {}), {}) == []
 
 
 @given(
-    st.lists(st.floats(0.01, 100.0), min_size=2, max_size=3),
-    st.lists(st.floats(1 / 1.2, 1.2), min_size=3, max_size=3),
+    st.lists(st.floats(0.01, 100.0), min_size=2, max_size=4),
+    st.lists(st.floats(1 / 1.2, 1.2), min_size=4, max_size=4),
     st.booleans(),
 )
 def test_it_is_never_slower_than_the_best(times, errors, predicting):
@@ -231,6 +239,7 @@ def chosen_for(found: dict[str, list[tuple[str, str]]], arms: set[str]) -> set[s
 
 
 TORUS = "torus (torus=2 ulysses=1 ring=2)"
+TOGETHER = "torus together (torus=2 ulysses=1 ring=2)"
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +269,12 @@ def test_the_cluster_is_measured_once(late_torus, cache):
     assert chosen_for(found, {TORUS, OWN}) == {TORUS}
     assert all("cluster for float32, 16, SDPA_FLASH: as measured before, from " in text for text, _ in found["explain"])
     assert "measuring the rates" not in output
+
+
+def test_where_ranks_share_no_memory_torus_without_stages_is_an_arm_of_its_own(cache):
+    found, _ = calls(cache, *OF_2X2, "--apart", "--slow", "torus (,xDiT")
+    assert chosen_for(found, {TORUS, TOGETHER, OWN}) == {TOGETHER}
+    assert all(f"{TOGETHER}: predicted " in text for text, _ in found["explain"])
 
 
 def test_each_group_of_a_job_measures_the_cluster_and_settles(cache):

@@ -28,6 +28,7 @@ Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SINGLE = "single"
 ALONE = "attention-alone"
 AUTO = "auto"
+TOGETHER = "torus-together"
 NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 RELATIVE_ERROR = {"int8": 0.04, "fp8": 0.1}
 COMPRESSED = tuple(name for name in COMPRESSIONS if name != "none")
@@ -67,8 +68,8 @@ class Arm:
 def known_names() -> str:
     return (
         f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
-        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, {AUTO}, "
-        f"{', '.join(over(name) for name in (*NAMED_TRANSPORTS, *COMPRESSED))}"
+        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, {TOGETHER}, "
+        f"{AUTO}, {', '.join(over(name) for name in (*NAMED_TRANSPORTS, *COMPRESSED))}"
     )
 
 
@@ -78,8 +79,8 @@ def over(transport: str) -> str:
 
 
 def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str] | None) -> list[Arm]:
-    """The arms of ``case`` whose names are ``wanted`` (None: all but ``auto`` and those over named transports).
-    Collective over the world, alike on every rank."""
+    """The arms of ``case`` whose names are ``wanted`` (None: all but ``auto``, torus without stages and those over
+    named transports). Collective over the world, alike on every rank."""
     arms = [Arm(name=SINGLE, description="one process, the others wait", family="reference")]
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
     kv_heads = case.kv_heads or case.heads
@@ -96,12 +97,14 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         arms += [Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
         return [arm for arm in arms if wanted is None or arm.name in wanted]
     attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
-    ours_wanted = wanted is None or AUTO in wanted or any(name in wanted for name, _ in _OURS)
+    ours_wanted = wanted is None or any(name in wanted for name in (AUTO, TOGETHER, *(name for name, _ in _OURS)))
     if ours_wanted and not mesh.chosen:  # the first call does it; the arm without overlap is to use the same
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
-        _torus(case, mesh, attend)(*(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads))
+        _torus(case, mesh, False, attend)(
+            *(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads)
+        )
     blocking = replace(mesh, lanes={lane: _Blocking(t) for lane, t in mesh.lanes.items()}, calls={}, transports={})
     formula = _torus_egress(case, mesh.layout) * _elements(case) * _itemsize(case)
     alone = Arm(
@@ -117,6 +120,9 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
     ]
     every = [arms[0], alone, *arms[1:], *ours]
     asked = wanted or ()
+    if TOGETHER in asked:
+        text = "torus without stages: all chunks, then one attention"
+        every.append(_our_arm(TOGETHER, text, case, mesh, attend, formula))
     if AUTO in asked:
         every.append(_auto(case, mesh, args, attend))
     for name in NAMED_TRANSPORTS:
@@ -148,13 +154,14 @@ def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: Attend
         description=description,
         family="ours",
         layout=str(mesh.layout),
-        call=_torus(case, mesh, attend),
+        call=_torus(case, mesh, name == TOGETHER, attend),
         formula_bytes=formula,
         mesh=mesh,
         replayed=TorusArm(
             layout=mesh.layout,
             pattern="message" if mesh.transport == "two_sided" else "put",
             overlap=not any(isinstance(lane, _Blocking) for lane in mesh.lanes.values()),
+            together=name == TOGETHER,
         ),
     )
 
@@ -183,7 +190,7 @@ def _auto(case: Case, mesh: Mesh, args: TorusArgs, attend: AttendFunction) -> Ar
     control = control_group([sorted(mesh.members)], args.timeout)
     ratio = Fraction(kv_heads, case.heads)
     choice = Choice(own, meshes, control, kv_ratio=ratio, folder=None, log=lambda message: None)
-    calls: dict[str, Call] = {arm: _torus(case, one, attend) for arm, one in choice.meshes.items()}
+    calls: dict[str, Call] = {arm: _torus(case, *way, attend) for arm, way in choice.ways.items()}
     calls[OWN] = xdits
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -199,9 +206,12 @@ def _auto(case: Case, mesh: Mesh, args: TorusArgs, attend: AttendFunction) -> Ar
 _OURS = (("torus-no-overlap", "torus, each transfer waited for at once"), ("torus", "Torus Attention"))
 
 
-def _torus(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
+def _torus(case: Case, mesh: Mesh, together: bool, attend: AttendFunction) -> Call:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return torus_attention(query, key, value, mesh=mesh, attend=attend, q_tokens=case.tokens, kv_tokens=case.tokens)
+        tokens = case.tokens
+        return torus_attention(
+            query, key, value, mesh=mesh, attend=attend, q_tokens=tokens, kv_tokens=tokens, together=together
+        )
 
     return call
 

@@ -134,7 +134,7 @@ class OneRank:
 
     @property
     def _call(self) -> Call:
-        return agree(self.mesh, (*self.own, None, None), None, (self.counts, self.counts))
+        return agree(self.mesh, (*self.own, None, None), None, (self.counts, self.counts), together=False)
 
     def fill(self, out: torch.Tensor) -> None:
         """Put into the window what the peers would send; ``out`` [B, H, s, D]: the result of this rank's own tokens."""

@@ -33,8 +33,8 @@ def tensors(tokens: int) -> list[torch.Tensor]:
     return [torch.randn(B, tokens, H, D, generator=make).transpose(1, 2) for _ in range(3)]
 
 
-def slow_on_rank_2(arm: str, seconds: float) -> None:
-    """There the calls of an arm whose name holds ``arm`` take so much longer."""
+def slow_on_rank_2(arms: str, seconds: float) -> None:
+    """There the calls of arms whose names hold one of ``arms``, which commas separate, take so much longer."""
     serve = choice.Choice.serve
 
     def slowed(self, query, key, joint_key, kind, attend, ways):
@@ -42,13 +42,31 @@ def slow_on_rank_2(arm: str, seconds: float) -> None:
             time.sleep(seconds if dist.get_rank() == 2 else 0.0)
             return way()
 
-        ways = {name: (lambda way=way: late(way)) if arm in name else way for name, way in ways.items()}
+        ways = {
+            name: (lambda way=way: late(way)) if any(arm in name for arm in arms.split(",")) else way
+            for name, way in ways.items()
+        }
         return serve(self, query, key, joint_key, kind, attend, ways)
 
     choice.Choice.serve = slowed
 
 
+def apart() -> None:
+    """As if ranks shared no memory."""
+    make = choice.Choice.__init__
+
+    def init(self, own, meshes, *args, **kwargs):
+        for mesh in meshes:
+            mesh.one_host = False
+        make(self, own, meshes, *args, **kwargs)
+
+    choice.Choice.__init__ = init
+
+
 def main() -> None:
+    if "--apart" in sys.argv:
+        sys.argv.remove("--apart")
+        apart()
     if "--slow" in sys.argv:
         at = sys.argv.index("--slow")
         slow_on_rank_2(sys.argv[at + 1], 0.2)
