@@ -376,6 +376,7 @@ class Choice:
             "attention": kind,
             "dtype": shape.dtype,
             "head_dim": shape.head_dim,
+            "xdit": str(self.own),  # whose collectives were measured
             "torch": torch.__version__,
             "sf_xfuser": __version__,
         }
@@ -394,6 +395,7 @@ class Choice:
             device=device,
             transfer_s=_TRANSFER_S,
             try_s=_TRY_S,
+            configs=(self.own,),
         )
         started = time.perf_counter()
         try:

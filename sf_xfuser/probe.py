@@ -43,7 +43,7 @@ class Order:
     """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``. ``seq_len``: of the
     calls to come, where known, so that transfers are measured at their size (None: of about ``transfer_s`` each).
     ``try_s``: how long a piece is repeated, three times. ``across_gbps``: what a machine can send, where known (None:
-    the fastest pattern seen)."""
+    the fastest pattern seen). ``configs``: the layouts of xDiT's that are to be predicted (None: all)."""
 
     attend: AttendFunction
     heads: int
@@ -54,6 +54,15 @@ class Order:
     transfer_s: float = 0.1
     try_s: float = 0.2
     across_gbps: float | None = None
+    configs: Sequence[XditConfig] | None = None
+
+    def uses(self, pattern: str, config: XditConfig) -> bool:
+        """Whether one of ``configs`` makes this collective, on groups as large as those of ``config``."""
+        if self.configs is None:
+            return True
+        if pattern == "exchange":
+            return any(one.ulysses_degree == config.ulysses_degree for one in self.configs)
+        return any((one.ring_degree, one.rotation) == (config.ring_degree, pattern) for one in self.configs)
 
     def flop(self, tokens: int) -> float:
         """Of one attention call of so many queries and keys."""
@@ -200,7 +209,10 @@ class _Probe:
     def _link(self, slots: float | None, *, inside: bool) -> Link:
         """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
         seen: list[tuple[str, int, float, float, float]] = []  # pattern, members, start_s, Gbit/s, takes
-        for pattern, config in self._patterns(inside=inside):
+        every = list(self._patterns(inside=inside))
+        for pattern, config in [x for x in every if self.order.uses(*x)] or every[
+            :1
+        ]:  # one at least: a link has a rate
             sent = sent_by_ulysses(config, *self.grid) if pattern == "exchange" else sent_by_a_hop(config, *self.grid)
             groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
             members = len(groups[0])
