@@ -5,9 +5,8 @@ and give the same result, so any of them may serve any call, and measuring needs
 makes:
 
     order    by what the simulator predicts on this cluster, whose rates a short probe measures once (``known_cluster``)
-    try      the first calls of a call shape go to the arms in turn, but for those predicted far behind; xDiT's own
-             and the best of Torus Attention are both timed unless that looks hopeless, so that nothing rests on a
-             prediction alone
+    try      the first calls of a call shape go to the arms in turn, but for those whose prediction is hopeless: there
+             are four at most, a few slow calls are soon made up for, and so nothing rests on a prediction alone
     settle   after ten calls at most the one whose median is the least serves that shape; xDiT's own where it is as fast
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
@@ -45,8 +44,8 @@ from sf_xfuser.xdit_layouts import XditConfig, egress
 OWN = "xDiT's own USP"
 
 _MOST_CALLS = 10  # of a shape, until it is settled
-_TRUSTED = 1.5  # a prediction is believed within this factor
-_HOPELESS = 3.0  # nor is the better one of the other kind tried when it is predicted slower by this
+_HOPELESS = 3.0  # what is predicted slower than the best by this is not tried
+_TRUSTED = 1.5  # unless what was tried is off its prediction by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
 _TIE = 1.02  # times as long is as fast, for xDiT's own: calls of one arm differ by more
 _SHAPES_KEPT = 64
@@ -68,10 +67,7 @@ class Contest:
         self.arms = sorted(arms, key=lambda arm: predicted.get(arm, 0.0))
         self.times: dict[str, list[float]] = {arm: [] for arm in self.arms}
         least = min(predicted.values(), default=0.0)
-        kinds = {OWN, next((arm for arm in self.arms if arm != OWN), OWN)}
-        self.running = [
-            arm for arm in self.arms if predicted.get(arm, 0.0) <= (_HOPELESS if arm in kinds else _TRUSTED) * least
-        ]
+        self.running = [arm for arm in self.arms if predicted.get(arm, 0.0) <= _HOPELESS * least]
         self.chosen = self.arms[0] if len(self.arms) == 1 else None
         self._due = deque(self.running)
 

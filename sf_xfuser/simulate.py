@@ -484,13 +484,14 @@ class _Usp(_Arm):
     def _program(self, replay: Replay, number: int) -> Program:
         config, shape, work = self.config, self.shape, self.work
         rank_bytes = shape.nbytes / self.cluster.world_size
-        kv_rank_bytes = self.kv_bytes / self.cluster.world_size
         if config.ulysses_degree > 1:
             inputs = (("q", shape.nbytes), ("k", self.kv_bytes), ("v", self.kv_bytes))
             for name, nbytes in (("qkv", shape.nbytes + 2 * self.kv_bytes),) if config.combine_qkv else inputs:
                 replay.work(number, work.copy(nbytes / self.cluster.world_size), "copy", fills=False)
                 yield from self._collective(replay, number, name, "exchange", self.exchanged, nbytes)
                 replay.work(number, work.copy(nbytes / self.cluster.world_size), "copy", fills=False)
+        if shape.kv_heads < shape.heads:  # xDiT repeats KV heads now, and the ring moves them so
+            replay.work(number, work.copy(rank_bytes + self.kv_bytes / self.cluster.world_size), "copy", fills=False)
         heads = shape.heads // config.ulysses_degree
         rows = math.ceil(shape.seq_len * config.ulysses_degree / self.cluster.world_size)
         ring = config.ring_degree
@@ -498,9 +499,9 @@ class _Usp(_Arm):
             if block:
                 yield from self._await_hop(replay, number, block)
             if block < ring - 1 and (block == 0 or config.rotation == "alltoall"):
-                replay.work(number, work.copy(4 * kv_rank_bytes), "copy", fills=False)
+                replay.work(number, work.copy(4 * rank_bytes), "copy", fills=False)
                 hops = ring - 1 if config.rotation == "allgather" else 1
-                self._start(replay, number, "kv", config.rotation, self.hop, 2 * self.kv_bytes * hops, ring, hops)
+                self._start(replay, number, "kv", config.rotation, self.hop, 2 * shape.nbytes * hops, ring, hops)
             keys = rows + (shape.joint_tokens if block == 0 else 0)
             merge = _RING_MERGE_BYTES if block else 4 + work.itemsize if ring > 1 else 0
             seconds = work.attend(rows, keys, heads, merge)
@@ -581,7 +582,7 @@ class _Usp(_Arm):
             )
         if ring > 1:
             way = self.cluster.across.way(self.config.rotation, ring)
-            nbytes = 2 * self.kv_bytes * (ring - 1)
+            nbytes = 2 * self.shape.nbytes * (ring - 1)
             total += self.cluster.across.seconds(
                 [part * nbytes for part in self.hop.across], self.cluster.ranks_per_machine, way
             )
@@ -589,10 +590,13 @@ class _Usp(_Arm):
 
     @property
     def buffer_bytes(self) -> float:
-        """Q, K, V after the all-to-all, what the ring gathers or passes on, a partial result in fp32, O as sent."""
+        """Q, K, V after the all-to-all, repeated KV, what the ring gathers or passes on, a partial result in fp32, O as
+        sent."""
         rank, kv = self.shape.nbytes / self.cluster.world_size, self.kv_bytes / self.cluster.world_size
         held = (rank + 2 * kv) if self.config.ulysses_degree > 1 else 0.0
         if self.config.ring_degree > 1:
             gathered = self.config.ring_degree if self.config.rotation == "allgather" else 2
-            held += 2 * kv * (gathered + 1) + 2 * rank * 4 / self.work.itemsize
+            held += 2 * rank * (gathered + 1) + 2 * rank * 4 / self.work.itemsize
+        elif self.shape.kv_heads < self.shape.heads:
+            held += 2 * rank
         return held + rank

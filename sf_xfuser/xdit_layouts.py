@@ -151,10 +151,11 @@ def sent_by_a_hop(config: XditConfig, num_machines: int, ranks_per_machine: int)
 
 
 def sent_in_a_call(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> Sent:
-    """Q, K, V and O through Ulysses, K and V through the ring; ``kv_ratio`` = H_kv/H."""
+    """Q, K, V and O through Ulysses, K and V through the ring, before which xDiT repeats KV heads that several query
+    heads share; ``kv_ratio`` = H_kv/H."""
     exchanged = sent_by_ulysses(config, num_machines, ranks_per_machine)
     passed_on = sent_by_a_hop(config, num_machines, ranks_per_machine)
-    tensors, hops = 2 + 2 * kv_ratio, 2 * kv_ratio * (config.ring_degree - 1)
+    tensors, hops = 2 + 2 * kv_ratio, 2 * (config.ring_degree - 1)
     return Sent(
         tuple(tensors * a + hops * b for a, b in zip(exchanged.inside, passed_on.inside, strict=True)),
         tuple(tensors * a + hops * b for a, b in zip(exchanged.across, passed_on.across, strict=True)),

@@ -23,7 +23,12 @@ from sf_xfuser.replay import Program, Replay, Round
 from sf_xfuser.simulate import CallShape, TorusArm, bound, predict
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, legal_configs
 
-ROWS = json.loads((Path(__file__).parents[1] / "docs/results/emulated-2core-grid.json").read_text())["rows"]
+RESULTS = Path(__file__).parents[1] / "docs/results"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"emulated-2core-{name}.json").read_text())["rows"]
+    return found
 
 
 def shape_of(case: dict[str, Any]) -> CallShape:
@@ -35,9 +40,9 @@ def shape_of(case: dict[str, Any]) -> CallShape:
 
 
 def test_predicted_bytes_are_those_that_the_emulated_cluster_counted():
-    """Within 2 % on every arm of the committed grid, headers of packets included."""
-    compared = 0
-    for row in ROWS:
+    """Within 2 % on every arm of the committed rows, headers of packets included; grouped-query attention as well."""
+    compared, grouped = 0, 0
+    for row in rows_of("grid") + rows_of("other-rates"):
         case = row["case"]
         n, m = case["num_machines"], case["ranks_per_machine"]
         if row["status"] != "ok" or row["family"] == "reference":
@@ -56,7 +61,8 @@ def test_predicted_bytes_are_those_that_the_emulated_cluster_counted():
         predicted = predict(preset("p4de").sized(n, m), shape, arm).across_bytes
         assert predicted == pytest.approx(counted, rel=0.02), (case["id"], row["arm"])
         compared += 1
-    assert compared > 50
+        grouped += shape.kv_heads < shape.heads
+    assert compared > 50 and grouped >= 6
 
 
 @pytest.mark.parametrize("heads", [(24, 24), (24, 6), (16, 2)])
@@ -70,19 +76,24 @@ def test_ranked_bytes_are_the_formula(heads):
 
 
 def test_two_machines_move_as_many_bytes_and_grouped_heads_pay_from_six_machines_on():
-    """Ulysses across against Ring across, in bytes of the replayed steps."""
+    """Ulysses across against Ring across, in bytes of the replayed steps: our ring, which moves each KV head once, and
+    xDiT's, which repeats it for the query heads that share it."""
 
-    def ratio(n: int, kv_heads: int) -> float:
+    def ratio(n: int, kv_heads: int, *, xdits: bool = False) -> float:
         shape = CallShape(seq_len=1680 * 8, heads=840, kv_heads=kv_heads, head_dim=64)
         cluster = preset("p4de").sized(n, 2)
         across = TorusArm(layout=Layout(torus=n, ulysses=1, ring_across=1, ring_inside=2))
-        usp = XditConfig(ulysses_degree=2, ring_degree=n)
-        return predict(cluster, shape, across).across_bytes / predict(cluster, shape, usp).across_bytes
+        ours = TorusArm(layout=Layout(torus=1, ulysses=2, ring_across=n, ring_inside=1))
+        ring = XditConfig(ulysses_degree=2, ring_degree=n) if xdits else ours
+        return predict(cluster, shape, across).across_bytes / predict(cluster, shape, ring).across_bytes
 
     assert ratio(2, 840) == pytest.approx(1.0, rel=0.01)
     assert ratio(4, 840) == pytest.approx(0.5, rel=0.01)
     assert [n for n in (2, 3, 4, 5, 6, 7) if ratio(n, 210) < 0.99] == [6, 7]
     assert ratio(5, 210) == pytest.approx(1.0, rel=0.01)
+    for n in (2, 4, 5):
+        assert ratio(n, 840, xdits=True) == pytest.approx(2 / n, rel=0.01)
+        assert ratio(n, 210, xdits=True) == pytest.approx(1.25 / n, rel=0.01)
 
 
 # -- the replay -------------------------------------------------------------------------------------------------------
@@ -95,9 +106,9 @@ def test_one_rank_stands_for_all(grid, pattern, kv_heads, joint_tokens):
     shape = CallShape(seq_len=3 * 4096, heads=24, kv_heads=kv_heads, head_dim=64, joint_tokens=joint_tokens)
     cluster = preset("p4de").sized(*grid)
     arms: list[TorusArm | XditConfig] = [
-        TorusArm(layout=layout, pattern=pattern, overlap=overlap)
+        TorusArm(layout=layout, pattern=pattern, overlap=overlap, together=together)
         for layout in legal_layouts(*grid, kv_heads)
-        for overlap in (True, False)
+        for overlap, together in ((True, False), (False, False), (True, True))
     ]
     arms += legal_configs(cluster.world_size, grid[1], 24, kv_heads)
     for arm in arms:
@@ -170,7 +181,7 @@ WRONG_ORDER = {  # what docs/simulator.md says was missed
 def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
     """Within 15 % at the median and 30 % at worst over the arms that were measured beside the probe; and where two of
     a case differ by over 10 %, the right one is predicted to be faster, but for ``WRONG_ORDER``."""
-    rows = json.loads((Path(__file__).parents[1] / f"docs/results/emulated-2core-{name}.json").read_text())["rows"]
+    rows = rows_of(name)
     found = {row["case"]["id"]: Cluster.from_json(row["cluster"]) for row in rows if row["cluster"]}
     times: dict[str, dict[str, tuple[float, float]]] = {}
     for row in rows:
@@ -182,7 +193,8 @@ def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
             n, m = cluster.num_machines, cluster.ranks_per_machine
             torus, ulysses = map(int, re.match(r"torus=(\d+) ulysses=(\d+)", row["layout"]).groups())
             layout = Layout(torus=torus, ulysses=ulysses, ring_across=n // torus, ring_inside=m // ulysses)
-            arm = TorusArm(layout=layout, overlap=row["arm"] == "torus")
+            overlap, together = row["arm"] != "torus-no-overlap", row["arm"] == "torus-together"
+            arm = TorusArm(layout=layout, overlap=overlap, together=together)
         else:
             ulysses, ring = map(int, re.match(r"ulysses=(\d+) ring=(\d+)", row["layout"]).groups())
             rotation = "alltoall" if "alltoall" in row["layout"] else "allgather"

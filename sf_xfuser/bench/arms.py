@@ -122,9 +122,9 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
     asked = wanted or ()
     if TOGETHER in asked:
         text = "torus without stages: all chunks, then one attention"
-        every.append(_our_arm(TOGETHER, text, case, mesh, attend, formula))
+        every.append(_variant(TOGETHER, text, case, args, attend, formula))
     if AUTO in asked:
-        every.append(_auto(case, mesh, args, attend))
+        every.append(_auto(case, args, attend))
     for name in NAMED_TRANSPORTS:
         if over(name) in asked:
             text = f"Torus Attention over {name}"
@@ -167,7 +167,7 @@ def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: Attend
 
 
 def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Arm:
-    """Torus in the same layout, with other flags."""
+    """Torus in the same layout on a mesh of its own, whose windows are as large as this arm needs."""
     try:
         mesh = _mesh(case, args)
     except (ValueError, TransportError) as error:
@@ -175,14 +175,15 @@ def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: A
     return _our_arm(name, description, case, mesh, attend, formula)
 
 
-def _auto(case: Case, mesh: Mesh, args: TorusArgs, attend: AttendFunction) -> Arm:
-    """What ``--sp-backend auto`` takes of xDiT's own layout and torus, with a probe of its own and no file."""
+def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
+    """What ``--sp-backend auto`` takes of xDiT's own layout and torus; meshes and a probe of its own, no file."""
     text = "the faster of torus and xDiT's own"
     if (reason := _no_xdit(case)) is not None:
         return Arm(name=AUTO, description=text, family="ours", reason=reason)
     kv_heads, m = case.kv_heads or case.heads, case.ranks_per_machine
     degree = gcd(m, gcd(case.heads, kv_heads))
     own = XditConfig(ulysses_degree=degree, ring_degree=case.world_size // degree)
+    mesh = _mesh(case, args)
     xdits = xdit_arms.open_arms([own], ranks_per_machine=m, members=mesh.members)[own]
     found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
     others = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
