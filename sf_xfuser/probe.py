@@ -210,9 +210,8 @@ class _Probe:
         """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
         seen: list[tuple[str, int, float, float, float]] = []  # pattern, members, start_s, Gbit/s, takes
         every = list(self._patterns(inside=inside))
-        for pattern, config in [x for x in every if self.order.uses(*x)] or every[
-            :1
-        ]:  # one at least: a link has a rate
+        wanted = [x for x in every if self.order.uses(*x)]
+        for pattern, config in wanted or every[:1]:  # one at least, for the link's rate
             sent = sent_by_ulysses(config, *self.grid) if pattern == "exchange" else sent_by_a_hop(config, *self.grid)
             groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
             members = len(groups[0])

@@ -455,6 +455,7 @@ def test_auto_settles_on_an_arm_before_it_is_timed(tmp_path):
     assert run.status == 0, run.err
     auto, arms = run.row("auto"), {"xDiT's own USP", "torus (torus=2 ulysses=2 ring=1)"}
     arms.add("torus (torus=1 ulysses=2 ring=2 (2 across machines x 1 inside))")
+    arms.add("torus together (torus=2 ulysses=2 ring=1)")
     assert auto["status"] == "ok" and auto["max_abs_error"] < 1e-5 and len(auto["times_s"]) == 2
     assert auto["layout"] in arms and all(f"{arm}: predicted " in auto["description"] for arm in arms)
     assert re.search(re.escape(auto["layout"]) + r": predicted \S+ ms, measured \S+ ms", auto["description"])

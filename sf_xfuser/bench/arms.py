@@ -97,7 +97,7 @@ def open_arms(case: Case, topology: str, timeout_s: float, wanted: Sequence[str]
         arms += [Arm(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
         return [arm for arm in arms if wanted is None or arm.name in wanted]
     attend = sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention()
-    ours_wanted = wanted is None or any(name in wanted for name in (AUTO, TOGETHER, *(name for name, _ in _OURS)))
+    ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
     if ours_wanted and not mesh.chosen:  # the first call does it; the arm without overlap is to use the same
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)

@@ -15,8 +15,8 @@ from sf_xfuser.bench import arms
 def main() -> int:
     right = arms._torus
 
-    def wrong(case, mesh, attend):
-        call = right(case, mesh, attend)
+    def wrong(case, mesh, together, attend):
+        call = right(case, mesh, together, attend)
         blocking = any(isinstance(lane, arms._Blocking) for lane in mesh.lanes.values())
 
         def changed(query, key, value):
