@@ -11,7 +11,7 @@ import torch
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
-from sf_xfuser.schedule import Cut, Schedule, build_schedule, choose_cut
+from sf_xfuser.schedule import Schedule, build_schedule, choose_cut
 
 _SHAPES_KEPT = 64
 
@@ -147,7 +147,7 @@ def _make_call(
         kv_heads=kv_ranges,
     )
     at_once = mesh.one_host and query.device.type == "cpu"  # no wire is slow
-    cut = Cut(together=True) if together or at_once else choose_cut(mesh.layout, max(counts[1]), query.device.type)
+    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, together=together or at_once)
     window = mesh.window
     positions = [mesh.position] if window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}

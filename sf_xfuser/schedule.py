@@ -139,11 +139,14 @@ def build_schedule(
 _TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
 
 
-def choose_cut(layout: Layout, kv_tokens: int, device: str) -> Cut:
+def choose_cut(layout: Layout, kv_tokens: int, device: str, *, together: bool) -> Cut:
     """How finely KV from other machines is cut, as far as the parts stay large: in 4 where one slab is all there is;
-    else in 2, on a CPU not at all, since each part costs it an attention call that is slower and a merge.
+    else in 2, on a CPU not at all, since each part costs it an attention call that is slower and a merge; and where all
+    is to be attended ``together``, not at all.
     ``kv_tokens``: of the rank that holds most; ``device``: ``"cpu"``, ``"cuda"``. Alike on every rank, whatever the
     transport, which so changes no bit of the result (docs/performance.md has the rows)."""
+    if together:
+        return Cut(together=True)
     largest = layout.ulysses * kv_tokens // _TOKENS_PER_PART.get(device, 2048)
     if layout.num_machines == 2:
         return Cut(last_kv=max(1, min(4, largest)))

@@ -238,8 +238,7 @@ class _Torus(_Arm):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        chosen = choose_cut(arm.layout, self.tokens, cluster.device)
-        self.cut = Cut(together=True) if arm.together else chosen
+        self.cut: Cut = choose_cut(arm.layout, self.tokens, cluster.device, together=arm.together)
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
         self.ways: dict[str, Way] = {lane: link.way(arm.pattern) for lane, link in self.links.items()}
         self.seconds_per_byte = {

@@ -75,11 +75,11 @@ def test_strict_raises_on_every_rank_and_before_any_communication():
 
 def test_the_first_call_of_each_shape_is_checked():
     flags = ("--sp-backend", "torus", "--sp-topology", "2x2", "--ulysses_degree", "4", "--sp-check", "first")
-    found = calls(*flags)
+    found = calls(*flags, "--apart")
     assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])
     assert all(difference <= 2e-6 for name in (*SERVED, *PADDED) for difference, _ in found[name])
     checks = [re.search(r"first: (\d+) shape\(s\), at most (\S+) times", how) for _, how in found["checks"]]
-    assert len(checks) == 4 and all(line and int(line[1]) == SHAPES and 0 <= float(line[2]) < 0.1 for line in checks)
+    assert len(checks) == 4 and all(line and int(line[1]) == SHAPES and 0 < float(line[2]) < 0.1 for line in checks)
 
 
 def test_a_wrong_result_on_one_rank_sends_all_ranks_to_xdits_own():

@@ -149,19 +149,20 @@ def _mesh(case: Case, args: TorusArgs) -> Mesh:
 
 
 def _our_arm(name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float) -> Arm:
+    together = name == TOGETHER
     return Arm(
         name=name,
         description=description,
         family="ours",
         layout=str(mesh.layout),
-        call=_torus(case, mesh, name == TOGETHER, attend),
+        call=_torus(case, mesh, together, attend),
         formula_bytes=formula,
         mesh=mesh,
         replayed=TorusArm(
             layout=mesh.layout,
             pattern="message" if mesh.transport == "two_sided" else "put",
             overlap=not any(isinstance(lane, _Blocking) for lane in mesh.lanes.values()),
-            together=name == TOGETHER,
+            together=together,
         ),
     )
 

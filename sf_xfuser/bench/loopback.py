@@ -35,7 +35,7 @@ class _Here(Ticket):
 class Loopback(OneSided):
     """Nothing is sent and nothing awaited. ``sent``: the parcels of the last call, in the schedule's order."""
 
-    halves = 2  # no peer writes: ranks need not meet
+    halves = 2  # one would do as well as two, as no peer writes while a call reads: there is nobody to meet
 
     def __init__(self, device: torch.device) -> None:
         self._window = torch.empty(0, dtype=torch.uint8, device=device)
