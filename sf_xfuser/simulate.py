@@ -121,12 +121,15 @@ def bound(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig) -> flo
 
 
 class _Work:
-    """Seconds of compute on one rank."""
+    """Seconds of compute on one rank. Where ranks share cores, what all of them do at once takes longer. Ranks that
+    wait for each transfer (``overlap`` False) find a core free for what is short: it comes with their chunks, which the
+    ranks of a machine do not get in the same moment."""
 
-    def __init__(self, cluster: Cluster, shape: CallShape) -> None:
+    def __init__(self, cluster: Cluster, shape: CallShape, *, overlap: bool = True) -> None:
         compute = cluster.compute
         self.shape, self.compute = shape, compute
         self.slower = max(1.0, cluster.world_size / compute.slots) if compute.slots else 1.0
+        self.short_slower = self.slower if overlap else 1.0
         self.rate = compute.attention_rate(shape.dtype, shape.head_dim)
         self.memory = compute.memory_gbs * 1e9
         self.itemsize = ITEMSIZE[shape.dtype]
@@ -140,7 +143,11 @@ class _Work:
             tiles = shape.batch * heads * math.ceil(rows / compute.tile_rows)
             seconds *= max(1.0, compute.units / tiles)
         merged = rows * heads * shape.batch * shape.head_dim * merge_bytes
-        return (seconds + merged / self.memory + compute.attend_us * 1e-6) * self.slower
+        return (seconds + merged / self.memory) * self.slower + compute.attend_us * 1e-6 * self.short_slower
+
+    def host(self, way: Way, messages: int) -> float:
+        """What messages take from the thread that computes."""
+        return way.host_us * 1e-6 * messages * self.short_slower
 
     def fills(self, rows: int, heads: int) -> bool:
         """Whether an attention call leaves no multiprocessor idle."""
@@ -157,9 +164,8 @@ class _Work:
 class _Arm(ABC):
     """What both kinds of arms share."""
 
-    def __init__(self, cluster: Cluster, shape: CallShape) -> None:
-        self.cluster, self.shape = cluster, shape
-        self.work = _Work(cluster, shape)
+    def __init__(self, cluster: Cluster, shape: CallShape, work: _Work) -> None:
+        self.cluster, self.shape, self.work = cluster, shape, work
 
     @abstractmethod
     def programs(self, replay: Replay) -> list[Program]:
@@ -217,7 +223,7 @@ class _Arm(ABC):
 
 class _Torus(_Arm):
     def __init__(self, cluster: Cluster, shape: CallShape, arm: TorusArm) -> None:
-        super().__init__(cluster, shape)
+        super().__init__(cluster, shape, _Work(cluster, shape, overlap=arm.overlap))
         self.arm, self.layout = arm, arm.layout
         self._head_group = cache(arm.layout.head_group)
         world_size, ways = cluster.world_size, arm.layout.ulysses_degree
@@ -381,7 +387,7 @@ class _Torus(_Arm):
             messages += size > 0
             if message.tensor == "o" or to != group:
                 packed += size
-        host_s = way.host_us * 1e-6 * messages * self.work.slower + self.work.copy(packed)
+        host_s = self.work.host(way, messages) + self.work.copy(packed)
         if host_s:
             replay.work(position, host_s, fills=False)
         replay.post(
@@ -459,7 +465,7 @@ class _Usp(_Arm):
     all KV at once while the first block is attended, or passes blocks on while it attends the last one it got."""
 
     def __init__(self, cluster: Cluster, shape: CallShape, config: XditConfig) -> None:
-        super().__init__(cluster, shape)
+        super().__init__(cluster, shape, _Work(cluster, shape))
         self.config = config
         grid = cluster.num_machines, cluster.ranks_per_machine
         self.exchanged: Sent = sent_by_ulysses(config, *grid)
