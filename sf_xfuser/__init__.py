@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from sf_xfuser.context_parallel import parallelize
     from sf_xfuser.long_context import LongContextAttention, set_seq_parallel_pg
     from sf_xfuser.mesh import Mesh, build_mesh
-    from sf_xfuser.plugin import disable, enable, explain
+    from sf_xfuser.plugin import disable, enable
+    from sf_xfuser.session import explain
 
 _HOME = {
     "TorusArgs": "args",
@@ -41,7 +42,7 @@ _HOME = {
     "build_mesh": "mesh",
     "disable": "plugin",
     "enable": "plugin",
-    "explain": "plugin",
+    "explain": "session",
 }
 
 

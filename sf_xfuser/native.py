@@ -1,7 +1,7 @@
 """The plugin as a backend of an xDiT that has the dispatch point of ``patches/``: no attribute of xDiT is replaced.
 
 xDiT finds :data:`backend` under the entry-point group ``xfuser.sp_backends`` and calls it where the hooks of
-``plugin.py`` would have been; both run the same functions. Docstrings of the methods are xDiT's
+``plugin.py`` would have been; both run the functions of ``session``. Docstrings of the methods are xDiT's
 (``xfuser/core/distributed/sp_backend.py``).
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sf_xfuser import args as sp_args
-from sf_xfuser import launch, plugin
+from sf_xfuser import launch, plugin, session
 
 
 class NativeBackend:
@@ -32,25 +32,25 @@ class NativeBackend:
     def start(self, parallel_config: Any) -> None:
         config = parallel_config.sp_config
         options = {**(config.sp_backend_options or {}), "sp_backend": config.sp_backend}
-        plugin.start(parallel_config, sp_args.from_mapping(options))
+        session.start(parallel_config, sp_args.from_mapping(options))
 
     def build_groups(
         self, group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any
     ) -> tuple[Any, Any]:
-        return plugin.build_groups(group_ranks, backend, ulysses_group, ring_group)
+        return session.build_groups(group_ranks, backend, ulysses_group, ring_group)
 
     def select_attention_backend(self, attention_backend: Any, named: bool) -> Any:
         if not named:
-            return plugin.with_lse(attention_backend)
-        plugin.require_lse(attention_backend)
+            return session.with_lse(attention_backend)
+        session.require_lse(attention_backend)
         return attention_backend
 
     def attention(self, usp: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return plugin.attend(usp, *args, **kwargs)
+        return session.attend(usp, *args, **kwargs)
 
     def destroy(self) -> None:
-        plugin.leave_groups()
-        plugin.forget_flags()  # the next run may name no backend: xDiT then calls none of these methods
+        session.leave_groups()
+        session.forget_flags()  # the next run may name no backend: xDiT then calls none of these methods
 
 
 backend = NativeBackend()

@@ -19,8 +19,8 @@ from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import Layout, legal_layouts, paper_layout
 from sf_xfuser.planner import rank
 from sf_xfuser.presets import PRESETS, preset
-from sf_xfuser.replay import Program, Replay, Round
 from sf_xfuser.simulate import CallShape, TorusArm, bound, predict
+from sf_xfuser.simulate.replay import Program, Replay, Round
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, legal_configs
 
 RESULTS = Path(__file__).parents[1] / "docs/results"

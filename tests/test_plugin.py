@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sf_xfuser import TorusArgs, combinations, plugin
+from sf_xfuser import TorusArgs, combinations, plugin, session
 from tests.launch import run
 
 BASE = ["--model", "m", "--ulysses_degree", "2"]
@@ -79,7 +79,7 @@ def test_only_the_plugin_its_repairs_the_cpu_platform_and_the_arms_of_the_bench_
         if any(line.strip().startswith(("import xfuser", "from xfuser")) for line in path.read_text().splitlines())
     }
     elsewhere = {path for path in importing if not path.startswith("platform_cpu/")}
-    assert elsewhere <= {"plugin.py", "repairs.py", "bench/xdit_arms.py", "bench/pipeline.py"}
+    assert elsewhere <= {"plugin.py", "session.py", "repairs.py", "bench/xdit_arms.py", "bench/pipeline.py"}
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def launched(monkeypatch):
     plugin.enable()
     monkeypatch.setenv("WORLD_SIZE", "2")
     yield
-    plugin._session.command_line = None
+    session.current.command_line = None
 
 
 @pytest.mark.parametrize("spelled", [["--sp-backend", "torus"], ["--sp_backend=torus"]])
@@ -102,7 +102,7 @@ def test_scripts_that_use_add_cli_args(launched, spelled, plain):
 
     parser = xFuserArgs.add_cli_args(ArgumentParser() if plain else FlexibleArgumentParser())
     xfuser_args = xFuserArgs.from_cli_args(parser.parse_args([*BASE, *spelled]))
-    assert getattr(xfuser_args, plugin._MARK) == TorusArgs(backend="torus")
+    assert getattr(xfuser_args, session.MARK) == TorusArgs(backend="torus")
 
 
 def test_the_runners_parser(launched):
@@ -124,15 +124,15 @@ def test_the_http_services_plain_parser_and_keyword_arguments(launched):
     parser.add_argument("--model_path")
     assert parser.parse_args(["--model_path", "m", "--sp-backend", "torus", "--sp-plan=paper"]).model_path == "m"
     xfuser_args = xFuserArgs(model="m", ulysses_degree=2)
-    assert getattr(xfuser_args, plugin._MARK) == TorusArgs(backend="torus", plan="paper")
-    assert getattr(pickle.loads(pickle.dumps(xfuser_args)), plugin._MARK).plan == "paper"
+    assert getattr(xfuser_args, session.MARK) == TorusArgs(backend="torus", plan="paper")
+    assert getattr(pickle.loads(pickle.dumps(xfuser_args)), session.MARK).plan == "paper"
 
 
 def test_a_parser_that_knows_the_flags_or_never_sees_them_is_left_alone(launched):
     parser = ArgumentParser()
     parser.add_argument("--sp-backend")
     assert parser.parse_args(["--sp-backend", "mine"]).sp_backend == "mine"
-    assert plugin._session.command_line is None
+    assert session.current.command_line is None
     with pytest.raises(SystemExit):
         ArgumentParser().parse_args(["--sp-unknown", "x"])
 
@@ -143,9 +143,9 @@ def test_without_the_flag_nothing_is_marked_or_filled(launched):
 
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
     xfuser_args = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m"]))
-    assert not hasattr(xfuser_args, plugin._MARK)
+    assert not hasattr(xfuser_args, session.MARK)
     assert (xfuser_args.ulysses_degree, xfuser_args.ring_degree) == (1, 1)
-    assert plugin.explain() == "no --sp-backend: xDiT runs untouched"
+    assert session.explain() == "no --sp-backend: xDiT runs untouched"
 
 
 REFUSED = {
@@ -260,7 +260,7 @@ def test_an_unsupported_version_is_refused_with_the_supported_ones(launched, mon
     from xfuser import xFuserArgs
 
     xfuser_args = xFuserArgs(model="m", ulysses_degree=2)
-    setattr(xfuser_args, plugin._MARK, TorusArgs(backend="torus"))
+    setattr(xfuser_args, session.MARK, TorusArgs(backend="torus"))
     real = plugin.importlib.metadata.version
     monkeypatch.setattr(plugin.importlib.metadata, "version", lambda name: "0.9.1" if name == "xfuser" else real(name))
     refused = r"xfuser 0\.9\.1 is not supported; supported: 0\.5\.0 to 0\.7\.x: .*, or SF_XFUSER_ALLOW_UNTESTED=1"

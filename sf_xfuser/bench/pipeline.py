@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser import plugin
+from sf_xfuser import plugin, session
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
@@ -180,14 +180,14 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
             max_imbalance=UNEVEN,
         )
         arms.append(
-            _Arm(f"torus-{name}", str(mesh.layout), functools.partial(plugin.torus_over, mesh), compresses=True)
+            _Arm(f"torus-{name}", str(mesh.layout), functools.partial(session.torus_over, mesh), compresses=True)
         )
     uncompressed, *others = [(arm, arm.call(pipeline, options, wanted, timed=False)) for arm in arms]
     for arm, latents in others:
         if arm.compresses:
             arm.psnr_db = _psnr_db(latents, uncompressed[1])
     if _served_by_torus() == 0:
-        raise RuntimeError(f"torus has served no attention call of this pipeline:\n{plugin.explain()}")
+        raise RuntimeError(f"torus has served no attention call of this pipeline:\n{session.explain()}")
     for number in range(options.rounds):
         for arm in arms if number % 2 == 0 else reversed(arms):
             arm.call(pipeline, options, wanted, timed=True)
@@ -200,7 +200,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
 @contextmanager
 def _xdit(layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Inside, attention is xDiT's own USP, in ``layout``."""
-    with plugin.xdits_own(), layout():
+    with session.xdits_own(), layout():
         yield
 
 
@@ -335,7 +335,7 @@ def _largest(values: list[float]) -> list[float]:
 
 
 def _served_by_torus() -> int:
-    found = re.search(r"served by torus: (\d+)", plugin.explain())
+    found = re.search(r"served by torus: (\d+)", session.explain())
     return int(found[1]) if found else 0
 
 

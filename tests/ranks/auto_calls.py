@@ -19,7 +19,7 @@ from xfuser.core.distributed.attention_backend import AttentionBackendType
 from xfuser.model_executor.layers import usp
 
 import sf_xfuser
-from sf_xfuser import choice, plugin
+from sf_xfuser import choice, session
 
 B, H, D, CALLS = 1, 8, 16, 12
 
@@ -81,9 +81,9 @@ def main() -> None:
         expected = usp.USP.__wrapped__(q, k, v)
         worst, served = 0.0, []
         for _ in range(CALLS):
-            before = plugin._session.choice.served.copy()
+            before = session.current.choice.served.copy()
             worst = max(worst, (usp.USP(q, k, v) - expected).abs().max().item())
-            served += [arm for arm, n in plugin._session.choice.served.items() if n > before[arm]]
+            served += [arm for arm, n in session.current.choice.served.items() if n > before[arm]]
         print(f"@@{name}|{rank}|{worst}|{' then '.join(served)}@@", flush=True)
     with contextlib.suppress(Exception):  # torus cannot serve it, and xDiT's own ring cannot either
         usp.USP(*tensors(12), is_causal=True)
@@ -93,7 +93,7 @@ def main() -> None:
     print(f"@@explain|{rank}|{sf_xfuser.explain()}|@@", flush=True)
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
-    assert plugin._session.choice is None
+    assert session.current.choice is None
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from xfuser.core.distributed import (
 )
 from xfuser.model_executor.layers.usp import attention
 
-from sf_xfuser import plugin
+from sf_xfuser import session
 
 
 @dataclass
@@ -96,15 +96,15 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     single = flat(row.load(folder)(**call))
     model = xdit_model(row, folder, engine_config)
     row.prepare(model, get_runtime_state(), size)
-    torus = plugin._session.usp
+    torus = session.current.usp
     torus.served, torus.handed_back = 0, Counter()
     result = run()
     found.served, found.handed_back = torus.served, dict(torus.handed_back)
-    plugin._session.usp = None
+    session.current.usp = None
     try:
         xdit = run()
     finally:
-        plugin._session.usp = torus
+        session.current.usp = torus
     torus.attend = own_keys_only
     try:
         alone = run()

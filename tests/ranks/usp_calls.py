@@ -18,7 +18,7 @@ from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTR
 from xfuser.model_executor.layers import usp
 
 import sf_xfuser.usp
-from sf_xfuser import plugin
+from sf_xfuser import session
 
 B, H, D = 2, 8, 16
 JOINT = 5
@@ -130,7 +130,7 @@ def main() -> None:
     runtime_state._RUNTIME = AnyRuntimeState(engine_config)
     get_runtime_state().patch_mode = False
     if apart:  # as if ranks shared no memory: in stages, whose rounding is not xDiT's
-        plugin._session.mesh.one_host = False
+        session.current.mesh.one_host = False
     for name, (q, k, v), kwargs in cases():
         # xDiT's own function may change the kwargs it is given; each side gets its own.
         expected = usp.USP.__wrapped__(q, k, v, **copied(kwargs))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from sf_xfuser import args, long_context, platform_cpu, plugin
+from sf_xfuser import args, long_context, platform_cpu, session
 from sf_xfuser.hooks import Hook, HookSet
 from sf_xfuser.platform_cpu.cuda_names import to_cpu
 
@@ -47,14 +47,14 @@ def told(module, answer):
 
 def flags_in_force(initialize):
     def initialize_model_parallel(*given, **more):
-        plugin._session.args = args.args_from_environment()
+        session.current.args = args.args_from_environment()
         initialize(*given, **more)
 
     return initialize_model_parallel
 
 
 def report():
-    counted = (plugin._session.usp, plugin._session.all_to_all, long_context._layers)
+    counted = (session.current.usp, session.current.all_to_all, long_context._layers)
     served = sum(each.served for each in counted if each is not None)
     os.write(1, f"@@served {served}@@\n".encode())  # sys.stdout may be closed
 
