@@ -32,7 +32,8 @@ _hook_set: HookSet | None = None
 def enable(args: TorusArgs | None = None) -> None:
     """Hook xDiT, now if it is imported already, else when it is. Idempotent.
 
-    ``args`` are used where xDiT is set up without ``--sp-*`` flags, as in a script that builds ``xFuserArgs`` itself.
+    ``args`` are used where xDiT is set up without ``--sp-*`` flags, as in a script that builds ``xFuserArgs`` itself,
+    or its groups alone by ``initialize_model_parallel``.
     On a machine without an accelerator this also supplies what xDiT lacks there (``platform_cpu``).
     """
     global _hook_set
@@ -132,11 +133,16 @@ def _wrap_parse_known_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return parse_known_args
 
 
+def _given() -> TorusArgs | None:
+    """What was asked for otherwise than by flags of xFuserArgs."""
+    return session.current.command_line or sp_args.args_from_environment()
+
+
 def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        given = session.current.command_line or sp_args.args_from_environment()
+        given = _given()
         if given is not None:
             setattr(self, session.MARK, given)
             if hasattr(self, "sp_backend"):  # xDiT's own field
@@ -179,9 +185,13 @@ def _wrap_create_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def settle(xfuser_args: Any, given: TorusArgs) -> None:
     """As ``session.settle``. Raises RuntimeError where this xDiT is not supported, too."""
+    _require_supported(given)
+    session.settle(xfuser_args, given)
+
+
+def _require_supported(given: TorusArgs) -> None:
     if (problem := unsupported()) is not None:
         raise RuntimeError(f"--sp-backend {given.backend}: {problem}")
-    session.settle(xfuser_args, given)
 
 
 def _wrap_get_nproc(original: Callable[..., int]) -> Callable[..., int]:
@@ -216,6 +226,9 @@ def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_model_parallel_group(
         group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
     ) -> Any:
+        if parallel_mode == "sequence" and session.current.args is None and (given := _given()) is not None:
+            _require_supported(given)  # a program that makes its groups without xFuserArgs
+            session.put_in_force(given)
         if parallel_mode == "sequence" and session.current.args is not None:
             from yunchang.globals import PROCESS_GROUP
 

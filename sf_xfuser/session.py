@@ -83,9 +83,14 @@ def explain() -> str:
 def settle(xfuser_args: Any, given: TorusArgs) -> None:
     """``given`` are in force in this process; fill or check the degrees of ``xfuser_args``. Raises ValueError."""
     setattr(xfuser_args, MARK, given)
+    put_in_force(given)
+    fill_degrees(xfuser_args)
+
+
+def put_in_force(given: TorusArgs) -> None:
+    """For groups that are made without xFuserArgs, by ``initialize_model_parallel`` alone, which names the degrees."""
     current.args = given
     repairs.used.clear()
-    fill_degrees(xfuser_args)
 
 
 def fill_degrees(xfuser_args: Any) -> None:

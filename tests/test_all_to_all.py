@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from sf_xfuser import TorusArgs
 from sf_xfuser.transport import shm
 from tests.launch import reports, torchrun
 
@@ -60,9 +61,9 @@ UNTOUCHED = ("five_dimensions", "compiled")
 LAYER_CASES = (*SERVED, *HANDED_BACK, *UNTOUCHED, "lanes")
 
 
-def layers(*flags: str) -> tuple[dict[str, set[str]], str]:
+def layers(*flags: str, args: str = "") -> tuple[dict[str, set[str]], str]:
     """case -> what its four ranks said, as a set; and the whole output."""
-    output = torchrun("all_to_all_layers.py", *flags, nproc=EACH).output
+    output = torchrun("all_to_all_layers.py", *flags, nproc=EACH, env={"SF_XFUSER_ARGS": args}).output
     found = reports(output, LAYER_CASES)
     assert all(len(ranks) == EACH for ranks in found.values()), f"{found}\n{output[-4000:]}"
     return {case: set(ranks.values()) for case, ranks in found.items()}, output
@@ -91,6 +92,15 @@ def test_layers_are_served(run):
         assert found[case] == {"equal | untouched"}, case
     assert all(said.startswith(lanes) for said in found["lanes"]), found["lanes"]
     assert output.count("all-to-all handed back to yunchang: its process group") == 1
+
+
+def test_groups_made_without_xfuser_args_are_served():
+    """By ``initialize_model_parallel``, as scripts do that use the layers alone."""
+    given = TorusArgs(backend="torus", transport="tcp", topology="2x2")
+    found, _ = layers("groups", "2", "2", args=given.to_json())
+    assert {found[case].pop() for case in SERVED} == {f"equal | {number} served" for number in SERVED.values()}
+    assert not any(found[case] for case in SERVED)
+    assert {said.partition(" [")[0] for said in found["lanes"]} == {"transport tcp: as asked for"}
 
 
 def test_ulysses_without_a_named_transport_is_untouched():

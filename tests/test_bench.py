@@ -394,6 +394,24 @@ def test_the_page_and_the_plot(one_run):
     assert (one_run.folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_grid_that_is_killed_has_stored_what_it_had(tmp_path, monkeypatch):
+    launched = []
+
+    def launch(_: Any, spec: emulate.ClusterSpec, __: str, document: dict[str, Any]) -> int:
+        if launched:
+            raise SystemExit("killed")  # nothing is made of it
+        launched.append(spec)
+        document["rows"].append({"case": {"id": str(spec)}})
+        return 0
+
+    monkeypatch.setattr(command, "_launch", launch)
+    file = grid(tmp_path, '[[case]]\ncluster = ["2x1", "3x1"]\nseq_len = 64\n')
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--grid", str(file), "--json", str(tmp_path / "rows.json")])
+    rows = strict_json((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["case"]["id"] for row in rows] == [str(launched[0])] == ["2x1"]
+
+
 # --- several cases, in one launch -----------------------------------------------------------------------------------
 
 UNEVEN = '[[case]]\ncluster = "2x1"\nheads = 4\nhead_dim = 16\ninter_rate = "400mbit"\nseq_len = 1023\n'

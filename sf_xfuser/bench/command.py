@@ -192,6 +192,7 @@ def _on_emulated_clusters(
             console.print(f"[bold red]not measured[/]: {missing}")
         if len(cases) > 1:
             console.print(f"{done} of {len(cases)} cases measured")
+            _store(options, document)  # a grid takes its time, and may be killed
     return failed
 
 
@@ -275,8 +276,7 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
         print(json.dumps(document, indent=1))
     else:
         _show(rows)
-    if options.json and options.json != "-":
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+    _store(options, document)
     if options.trace:
         Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
     if options.markdown and rows:
@@ -289,6 +289,11 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
         if options.report:
             Path(options.report).write_text(page.html(document))
     return 1 if not rows or any(row["status"] == "failed" for row in rows) else 0
+
+
+def _store(options: argparse.Namespace, document: dict[str, Any]) -> None:
+    if options.json and options.json != "-":
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

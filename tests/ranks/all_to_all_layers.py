@@ -1,5 +1,8 @@
 """Rank side of test_all_to_all.py: the layers that use yunchang's all-to-all, hooked, against yunchang's own function.
 
+    torchrun --nproc-per-node 4 all_to_all_layers.py FLAGS OF XDIT... | groups ULYSSES RING
+
+``groups``: they are made without xFuserArgs, as scripts do that use the layers alone; SF_XFUSER_ARGS says the rest.
 Prints ``@@case rank text@@``: whether the result has the same bits, and whether the mesh served its all-to-alls.
 """
 
@@ -17,7 +20,12 @@ import yunchang.ring.utils
 from usp_calls import AnyRuntimeState
 from xfuser import envs, xFuserArgs
 from xfuser.config import FlexibleArgumentParser
-from xfuser.core.distributed import get_sequence_parallel_rank, runtime_state
+from xfuser.core.distributed import (
+    get_sequence_parallel_rank,
+    init_distributed_environment,
+    initialize_model_parallel,
+    runtime_state,
+)
 from yunchang.comm import all_to_all
 from yunchang.comm.all_to_all import SeqAllToAll4D, SeqAllToAll5D
 from yunchang.globals import PROCESS_GROUP
@@ -121,10 +129,19 @@ def with_yunchangs_own(call):
         all_to_all.all_to_all_4D = yunchang.comm.all_to_all_4D = hooked
 
 
-def main() -> None:
+def with_xfuser_args() -> None:
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
     engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *sys.argv[1:]])).create_config()
     runtime_state._RUNTIME = AnyRuntimeState(engine_config)
+
+
+def main() -> None:
+    if sys.argv[1] == "groups":
+        ulysses, ring = map(int, sys.argv[2:])
+        init_distributed_environment()
+        initialize_model_parallel(sequence_parallel_degree=ulysses * ring, ulysses_degree=ulysses, ring_degree=ring)
+    else:
+        with_xfuser_args()
     hooked = all_to_all.all_to_all_4D
 
     def say(name, text):

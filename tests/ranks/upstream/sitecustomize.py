@@ -1,8 +1,8 @@
 """Runs in every Python process that has this folder on PYTHONPATH: upstream's tests of ranks, on a CPU (upstream.py).
 
 They were written for CUDA over NCCL: here ``"cuda:0"`` is the CPU, NCCL is gloo, and flash-attn is the folder beside
-this file. With SF_XFUSER_AUTOLOAD=0 the CPU platform stands in the plugin's place. With SF_XFUSER_ARGS these flags are
-in force for groups that a test makes without a command line.
+this file. With SF_XFUSER_AUTOLOAD=0 the CPU platform stands in the plugin's place. With SF_XFUSER_ARGS, how many
+calls the plugin has served is said at the end.
 """
 
 import atexit
@@ -45,14 +45,6 @@ def told(module, answer):
     return wrap
 
 
-def flags_in_force(initialize):
-    def initialize_model_parallel(*given, **more):
-        session.current.args = args.args_from_environment()
-        initialize(*given, **more)
-
-    return initialize_model_parallel
-
-
 def report():
     counted = (session.current.usp, session.current.all_to_all, long_context._layers)
     served = sum(each.served for each in counted if each is not None)
@@ -83,8 +75,6 @@ HOOKS = [
 if os.environ.get("SF_XFUSER_AUTOLOAD") == "0":
     HOOKS += platform_cpu.HOOKS
 if args.ARGS_VARIABLE in os.environ:
-    PARALLEL_STATE = "xfuser.core.distributed.parallel_state"
-    HOOKS += [Hook(module=PARALLEL_STATE, name="initialize_model_parallel", wrap=flags_in_force, sweep=True, **BECAUSE)]
     atexit.register(report)
 HOOK_SET = HookSet(HOOKS, roots=("xfuser", "yunchang"))
 HOOK_SET.install()
