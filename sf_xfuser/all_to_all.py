@@ -57,8 +57,7 @@ def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -
             f"ranks disagree on an all-to-all; all ranks of a sequence-parallel group have to give it one shape and "
             f"dtype: {seen} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
-    if mesh.window is not None:
-        mesh.window.reserve(input.numel() * input.element_size())
+    mesh.reserve(input.numel() * input.element_size())
     mesh.calls[call] = True
 
 

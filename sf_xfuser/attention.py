@@ -30,8 +30,6 @@ from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
 from sf_xfuser.transport import Parcel, Ticket, TransportError, Unusable
 
-_SLOT = {"q": 0, "kv": 1, "o": 2}
-
 # On a CPU, queries are attended in runs of rows, so that a partial result stays small beside O. PyTorch's kernel works
 # on fewer rows at a time, and more slowly, below 768; beyond 1024 it gains nothing.
 _MIN_ROWS, _MAX_ROWS = 768, 1024
@@ -181,7 +179,7 @@ class _Run:
         if mesh.compression is not None:
             self.lanes["across"] = mesh.compression.over(mesh.lanes["across"])
         self.window_lanes = mesh.window_lanes
-        self.buffers = Buffers(call, mesh.layout, {"q": (query,), "kv": (key, value)}, joint, mesh.begin(call))
+        self.buffers = Buffers(call, {"q": (query,), "kv": (key, value)}, joint, mesh.begin(call))
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
             self.rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_at_once // 4))
@@ -205,9 +203,9 @@ class _Run:
 
     def _exchange(self, step: Exchange) -> None:
         """Start one round."""
-        dtype = self.query.dtype
-        sends = [Parcel(self._outgoing(m), dtype, m.peer, _SLOT[m.tensor], *self._landing(step, m)) for m in step.sends]
-        receives = [(m, Parcel((self.buffers.incoming(m),), dtype, m.peer, _SLOT[m.tensor])) for m in step.receives]
+        in_window = step.lane in self.window_lanes
+        sends = [self._outgoing(m, in_window) for m in step.sends]
+        receives = [(m, self.buffers.incoming(m)) for m in step.receives]
         started_s = time.perf_counter()
         ticket = self.lanes[step.lane].exchange(step.round, sends, [parcel for _, parcel in receives])
         if self.mesh.trace is not None:
@@ -286,17 +284,11 @@ class _Run:
         self._trace_wire()
         return result_BSHD.transpose(1, 2)
 
-    def _outgoing(self, message: Message) -> tuple[torch.Tensor, ...]:
+    def _outgoing(self, message: Message, in_window: bool) -> Parcel:
+        """``in_window``: it is written into the peer's."""
         if self.buffers.passes_on(message):
             self._await(message.tensor, message.pieces)
-        return self.buffers.outgoing(message)
-
-    def _landing(self, step: Exchange, message: Message) -> tuple[int, int | None]:
-        """Where the peer receives this message of ours, in its window: offset and pitch."""
-        if step.lane not in self.window_lanes:
-            return 0, None
-        mirrored = Message(message.tensor, message.pieces, self.call.schedule.position)
-        return self.call.places[message.peer].landing(mirrored)
+        return self.buffers.outgoing(message, *self.call.landing(message) if in_window else ())
 
     def _await(self, name: str, pieces: Sequence[Piece]) -> None:
         for piece in pieces:

@@ -9,35 +9,36 @@ Outputs are kept in fp32 until they are final; those go where they belong at onc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
 from sf_xfuser.call import Call
 from sf_xfuser.kernels import place, take
 from sf_xfuser.places import Buffer
-from sf_xfuser.plan import Layout
 from sf_xfuser.schedule import JOINT, Message, Piece
-from sf_xfuser.transport import window_view
+from sf_xfuser.transport import Parcel, window_view
 
 Tensors = tuple[torch.Tensor, ...]
+_T = TypeVar("_T")
+_SLOT = {"q": 0, "kv": 1, "o": 2}
 
 
 class Buffers:
     """The buffers of one call; ``places`` says what lies where. What this rank alone attends of its own tokens stays
-    where the caller put it."""
+    where the caller put it. Views of the window are kept from call to call: it lies where it did, in each half."""
 
-    def __init__(
-        self, call: Call, layout: Layout, local: Mapping[str, Tensors], joint: Tensors, window: torch.Tensor | None
-    ) -> None:
+    def __init__(self, call: Call, local: Mapping[str, Tensors], joint: Tensors, window: torch.Tensor | None) -> None:
         """``local``: this rank's ``"q"`` and ``"kv"`` (key and value), each [B, H, S, D] with all heads; ``joint``: key
         and value of the joint tokens, or nothing; ``window``: the bytes into which peers write during this call."""
-        self._call, self._layout, self._local, self._joint, self._window = call, layout, local, joint, window
+        self._call, self._local, self._joint, self._window = call, local, joint, window
+        self._views = {} if window is None else call.views.setdefault(window.data_ptr(), {})
         schedule, sizes = call.schedule, call.sizes
         self.places = call.places[schedule.position]
         self._own = Piece(schedule.position)
-        self._group = layout.head_group(schedule.position)
+        self._group = call.head_groups[schedule.position]
         (self._query,) = local["q"]
         self.B, _, self.S, self.D = self._query.shape
         self.H, self.H_kv = (high - low for low, high in (sizes.q_heads[self._group], sizes.kv_heads[self._group]))
@@ -49,14 +50,15 @@ class Buffers:
             self._q_SBHD[False] = self._readable("q")[0]
 
         self._kv_S2BHD: dict[int, torch.Tensor] = {}  # by slab
-        alone = schedule.slabs[0] == (self._own,) and layout.ring_degree == 1
+        alone = schedule.slabs[0] == (self._own,) and schedule.layout.ring_degree == 1
         self._own_kv_SBHD = self._readable("kv") if alone else ()
 
     # -- for attention ------------------------------------------------------------------------------------------------
 
     def queries(self, rows: slice) -> torch.Tensor:
         """[B, H, S, D]"""
-        return self._queries_at(rows).permute(1, 2, 0, 3)
+        buffer = Buffer("q", int(rows.start >= self.places.remote_from))
+        return self._kept(buffer, (rows.start, rows.stop), lambda: self._queries_at(rows).permute(1, 2, 0, 3))
 
     def keys(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """K and V, each [B, H_kv, S, D]; None where the pieces hold no token."""
@@ -65,8 +67,12 @@ class Buffers:
         if rows.start == rows.stop:
             return None
         in_place = self._own_kv_SBHD if slab == 0 else ()
-        k, v = in_place or self._slab(slab)[rows].unbind(1)
-        return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+        def views() -> tuple[torch.Tensor, torch.Tensor]:
+            k, v = in_place or self._slab(slab)[rows].unbind(1)
+            return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+        return self._kept(Buffer("kv", slab), pieces, views)
 
     def with_all_heads(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of ``keys`` with a head for each query head, each [B, H, S, D]."""
@@ -128,29 +134,40 @@ class Buffers:
 
     def passes_on(self, message: Message) -> bool:
         """Whether a ring neighbour is sent what lies in a buffer here, which has to have arrived."""
-        return message.tensor != "o" and self._layout.head_group(message.peer) == self._group
+        return message.tensor != "o" and self._call.head_groups[message.peer] == self._group
 
-    def outgoing(self, message: Message) -> Tensors:
-        """The chunk to send, as the parts of a ``Parcel``: views of the inputs, of a slab, or of a final output."""
+    def outgoing(self, message: Message, offset: int = 0, pitch: int | None = None) -> Parcel:
+        """The chunk to send: views of the inputs, of a slab, or of a final output. ``offset``, ``pitch``: where it is
+        to lie in the peer's window."""
+        parts: Tensors
         if message.tensor == "o":
             rows = self.q_rows[message.pieces]
-            return (self._leaving_SBHD[rows.start - self.S : rows.stop - self.S],)
-        if self.passes_on(message):
-            return (self._buffer(message.tensor, message.pieces),)
-        (piece,) = message.pieces
-        return self._own_chunk(message.tensor, piece, self._layout.head_group(message.peer))
+            parts = (self._leaving_SBHD[rows.start - self.S : rows.stop - self.S],)
+        elif self.passes_on(message):
+            parts = (self._buffer(message.tensor, message.pieces),)
+        else:
+            (piece,) = message.pieces
+            parts = self._own_chunk(message.tensor, piece, self._call.head_groups[message.peer])
+        return Parcel(parts, self._query.dtype, message.peer, _SLOT[message.tensor], offset, pitch)
 
-    def incoming(self, message: Message) -> torch.Tensor:
-        """Where the chunk is to arrive."""
-        if message.tensor != "o":
-            return self._buffer(message.tensor, message.pieces)
-        low, high = self._call.sizes.q_heads[self._layout.head_group(message.peer)]
-        first, end = message.pieces[0].span(self.S)
-        return self._new(self.places.buffer(message), end - first, self.B, high - low, self.D)
+    def incoming(self, message: Message) -> Parcel:
+        """What is to arrive, and where: in its buffer, or, an output, by itself."""
+        buffer = self.places.buffer(message)
+
+        def parcel() -> Parcel:
+            if message.tensor != "o":
+                chunk = self._buffer(message.tensor, message.pieces)
+            else:
+                low, high = self._call.sizes.q_heads[self._call.head_groups[message.peer]]
+                first, end = message.pieces[0].span(self.S)
+                chunk = self._new(buffer, end - first, self.B, high - low, self.D)
+            return Parcel((chunk,), self._query.dtype, message.peer, _SLOT[message.tensor])
+
+        return self._kept(buffer, message, parcel)
 
     def take_back(self, message: Message, chunk: torch.Tensor) -> None:
         """Put an output that has arrived where it belongs in the result."""
-        low, high = self._call.sizes.q_heads[self._layout.head_group(message.peer)]
+        low, high = self._call.sizes.q_heads[self._call.head_groups[message.peer]]
         first, end = message.pieces[0].span(self.S)
         take(chunk, (self.result_BSHD[:, first:end, low:high].transpose(0, 1),))
 
@@ -175,13 +192,22 @@ class Buffers:
         """Views of the own tokens in ``piece`` and the heads of ``group``: Q, or K and V, each [S, B, H, D]."""
         low, high = (self._call.sizes.q_heads if name == "q" else self._call.sizes.kv_heads)[group]
         first, end = piece.span(self._local[name][0].shape[2])
-        return tuple(x[:, low:high, first:end].permute(2, 0, 1, 3) for x in self._local[name])
+        return tuple(_part(x, low, high, first, end) for x in self._local[name])
 
     def _readable(self, name: str) -> Tensors:
         """The own tokens and heads where they lie, each [S, B, H, D]; copied where D is strided, which PyTorch's CPU
         kernel reads wrong."""
         chunk = self._own_chunk(name, self._own, self._group)
         return tuple(x if x.stride(3) == 1 else x.contiguous() for x in chunk)
+
+    def _kept(self, buffer: Buffer, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What ``make`` makes of a buffer; what it made in an earlier call, if the buffer is in the window."""
+        if self._window is None or buffer not in self.places.offset:
+            return make()
+        found: _T | None = self._views.get(key)
+        if found is None:
+            found = self._views[key] = make()
+        return found
 
     # -- buffers ------------------------------------------------------------------------------------------------------
 
@@ -214,3 +240,10 @@ class Buffers:
         if offset is None or self._window is None:
             return self._query.new_empty(shape)
         return window_view(self._window, offset, shape, self._query.dtype, self.places.pitch(buffer))
+
+
+def _part(x_BHSD: torch.Tensor, low: int, high: int, first: int, end: int) -> torch.Tensor:
+    """``x_BHSD[:, low:high, first:end].permute(2, 0, 1, 3)`` in one step: every chunk that leaves is such a view."""
+    b, h, s, d = x_BHSD.stride()
+    shape = end - first, x_BHSD.shape[0], high - low, x_BHSD.shape[3]
+    return x_BHSD.as_strided(shape, (s, b, h, d), x_BHSD.storage_offset() + low * h + first * s)

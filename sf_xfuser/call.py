@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,21 +11,33 @@ import torch
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
-from sf_xfuser.schedule import Schedule, build_schedule, choose_cut
+from sf_xfuser.schedule import Message, Schedule, build_schedule, choose_cut
 
 _SHAPES_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One agreed call shape. ``places[w]``: where pieces lie on the rank at position ``w``, for this rank and, where
-    chunks are written into windows, for all."""
+    """One agreed call shape, and what does not change from one such call to the next. ``places[w]``: where pieces lie
+    on the rank at position ``w``, for this rank and, where chunks are written into windows, for all.
+    ``head_groups[w]``: which one that rank attends. ``views``: of the window, by the address at which that lies."""
 
     schedule: Schedule
     sizes: Sizes
     places: Mapping[int, Places]
+    head_groups: Sequence[int]
     kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
     grouped: bool  # each local KV head serves as many query heads as any other, those that follow each other
+    views: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    _landings: dict[Message, tuple[int, int | None]] = field(default_factory=dict)
+
+    def landing(self, message: Message) -> tuple[int, int | None]:
+        """Where the peer receives a message of this rank, in its window: offset and pitch."""
+        found = self._landings.get(message)
+        if found is None:
+            received = Message(message.tensor, message.pieces, self.schedule.position)
+            found = self._landings[message] = self.places[message.peer].landing(received)
+        return found
 
 
 def agree(
@@ -133,7 +145,8 @@ def _make_call(
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     q_heads, kv_ranges = head_ranges(heads, kv_heads, ways)
-    group = mesh.layout.head_group(mesh.position)
+    head_groups = [mesh.layout.head_group(w) for w in range(mesh.layout.world_size)]
+    group = head_groups[mesh.position]
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
     each, left = divmod(len(kv_of_q), kv_ranges[group][1] - kv_ranges[group][0])
     sizes = Sizes(
@@ -148,16 +161,15 @@ def _make_call(
     )
     at_once = mesh.one_host and query.device.type == "cpu"  # no wire is slow
     cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, together=together or at_once)
-    window = mesh.window
-    positions = [mesh.position] if window is None else range(mesh.layout.world_size)
+    positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
     places = {w: Places(s, sizes, mesh.window_lanes, head_major=at_once) for w, s in schedules.items()}
-    if window is not None:
-        window.reserve(max(place.window_bytes for place in places.values()))
+    mesh.reserve(max(place.window_bytes for place in places.values()))
     return Call(
         schedule=schedules[mesh.position],
         sizes=sizes,
         places=places,
+        head_groups=head_groups,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
         grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
     )

@@ -88,6 +88,15 @@ class Mesh:
             return "a CUDA graph is being captured, and the transports have not been tried yet"
         return None if self.window is None else self.window.why_not_now()
 
+    def reserve(self, nbytes: int) -> None:
+        """From now on the window, where there is one, has ``nbytes`` for each call; the same on every rank. Collective
+        between calls. Where that takes new memory, what was kept of calls is forgotten: it names the old."""
+        window = self.window
+        if window is not None:
+            if window.window_bytes < window.halves * nbytes:
+                self.calls.clear()
+            window.reserve(nbytes)
+
     def begin(self, call: object) -> torch.Tensor | None:
         """Start a call: the bytes of the window in it, where there is one.
 
@@ -108,6 +117,7 @@ class Mesh:
 
     def close(self) -> None:
         """Let go of what the lanes hold; idempotent. Local. No call may follow."""
+        self.calls.clear()
         for lane in self.lanes.values():
             lane.close()
 
@@ -118,7 +128,6 @@ class Mesh:
             self.close()
             self.transport = ""
             self.lanes = self.transports[transport](self.agreement)
-            self.calls.clear()
             self.transport = transport
 
     def choose(self, seconds: dict[str, float], refusals: Sequence[str] = ()) -> None:
@@ -143,7 +152,6 @@ class Mesh:
         self.failures += 1
         self.agreement = self.agreement.afresh(self.failures)
         self.lanes = self.transports[self.transport](self.agreement)
-        self.calls.clear()
         self.failed = False
 
     def __str__(self) -> str:

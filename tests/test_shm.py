@@ -24,6 +24,7 @@ CASES = {
     "the_same_bits_as_over_tcp": ("equal",) * EACH,
     "chaos": ("10000 calls equal",) * EACH,
     "shapes_that_change_in_a_single_half": ("300 calls equal",) * EACH,
+    "first_in_inference_mode": ("equal",) * EACH,
     "memory": ("as small as they should be",) * EACH,
     "only_the_user_may_open_it": ("0o600",) * EACH,
     "no_name_is_left": (r"names: \[\]",) * EACH,

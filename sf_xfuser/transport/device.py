@@ -179,8 +179,10 @@ class DeviceWindow(OneSided):
         with self._fatal(f"round {round} could not be enqueued"):
             if sends:
                 ready = torch.cuda.current_stream().record_event()
+                for stream in self._puts:
+                    stream.wait_event(ready)
             for parcel in sends:
-                self._send(parcel, ready)
+                self._send(parcel)
         chunks = []
         for parcel in receives:
             chunks.append((parcel.peer, self._due[parcel.peer]))
@@ -267,14 +269,13 @@ class DeviceWindow(OneSided):
 
     # -- sends --------------------------------------------------------------------------------------------------------
 
-    def _send(self, parcel: Parcel, ready: torch.cuda.Event) -> None:
+    def _send(self, parcel: Parcel) -> None:
         assert self._block is not None
         number = self._sent[parcel.peer]
         if number == CHUNKS:
             raise RuntimeError(f"a call sends more than {CHUNKS} chunks to rank {self._members[parcel.peer]}")
         self._sent[parcel.peer] += 1
         stream = self._stream_of[parcel.peer]
-        stream.wait_event(ready)
         self._held.append(parcel)
         self._put_and_raise(
             parcel.peer,

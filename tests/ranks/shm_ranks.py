@@ -7,6 +7,7 @@ import random
 import resource
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -101,6 +102,22 @@ def case_shapes_that_change_in_a_single_half(rank):
     return "300 calls equal"
 
 
+def case_first_in_inference_mode(rank):
+    """Views of the window are kept from call to call, and with them the mode in which they were made."""
+    mesh, over_tcp, tensors = mesh_of("shm"), mesh_of("tcp"), inputs(rank, 0)
+    wanted = call(over_tcp, tensors)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            found = [call(mesh, tensors) for _ in range(4)]
+        assert all(torch.equal(x, wanted) for x in found), mode
+    return "equal"
+
+
+def mapped() -> int:
+    """Segments of shared memory that this process still sees, its own and others'."""
+    return sum("/dev/shm/" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
 def case_memory(rank):
     """A thousand calls, 500 shapes: memory grows no more than the largest shape does, and windows seldom."""
     mesh = mesh_of("shm")
@@ -112,9 +129,9 @@ def case_memory(rank):
         if mesh.window.window_bytes not in grown:
             grown.append(mesh.window.window_bytes)
         if number == 300:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
-    assert after[1] == before[1], (before, after)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd")), mapped()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd")), mapped()
+    assert after[1:] == before[1:], (before, after)
     assert after[0] - before[0] < 8 << 10, (before, after)  # KiB
     assert len(grown) <= 16 and len(mesh.calls) <= 64, (grown, len(mesh.calls))
     # Q and KV of 4 ranks, O from 3: 155 tokens x 32 bytes each.
