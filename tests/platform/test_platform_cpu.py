@@ -31,7 +31,7 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("flux", tmp_path_factory.mktemp("models") / "flux")
 
 
-@pytest.mark.parametrize("build", ["cpu-build", "cuda-build"])
+@pytest.mark.parametrize("build", [pytest.param("cpu-build", marks=pytest.mark.slow), "cuda-build"])
 def test_everything_imports_and_remove_restores_it(build):
     """Also with a CUDA build of PyTorch without a GPU, which xDiT takes for a CUDA machine."""
     finished = run([sys.executable, str(RANKS / "platform_import.py"), build], env=PLATFORM_ONLY)
@@ -74,7 +74,7 @@ def test_cuda_devices_in_xdit_mean_the_cpu(tiny_flux):
     [
         ("torchrun", ["--ulysses_degree", "2"]),
         ("xdit", ["--ring_degree", "2"]),
-        ("torchrun", ["--pipefusion_parallel_degree", "2"]),
+        pytest.param("torchrun", ["--pipefusion_parallel_degree", "2"], marks=pytest.mark.slow),
     ],
 )
 def test_runner_makes_the_image_of_diffusers(launcher, degrees, tiny_flux, tmp_path):
