@@ -183,7 +183,7 @@ class Buffers:
         buffer = self._buffer(name, (piece,))
         if piece.source == JOINT:
             low, high = self._call.sizes.kv_heads[self._group]
-            parts = tuple(x[:, low:high].permute(2, 0, 1, 3) for x in self._joint)
+            parts = tuple(_part(x, low, high, 0, x.shape[2]) for x in self._joint)
         else:
             parts = self._own_chunk(name, piece, self._group)
         place(parts, buffer)
@@ -202,11 +202,11 @@ class Buffers:
 
     def _kept(self, buffer: Buffer, key: Hashable, make: Callable[[], _T]) -> _T:
         """What ``make`` makes of a buffer; what it made in an earlier call, if the buffer is in the window."""
-        if self._window is None or buffer not in self.places.offset:
-            return make()
         found: _T | None = self._views.get(key)
         if found is None:
-            found = self._views[key] = make()
+            found = make()
+            if self._window is not None and buffer in self.places.offset:
+                self._views[key] = found
         return found
 
     # -- buffers ------------------------------------------------------------------------------------------------------

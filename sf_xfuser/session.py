@@ -1,7 +1,8 @@
 """What this process runs under ``--sp-backend``: flags in force, mesh, and the attention that xDiT is given.
 
 ``plugin`` (hooks into xDiT as it is) and ``native`` (an xDiT that has the dispatch point of ``patches/``) call the same
-functions here, in this order: ``settle``, ``start``, ``build_groups``, ``attend`` for every call, ``leave_groups``.
+functions here, in this order: ``settle`` (through ``plugin.settle``, which knows the supported versions), ``start``,
+``build_groups``, ``attend`` for every call, ``leave_groups``.
 """
 
 from __future__ import annotations
@@ -88,12 +89,15 @@ def settle(xfuser_args: Any, given: TorusArgs) -> None:
 
 
 def put_in_force(given: TorusArgs) -> None:
-    """For groups that are made without xFuserArgs, by ``initialize_model_parallel`` alone, which names the degrees."""
+    """``given`` are in force in this process. That is all there is to settle for groups that are made without
+    xFuserArgs: ``initialize_model_parallel`` names the degrees."""
     current.args = given
     repairs.used.clear()
 
 
 def fill_degrees(xfuser_args: Any) -> None:
+    """Fill or check its degrees by the flags that it carries, if it does, and by what can be read of its model. Raises
+    ValueError."""
     given = getattr(xfuser_args, MARK, None)
     if given is None:
         return

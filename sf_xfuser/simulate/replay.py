@@ -95,18 +95,6 @@ class Replay:
         if waiting:
             raise RuntimeError(f"ranks wait for each other for ever: {list(waiting.items())[:4]}")
 
-    def _run_alone(self, program: Program) -> None:
-        """With nobody to take turns with."""
-        wanted = next(program, None)
-        while wanted is not None:
-            arrived = self._arrival(*wanted)
-            if arrived is None:
-                raise RuntimeError(f"a rank waits for itself for ever: {wanted}")
-            try:
-                wanted = program.send(arrived)
-            except StopIteration:
-                return
-
     # -- verbs of programs --------------------------------------------------------------------------------------------
 
     def post(self, number: int, lane: str, round: Round) -> None:
