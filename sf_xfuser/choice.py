@@ -1,12 +1,13 @@
 """``--sp-backend auto``: which arm serves attention calls. By prediction, and by the first calls themselves.
 
-An *arm* runs a call: xDiT's own USP, or Torus Attention in a layout, in stages or without. All take the same tensors
-and give the same result, so any of them may serve any call, and measuring needs no call besides those that the model
-makes:
+An *arm* runs a call: xDiT's own USP, the same in the best of its other degrees, or Torus Attention in a layout, in
+stages or without. All take the same tensors and give the same result, so any of them may serve any call, and measuring
+needs no call besides those that the model makes, but for one of each arm that makes it warm:
 
-    order    by what the simulator predicts on this cluster, whose rates a short probe measures once (``known_cluster``)
+    order    by what the simulator predicts on this cluster, whose rates a short probe measures once; it also says which
+             other degrees are the best
     try      the first calls of a call shape go to the arms in turn, but for those whose prediction is hopeless: there
-             are four at most, a few slow calls are soon made up for, and so nothing rests on a prediction alone
+             are five at most, a few slow calls are soon made up for, and so little rests on a prediction alone
     settle   after ten calls at most the one whose median is the least serves that shape; xDiT's own where it is as fast
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
@@ -39,7 +40,8 @@ from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.mesh import PATIENCE, Mesh
 from sf_xfuser.plan import UNEVEN, Layout, legal_layouts, make_plan
 from sf_xfuser.simulate import CallShape, TorusArm, predict
-from sf_xfuser.xdit_layouts import XditConfig, egress
+from sf_xfuser.xdit_groups import XditGroups
+from sf_xfuser.xdit_layouts import XditConfig, egress, legal_configs
 
 OWN = "xDiT's own USP"
 
@@ -58,8 +60,8 @@ _TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
 class Contest:
     """Which arm serves the calls of one shape, from predicted and measured seconds. Pure: the caller makes the calls.
 
-    ``arms``: by preference, where nothing is ``predicted``. ``times[arm]``: of each call, the first of which made the
-    arm warm and counts for nothing. ``chosen``: None until it is settled.
+    ``arms``: by preference, where nothing is ``predicted``. ``times[arm]``: of its calls, the arm being warm.
+    ``chosen``: None until it is settled.
     """
 
     def __init__(self, arms: Sequence[str], predicted: Mapping[str, float]) -> None:
@@ -77,37 +79,34 @@ class Contest:
         return self.chosen or self._due[0]
 
     def took(self, seconds: float) -> None:
-        """The call of ``turn`` took so long, on the slowest rank."""
+        """The call of ``turn`` took so long, on the slowest rank; infinitely long where it failed."""
         self.times[self._due.popleft()].append(seconds)
         if not self._due:
             self._next_round()
 
     def measured(self, arm: str) -> float | None:
-        """The median of its timed calls."""
-        return _median(self.times[arm]) if len(self.times[arm]) > 1 else None
+        """The median of its calls."""
+        return statistics.median(self.times[arm]) if self.times[arm] else None
 
     def _next_round(self) -> None:
-        cold = [arm for arm in self.running if len(self.times[arm]) < 2]
-        if cold:
-            self._due.extend(cold)
-            return
-        best = {arm: min(self.times[arm][1:]) for arm in self.running}
+        # Disturbances only ever add: the least says whom not to try again.
+        best = {arm: min(self.times[arm]) for arm in self.running}
         left_out = [arm for arm in self.arms if not self.times[arm]]
         if left_out and not all(1 / _TRUSTED < best[arm] / self.predicted[arm] < _TRUSTED for arm in best):
             self.running += left_out  # they were left out by predictions that have turned out wrong
             self._due.extend(left_out)
             return
-        rounds = min(len(self.times[arm]) for arm in self.running) - 1
+        rounds = min(len(self.times[arm]) for arm in self.running)
         behind, least = _BEHIND[rounds > 1], min(best.values())
         self.running = [arm for arm in self.running if best[arm] <= behind * least]
         left = _MOST_CALLS - sum(map(len, self.times.values()))
         if len(self.running) > 1 and left > 1:
-            nearest = sorted(self.running, key=best.__getitem__)[:left]
+            nearest = sorted(self.running, key=best.__getitem__)[: max(2, (left + 1) // 2)]
             self.running = [arm for arm in reversed(self.running) if arm in nearest]  # none always after the same other
             self._due.extend(self.running)
             return
-        # Disturbances only ever add: the least says whom not to try again. What is to come is as disturbed as these.
-        usual = {arm: _median(self.times[arm]) for arm in self.arms if arm in self.running}
+        # What is to come is as disturbed as these.
+        usual = {arm: statistics.median(self.times[arm]) for arm in self.arms if arm in self.running}
         least = min(usual.values())
         self.chosen = OWN if usual.get(OWN, inf) <= _TIE * least else min(usual, key=usual.__getitem__)
 
@@ -115,17 +114,13 @@ class Contest:
         said = []
         for arm in self.arms:
             words = [f"predicted {1e3 * self.predicted[arm]:.3g} ms"] if arm in self.predicted else []
-            if (best := self.measured(arm)) is not None:
-                words.append(f"measured {1e3 * best:.3g} ms (median of {len(self.times[arm]) - 1})")
-            elif not self.times[arm] and self.chosen is not None and len(self.arms) > 1:
+            if (usual := self.measured(arm)) is not None:
+                n = len(self.times[arm])
+                words.append(f"measured {1e3 * usual:.3g} ms (median of {n})" if usual < inf else "failed")
+            elif self.chosen is not None and len(self.arms) > 1:
                 words.append("not tried")
             said.append(f"{arm}: {', '.join(words) or 'not measured yet'}")
         return f"{self.chosen or 'being measured'}; {'; '.join(said)}"
-
-
-def _median(times: Sequence[float]) -> float:
-    """Of the timed calls of one arm: all but the first."""
-    return statistics.median(times[1:])
 
 
 def layouts(
@@ -151,6 +146,23 @@ def layouts(
     others = [x for x in legal if x != plan.layout and x.egress(ratio) <= Fraction(11, 10) * plan.layout.egress(ratio)]
     others.sort(key=lambda layout: (layout.egress(ratio), -layout.ulysses_degree))
     return [plan.layout, *others[:1]]
+
+
+def other_degrees(
+    own: XditConfig, num_machines: int, ranks_per_machine: int, heads: int | None, kv_heads: int | None
+) -> list[XditConfig]:
+    """xDiT's other degrees worth predicting: those that move no more bytes between machines than ``own``. Their rings
+    pass KV on hop by hop, which holds no more of it at once than ``own`` does. ``heads`` None: not known, and calls may
+    turn out not to suit all of them. Pure."""
+    world_size = num_machines * ranks_per_machine
+    kv_ratio = (kv_heads or heads or 1) / (heads or 1)
+
+    def moved(config: XditConfig) -> float:
+        return egress(config, num_machines, ranks_per_machine, kv_ratio)
+
+    legal = legal_configs(world_size, ranks_per_machine, heads or world_size, kv_heads)
+    hop_by_hop = [config for config in legal if config.ring_degree == 1 or config.rotation == "alltoall"]
+    return [config for config in hop_by_hop if config != own and moved(config) <= moved(own) * (1 + 1e-9)]
 
 
 def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
@@ -222,13 +234,16 @@ class Way(NamedTuple):
 class Choice:
     """The arms of one sequence-parallel group, and what is known of them. All ranks make the same calls.
 
-    ``own``: xDiT's own layout. ``meshes``: of Torus Attention in each layout, the plan's first. ``ways``: what torus
-    runs on, by arm. ``folder``: where clusters are kept; None: nowhere.
+    ``own``: xDiT's own layout, ``others``: its other degrees, of which those predicted to be the best serve a call in
+    ``groups``. ``meshes``: of Torus Attention in each layout, the plan's first. ``ways``: what torus runs on, by arm.
+    ``folder``: where clusters are kept; None: nowhere.
     """
 
     def __init__(
         self,
         own: XditConfig,
+        others: Sequence[XditConfig],
+        groups: XditGroups,
         meshes: Sequence[Mesh],
         control: dist.ProcessGroup,
         *,
@@ -237,6 +252,8 @@ class Choice:
         log: Callable[[str], object],
     ) -> None:
         self.own, self.control, self.folder, self.log = own, control, folder, log
+        self.others = {f"xDiT's USP ({config})": config for config in others}
+        self.groups = groups
         facts = topology.probe()
         self.meshes = tuple(meshes)
         self.ways = {f"torus ({mesh.layout})": Way(mesh) for mesh in meshes}
@@ -265,30 +282,68 @@ class Choice:
         joint_key: torch.Tensor | None,
         kind: Hashable,
         attend: AttendFunction,
-        ways: Mapping[str, Callable[[], torch.Tensor]],
+        torus: Callable[[Mesh, bool], torch.Tensor],
+        xdits: Callable[[], torch.Tensor],
+        *,
+        any_degrees: bool = True,
     ) -> tuple[str, torch.Tensor]:
-        """(the arm that served, its result). ``ways``: what makes the call, by arm. ``kind``: whatever else than shapes
-        and dtype tells calls apart. Collective; waits for the device until the shape is settled, then never again."""
+        """(the arm that served, its result). ``torus`` makes the call on a mesh, ``together`` or not, ``xdits`` as xDiT
+        does, which may be in ``any_degrees``. ``kind``: whatever else than shapes and dtype tells calls apart.
+        Collective; waits for the device until the shape is settled, then never again."""
         joint_tokens = 0 if joint_key is None else joint_key.shape[2]
-        known = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind)
+        known = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind, any_degrees)
+
+        call = partial(self._call, torus=torus, xdits=xdits)
         contest = self.contests.get(known)
         if query.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph keeps what it captures: no trial
-            arm = (contest.chosen or contest.arms[0]) if contest else self.arms[0]
-            return self._count(arm), ways[arm]()
+            arm = self.arms[0]
+            if contest is not None:
+                arm = contest.chosen or next(arm for arm in contest.arms if arm in self.arms)
+            return self._count(arm), call(arm)
         if contest is None:
-            contest = self._opened(known, query, key, joint_tokens, kind, attend)
-        arm = contest.turn
-        if contest.chosen is not None:
-            return self._count(arm), ways[arm]()
-        self._synchronize(query.device)
-        dist.barrier(self.control)
-        started = time.perf_counter()
-        out = ways[arm]()
-        self._synchronize(query.device)
-        contest.took(max(self._gather(time.perf_counter() - started)))
+            contest = self._opened(known, query, key, joint_tokens, kind, attend, any_degrees)
+        while contest.chosen is None:
+            arm = contest.turn
+            if not contest.times[arm] and (failure := self._warm(arm, call)):
+                self.log(f"--sp-backend auto: {arm} is left out: {failure}")
+                self._took(known, contest, inf)
+                continue
+            self._synchronize(query.device)
+            dist.barrier(self.control)
+            started = time.perf_counter()
+            out = call(arm)
+            self._synchronize(query.device)
+            self._took(known, contest, max(self._gather(time.perf_counter() - started)))
+            return self._count(arm), out
+        return self._count(contest.chosen), call(contest.chosen)
+
+    def _call(
+        self, arm: str, torus: Callable[[Mesh, bool], torch.Tensor], xdits: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        if arm in self.ways:
+            return torus(*self.ways[arm])
+        if arm == OWN:
+            return xdits()
+        with self.groups.selected(self.others[arm]):
+            return xdits()
+
+    def _took(self, known: Hashable, contest: Contest, seconds: float) -> None:
+        contest.took(seconds)
         if contest.chosen is not None:
             self.log(f"--sp-backend auto: {_spelled(known)}: {contest}")
-        return self._count(arm), out
+
+    def _warm(self, arm: str, call: Callable[[str], object]) -> str:
+        """A call whose result nobody uses: connections, buffers and kernels are made by it. Why it failed, on any rank,
+        where that may be: xDiT in degrees that nobody asked for (a backend may not merge what its ring passes on)."""
+        if arm not in self.others:
+            call(arm)
+            return ""
+        try:
+            call(arm)
+            failure = ""
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        return next((text for text in self._gather(failure) if text), "")
 
     @property
     def settled(self) -> bool:
@@ -298,7 +353,10 @@ class Choice:
     def lines(self) -> list[str]:
         """What is known and was decided, as text."""
         preferred = "torus crosses machines with no more bytes" if self.torus_first else "torus has nothing to save"
-        text = [f"--sp-backend auto: arms {', '.join(self.arms)} ({self.own}); without a prediction: {preferred}"]
+        others = f", and the best of {', '.join(self.others)}" if self.others else ""
+        text = [
+            f"--sp-backend auto: arms {', '.join(self.arms)} ({self.own}){others}; without a prediction: {preferred}"
+        ]
         text += [f"cluster for {_joined(kind)}: {said}" for kind, (_, said) in self.clusters.items()]
         text += [f"{_spelled(known)}: {contest}" for known, contest in self.contests.items()]
         return text + [f"attention calls served by {arm}: {n}" for arm, n in self.served.items()]
@@ -319,6 +377,7 @@ class Choice:
         joint_tokens: int,
         kind: Hashable,
         attend: AttendFunction,
+        any_degrees: bool,
     ) -> Contest:
         predicted: dict[str, float] = {}
         try:
@@ -335,13 +394,15 @@ class Choice:
             pass
         else:
             cluster = self._cluster(shape, kind, attend, query.device)
-            predicted = self._from_first(partial(self._predicted, cluster, shape)) if cluster is not None else {}
+            if cluster is not None:
+                predicted = self._from_first(partial(self._predicted, cluster, shape, any_degrees))
         if len(self.contests) == _SHAPES_KEPT:
             del self.contests[next(iter(self.contests))]
-        contest = self.contests[known] = Contest(self.arms, predicted)
-        return contest
+        self.contests[known] = Contest(list(predicted) or self.arms, predicted)
+        return self.contests[known]
 
-    def _predicted(self, cluster: Cluster, shape: CallShape) -> dict[str, float]:
+    def _predicted(self, cluster: Cluster, shape: CallShape, any_degrees: bool) -> dict[str, float]:
+        """Seconds of each arm, and of the best other degrees."""
         found = {}
         for name in self.arms:
             replayed: TorusArm | XditConfig = self.own
@@ -349,6 +410,12 @@ class Choice:
                 mesh, together = self.ways[name]
                 replayed = TorusArm(layout=mesh.layout, pattern=_pattern(mesh), together=together)
             found[name] = predict(cluster, shape, replayed).seconds
+        heads = gcd(shape.heads, shape.kv_heads)
+        suit = {name: config for name, config in self.others.items() if heads % config.ulysses_degree == 0}
+        if any_degrees and suit:
+            others = {name: predict(cluster, shape, config).seconds for name, config in suit.items()}
+            best = min(others, key=others.__getitem__)
+            found[best] = others[best]
         return found
 
     def _cluster(
@@ -372,7 +439,7 @@ class Choice:
             "attention": kind,
             "dtype": shape.dtype,
             "head_dim": shape.head_dim,
-            "xdit": str(self.own),  # whose collectives were measured
+            "xdit": [str(self.own), *map(str, self.others.values())],  # whose collectives were measured
             "torch": torch.__version__,
             "sf_xfuser": __version__,
         }
@@ -391,7 +458,7 @@ class Choice:
             device=device,
             transfer_s=_TRANSFER_S,
             try_s=_TRY_S,
-            configs=(self.own,),
+            configs=(self.own, *self.others.values()),
         )
         started = time.perf_counter()
         try:
@@ -430,7 +497,7 @@ def _joined(kind: Any) -> str:
 
 
 def _spelled(known: Any) -> str:
-    query, key, joint_tokens, dtype, kind = known
+    query, key, joint_tokens, dtype, kind, _ = known
     keys = "" if query == key else f", keys {list(key)}"
     joint = f", {joint_tokens} joint tokens" if joint_tokens else ""
     return f"calls of {list(query)}{keys}{joint} in {str(dtype).removeprefix('torch.')}, {kind}"

@@ -166,14 +166,17 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
 def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusArgs) -> Choice:
     """Those of ``--sp-backend auto``: xDiT's own on ``mesh``, and Torus Attention on meshes of its own. Collective over
     the world."""
-    from sf_xfuser.choice import Choice, control_group, layouts
+    from sf_xfuser.choice import Choice, control_group, layouts, other_degrees
     from sf_xfuser.mesh import build_mesh
+    from sf_xfuser.xdit_groups import XditGroups
     from sf_xfuser.xdit_layouts import XditConfig
 
-    own, model = mesh.layout, current.model
+    model = current.model
+    n, m = mesh.layout.num_machines, mesh.layout.ranks_per_machine
+    own = XditConfig(ulysses_degree=mesh.layout.ulysses_degree, ring_degree=mesh.layout.ring_degree)
     heads, kv_heads = (model.heads, model.kv_heads) if model else (None, None)
     grids = {(g.num_machines, g.ranks_per_machine) for g in map(mesh.topology.fold, group_ranks)}
-    plans = [given.plan]
+    plans, others = [given.plan], other_degrees(own, n, m, heads, kv_heads)
     if len(grids) == 1:  # else each group plans its own
         found = layouts(*grids.pop(), heads, kv_heads, own.ulysses_degree, given)
         plans = [layout.flag for layout in found]
@@ -190,7 +193,9 @@ def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusAr
         for plan in plans
     ]
     return Choice(
-        XditConfig(ulysses_degree=own.ulysses_degree, ring_degree=own.ring_degree),
+        own,
+        others,
+        XditGroups(mesh.members, m),
         meshes,
         control_group(group_ranks, given.timeout),
         kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from sf_xfuser.attention import NO_GRADIENT, asks_gradient, torus_attention
-from sf_xfuser.choice import OWN, Choice
+from sf_xfuser.choice import Choice
 from sf_xfuser.compression import EPS
 from sf_xfuser.drop_in import DropIn
 from sf_xfuser.kernels import AttendFunction
@@ -136,10 +136,10 @@ class TorusUSP(DropIn):
         if self.choice is None:
             out = torus()
         else:
-            ways = {arm: partial(torus, *way) for arm, way in self.choice.ways.items()} | {OWN: xdits}
             attend = as_attend_function(self.host.raw_attention(name))
-            arm, out = self.choice.serve(rows, key, keys, name, attend, ways)
-            if arm == OWN:
+            anyhow = valid is None  # a ring of xDiT's counts keys wrongly where some are padding
+            arm, out = self.choice.serve(rows, key, keys, name, attend, torus, xdits, any_degrees=anyhow)
+            if arm not in self.choice.ways:
                 return out
         if self.check:
             joint = (joint_strategy or None, None if keys is None else keys.shape)

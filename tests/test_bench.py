@@ -475,7 +475,8 @@ def test_auto_settles_on_an_arm_before_it_is_timed(tmp_path):
     arms.add("torus (torus=1 ulysses=2 ring=2 (2 across machines x 1 inside))")
     arms.add("torus together (torus=2 ulysses=2 ring=1)")
     assert auto["status"] == "ok" and auto["max_abs_error"] < 1e-5 and len(auto["times_s"]) == 2
-    assert auto["layout"] in arms and all(f"{arm}: predicted " in auto["description"] for arm in arms)
+    others = {"xDiT's USP (ulysses=4 ring=1)", "xDiT's USP (ulysses=2 ring=2 alltoall)"}
+    assert auto["layout"] in arms | others and all(f"{arm}: predicted " in auto["description"] for arm in arms)
     assert re.search(re.escape(auto["layout"]) + r": predicted \S+ ms, measured \S+ ms", auto["description"])
     assert auto["wire_bytes"][0][1] > 0.9 * run.row("torus")["formula_bytes"]
 

@@ -19,6 +19,7 @@ ROWS = [
     {"models", "planner"},
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
+    {"xdit_groups"},
     {"probe", "choice", "usp", "long_context", "context_parallel"},
     {"combinations"},
     {"session"},

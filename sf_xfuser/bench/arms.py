@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from math import gcd
 
 import torch
@@ -14,7 +13,8 @@ from sf_xfuser.args import COMPRESSIONS, TRANSPORTS, TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
-from sf_xfuser.choice import OWN, Choice, control_group, layouts
+from sf_xfuser.bench.xdit_arms import call_usp
+from sf_xfuser.choice import Choice, control_group, layouts, other_degrees
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import UNEVEN, Layout, head_ranges
@@ -178,7 +178,7 @@ def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: A
 
 def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
     """What ``--sp-backend auto`` takes of xDiT's own layout and torus; meshes and a probe of its own, no file."""
-    text = "the faster of torus and xDiT's own"
+    text = "the fastest of torus and xDiT's own"
     if (reason := _no_xdit(case)) is not None:
         return Arm(name=AUTO, description=text, family="ours", reason=reason)
     kv_heads, m = case.kv_heads or case.heads, case.ranks_per_machine
@@ -187,17 +187,27 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
     mesh = _mesh(case, args)
     xdits = xdit_arms.open_arms([own], ranks_per_machine=m, members=mesh.members)[own]
     found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
-    others = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
-    meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in others)]
-    control = control_group([sorted(mesh.members)], args.timeout)
-    ratio = Fraction(kv_heads, case.heads)
-    choice = Choice(own, meshes, control, kv_ratio=ratio, folder=None, log=lambda message: None)
-    calls: dict[str, Call] = {arm: _torus(case, *way, attend) for arm, way in choice.ways.items()}
-    calls[OWN] = xdits
+    further = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
+    meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in further)]
+    choice = Choice(
+        own,
+        other_degrees(own, case.num_machines, m, case.heads, kv_heads),
+        xdits.groups,
+        meshes,
+        control_group([sorted(mesh.members)], args.timeout),
+        kv_ratio=Fraction(kv_heads, case.heads),
+        folder=None,
+        log=lambda message: None,
+    )
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ways = {arm: partial(way, query, key, value) for arm, way in calls.items()}
-        return choice.serve(query, key, None, "registered attention", attend, ways)[1]
+        tensors = query, key, value
+
+        def torus(mesh: Mesh, together: bool) -> torch.Tensor:
+            return _torus(case, mesh, together, attend)(*tensors)
+
+        with xdits.selected():
+            return choice.serve(query, key, None, "registered attention", attend, torus, lambda: call_usp(*tensors))[1]
 
     return Arm(name=AUTO, description=text, family="ours", call=call, choice=choice)
 

@@ -1,9 +1,7 @@
 """xDiT's own attention call as arms of an A/B run: its USP, unchanged, in any of its layouts, call by call.
 
-What xDiT's USP looks at when it is called is swapped around each call: the two process groups in yunchang's
-``PROCESS_GROUP``, the Ulysses and Ring entries of xDiT's sequence-parallel coordinator, and PyTorch's rotation of KV in
-a ring. That is a dozen assignments (microseconds, no communication), so arms alternate inside one process group and
-a run compares them under the same conditions.
+What xDiT's USP looks at is swapped around each call (``xdit_groups``), so arms alternate inside one process group and a
+run compares them under the same conditions.
 
 Every arm calls the attention function registered for xDiT's attention backend (on a CPU: PyTorch's CPU flash kernel):
 once per call without Ring, once per KV block with it, from PyTorch's ring template. ``attention_timer`` sits there.
@@ -17,7 +15,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +24,8 @@ import torch.distributed as dist
 from sf_xfuser import plugin
 from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.usp import as_attend_function
-from sf_xfuser.xdit_layouts import Groups, XditConfig
+from sf_xfuser.xdit_groups import XditGroups
+from sf_xfuser.xdit_layouts import XditConfig
 
 
 def available() -> str | None:
@@ -37,60 +36,34 @@ def available() -> str | None:
 class XditArm:
     """One configuration, ready to be called. Made by :func:`open_arms`; holds no tensors."""
 
-    def __init__(self, config: XditConfig, ulysses_group: dist.ProcessGroup, ring_group: dist.ProcessGroup) -> None:
-        from xfuser.model_executor.layers import usp
-
-        self.config = config
-        self._groups = {"ULYSSES_PG": ulysses_group, "RING_PG": ring_group}
-        self._coordinator = {
-            "ulysses_group": ulysses_group,
-            "ulysses_world_size": dist.get_world_size(ulysses_group),
-            "ulysses_rank": dist.get_rank(ulysses_group),
-            "ring_group": ring_group,
-            "ring_world_size": dist.get_world_size(ring_group),
-            "ring_rank": dist.get_rank(ring_group),
-        }
-        self._usp = inspect.unwrap(usp.USP)  # without the plugin: xDiT's own is what is measured
+    def __init__(self, config: XditConfig, groups: XditGroups) -> None:
+        self.config, self.groups = config, groups
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of this rank's tokens on everybody's, not causal: [B, H, S, D] in (KV may have fewer heads), out.
-
-        Collective over the sequence-parallel group; every rank holds the same number of tokens.
-        """
-        kv_repeat = query.shape[1] // key.shape[1]
-        compact_kv = {"kv_head_repeat": kv_repeat} if kv_repeat > 1 else {}  # xDiT before 0.7 has no such parameter
+        """``call_usp`` as ``config`` says."""
         with self.selected():
-            out: torch.Tensor = self._usp(
-                query,
-                key,
-                value,
-                dropout_p=0.0,
-                is_causal=False,
-                combine_qkv_a2a=self.config.combine_qkv,
-                **compact_kv,
-            )
-        return out
+            return call_usp(query, key, value, combine_qkv=self.config.combine_qkv)
 
-    @contextmanager
-    def selected(self) -> Iterator[None]:
+    def selected(self) -> AbstractContextManager[None]:
         """Inside, xDiT is laid out as ``config`` says, for whatever of xDiT's is called; then as it was. Local."""
-        from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
-        from xfuser.core.distributed import get_sp_group
-        from yunchang.globals import PROCESS_GROUP
+        return self.groups.selected(self.config)
 
-        # Objects that xDiT's modules hold by name: their entries are changed, the objects stay.
-        changes = ((PROCESS_GROUP, self._groups), (get_sp_group(), self._coordinator))
-        before = [(owner, {name: getattr(owner, name) for name in entries}) for owner, entries in changes]
-        rotation_before = _cp_options.rotate_method
-        try:
-            for owner, entries in changes:
-                vars(owner).update(entries)
-            set_rotate_method(self.config.rotation)
-            yield
-        finally:
-            for owner, entries in before:
-                vars(owner).update(entries)
-            _cp_options.rotate_method = rotation_before
+
+def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, combine_qkv: bool = False) -> torch.Tensor:
+    """Attention of this rank's tokens on everybody's, not causal: [B, H, S, D] in (KV may have fewer heads), out. By
+    xDiT's own USP, also where the plugin is in its place.
+
+    Collective over the sequence-parallel group; every rank holds the same number of tokens.
+    """
+    from xfuser.model_executor.layers import usp
+
+    kv_repeat = query.shape[1] // key.shape[1]
+    compact_kv = {"kv_head_repeat": kv_repeat} if kv_repeat > 1 else {}  # xDiT before 0.7 has no such parameter
+    xdits_own = inspect.unwrap(usp.USP)
+    out: torch.Tensor = xdits_own(
+        query, key, value, dropout_p=0.0, is_causal=False, combine_qkv_a2a=combine_qkv, **compact_kv
+    )
+    return out
 
 
 def open_arms(
@@ -109,26 +82,10 @@ def open_arms(
     """
     plugin.enable()  # on a machine without an accelerator xDiT cannot even be imported otherwise
     _start_xdit(attention_backend)
-    world_size = dist.get_world_size()
-    members = range(world_size) if members is None else members
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-    def mine(groups: Groups, config: XditConfig) -> dist.ProcessGroup:
-        own: dist.ProcessGroup | None = None
-        for positions in groups:
-            ranks = positions if config.placement == "xdit" else tuple(sorted(members[p] for p in positions))
-            if ranks not in made:
-                made[ranks] = dist.new_group(list(ranks))
-            if dist.get_rank() in ranks:
-                own = made[ranks]
-        assert own is not None, "groups cover every rank"
-        return own
-
-    arms = {}
+    groups = XditGroups(range(dist.get_world_size()) if members is None else members, ranks_per_machine)
     for config in configs:
-        ulysses, ring = config.groups(world_size // ranks_per_machine, ranks_per_machine)
-        arms[config] = XditArm(config, mine(ulysses, config), mine(ring, config))
-    return arms
+        groups.make(config)
+    return {config: XditArm(config, groups) for config in configs}
 
 
 def _start_xdit(attention_backend: str | None) -> None:

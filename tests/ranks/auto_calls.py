@@ -28,37 +28,44 @@ class AnyRuntimeState(runtime_state.RuntimeState):
     """A runtime state without a pipeline: groups and attention backend are all that USP asks for."""
 
 
-def tensors(tokens: int) -> list[torch.Tensor]:
-    make = torch.Generator().manual_seed(get_sequence_parallel_rank())
+def tensors(tokens: int, seed: int | None = None) -> list[torch.Tensor]:
+    """Of this rank; with a ``seed``, the same on all."""
+    make = torch.Generator().manual_seed(get_sequence_parallel_rank() if seed is None else seed)
     return [torch.randn(B, tokens, H, D, generator=make).transpose(1, 2) for _ in range(3)]
 
 
 def slow_on_rank_2(arms: str, seconds: float) -> None:
     """There the calls of arms whose names hold one of ``arms``, which commas separate, take so much longer."""
-    serve = choice.Choice.serve
+    call = choice.Choice._call
 
-    def slowed(self, query, key, joint_key, kind, attend, ways):
-        def late(way):
-            time.sleep(seconds if dist.get_rank() == 2 else 0.0)
-            return way()
+    def slowed(self, arm, **ways):
+        time.sleep(seconds if dist.get_rank() == 2 and any(part in arm for part in arms.split(",")) else 0.0)
+        return call(self, arm, **ways)
 
-        ways = {
-            name: (lambda way=way: late(way)) if any(arm in name for arm in arms.split(",")) else way
-            for name, way in ways.items()
-        }
-        return serve(self, query, key, joint_key, kind, attend, ways)
+    choice.Choice._call = slowed
 
-    choice.Choice.serve = slowed
+
+def others_broken_on_rank_2() -> None:
+    """There xDiT fails in other degrees than its own."""
+    call = choice.Choice._call
+
+    def broken(self, arm, **ways):
+        out = call(self, arm, **ways)
+        if arm in self.others and dist.get_rank() == 2:
+            raise ArithmeticError("planted")
+        return out
+
+    choice.Choice._call = broken
 
 
 def apart() -> None:
     """As if ranks shared no memory."""
     make = choice.Choice.__init__
 
-    def init(self, own, meshes, *args, **kwargs):
+    def init(self, own, others, groups, meshes, *args, **kwargs):
         for mesh in meshes:
             mesh.one_host = False
-        make(self, own, meshes, *args, **kwargs)
+        make(self, own, others, groups, meshes, *args, **kwargs)
 
     choice.Choice.__init__ = init
 
@@ -67,6 +74,12 @@ def main() -> None:
     if "--apart" in sys.argv:
         sys.argv.remove("--apart")
         apart()
+    if "--broken" in sys.argv:
+        sys.argv.remove("--broken")
+        others_broken_on_rank_2()
+    joint = "--joint" in sys.argv
+    if joint:
+        sys.argv.remove("--joint")
     if "--slow" in sys.argv:
         at = sys.argv.index("--slow")
         slow_on_rank_2(sys.argv[at + 1], 0.2)
@@ -78,11 +91,13 @@ def main() -> None:
     rank = dist.get_rank()
     for name, tokens in (("short", 12), ("long", 256)):
         q, k, v = tensors(tokens)
-        expected = usp.USP.__wrapped__(q, k, v)
+        text = dict(zip(("joint_query", "joint_key", "joint_value"), tensors(5, seed=99), strict=True))
+        with_text = {**text, "joint_strategy": "rear"} if joint else {}
+        expected = usp.USP.__wrapped__(q, k, v, **with_text)
         worst, served = 0.0, []
         for _ in range(CALLS):
             before = session.current.choice.served.copy()
-            worst = max(worst, (usp.USP(q, k, v) - expected).abs().max().item())
+            worst = max(worst, (usp.USP(q, k, v, **with_text) - expected).abs().max().item())
             served += [arm for arm, n in session.current.choice.served.items() if n > before[arm]]
         print(f"@@{name}|{rank}|{worst}|{' then '.join(served)}@@", flush=True)
     with contextlib.suppress(Exception):  # torus cannot serve it, and xDiT's own ring cannot either
