@@ -41,7 +41,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -54,6 +54,7 @@ _PREFIX = "sf-xfuser-"
 _CHUNKS = 1 << 16  # of one epoch between two ranks, at most
 _LINE = 64  # bytes between the flags of two writers: a cache line
 _GAVE_UP = 8  # offset in a line: not 0 once the writer has given up
+_PLACES_KEPT = 4096  # views of the peers' windows, 64 shapes' or so
 _LOOK_S = 0.1  # how often a waiting rank looks whether its peers still live
 _FUTEX = 202  # of x86-64
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
@@ -123,6 +124,7 @@ class Shm(OneSided):
         self._own: _Segment | None = None
         self._of: dict[int, _Segment] = {}
         self._epoch = 0  # of the call that is running, or ran last
+        self._kept: dict[Any, list[torch.Tensor]] = {}
         self._put: dict[int, int] = {}
         self._due: dict[int, int] = {}
         self._error: TransportError | None = None
@@ -186,18 +188,34 @@ class Shm(OneSided):
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         """Chunks are in their places, with their flags raised, when this returns."""
         self._usable()
-        for parcel in sends:
-            segment = self._of[parcel.peer]
+        for at, parcel in enumerate(sends):
+            peer = parcel.peer
             self._pause("put")
-            if parcel.nbytes:
-                half = segment.half(self._epoch)
-                parcel.write(window_view(half, parcel.offset, parcel.shape, parcel.dtype, parcel.pitch))
-            self._pause("flag")
-            self._put[parcel.peer] += 1
-            segment.raise_flag(self._position, self._put[parcel.peer])
+            if parcel.parts[0].numel():
+                for part, place in zip(parcel.parts, self._places(parcel), strict=True):
+                    place.copy_(part)
+            self._put[peer] += 1
+            if at + 1 == len(sends) or sends[at + 1].peer != peer:  # all of a round is waited for together
+                self._pause("flag")
+                self._of[peer].raise_flag(self._position, self._put[peer])
         for parcel in receives:
             self._due[parcel.peer] += 1
         return _Arrival(self, round, {parcel.peer: self._due[parcel.peer] for parcel in receives})
+
+    def _places(self, parcel: Parcel) -> Sequence[torch.Tensor]:
+        """Of its parts in the peer's window. Kept: a call of the same shapes finds them where they were."""
+        first = parcel.parts[0]
+        parts = len(parcel.parts)
+        key = parcel.peer, self._epoch % self.halves, parcel.offset, parcel.pitch, parts, first.shape, parcel.dtype
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) == _PLACES_KEPT:
+                self._kept.clear()
+            half = self._of[parcel.peer].half(self._epoch)
+            with torch.inference_mode(False):  # later calls write into them in whatever mode
+                chunk = window_view(half, parcel.offset, parcel.shape, parcel.dtype, parcel.pitch)
+                found = self._kept[key] = [chunk] if parts == 1 else list(chunk.unbind(1))
+        return found
 
     def drain(self) -> None:
         """Nothing is ever posted."""
@@ -259,6 +277,7 @@ class Shm(OneSided):
         for segment in (*self._of.values(), *([self._own] if self._own else [])):
             segment.close()
         self._own, self._of = None, {}
+        self._kept.clear()
 
     def _raise_together(self, refusals: Sequence[str | None]) -> None:
         raise_together("shm", self._members, refusals)
