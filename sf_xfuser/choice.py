@@ -8,7 +8,8 @@ needs no call besides those that the model makes, but for one of each arm that m
              other degrees are the best
     try      the first calls of a call shape go to the arms in turn, but for those whose prediction is hopeless: there
              are five at most, a few slow calls are soon made up for, and so little rests on a prediction alone
-    settle   after ten calls at most the one whose median is the least serves that shape; xDiT's own where it is as fast
+    settle   after ten calls at most the one whose median is the least serves that shape; of those that are as fast
+             xDiT's own, else the one predicted to be the fastest
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
 """
@@ -49,7 +50,7 @@ _MOST_CALLS = 10  # of a shape, until it is settled
 _HOPELESS = 3.0  # what is predicted slower than the best by this is not tried
 _TRUSTED = 1.5  # unless what was tried is off its prediction by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
-_TIE = 1.02  # times as long is as fast, for xDiT's own: calls of one arm differ by more
+_TIE = 1.02  # times as long is as fast: calls of one arm differ by more
 _SHAPES_KEPT = 64
 _TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
 
@@ -107,8 +108,8 @@ class Contest:
             return
         # What is to come is as disturbed as these.
         usual = {arm: statistics.median(self.times[arm]) for arm in self.arms if arm in self.running}
-        least = min(usual.values())
-        self.chosen = OWN if usual.get(OWN, inf) <= _TIE * least else min(usual, key=usual.__getitem__)
+        near = [arm for arm, seconds in usual.items() if seconds <= _TIE * min(usual.values())]
+        self.chosen = OWN if OWN in near else near[0]  # predicted to be the fastest of these
 
     def __str__(self) -> str:
         said = []

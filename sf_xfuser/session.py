@@ -195,7 +195,7 @@ def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusAr
     return Choice(
         own,
         others,
-        XditGroups(mesh.members, m),
+        XditGroups(mesh.members, m, backend),
         meshes,
         control_group(group_ranks, given.timeout),
         kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),

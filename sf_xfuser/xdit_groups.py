@@ -22,8 +22,9 @@ class XditGroups:
     """The process groups of one sequence-parallel group for any of xDiT's configurations; equal ones are made
     once. ``members[p]`` is the rank at machine-major position ``p``."""
 
-    def __init__(self, members: Sequence[int], ranks_per_machine: int) -> None:
-        self._members, self._ranks_per_machine = tuple(members), ranks_per_machine
+    def __init__(self, members: Sequence[int], ranks_per_machine: int, backend: str | None = None) -> None:
+        """``backend``: torch.distributed's; None: that of the whole job."""
+        self._members, self._ranks_per_machine, self._backend = tuple(members), ranks_per_machine, backend
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._entries: dict[XditConfig, tuple[dict[str, Any], dict[str, Any]]] = {}
 
@@ -73,5 +74,5 @@ class XditGroups:
         every = (tuple(sorted(ranks[p] for p in group)) for group in groups)
         mine = next(group for group in every if dist.get_rank() in group)
         if mine not in self._made:
-            self._made[mine] = dist.new_group(list(mine), use_local_synchronization=True)
+            self._made[mine] = dist.new_group(list(mine), backend=self._backend, use_local_synchronization=True)
         return self._made[mine]

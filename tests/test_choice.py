@@ -83,10 +83,13 @@ def test_predictions_that_turn_out_wrong_are_not_believed(factor):
     assert contest.chosen == "torus"
 
 
-def test_a_tie_goes_to_xdits_own_and_else_to_what_was_measured():
-    contest = Contest(["b", "a"], {"a": 1.1, "b": 1.0})
+def test_a_tie_goes_to_xdits_own_and_else_to_what_was_predicted():
+    contest = Contest(["a", "b"], {"a": 1.1, "b": 1.0})
     settle(contest, {"a": 1.0, "b": 1.015})
-    assert contest.chosen == "a"
+    assert contest.chosen == "b"
+    contest = Contest(["a", "b"], {"a": 1.1, "b": 1.0})
+    settle(contest, {"a": 1.0, "b": 1.03})
+    assert contest.chosen == "a"  # no tie
     contest = Contest(["torus", OWN], {"torus": 1.0, OWN: 1.1})
     settle(contest, {"torus": 1.0, OWN: 1.015})
     assert contest.chosen == OWN
