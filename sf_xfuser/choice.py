@@ -9,7 +9,7 @@ needs no call besides those that the model makes, but for one of each arm that m
     try      the first calls of a call shape go to the arms in turn, but for those whose prediction is hopeless: there
              are five at most, a few slow calls are soon made up for, and so little rests on a prediction alone
     settle   after ten calls at most the one whose median is the least serves that shape; of those that are as fast
-             xDiT's own, else the one predicted to be the fastest
+             xDiT's own, else the plan's layout in stages
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
 """
@@ -61,12 +61,12 @@ _TRANSFER_S, _TRY_S = 0.03, 0.03  # of the probe: a call waits for it
 class Contest:
     """Which arm serves the calls of one shape, from predicted and measured seconds. Pure: the caller makes the calls.
 
-    ``arms``: by preference, where nothing is ``predicted``. ``times[arm]``: of its calls, the arm being warm.
-    ``chosen``: None until it is settled.
+    ``arms``: by preference, where nothing is ``predicted``, and of those that turn out equal. ``times[arm]``: of its
+    calls, the arm being warm. ``chosen``: None until it is settled.
     """
 
     def __init__(self, arms: Sequence[str], predicted: Mapping[str, float]) -> None:
-        self.predicted = dict(predicted)
+        self.predicted, self._preferred = dict(predicted), tuple(arms)
         self.arms = sorted(arms, key=lambda arm: predicted.get(arm, 0.0))
         self.times: dict[str, list[float]] = {arm: [] for arm in self.arms}
         least = min(predicted.values(), default=0.0)
@@ -107,9 +107,9 @@ class Contest:
             self._due.extend(self.running)
             return
         # What is to come is as disturbed as these.
-        usual = {arm: statistics.median(self.times[arm]) for arm in self.arms if arm in self.running}
-        near = [arm for arm, seconds in usual.items() if seconds <= _TIE * min(usual.values())]
-        self.chosen = OWN if OWN in near else near[0]  # predicted to be the fastest of these
+        usual = {arm: statistics.median(self.times[arm]) for arm in self.running}
+        near = [arm for arm in self._preferred if usual.get(arm, inf) <= _TIE * min(usual.values())]
+        self.chosen = OWN if OWN in near else near[0]
 
     def __str__(self) -> str:
         said = []

@@ -83,13 +83,13 @@ def test_predictions_that_turn_out_wrong_are_not_believed(factor):
     assert contest.chosen == "torus"
 
 
-def test_a_tie_goes_to_xdits_own_and_else_to_what_was_predicted():
+def test_a_tie_goes_to_xdits_own_and_else_to_what_is_preferred():
     contest = Contest(["a", "b"], {"a": 1.1, "b": 1.0})
-    settle(contest, {"a": 1.0, "b": 1.015})
-    assert contest.chosen == "b"
+    settle(contest, {"a": 1.015, "b": 1.0})
+    assert contest.chosen == "a"
     contest = Contest(["a", "b"], {"a": 1.1, "b": 1.0})
-    settle(contest, {"a": 1.0, "b": 1.03})
-    assert contest.chosen == "a"  # no tie
+    settle(contest, {"a": 1.03, "b": 1.0})
+    assert contest.chosen == "b"  # no tie
     contest = Contest(["torus", OWN], {"torus": 1.0, OWN: 1.1})
     settle(contest, {"torus": 1.0, OWN: 1.015})
     assert contest.chosen == OWN
