@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
-# Three tests at a time, of different files: most wait for ranks to start, or compute on one core. TEST_ARGS="-n 0": one.
-PYTEST := python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Two tests at a time, of different files: most wait for ranks to start, or compute on one core. TEST_ARGS="-n 0": one.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Supported versions of xDiT, each tested in an environment of its own: .venv-xfuser-VERSION.
 VERSIONS := 0.5.0 0.6.0 0.7.0

@@ -8,8 +8,8 @@ needs no call besides those that the model makes, but for one of each arm that m
              other degrees are the best
     try      the first calls of a call shape go to the arms in turn, but for those whose prediction is hopeless: there
              are five at most, a few slow calls are soon made up for, and so little rests on a prediction alone
-    settle   after ten calls at most the one whose median is the least serves that shape; of those that are as fast
-             xDiT's own, else the plan's layout in stages
+    settle   after ten calls at most, or thirty where two are near to each other and take turns, the one whose median is
+             the least serves that shape; of those that are as fast xDiT's own, else the plan's layout in stages
 
 Everything that decides is the same on all ranks: what rank 0 of the group predicts, and the time of the slowest rank.
 """
@@ -47,6 +47,7 @@ from sf_xfuser.xdit_layouts import XditConfig, egress, legal_configs
 OWN = "xDiT's own USP"
 
 _MOST_CALLS = 10  # of a shape, until it is settled
+_MOST_OF_NEAR, _NEAR = 30, 1.04  # where two are so near to each other: half of that is lost by taking turns
 _HOPELESS = 3.0  # what is predicted slower than the best by this is not tried
 _TRUSTED = 1.5  # unless what was tried is off its prediction by this
 _BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not tried again
@@ -100,16 +101,24 @@ class Contest:
         rounds = min(len(self.times[arm]) for arm in self.running)
         behind, least = _BEHIND[rounds > 1], min(best.values())
         self.running = [arm for arm in self.running if best[arm] <= behind * least]
-        left = _MOST_CALLS - sum(map(len, self.times.values()))
+        calls = sum(map(len, self.times.values()))
+        left = _MOST_CALLS - calls
         if len(self.running) > 1 and left > 1:
             nearest = sorted(self.running, key=best.__getitem__)[: max(2, (left + 1) // 2)]
-            self.running = [arm for arm in reversed(self.running) if arm in nearest]  # none always after the same other
-            self._due.extend(self.running)
+            self._again(nearest)
             return
         # What is to come is as disturbed as these.
         usual = {arm: statistics.median(self.times[arm]) for arm in self.running}
-        near = [arm for arm in self._preferred if usual.get(arm, inf) <= _TIE * min(usual.values())]
-        self.chosen = OWN if OWN in near else near[0]
+        near = [arm for arm in self.running if usual[arm] <= _NEAR * min(usual.values())]
+        if len(near) > 1 and calls + len(near) <= _MOST_OF_NEAR:
+            self._again(near)
+            return
+        equal = [arm for arm in self._preferred if usual.get(arm, inf) <= _TIE * min(usual.values())]
+        self.chosen = OWN if OWN in equal else equal[0]
+
+    def _again(self, arms: Sequence[str]) -> None:
+        self.running = [arm for arm in reversed(self.running) if arm in arms]  # none always after the same other
+        self._due.extend(self.running)
 
     def __str__(self) -> str:
         said = []

@@ -1,4 +1,4 @@
-"""Rank side of test_choice.py: xDiT's USP by name under ``--sp-backend auto``, twelve calls of each of two shapes.
+"""Rank side of test_choice.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
 
 Prints ``@@case|rank|value@@``: for each shape the largest difference from xDiT's own and the arms that served, in turn;
 for calls that torus cannot serve, why; and all that ``explain()`` says.
@@ -21,7 +21,7 @@ from xfuser.model_executor.layers import usp
 import sf_xfuser
 from sf_xfuser import choice, session
 
-B, H, D, CALLS = 1, 8, 16, 12
+B, H, D, CALLS = 1, 8, 16, 32
 
 
 class AnyRuntimeState(runtime_state.RuntimeState):
@@ -82,7 +82,7 @@ def main() -> None:
         sys.argv.remove("--joint")
     if "--slow" in sys.argv:
         at = sys.argv.index("--slow")
-        slow_on_rank_2(sys.argv[at + 1], 0.2)
+        slow_on_rank_2(sys.argv[at + 1], 0.5)
         del sys.argv[at : at + 2]
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
     engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args([*sys.argv[1:]])).create_config()
