@@ -26,6 +26,7 @@ from sf_xfuser.kernels import AttendFunction, merge_
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.plan import Layout
 from sf_xfuser.simulate import MERGE_BYTES, CallShape, TorusArm, predict
+from sf_xfuser.xdit_groups import XditGroups
 from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
 
 _TRIES = 3
@@ -125,7 +126,7 @@ class _Probe:
         self.layout = mesh.layout
         self.grid = self.layout.num_machines, self.layout.ranks_per_machine
         self.world_size = self.layout.world_size
-        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups = XditGroups(mesh.members, self.layout.ranks_per_machine)
 
     def cluster(self) -> Cluster:
         n, m = self.grid
@@ -219,7 +220,7 @@ class _Probe:
             # Of one byte on each rank: what goes out of a machine, or, inside, out of the rank that sends most.
             parts = [part * self.world_size * hops for part in (sent.inside if inside else sent.across)]
             busiest = max(parts) if inside else Sent((), tuple(parts)).out_of_a_machine(self.grid[1])
-            small, large, nbytes = self._collective(pattern, self._group(groups))
+            small, large, nbytes = self._collective(pattern, self._groups.mine(groups, self.mesh.members))
             takes = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
             moved_s = max(large.seconds - small.seconds, large.seconds / 2)
             seen.append((pattern, members, small.seconds, busiest * nbytes * 8e-9 / moved_s, takes))
@@ -281,14 +282,6 @@ class _Probe:
                 break
             numel = min(most, numel * min(16, math.ceil(wanted)))
         return small, self._timed(of(numel)), numel * dtype.itemsize
-
-    def _group(self, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
-        """That of ``groups``, which cover every position, in which this rank is."""
-        mine = next(positions for positions in groups if self.mesh.position in positions)
-        ranks = tuple(sorted(self.mesh.members[p] for p in mine))
-        if ranks not in self._made:
-            self._made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-        return self._made[ranks]
 
     # -- the schedule's transfers -------------------------------------------------------------------------------------
 

@@ -137,8 +137,8 @@ class TorusUSP(DropIn):
             out = torus()
         else:
             attend = as_attend_function(self.host.raw_attention(name))
-            anyhow = valid is None  # a ring of xDiT's counts keys wrongly where some are padding
-            arm, out = self.choice.serve(rows, key, keys, name, attend, torus, xdits, any_degrees=anyhow)
+            unpadded = valid is None  # a ring of xDiT's counts keys wrongly where some are padding
+            arm, out = self.choice.serve(rows, key, keys, name, attend, torus, xdits, any_degrees=unpadded)
             if arm not in self.choice.ways:
                 return out
         if self.check:

@@ -36,7 +36,7 @@ class XditGroups:
         num_machines = len(self._members) // self._ranks_per_machine
         # xDiT counts ranks in ascending order, whatever machine they are on.
         ranks = sorted(self._members) if config.placement == "xdit" else self._members
-        ulysses, ring = (self._mine(groups, ranks) for groups in config.groups(num_machines, self._ranks_per_machine))
+        ulysses, ring = (self.mine(groups, ranks) for groups in config.groups(num_machines, self._ranks_per_machine))
         coordinator = {
             "ulysses_group": ulysses,
             "ulysses_world_size": dist.get_world_size(ulysses),
@@ -70,7 +70,9 @@ class XditGroups:
                 vars(owner).update(entries)
             _cp_options.rotate_method = rotation_before
 
-    def _mine(self, groups: Groups, ranks: Sequence[int]) -> dist.ProcessGroup:
+    def mine(self, groups: Groups, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """That of ``groups``, which cover every position, in which this rank is; ``ranks[p]`` is at position ``p``.
+        Collective over its ranks where it is new."""
         every = (tuple(sorted(ranks[p] for p in group)) for group in groups)
         mine = next(group for group in every if dist.get_rank() in group)
         if mine not in self._made:

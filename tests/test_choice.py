@@ -16,17 +16,9 @@ from hypothesis import strategies as st
 
 from sf_xfuser import presets
 from sf_xfuser.args import TorusArgs
-from sf_xfuser.choice import (
-    OWN,
-    Contest,
-    cluster_file,
-    layouts,
-    other_degrees,
-    read_cluster,
-    torus_first,
-    write_cluster,
-)
+from sf_xfuser.choice import cluster_file, layouts, other_degrees, read_cluster, torus_first, write_cluster
 from sf_xfuser.cluster import Cluster
+from sf_xfuser.contest import OWN, Contest
 from sf_xfuser.plan import Layout
 from sf_xfuser.xdit_layouts import XditConfig
 from tests.launch import torchrun

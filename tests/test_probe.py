@@ -108,7 +108,7 @@ def test_only_the_collectives_of_what_is_to_be_predicted_are_measured(configs, a
         seen.append((pattern, members))
         return probe.Timing(seconds=0.001, cpu_s=0.0), probe.Timing(seconds=0.1, cpu_s=0.1), 1 << 20
 
-    monkeypatch.setattr(found, "_group", lambda groups: len(groups[0]))
+    monkeypatch.setattr(found._groups, "mine", lambda groups, ranks: len(groups[0]))
     monkeypatch.setattr(found, "_collective", collective)
     for is_inside, wanted in ((False, across), (True, inside)):
         link = found._link(2.0, inside=is_inside)

@@ -19,7 +19,7 @@ ROWS = [
     {"models", "planner"},
     {"buffers", "drop_in"},
     {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
-    {"xdit_groups"},
+    {"xdit_groups", "contest"},
     {"probe", "choice", "usp", "long_context", "context_parallel"},
     {"combinations"},
     {"session"},
