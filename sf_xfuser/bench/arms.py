@@ -235,17 +235,16 @@ def _alone(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
     low, high = queries[layout.head_group(mesh.position)]
     heads = high - low
     mine = layout.ulysses_group(mesh.position)
-    cached: dict[str, torch.Tensor] = {}
+    given: list[torch.Tensor] = []
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor
-        if not cached:
+        if not given:
             make = torch.Generator().manual_seed(mesh.position)
             shape = (case.batch, heads, case.seq_len, case.head_dim)
-            every = torch.randn(shape, generator=make, dtype=torch.float32).to(query)
-            cached["q"] = every[:, :, : sum(case.tokens[p] for p in mine)].contiguous()
-            cached["kv"] = every
-        out, _ = attend(cached["q"], cached["kv"], cached["kv"])
+            q, k, v = (torch.randn(shape, generator=make, dtype=torch.float32).to(query) for _ in range(3))
+            given.extend((q[:, :, : sum(case.tokens[p] for p in mine)].contiguous(), k, v))
+        out, _ = attend(*given)
         return out
 
     return call
