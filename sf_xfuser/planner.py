@@ -27,7 +27,7 @@ _ALL, _FEW, _CLEARLY = 64, 2, 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Candidate:
     """One way to run the call. ``predicted`` is None where it was not replayed, and ``bound_s`` where the layout is not
     legal. ``across_bytes`` leave the machine that sends most in one call. ``flags``: what to launch with."""
 
@@ -43,23 +43,23 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """``choices``: the fastest first, then those that were not replayed, by bound, then those that are not legal.
+    """``candidates``: the fastest first, then those that were not replayed, by bound, then those that are not legal.
     ``calls``: attention calls of one denoising step."""
 
     cluster: Cluster
     shape: CallShape
     calls: int
-    choices: tuple[Choice, ...]
+    candidates: tuple[Candidate, ...]
 
     @property
-    def best(self) -> Choice:
-        return self.choices[0]
+    def best(self) -> Candidate:
+        return self.candidates[0]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: seconds, bytes; ``step_s`` is the attention of one denoising step."""
         found = []
-        for choice in self.choices:
-            values = asdict(choice)
+        for candidate in self.candidates:
+            values = asdict(candidate)
             predicted = values.pop("predicted")
             if predicted is not None:
                 del predicted["timeline"]
@@ -69,7 +69,7 @@ class Ranking:
             "cluster": self.cluster.to_json(),
             "shape": asdict(self.shape),
             "calls_per_step": self.calls,
-            "choices": found,
+            "candidates": found,
         }
 
 
@@ -96,8 +96,8 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
         if config.rotation == "allgather"
     ]
     bounds = [(bound(cluster, shape, arm), number, name, arm) for number, (name, arm) in enumerate(arms)]
-    replayed: list[Choice] = []
-    left: list[Choice] = []
+    replayed: list[Candidate] = []
+    left: list[Candidate] = []
     fastest = float("inf")
     for bound_s, _, name, arm in sorted(bounds, key=lambda entry: entry[:2]):
         predicted = None
@@ -106,7 +106,7 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
             predicted = predict(cluster, shape, arm)
             fastest = min(fastest, predicted.seconds)
         elements = float(arm.layout.egress(ratio)) if isinstance(arm, TorusArm) else egress(arm, n, m, float(ratio))
-        choice = Choice(
+        candidate = Candidate(
             name=name,
             layout=str(arm),
             flags=_flags(arm, transport),
@@ -115,11 +115,11 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
             across_bytes=elements * shape.nbytes,
             predicted=predicted,
         )
-        (replayed if predicted else left).append(choice)
-    replayed.sort(key=lambda choice: choice.predicted.seconds if choice.predicted else 0.0)
+        (replayed if predicted else left).append(candidate)
+    replayed.sort(key=lambda candidate: candidate.predicted.seconds if candidate.predicted else 0.0)
     illegal = [layout for layout in legal_layouts(n, m, None) if layout not in legal]
     explained = [*_explained(replayed, left), *(_illegal(layout, divisible, shape) for layout in illegal)]
-    return Ranking(cluster=cluster, shape=shape, calls=calls, choices=tuple(explained))
+    return Ranking(cluster=cluster, shape=shape, calls=calls, candidates=tuple(explained))
 
 
 def _flags(arm: TorusArm | XditConfig, transport: str) -> str:
@@ -129,9 +129,9 @@ def _flags(arm: TorusArm | XditConfig, transport: str) -> str:
     return f"--sp-backend torus --sp-plan {arm.layout.flag}{over}"
 
 
-def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Choice:
+def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Candidate:
     heads = f"{shape.heads} heads" if divisible == shape.heads else f"{shape.heads} heads, {shape.kv_heads} of KV,"
-    return Choice(
+    return Candidate(
         name="torus",
         layout=str(layout),
         flags="",
@@ -143,31 +143,31 @@ def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Choice:
     )
 
 
-def _explained(replayed: Sequence[Choice], left: Sequence[Choice]) -> Iterable[Choice]:
+def _explained(replayed: Sequence[Candidate], left: Sequence[Candidate]) -> Iterable[Candidate]:
     best = replayed[0]
-    for choice in (*replayed, *left):
-        yield replace(choice, verdict="taken: the fastest" if choice is best else _why_not(choice, best))
+    for candidate in (*replayed, *left):
+        yield replace(candidate, verdict="taken: the fastest" if candidate is best else _why_not(candidate, best))
 
 
-def _why_not(choice: Choice, best: Choice) -> str:
+def _why_not(candidate: Candidate, best: Candidate) -> str:
     """What makes the difference to the best one: bytes, the wire's time that nothing covers, or compute."""
-    assert best.predicted is not None and choice.across_bytes is not None and best.across_bytes is not None
+    assert best.predicted is not None and candidate.across_bytes is not None and best.across_bytes is not None
     words = []
-    if choice.across_bytes > best.across_bytes * _NEAR:
-        times = f"{choice.across_bytes / best.across_bytes:.2f}x" if best.across_bytes else "more than none of"
+    if candidate.across_bytes > best.across_bytes * _NEAR:
+        times = f"{candidate.across_bytes / best.across_bytes:.2f}x" if best.across_bytes else "more than none of"
         words.append(f"{times} the bytes between machines")
-    elif choice.across_bytes * _NEAR < best.across_bytes:
-        words.append(f"fewer bytes between machines ({choice.across_bytes / best.across_bytes:.2f}x)")
-    if choice.predicted is None:
-        assert choice.bound_s is not None
-        words.append(f"takes {choice.bound_s * 1e3:.2f} ms even if all overlaps perfectly")
+    elif candidate.across_bytes * _NEAR < best.across_bytes:
+        words.append(f"fewer bytes between machines ({candidate.across_bytes / best.across_bytes:.2f}x)")
+    if candidate.predicted is None:
+        assert candidate.bound_s is not None
+        words.append(f"takes {candidate.bound_s * 1e3:.2f} ms even if all overlaps perfectly")
         return "; ".join(words)
-    exposed = choice.predicted.exposed_s - best.predicted.exposed_s
-    computed = choice.predicted.seconds - best.predicted.seconds - exposed
+    exposed = candidate.predicted.exposed_s - best.predicted.exposed_s
+    computed = candidate.predicted.seconds - best.predicted.seconds - exposed
     if exposed >= computed:
         words.append(f"waits {exposed * 1e3:.2f} ms longer for the wire")
         if computed < 0:
             words[-1] += f", computes {-computed * 1e3:.2f} ms less"
     else:
         words.append(f"computes {computed * 1e3:.2f} ms longer (smaller calls, merges, copies)")
-    return f"{choice.predicted.seconds / best.predicted.seconds:.2f}x the time: " + "; ".join(words)
+    return f"{candidate.predicted.seconds / best.predicted.seconds:.2f}x the time: " + "; ".join(words)

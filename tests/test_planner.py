@@ -42,7 +42,7 @@ def shape_of(case: dict[str, Any]) -> CallShape:
 def test_predicted_bytes_are_those_that_the_emulated_cluster_counted():
     """Within 2 % on every arm of the committed rows, headers of packets included; grouped-query attention as well."""
     compared, grouped = 0, 0
-    for row in rows_of("grid") + rows_of("other-rates"):
+    for row in rows_of("grid") + rows_of("xeon-grid") + rows_of("other-rates"):
         case = row["case"]
         n, m = case["num_machines"], case["ranks_per_machine"]
         if row["status"] != "ok" or row["family"] == "reference":
@@ -70,9 +70,9 @@ def test_ranked_bytes_are_the_formula(heads):
     shape = CallShape(seq_len=8192, heads=heads[0], kv_heads=heads[1], head_dim=128)
     cluster = preset("dgx-h100")
     for n in (1, 2, 3, 4, 6):
-        for choice in rank(cluster.sized(n, 4), shape).choices:
-            if choice.predicted is not None:
-                assert choice.predicted.across_bytes == pytest.approx(choice.across_bytes, rel=0.02), choice
+        for candidate in rank(cluster.sized(n, 4), shape).candidates:
+            if candidate.predicted is not None:
+                assert candidate.predicted.across_bytes == pytest.approx(candidate.across_bytes, rel=0.02), candidate
 
 
 def test_two_machines_move_as_many_bytes_and_grouped_heads_pay_from_six_machines_on():
@@ -167,7 +167,7 @@ def test_a_call_by_hand():
     assert fast.seconds == pytest.approx(512 * 2 * 64 * 2 * 8e-9, rel=1e-3)  # a quarter each of Q, K, V and O
 
 
-@pytest.mark.parametrize("name", ["grid", "other-rates"])
+@pytest.mark.parametrize("name", ["grid", "xeon-grid", "other-rates"])
 def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
     """Within 15 % at the median and 30 % at worst over the arms that were measured beside the probe; and where two of
     a case differ by over 10 %, the right one is predicted to be faster."""
@@ -216,13 +216,15 @@ def test_the_papers_ablation():
 def test_ranking_is_sorted_and_says_why(world):
     shape = CallShape(seq_len=65536, heads=48, kv_heads=48, head_dim=128)
     ranking = rank(preset("p5").sized(*world), shape)
-    replayed = [choice.predicted.seconds for choice in ranking.choices if choice.predicted]
+    replayed = [candidate.predicted.seconds for candidate in ranking.candidates if candidate.predicted]
     assert replayed == sorted(replayed) and ranking.best.verdict == "taken: the fastest"
-    assert all(choice.verdict for choice in ranking.choices)
-    assert sum(choice.paper for choice in ranking.choices) == 1
-    torus = [choice for choice in ranking.choices if choice.name == "torus"]
+    assert all(candidate.verdict for candidate in ranking.candidates)
+    assert sum(candidate.paper for candidate in ranking.candidates) == 1
+    torus = [candidate for candidate in ranking.candidates if candidate.name == "torus"]
     assert len(torus) == len(list(legal_layouts(*world, None)))
-    assert any("not legal: 48 heads do not split 64 ways" in choice.verdict for choice in torus) == (world[0] > 8 / 2)
+    assert any("not legal: 48 heads do not split 64 ways" in candidate.verdict for candidate in torus) == (
+        world[0] > 8 / 2
+    )
     every = [
         predict(ranking.cluster, shape, TorusArm(layout=layout, pattern="message")).seconds
         for layout in legal_layouts(*world, 48)
@@ -256,16 +258,16 @@ SMALL = ["--machines", "2", "--gpus-per-machine", "2", *BY_HAND]
 def test_layouts_that_are_not_legal_are_not_counted(capsys):
     flags = ["plan", *SMALL, "--heads", "2"]
     assert main([*flags, "--json", "-"]) == 0
-    choices = json.loads(capsys.readouterr().out)["choices"]
-    legal = sum(choice["bound_s"] is not None for choice in choices)
-    assert legal < len(choices) and main(flags) == 0
+    candidates = json.loads(capsys.readouterr().out)["candidates"]
+    legal = sum(candidate["bound_s"] is not None for candidate in candidates)
+    assert legal < len(candidates) and main(flags) == 0
     assert f"{legal} of {legal} replayed" in capsys.readouterr().out
 
 
 def test_plan_as_json_and_as_a_table(capsys, tmp_path):
     assert main(["plan", *SMALL, "--json", "-"]) == 0
     document = json.loads(capsys.readouterr().out)
-    seconds = [choice["seconds"] for choice in document["choices"] if "seconds" in choice]
+    seconds = [candidate["seconds"] for candidate in document["candidates"] if "seconds" in candidate]
     assert seconds == sorted(seconds) and len(seconds) > 3
     described = tmp_path / "cluster.json"
     for written in (document["cluster"], document):
@@ -273,10 +275,10 @@ def test_plan_as_json_and_as_a_table(capsys, tmp_path):
         assert Cluster.load(described) == preset("p4de").sized(2, 2)
     assert main(["plan", *BY_HAND, "--cluster-file", str(described)]) == 0
     out = capsys.readouterr().out
-    replayed = sum("seconds" in choice for choice in document["choices"])
-    legal = sum(choice["bound_s"] is not None for choice in document["choices"])
+    replayed = sum("seconds" in candidate for candidate in document["candidates"])
+    legal = sum(candidate["bound_s"] is not None for candidate in document["candidates"])
     assert re.search(rf"ranked in \d+ ms, {replayed} of {legal} replayed", out)
-    assert "launch with: " + document["choices"][0]["flags"] in out and "(paper's rule)" in out
+    assert "launch with: " + document["candidates"][0]["flags"] in out and "(paper's rule)" in out
 
 
 def test_link_speed_changes_the_plan(capsys):
@@ -287,11 +289,11 @@ def test_link_speed_changes_the_plan(capsys):
             main(["plan", "--machines", "4", "--gpus-per-machine", "2", *BY_HAND, "--across-gbps", gbps, "--json", "-"])
             == 0
         )
-        choices = json.loads(capsys.readouterr().out)["choices"]
-        times.append(choices[0]["seconds"])
+        candidates = json.loads(capsys.readouterr().out)["candidates"]
+        times.append(candidates[0]["seconds"])
         if gbps == "1":
-            assert choices[0]["across_bytes"] == min(
-                c["across_bytes"] for c in choices if c["across_bytes"] is not None
+            assert candidates[0]["across_bytes"] == min(
+                c["across_bytes"] for c in candidates if c["across_bytes"] is not None
             )
     assert times[0] > 2 * times[1]
 

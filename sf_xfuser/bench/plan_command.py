@@ -20,7 +20,7 @@ from sf_xfuser.bench import report
 from sf_xfuser.cluster import Cluster
 from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import UNEVEN, make_plan
-from sf_xfuser.planner import PATTERNS, Choice, Ranking, rank
+from sf_xfuser.planner import PATTERNS, Candidate, Ranking, rank
 from sf_xfuser.presets import PRESETS, preset
 from sf_xfuser.simulate import ITEMSIZE, CallShape, TorusArm, predict
 from sf_xfuser.xdit_layouts import XditConfig
@@ -196,7 +196,7 @@ def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> Tor
     )
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)
-        best = next(c for c in ranked.choices if c.name == report.SUBJECT)
+        best = next(c for c in ranked.candidates if c.name == report.SUBJECT)
         text = re.search(r"torus=\S+", best.flags)[0]  # type: ignore[index]
     explicit = re.fullmatch(r"torus=(\d+),ulysses=(\d+),ring=(\d+)", text)
     if explicit:
@@ -292,28 +292,28 @@ def _show(ranking: Ranking, took_s: float) -> None:
     right = ("ms a call", "ms a step", "MB out of a machine", "MB held")
     columns = [Column("way"), Column("layout"), *(Column(name, justify="right") for name in right), Column("why")]
     table = Table(*columns, title=title, caption=_caption(ranking), pad_edge=False)
-    for choice in ranking.choices:
-        style = "bold green" if choice is ranking.best else "dim" if choice.bound_s is None else ""
-        table.add_row(*_cells(choice, ranking.calls), style=style)
+    for candidate in ranking.candidates:
+        style = "bold green" if candidate is ranking.best else "dim" if candidate.bound_s is None else ""
+        table.add_row(*_cells(candidate, ranking.calls), style=style)
     console.print(table)
-    replayed = sum(choice.predicted is not None for choice in ranking.choices)
-    legal = sum(choice.bound_s is not None for choice in ranking.choices)
+    replayed = sum(candidate.predicted is not None for candidate in ranking.candidates)
+    legal = sum(candidate.bound_s is not None for candidate in ranking.candidates)
     console.print(f"ranked in {took_s * 1e3:.0f} ms, {replayed} of {legal} replayed", highlight=False)
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 
-def _cells(choice: Choice, calls: int) -> list[str]:
-    predicted = choice.predicted
+def _cells(candidate: Candidate, calls: int) -> list[str]:
+    predicted = candidate.predicted
     if predicted is not None:
         seconds, step = f"{predicted.seconds * 1e3:.2f}", f"{predicted.seconds * calls * 1e3:.1f}"
-    elif choice.bound_s is not None:
-        seconds, step = f">{choice.bound_s * 1e3:.2f}", f">{choice.bound_s * calls * 1e3:.1f}"
+    elif candidate.bound_s is not None:
+        seconds, step = f">{candidate.bound_s * 1e3:.2f}", f">{candidate.bound_s * calls * 1e3:.1f}"
     else:
         seconds = step = report.DASH
-    out = report.DASH if choice.across_bytes is None else f"{choice.across_bytes / 1e6:,.1f}"
+    out = report.DASH if candidate.across_bytes is None else f"{candidate.across_bytes / 1e6:,.1f}"
     held = report.DASH if predicted is None else f"{predicted.buffer_bytes / 1e6:,.0f}"
-    name = f"{choice.name} (paper's rule)" if choice.paper else choice.name
-    return [name, choice.layout, seconds, step, out, held, choice.verdict]
+    name = f"{candidate.name} (paper's rule)" if candidate.paper else candidate.name
+    return [name, candidate.layout, seconds, step, out, held, candidate.verdict]
 
 
 def _caption(ranking: Ranking) -> str:

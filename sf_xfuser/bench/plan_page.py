@@ -75,7 +75,11 @@ def _at_rate(cluster: Cluster, gbps: float) -> Cluster:
 
 def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, float | None]:
     found = rank(cluster, shape, transport=transport)
-    timed = [(choice.name, choice.predicted.seconds) for choice in found.choices if choice.predicted is not None]
+    timed = [
+        (candidate.name, candidate.predicted.seconds)
+        for candidate in found.candidates
+        if candidate.predicted is not None
+    ]
     paper = paper_layout(cluster.num_machines, cluster.ranks_per_machine, gcd(shape.heads, shape.kv_heads))
 
     def fastest(wanted: Callable[[str], bool]) -> float | None:
