@@ -16,7 +16,7 @@ from sf_xfuser.drop_in import DropIn
 from sf_xfuser.lanes import lane_peers
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import Lane
-from sf_xfuser.transport import Parcel, Ticket, TransportError, window_view
+from sf_xfuser.transport import Parcel, Ticket, window_view
 
 _TOKENS, _HEADS = 1, 2  # dimensions
 _LANES: tuple[Lane, ...] = ("across", "inside")  # the longer way first
@@ -29,19 +29,21 @@ def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: 
 
     Scatter 2, gather 1: [B, S, H, D] of any strides -> [B, P*S, H/P, D]; scatter 1, gather 2: -> [B, S/P, P*H, D]. The
     dimension that is split has to divide by P. Parts are in the order of global ranks. The result is contiguous, and
-    nothing stays posted. On CUDA the work is on the current stream. No gradient flows through.
+    nothing stays posted. On CUDA the work is on the current stream, and over a one-sided transport the dtype has to be
+    one of floating point with 16 bits or more: where a chunk is lost the result becomes NaN. No gradient flows through.
 
     Once a shape has been seen, nothing but chunks is exchanged. Raises ValueError on every rank when ranks disagree,
     RuntimeError when a rank is missing and TransportError when a transfer is not done in time.
     """
-    if mesh.failed:
-        mesh.join_again()
-    try:
+
+    def call() -> torch.Tensor:
         _agree(mesh, input, scatter_dim, gather_dim)
         return _run(input, scatter_dim, gather_dim, mesh)
-    except TransportError:
-        mesh.retire()
-        raise
+
+    with mesh.call():
+        if not mesh.chosen:
+            mesh.choose_by(call, input.device)
+        return call()
 
 
 def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:
@@ -58,7 +60,7 @@ def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -
             f"dtype: {seen} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
     mesh.reserve(input.numel() * input.element_size())
-    mesh.calls[call] = True
+    mesh.remember(call, True)
 
 
 def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> torch.Tensor:
@@ -103,6 +105,8 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
                 incoming[peer].copy_(chunk)
     for transport in mesh.lanes.values():
         transport.drain()
+    if mesh.window is not None:
+        mesh.window.poison(out)
     return out
 
 
@@ -144,6 +148,8 @@ class MeshAllToAll4D(DropIn):
             return "its process group is not the mesh's Ulysses group"
         if input.dim() != 4 or {scatter_idx, gather_idx} != {_TOKENS, _HEADS}:
             return f"{input.dim()} dimensions, scattered {scatter_idx} and gathered {gather_idx}, are not Ulysses'"
+        if input.is_cuda and self.mesh.window is not None and not (input.is_floating_point() and input.itemsize > 1):
+            return f"a result of {input.dtype} cannot be made NaN where a chunk is lost"
         ways, length = self.mesh.layout.ulysses_degree, input.shape[scatter_idx]
         if length % ways:
             return f"{length} {'heads' if scatter_idx == _HEADS else 'tokens'} do not divide by {ways} ranks"

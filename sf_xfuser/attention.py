@@ -28,13 +28,11 @@ from sf_xfuser.kernels import (
 )
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
-from sf_xfuser.transport import Parcel, Ticket, TransportError, Unusable
+from sf_xfuser.transport import Parcel, Ticket
 
 # On a CPU, queries are attended in runs of rows, so that a partial result stays small beside O. PyTorch's kernel works
 # on fewer rows at a time, and more slowly, below 768; beyond 1024 it gains nothing.
 _MIN_ROWS, _MAX_ROWS = 768, 1024
-
-_TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
 
 NO_GRADIENT = "a gradient is asked for, and Torus Attention computes none"
 
@@ -108,37 +106,10 @@ def torus_attention(
         prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
         return _Run(mesh, agreed, attend, fuses, *tensors).run()
 
-    if mesh.failed:
-        mesh.join_again()
-    try:
+    with mesh.call():
         if not mesh.chosen:
-            _choose_transport(mesh, lambda: call(attend_nothing, lambda *_: False), query.device)
+            mesh.choose_by(lambda: call(attend_nothing, lambda *_: False), query.device)
         return call(attend, fuses)
-    except TransportError:
-        mesh.retire()
-        raise
-
-
-def _choose_transport(mesh: Mesh, call: Callable[[], object], device: torch.device) -> None:
-    """Make the first call with each transport that there is and nothing computed: its very chunks, in their order."""
-    seconds: dict[str, float] = {}
-    refusals: list[str] = []
-    for name in mesh.transports:
-        try:
-            mesh.use(name)
-            for _ in range(_TRIES):  # the first makes windows and connections warm
-                started_s = time.perf_counter()
-                call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                seconds[name] = max(mesh.agreement.gather("transport probe", time.perf_counter() - started_s))
-                if seconds[name] > _LONG_S:
-                    break
-        except Unusable as refusal:
-            refusals.append(str(refusal))
-    if not seconds:
-        raise TransportError(f"--sp-transport auto found nothing: {'; '.join(refusals)}")
-    mesh.choose(seconds, refusals)
 
 
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,9 +257,14 @@ class _Run:
 
     def _outgoing(self, message: Message, in_window: bool) -> Parcel:
         """``in_window``: it is written into the peer's."""
-        if self.buffers.passes_on(message):
+        passed_on = self.buffers.passes_on(message)
+        if passed_on:
             self._await(message.tensor, message.pieces)
-        return self.buffers.outgoing(message, *self.call.landing(message) if in_window else ())
+        parcel = self.buffers.outgoing(message, *self.call.landing(message) if in_window else ())
+        if self.mesh.window is not None and not in_window and (passed_on or message.tensor == "o"):
+            for part in parcel.parts:
+                self.mesh.window.poison(part)
+        return parcel
 
     def _await(self, name: str, pieces: Sequence[Piece]) -> None:
         for piece in pieces:

@@ -13,8 +13,6 @@ from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
 from sf_xfuser.schedule import Message, Schedule, build_schedule, choose_cut
 
-_SHAPES_KEPT = 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
@@ -61,9 +59,7 @@ def agree(
     assert tensors[0] is not None  # a missing query is a TypeError of the caller's
     seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
     if (shapes, seen) not in mesh.calls:
-        if len(mesh.calls) == _SHAPES_KEPT:  # the oldest, on every rank alike
-            del mesh.calls[next(iter(mesh.calls))]
-        mesh.calls[shapes, seen] = _make_call(mesh, reports, seen, joint_strategy, together, tensors[0])
+        mesh.remember((shapes, seen), _make_call(mesh, reports, seen, joint_strategy, together, tensors[0]))
     agreed: Call = mesh.calls[shapes, seen]
     return agreed
 

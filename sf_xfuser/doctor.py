@@ -33,7 +33,10 @@ _TRAPS = {
     "NCCL_P2P_DISABLE": (("1",), "GPUs of one machine talk through host memory (seen: 1.6x instead of 1.9x)"),
     "NCCL_SHM_DISABLE": (("1",), "NCCL inside a machine falls back to the network"),
     "NCCL_IB_DISABLE": (("1",), "NCCL across machines falls back from InfiniBand to TCP"),
-    "CUDA_DEVICE_MAX_CONNECTIONS": (("1",), "kernels and transfers share one hardware queue: nothing overlaps"),
+    "CUDA_DEVICE_MAX_CONNECTIONS": (
+        tuple(map(str, range(1, 16))),
+        "kernels and transfers share hardware queues: little overlaps, and one-sided transports may stall; set 32",
+    ),
     "CUDA_LAUNCH_BLOCKING": (("1",), "every kernel is waited for: nothing overlaps"),
     "TORCH_NCCL_BLOCKING_WAIT": (("1",), "every NCCL wait blocks the host: nothing overlaps"),
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": (("0",), "a lost rank hangs the others instead of ending them"),

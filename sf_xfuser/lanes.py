@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,11 +144,17 @@ def _connect_cpus(seat: Seat, shared: Collection[Lane], agreement: Agreement) ->
     layout, position, members = seat.layout, seat.position, seat.members
     peers = lane_peers(layout, position)
     others = {lane: found for lane, found in peers.items() if lane not in shared}
-    made: Lanes = {**tcp.connect(agreement, members, position, others, seat.timeout_s)} if others else {}
-    if shared:
-        halves = 1 if "across" not in shared and layout.torus > 1 and layout.ring_degree == 1 else 2
-        in_memory = [peer for lane in shared for peer in peers[lane]]
-        made.update(dict.fromkeys(shared, Shm(agreement, members, position, in_memory, seat.timeout_s, halves)))
+    made: Lanes = {}
+    with contextlib.ExitStack() as failed:
+        if shared:
+            halves = 1 if "across" not in shared and layout.torus > 1 and layout.ring_degree == 1 else 2
+            in_memory = [peer for lane in shared for peer in peers[lane]]
+            window = Shm(agreement, members, position, in_memory, seat.timeout_s, halves)
+            failed.callback(window.close)
+            made.update(dict.fromkeys(shared, window))
+        if others:
+            made.update(tcp.connect(agreement, members, position, others, seat.timeout_s))
+        failed.pop_all()
     return made
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -23,11 +25,14 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, Parcel, TransportError, TwoSided, captures
+from sf_xfuser.transport import OneSided, Parcel, TransportError, TwoSided, Unusable, captures
 
 PATIENCE = 5
 """Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
 call is under way, no chunk may take longer than ``--sp-timeout``."""
+
+_CALLS_KEPT = 64
+_TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
 
 
 @dataclass(eq=False)
@@ -42,7 +47,8 @@ class Mesh:
     first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
     agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
     later than here. ``compression``: of chunks between machines. Where heads do not divide, the two process groups are
-    those of ``plan.even``. ``pieces``: how many pieces of attention were computed by what, and why.
+    those of ``plan.even``. ``pieces``: how many pieces of attention were computed by what, and why. ``begun``: a call
+    has come to its first chunk, and not yet to its end.
     """
 
     plan: Plan
@@ -64,6 +70,7 @@ class Mesh:
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
     failures: int = 0
     failed: bool = False
+    begun: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -97,12 +104,37 @@ class Mesh:
                 self.calls.clear()
             window.reserve(nbytes)
 
+    def remember(self, key: Any, agreed: Any) -> None:
+        """Keep what was agreed on a call; where there is too much, the oldest goes, on every rank alike."""
+        while len(self.calls) >= _CALLS_KEPT:
+            del self.calls[next(iter(self.calls))]
+        self.calls[key] = agreed
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around everything that one call does. Collective: where the last one failed, lanes are made afresh first.
+
+        A call that has begun and does not end, whatever was raised on this rank, must fail on all: its peers wait for
+        chunks, and might take those of this rank's next call for them. Before that only ValueError leaves all as it
+        was, which every rank raises alike."""
+        if self.failed:
+            self.join_again()
+        try:
+            yield
+        except BaseException as error:
+            if self.begun or isinstance(error, RuntimeError):  # TransportError is one
+                self.retire()
+            raise
+        finally:
+            self.begun = False
+
     def begin(self, call: object) -> torch.Tensor | None:
         """Start a call: the bytes of the window in it, where there is one.
 
         In a window of a single half, a peer may write as soon as it has what this rank sends last, while this rank
         still reads what that peer sent last. Where two calls have the same places that is not the same memory: give the
         same ``call`` for them. Before any other, those who write into the window meet."""
+        self.begun = True
         window = self.window
         if window is None:
             return None
@@ -130,6 +162,27 @@ class Mesh:
             self.lanes = self.transports[transport](self.agreement)
             self.transport = transport
 
+    def choose_by(self, call: Callable[[], object], device: torch.device) -> None:
+        """Make a call with each transport that there is, and use the fastest. Collective between calls."""
+        seconds: dict[str, float] = {}
+        refusals: list[str] = []
+        for name in self.transports:
+            try:
+                self.use(name)
+                for _ in range(_TRIES):  # the first makes windows and connections warm
+                    started_s = time.perf_counter()
+                    call()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    seconds[name] = max(self.agreement.gather("transport probe", time.perf_counter() - started_s))
+                    if seconds[name] > _LONG_S:
+                        break
+            except Unusable as refusal:
+                refusals.append(str(refusal))
+        if not seconds:
+            raise TransportError(f"--sp-transport auto found nothing: {'; '.join(refusals)}")
+        self.choose(seconds, refusals)
+
     def choose(self, seconds: dict[str, float], refusals: Sequence[str] = ()) -> None:
         """Use the fastest, and let go of what the others held. Collective between calls; the same ``seconds`` by
         transport, and ``refusals`` of those that cannot be used, on every rank."""
@@ -151,6 +204,7 @@ class Mesh:
             raise TransportError(f"an earlier call failed, and {self.transport} cannot start afresh: restart the job")
         self.failures += 1
         self.agreement = self.agreement.afresh(self.failures)
+        self.transport = self.transport or next(iter(self.transports))  # none while one was being tried
         self.lanes = self.transports[self.transport](self.agreement)
         self.failed = False
 
@@ -229,47 +283,60 @@ def build_mesh(
                 f"--sp-compress {args.compress} is for chunks between machines, and --sp-transport symm_mem can then "
                 f"serve the inside of machines only, which has one rank each: use two_sided"
             )
-    mine: Mesh | None = None
-    for index, (grid, plan) in enumerate(zip(grids, plans, strict=True)):
-        groups = _Groups(backend, args.timeout)
-        members, layout = grid.members, plan.layout
-        positions = range(layout.world_size)
-        inside = [groups.new([p for p in positions if layout.machine(p) == n], members, bounded=True)
-                  for n in range(layout.num_machines) if with_groups]  # fmt: skip
-        across = [groups.new(list(positions), members, bounded=True)] if with_groups else []
-        ulysses = [groups.new(list(g), members) for g in sorted({plan.even.ulysses_group(p) for p in positions})]
-        ring = [groups.new(list(g), members) for g in sorted({plan.even.ring_group(p) for p in positions})]
-        if rank not in members:
-            continue
-        position = members.index(rank)
-        agreement = world.of_group(index, members)
-        group_of: dict[Lane, Group] = {}
-        if with_groups:
-            group_of = {"inside": _of(inside, position), "across": _of(across, position)}
-        seat = Seat(layout, members, position, args.timeout)
-        transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], group_of)
-        if args.compress != "none":
-            transports.pop("nvshmem", None)
-        transport = next(iter(transports), lanes.XDITS)
-        made = transports[transport](agreement) if transports else {}
-        mine = Mesh(
-            plan=plan,
-            grid=grid,
-            topology=topology,
-            position=position,
-            lanes=made,
-            ulysses_group=_of(ulysses, position).handle,
-            ring_group=_of(ring, position).handle,
-            agreement=agreement,
-            transport=transport,
-            transports=transports,
-            chosen=_why(args, len(transports)),
-            one_host=len(shared[index]) == 2,
-            compression=Compression(args.compress) if args.compress != "none" else None,
-        )
-    if mine is None:
+    # Making groups is collective over the world: all of them come before anything that a rank may fail at.
+    made = [
+        _Groups(backend, args.timeout, grid.members, plan, bounded=with_groups)
+        for grid, plan in zip(grids, plans, strict=True)
+    ]
+    index = next((n for n, grid in enumerate(grids) if rank in grid.members), None)
+    if index is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
-    return mine
+    grid, plan, groups = grids[index], plans[index], made[index]
+    position = grid.members.index(rank)
+    agreement = world.of_group(index, grid.members)
+    seat = Seat(plan.layout, grid.members, position, args.timeout)
+    transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], groups.lanes(position))
+    if args.compress != "none":
+        transports.pop("nvshmem", None)
+    failure: TransportError | None = None
+    try:
+        transport, connected, refusals = _connect(transports, agreement)
+    except TransportError as error:
+        failure = error
+    if wanted is not None:
+        said = sorted({text for text in world.gather("lanes", failure and str(failure)) if text})
+        if said:
+            raise failure or TransportError("; ".join(said))
+    return Mesh(
+        plan=plan,
+        grid=grid,
+        topology=topology,
+        position=position,
+        lanes=connected,
+        ulysses_group=groups.ulysses(position),
+        ring_group=groups.ring(position),
+        agreement=agreement,
+        transport=transport,
+        transports=transports,
+        chosen="; ".join([text for text in [_why(args, len(transports)), *refusals] if text]),
+        one_host=len(shared[index]) == 2,
+        compression=Compression(args.compress) if args.compress != "none" else None,
+    )
+
+
+def _connect(transports: dict[str, Connect], agreement: Agreement) -> tuple[str, Lanes, list[str]]:
+    """The first that can be had; those before it leave ``transports``, with why. Collective over a group. Unusable on
+    every rank where none can be had."""
+    refusals: list[str] = []
+    for name, connect in list(transports.items()):
+        try:
+            return name, connect(agreement), refusals
+        except Unusable as refusal:
+            del transports[name]
+            if not transports:
+                raise
+            refusals.append(str(refusal))
+    return lanes.XDITS, {}, refusals
 
 
 def _why(args: TorusArgs, num_transports: int) -> str:
@@ -316,20 +383,42 @@ def _plan(
     return plan
 
 
+class _Groups:
+    """The process groups of one sequence-parallel group, at whose machine-major places ``members`` are. Collective over
+    the world, as ``new_group`` is. ``bounded``: with those of lanes."""
+
+    def __init__(
+        self, backend: str | None, timeout_s: float, members: Sequence[int], plan: Plan, *, bounded: bool
+    ) -> None:
+        layout, even = plan.layout, plan.even
+        everyone = range(layout.world_size)
+
+        def make(parts: Iterable[Sequence[int]], timeout: timedelta | None) -> list[Group]:
+            found = []
+            for positions in parts:
+                ranks = sorted(members[p] for p in positions)  # as new_group sorts them
+                handle = dist.new_group(ranks, backend=backend, timeout=timeout)
+                found.append(Group(handle, {p: ranks.index(members[p]) for p in positions}))
+            return found
+
+        machines = [[p for p in everyone if layout.machine(p) == n] for n in range(layout.num_machines)]
+        limit = timedelta(seconds=timeout_s)
+        self._inside = make(machines, limit) if bounded else []
+        self._across = make([everyone], limit) if bounded else []
+        self._ulysses = make(sorted({even.ulysses_group(p) for p in everyone}), None)
+        self._ring = make(sorted({even.ring_group(p) for p in everyone}), None)
+
+    def lanes(self, position: int) -> dict[Lane, Group]:
+        """Those that lanes may be made of; none where not ``bounded``."""
+        found: dict[Lane, list[Group]] = {"inside": self._inside, "across": self._across}
+        return {lane: _of(groups, position) for lane, groups in found.items() if groups}
+
+    def ulysses(self, position: int) -> dist.ProcessGroup:
+        return _of(self._ulysses, position).handle
+
+    def ring(self, position: int) -> dist.ProcessGroup:
+        return _of(self._ring, position).handle
+
+
 def _of(groups: Sequence[Group], position: int) -> Group:
     return next(group for group in groups if position in group.index)
-
-
-class _Groups:
-    """Makes process groups of positions. ``new_group`` is collective over the world and sorts by global rank."""
-
-    def __init__(self, backend: str | None, timeout_s: float) -> None:
-        self._backend = backend
-        self._timeout_s = timeout_s
-
-    def new(self, positions: list[int], members: Sequence[int], bounded: bool = False) -> Group:
-        ranks = sorted(members[p] for p in positions)
-        handle = dist.new_group(
-            ranks, backend=self._backend, timeout=timedelta(seconds=self._timeout_s) if bounded else None
-        )
-        return Group(handle, {p: ranks.index(members[p]) for p in positions})

@@ -93,6 +93,9 @@ def put_in_force(given: TorusArgs) -> None:
     xFuserArgs: ``initialize_model_parallel`` names the degrees."""
     current.args = given
     repairs.used.clear()
+    tried = given.transport == "auto" and given.backend not in XDIT_BACKENDS
+    if tried or given.transport in ("symm_mem", "nvshmem"):
+        sp_args.set_defaults({sp_args.QUEUES_VARIABLE: "32"})  # heard where nothing has used CUDA yet
 
 
 def fill_degrees(xfuser_args: Any) -> None:

@@ -296,7 +296,12 @@ def activate(usp: TorusUSP | None) -> None:
     _active = usp
 
 
-@torch.library.custom_op("sf_xfuser::torus_usp", mutates_args=())
+# inductor leaves it out of the CUDA graphs that it makes, in PyTorch that knows the tag
+@torch.library.custom_op(
+    "sf_xfuser::torus_usp",
+    mutates_args=(),
+    tags=[tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None],
+)
 def _torus_usp(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -16,7 +16,7 @@ import torch
 
 from sf_xfuser import all_to_all, usp
 from sf_xfuser.attention import torus_attention
-from sf_xfuser.transport import Parcel, TransportError, device
+from sf_xfuser.transport import Parcel, Ticket, Transport, TransportError, device
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.watchdog import Awaited, Seen, Watchdog
 from tests import virtual
@@ -107,7 +107,7 @@ def test_auto_keeps_the_fastest_and_the_others_let_go_of_their_memory(monkeypatc
         assert re.match(
             r"the fastest of slow [\d.]+ ms, fast [\d.]+ ms, .*; absent cannot be used: .*no such", mesh.chosen
         )
-    assert {("slow", 0), ("slow", 1)} <= set(freed)
+    assert {("slow", 0), ("slow", 1)} <= set(freed) and freed.count(("slow", 0)) == freed.count(("slow", 1)) == 1
     assert not [window for window in device._kept if window.window_bytes and window._memory is not None]
     for mesh, _ in found:
         mesh.close()
@@ -220,6 +220,17 @@ def test_a_gpu_that_cannot_be_asked_is_a_failure():
     stage.wait(done=broken)
     stage.dog._thread.join(5)
     assert "illegal memory access" in str(stage.dog.error) and "told" in stage.did
+
+
+def test_waits_are_let_go_where_flags_cannot_be_read():
+    def broken():
+        raise RuntimeError("no such memory")
+
+    stage = Stage(timeout_s=60)
+    stage.dog._look = broken
+    stage.wait()
+    stage.dog._thread.join(5)
+    assert "cannot be read any more: no such memory" in str(stage.dog.error) and stage.ended.is_set()
 
 
 def test_its_thread_ends_once_closed():
@@ -343,6 +354,94 @@ def test_many_calls_under_delays_have_the_same_bits(monkeypatch):
     unraised(virtual.together(4, rank))
 
 
+def test_flags_reach_ranks_of_another_host_as_copies(monkeypatch):
+    """Within an NVLink domain: no stream memory operation writes to memory elsewhere."""
+    virtual.stand_in(monkeypatch)
+    monkeypatch.setattr(virtual.Virtual, "_elsewhere", range(4))
+    monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
+    make = virtual.meshes(2, 2, 2)
+
+    def rank(position):
+        mesh, written = make[position](), []
+        write = mesh.window._driver.write_64
+        mesh.window._driver.write_64 = lambda into, *rest: (written.append(into), write(into, *rest))
+        out = [torus_attention(*inputs(position, seed, 40, 2), mesh=mesh) for seed in range(4)]
+        mesh.close()
+        return out, set(written) - {word.data_ptr() for word in mesh.window._words.values()}
+
+    for position, (out, others) in enumerate(unraised(virtual.together(4, rank))):
+        assert not others
+        for seed in range(4):
+            assert (out[seed] - whole(4, seed, 40, 2)[position]).abs().max() < 1e-5
+
+
+class Post(Transport):
+    """Another way between threads: chunks in a dictionary of them all."""
+
+    def __init__(self, rank, box):
+        self._rank, self._box, self._round = rank, box, 0
+
+    def exchange(self, round, sends, receives):
+        self._round += 1
+        for parcel in sends:
+            self._box[self._round, self._rank, parcel.peer, parcel.slot] = parcel.packed().clone()
+        return Taken(self._box, {(self._round, parcel.peer, self._rank, parcel.slot): parcel for parcel in receives})
+
+    def drain(self):
+        pass
+
+
+class Taken(Ticket):
+    def __init__(self, box, due):
+        self._box, self._due = box, due
+
+    def wait(self):
+        while self._due:
+            key, parcel = self._due.popitem()
+            while key not in self._box:
+                time.sleep(1e-3)
+            parcel.parts[0].copy_(self._box.pop(key))
+
+
+@pytest.mark.parametrize("heads", [4, 2])  # 2: keys stay split inside machines
+def test_what_a_failed_window_computed_is_nan_on_other_machines_too(heads, monkeypatch):
+    """Windows inside machines, something else between them: whoever is over there hears of no failure."""
+    virtual.stand_in(monkeypatch)
+    make, box = virtual.meshes(2, 2, heads), {}
+
+    def rank(position):
+        mesh = make[position]()
+        mesh.lanes["across"] = Post(position, box)
+        out = [torus_attention(*inputs(position, 0, 40, heads), mesh=mesh)]
+        if position < 2:  # machine 0
+            mesh.window._poison_of(mesh.window._memory).fill_(float("nan"))
+        out.append(torus_attention(*inputs(position, 0, 40, heads), mesh=mesh))
+        mesh.close()
+        return out
+
+    for position, (right, lost) in enumerate(unraised(virtual.together(4, rank))):
+        assert (right - whole(4, 0, 40, heads)[position]).abs().max() < 1e-5
+        assert lost.isnan().all() if position < 2 else lost.isnan().any()
+
+
+def test_all_to_alls_are_right_and_turn_to_nan_as_attention_does(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    make = virtual.meshes(2, 2, 4)
+    given = [torch.randn(1, 6, 8, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
+
+    def rank(position):
+        mesh = make[position]()
+        out = [all_to_all.all_to_all_4d(given[position], 2, 1, mesh) for _ in range(3)]
+        mesh.window._poison_of(mesh.window._memory).fill_(float("nan"))  # as a peer does that gives up
+        lost = all_to_all.all_to_all_4d(given[position], 2, 1, mesh)
+        mesh.close()
+        return out, lost
+
+    for position, (out, lost) in enumerate(unraised(virtual.together(4, rank))):
+        wanted = torch.cat([x.chunk(4, dim=2)[position] for x in given], dim=1)
+        assert all(torch.equal(x, wanted) for x in out) and lost.isnan().all()
+
+
 def unraised(found):
     for each in found:
         if isinstance(each, Exception):
@@ -434,12 +533,14 @@ def test_ranks_that_want_different_windows_are_refused_alike(monkeypatch):
     assert re.search(r"virtual cannot be used: rank 4: wants 4194304 .*rank 5: wants 8388608", str(found[0]))
 
 
-def test_what_does_not_come_turns_the_result_to_nan_and_the_next_call_raises(monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_does_not_come_turns_the_result_to_nan_and_the_next_call_raises(mode, monkeypatch):
     virtual.stand_in(monkeypatch)
     make, silent = lanes(timeout_s=0.5), threading.Event()
 
     def rank(position):
-        lane = make(position)
+        with mode():
+            lane = make(position)
         lane.begin()
         if position == 1:
             lane.exchange(0, [], [])
@@ -511,9 +612,12 @@ class Unasked:
         return False
 
 
-def test_one_hardware_queue_is_warned_about(monkeypatch):
+@pytest.mark.parametrize("queues", ["1", "unset"])
+def test_few_hardware_queues_are_warned_about(queues, monkeypatch):
     virtual.stand_in(monkeypatch)
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
+    if queues == "unset":
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     make = lanes()
-    with pytest.warns(UserWarning, match="CUDA_DEVICE_MAX_CONNECTIONS=1.*for --sp-transport virtual"):
+    with pytest.warns(UserWarning, match=f"CUDA_DEVICE_MAX_CONNECTIONS={queues}.*for --sp-transport virtual"):
         unraised(virtual.together(2, lambda position: make(position).close()))

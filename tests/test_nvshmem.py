@@ -142,6 +142,7 @@ def test_traps_of_the_environment(variables, efa, named):
         ({"cuda": None}, "built without CUDA"),
         ({"gpus": 0}, "no NVIDIA GPU"),
         ({"missing": ("PyTorch's symmetric memory has no rendezvous",)}, "has no rendezvous"),
+        ({"driver": 12040}, "the driver supports CUDA 12.4, flags need 12.5"),
         ({"backend": "NVSHMEM"}, "uses its NVSHMEM backend; unset TORCH_SYMMMEM"),
         ({"stream_operations": False}, "no 64-bit stream memory operations"),
     ],
@@ -149,6 +150,14 @@ def test_traps_of_the_environment(variables, efa, named):
 def test_what_symmetric_memory_needs(change, said):
     found = symm_mem.refusal(replace(symm_mem.Facts(cuda="13.0", gpus=1), **change))
     assert found is None if said is None else re.search(said, found or ""), found
+
+
+def test_a_world_with_an_open_window_is_not_ended(monkeypatch):
+    """Two meshes of the same ranks may have chosen differently."""
+    monkeypatch.setattr(nvshmem, "_world", [0, 1])
+    monkeypatch.setattr(nvshmem, "_open", [object()])
+    nvshmem.finalize()
+    assert nvshmem._world == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -136,6 +137,25 @@ def test_a_parser_that_knows_the_flags_or_never_sees_them_is_left_alone(launched
     assert session.current.command_line is None
     with pytest.raises(SystemExit):
         ArgumentParser().parse_args(["--sp-unknown", "x"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "transport", "found", "wanted"),
+    [
+        ("torus", "auto", None, "32"),
+        ("usp", "nvshmem", None, "32"),
+        ("torus", "auto", "16", "16"),
+        ("usp", "auto", None, None),
+        ("torus", "two_sided", None, None),
+    ],
+)
+def test_hardware_queues_are_asked_for_where_waits_may_share_them(backend, transport, found, wanted, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", found or "")
+    if found is None:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(session.current, "args", None)
+    session.put_in_force(TorusArgs(backend=backend, transport=transport))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
 
 
 def test_without_the_flag_nothing_is_marked_or_filled(launched):

@@ -10,7 +10,7 @@ says all that there is to say about memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import pytest
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Write:
-    """Begin to write a chunk on ``peer``; it is whole with the next operation, which raises the flag."""
+    """Begin to write a chunk on ``peer``; it is whole with the next operation."""
 
     peer: int
     place: Place
@@ -48,12 +48,15 @@ class Write:
 
 @dataclass(frozen=True)
 class Raise:
+    """Count ``chunks`` more in the flag on ``peer``: those of one round, at once."""
+
     peer: int
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
 class Await:
-    """Until ``peer`` has raised its flag here ``count`` times."""
+    """Until the flag of ``peer`` here says ``count`` chunks."""
 
     peer: int
     count: int
@@ -84,14 +87,16 @@ def program(
     mixed=False,
     changing=False,
     greets=True,
+    hasty=False,
     drains=False,
     epochs=EPOCHS,
 ):
     """What attention.py does to shared memory on one rank, where ``lanes`` go through it; what comes over the others is
     there at once. ``mixed``: and all_to_all.py, in every second call. ``changing``: calls have three shapes in turn.
     ``drains``: calls end with a Drain. To plant faults: another number of ``halves``; ``short``: chunks by which every
-    wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag; not ``greets``: all-to-alls tell
-    ring neighbours nothing, and ranks do not meet where ``Mesh.begin`` lets them."""
+    wait falls short; ``silent``: (sender, receiver) pairs whose chunks raise no flag; ``hasty``: a round's flag is
+    raised before its chunks are written; not ``greets``: all-to-alls tell ring neighbours nothing, and ranks do not
+    meet where ``Mesh.begin`` lets them."""
     schedule = build_schedule(layout, position, cut=cut)
     operations: list[Write | Raise | Await | Read | Drain] = []
     due = dict.fromkeys(range(layout.world_size), 0)
@@ -120,8 +125,13 @@ def program(
             for message in step.sends:
                 if message.tensor != "o" and layout.head_group(message.peer) == layout.head_group(position):
                     wait_for(use(message.tensor, message.pieces))  # a ring passes on what it received
-                if (position, message.peer) not in silent:
-                    operations.extend([Write(message.peer, place_of(message, position), epoch), Raise(message.peer)])
+            for peer, messages in groupby(step.sends, key=lambda message: message.peer):
+                if (position, peer) in silent:
+                    continue
+                places = [place_of(message, position) for message in messages]
+                count = Raise(peer, len(places))
+                written = [Write(peer, place, epoch) for place in places]
+                operations.extend([count, *written] if hasty else [*written, count])
             for message in step.receives:
                 if (message.peer, position) in silent:
                     continue
@@ -167,9 +177,16 @@ def program(
 
 def explore(programs):
     """Visit every interleaving. (States visited, what went wrong or None.)"""
-    # raised[w][peer][n]: how often w has raised its flag on peer after n operations; written likewise, by place.
+    # raised[w][peer][n]: what the flag of w on peer says after n operations.
     raised = [
-        [list(accumulate((op == Raise(peer) for op in operations), initial=0)) for peer in range(len(programs))]
+        [
+            list(
+                accumulate(
+                    (op.chunks * (op.peer == peer) if isinstance(op, Raise) else 0 for op in operations), initial=0
+                )
+            )
+            for peer in range(len(programs))
+        ]
         for operations in programs
     ]
     # When each chunk is written into each place, and when each kind of call was last read in each epoch.
@@ -278,6 +295,11 @@ def test_in_one_half_ranks_meet_before_a_call_of_another_kind(ulysses, other, cu
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_wait_that_falls_short_is_found(group):
     assert "writes begun" in explored(group, short=1)[1]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_flag_before_the_chunks_of_its_round_is_found(group):
+    assert "writes begun" in explored(group, hasty=True)[1]
 
 
 def test_empty_chunks_have_to_raise_their_flags():

@@ -20,7 +20,8 @@ CASES = {
         "not concerned",
     ),
     "nothing_comes": (
-        r"TransportError: .*nothing came from rank\(s\) \[1\] within 2 s \(lane across, tcp\)",
+        r"TransportError: .*nothing came from rank\(s\) \[1\] for round 7 of exchange 0 \(rank 1's last: nothing yet\) "
+        r"within 2 s \(lane across, tcp\)",
         "sent or not",
         "sent or not",
     ),

@@ -228,6 +228,7 @@ def stand_in(monkeypatch, capturing: bool = False) -> None:
     monkeypatch.setattr(device, "torch", _With(torch, cuda=cuda))
     monkeypatch.setattr(device, "Driver", StandInDriver)
     monkeypatch.setattr(device, "_kept", [])
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class _With:

@@ -155,5 +155,6 @@ class OneSided(Transport):
         return None
 
     def poison(self, result: torch.Tensor) -> None:
-        """After ``drain``, where waits are enqueued and not waited for: let the current stream turn ``result``, which
-        this call computed, into NaN if anything that it waited for did not arrive. Floating point, any shape."""
+        """Where waits are enqueued and not waited for: let the current stream turn ``result``, which this call
+        computed, into NaN if anything that it waited for did not arrive. Floating point, any shape. After ``drain`` for
+        what the call returns; during it for what goes on over another transport, whose receivers hear of nothing."""

@@ -27,8 +27,9 @@ order of epochs, and staging needs one copy only.
 CUDA's legacy stream, where a wait that the driver does not know of would hold up every blocking stream. The host runs
 at most two calls ahead, so it hears of a failure soon and never fills a launch queue while it holds Python's lock.
 
-**Failure.** See ``watchdog.py``. A rank that gives up makes ``poison`` NaN on itself and its peers before it releases
-its waits; what it then computes and sends is of no use, and every rank that receives any of it has a result of NaN.
+**Failure.** See ``watchdog.py``. A rank that gives up makes ``poison`` NaN on itself and on all whose memory it reaches
+before it releases its waits. What it then computes and sends is of no use: whoever receives any of it, or of what
+others made of it, has a result of NaN; what leaves over another transport is made NaN first.
 
 **Memory** that a peer can write to is let go only where all ranks have come and none has anything on its way; so
 ``close`` keeps it until the next transport is made, or the process ends.
@@ -46,7 +47,7 @@ from typing import ClassVar
 import torch
 
 from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import environment
+from sf_xfuser.args import QUEUES_VARIABLE, environment
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.driver import Driver
@@ -56,7 +57,7 @@ _STEP = 2 << 20  # bytes: CUDA maps memory in pages of this size
 _STREAMS = 2  # for puts: one packs while the other copies; streams share few hardware queues
 _TELL_S = 5.0  # for a peer to be told of a failure
 _NAN = 0x7FC00000  # as float32
-_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+_ENOUGH_QUEUES = 16
 
 
 def captures() -> bool:
@@ -81,10 +82,11 @@ class DeviceWindow(OneSided):
         self._position = position
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
-        if environment([_QUEUES]).get(_QUEUES) == "1":
+        queues = environment([QUEUES_VARIABLE]).get(QUEUES_VARIABLE, "unset")  # 8, then
+        if not queues.isdecimal() or int(queues) < _ENOUGH_QUEUES:
             warnings.warn(
-                f"{_QUEUES}=1: with one hardware queue a wait for another rank holds up what that rank waits for; "
-                f"unset it, or set 16 or more, for --sp-transport {self.name}",
+                f"{QUEUES_VARIABLE}={queues}: where streams share a hardware queue a wait for another rank can hold up "
+                f"what that rank waits for; set 32 before anything uses CUDA, for --sp-transport {self.name}",
                 stacklevel=2,
             )
         self._device = torch.cuda.current_device()
@@ -143,11 +145,14 @@ class DeviceWindow(OneSided):
         # Every rank has come, and none has anything on its way: the memory of earlier windows may go.
         self._block = None
         _drop([self, *earlier])
+        if going:
+            self._agreement.gather(f"{self.name} let go", None)  # what a peer still maps is not free
         try:
-            memory = self._allocate(block.nbytes)
-            memory[: block.head_bytes].zero_()
-            self._poison_of(memory).fill_(1)
-            self._seen = torch.empty(block.head_bytes, dtype=torch.uint8, pin_memory=memory.is_cuda)
+            with torch.inference_mode(False):  # the watchdog and later calls write into it, in whatever mode
+                memory = self._allocate(block.nbytes)
+                memory[: block.head_bytes].zero_()
+                self._poison_of(memory).fill_(1)
+                self._seen = torch.empty(block.head_bytes, dtype=torch.uint8, pin_memory=memory.is_cuda)
             torch.cuda.synchronize()
         except Exception as error:
             refusal = f"no memory of {block.nbytes} bytes that peers can write to: {error}"
@@ -225,7 +230,8 @@ class DeviceWindow(OneSided):
         """As ``OneSided.poison``: one kernel, times 1 or times NaN."""
         assert self._memory is not None
         result.mul_(self._poison_of(self._memory))
-        self._end_here()
+        if not self._running:
+            self._end_here()
 
     def close(self) -> None:
         """Peers that wait for this rank fail, where a call is not complete."""
@@ -248,6 +254,11 @@ class DeviceWindow(OneSided):
     @abstractmethod
     def _free(self) -> None:
         """Let go of it. Collective."""
+
+    @property
+    @abstractmethod
+    def _reachable(self) -> Sequence[int]:
+        """The other positions to whose memory this rank can write: its peers, and those that use what they compute."""
 
     @abstractmethod
     def _mapped(self, peer: int) -> bool:
@@ -369,7 +380,7 @@ class DeviceWindow(OneSided):
         word = self._base + self._block.poison
         self._driver.write_32(word, _NAN, self._rescue.cuda_stream)
         self._telling.wait_event(self._rescue.record_event())
-        for peer in sorted(self._peers, key=lambda peer: (not self._mapped(peer), peer in suspects)):
+        for peer in sorted(self._reachable, key=lambda peer: (not self._mapped(peer), peer in suspects)):
             self._put(peer, self._block.poison, word, 4, self._telling.cuda_stream)
         # Puts over a network are served in order: whoever has not heard by then hears before anything sent later.
         _done(self._telling.record_event(), _TELL_S)

@@ -43,12 +43,6 @@ class Driver:
         self._call("cuDeviceGetAttribute", ctypes.byref(found), _CAN_USE_64_BIT_STREAM_MEM_OPS, handle)
         return bool(found.value)
 
-    def has_context(self) -> bool:
-        """Whether a context is current in this thread."""
-        context = ctypes.c_void_p()
-        self._call("cuCtxGetCurrent", ctypes.byref(context))
-        return bool(context.value)
-
     def allow_queries_during_capture(self) -> None:
         """In this thread: a look at an event must not break a CUDA graph that another thread captures."""
         mode = ctypes.c_int(_RELAXED)

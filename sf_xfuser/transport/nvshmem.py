@@ -231,10 +231,10 @@ def exchange_unique_id(agreement: Agreement, members: Sequence[int], position: i
 
 
 def finalize() -> None:
-    """End this process's NVSHMEM world, if it is in one of ours. Collective over the group, after ``close``; hangs if a
-    member does not come, so not for a job that fails. Nobody has to call it."""
+    """End this process's NVSHMEM world, if it is in one of ours and none of its windows is open any more. Collective
+    over the group; hangs if a member does not come, so not for a job that fails. Nobody has to call it."""
     global _world
-    if _world is None:
+    if _world is None or _open:
         return
     import nvshmem.core as core
 
@@ -245,6 +245,7 @@ def finalize() -> None:
 
 
 _world: list[int] | None = None  # the members of this process's world
+_open: list[Nvshmem] = []  # another mesh of the same members may use it, too
 
 
 class Nvshmem(DeviceWindow):
@@ -263,15 +264,21 @@ class Nvshmem(DeviceWindow):
 
         self._bindings = bindings
         super().__init__(agreement, members, position, peers, timeout_s)
+        _open.append(self)
+
+    def close(self) -> None:
+        super().close()
+        if self in _open:
+            _open.remove(self)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         import nvshmem.core as core
 
         heap: torch.Tensor = core.tensor((nbytes,), dtype=torch.uint8)
         self._heap = heap
-        self._maps = {peer: bool(self._bindings.ptr(heap.data_ptr(), peer)) for peer in self._peers}
-        if self._status == _LIMITED and not all(self._maps.values()):
-            far = [self._members[peer] for peer, mapped in self._maps.items() if not mapped]
+        self._maps = {peer: bool(self._bindings.ptr(heap.data_ptr(), peer)) for peer in self._reachable}
+        far = [self._members[peer] for peer in self._peers if not self._maps[peer]]
+        if self._status == _LIMITED and far:
             raise RuntimeError(f"ranks {far} are not mapped, and NVSHMEM cannot wait for them where GPUs are shared")
         return heap
 
@@ -284,6 +291,10 @@ class Nvshmem(DeviceWindow):
     def _footprint(self, nbytes: int, going: int) -> int:
         """What goes may leave a hole in the heap that is too small."""
         return -(-nbytes // _HEAP_GRAIN) * _HEAP_GRAIN
+
+    @property
+    def _reachable(self) -> Sequence[int]:
+        return [peer for peer in range(len(self._members)) if peer != self._position]
 
     def _mapped(self, peer: int) -> bool:
         return self._maps[peer]

@@ -222,7 +222,7 @@ class Shm(OneSided):
 
     def wait(self, round: int, peer: int, due: int) -> None:
         """For a chunk of this round: until ``flag[peer]`` has reached ``due``. Raises TransportError after the timeout,
-        or when the peer is gone or has given up."""
+        or when the peer is gone, has given up, or makes calls without this rank."""
         self._usable()
         assert self._own is not None
         self._pause("wait")
@@ -231,13 +231,15 @@ class Shm(OneSided):
         while (seen := self._own.flag(peer)) < due:
             waited = time.monotonic() - started
             if self._own.gave_up(peer):
-                self._fail(round, peer, due, seen, "it gave up")
+                self._fail(round, peer, due, seen, f"it gave up; waited {waited:.1f} s")
             if gone:
-                self._fail(round, peer, due, seen, "its process is gone")
+                self._fail(round, peer, due, seen, f"its process is gone; waited {waited:.1f} s")
             if waited >= self._timeout_s:
                 self._fail(round, peer, due, seen, f"waited {waited:.1f} s")
             self._own.sleep(peer, seen, min(_LOOK_S, self._timeout_s - waited))
             gone = self._of[peer].owner_is_gone()  # and then look at its flag once more
+        if seen // _CHUNKS > due // _CHUNKS + 1:  # a peer ends its next call with this rank's help only
+            self._fail(round, peer, due, seen, "it is calls ahead")
         self._pause("read")
 
     def close(self) -> None:

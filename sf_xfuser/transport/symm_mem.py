@@ -8,8 +8,10 @@ The module is private to PyTorch and moves: what is needed of it is asked for, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from sf_xfuser.transport.base import raise_together
 from sf_xfuser.transport.device import DeviceWindow
 from sf_xfuser.transport.driver import Driver
 
+_OLDEST_DRIVER = 12050  # older ones do not do stream memory operations on memory that peers map
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -29,6 +33,7 @@ class Facts:
     cuda: str | None
     gpus: int
     missing: tuple[str, ...] = ()
+    driver: int = _OLDEST_DRIVER
     backend: str | None = "CUDA"
     stream_operations: bool = True
 
@@ -47,10 +52,18 @@ def look() -> Facts:
             missing.append("PyTorch's symmetric memory has no empty_strided_p2p")
         missing += [f"the driver has no {name}" for name in driver.missing()]
         asked = getattr(symmetric, "get_backend", lambda device: "CUDA")(torch.device("cuda"))
+        version = driver.version
         operations = driver.has_64_bit_stream_operations(0)
     except Exception as error:
         return Facts(cuda=cuda, gpus=gpus, missing=(str(error),))
-    return Facts(cuda=cuda, gpus=gpus, missing=tuple(missing), backend=asked, stream_operations=operations)
+    return Facts(
+        cuda=cuda,
+        gpus=gpus,
+        missing=tuple(missing),
+        driver=version,
+        backend=asked,
+        stream_operations=operations,
+    )
 
 
 def refusal(facts: Facts) -> str | None:
@@ -61,6 +74,8 @@ def refusal(facts: Facts) -> str | None:
         return "no NVIDIA GPU is visible"
     if facts.missing:
         return "; ".join(facts.missing)
+    if facts.driver < _OLDEST_DRIVER:
+        return f"the driver supports CUDA {facts.driver // 1000}.{facts.driver % 1000 // 10}, flags need 12.5"
     if facts.backend != "CUDA":
         return f"PyTorch's symmetric memory uses its {facts.backend} backend; unset TORCH_SYMMMEM or set it to CUDA"
     if not facts.stream_operations:
@@ -79,10 +94,20 @@ def identity() -> str:
     return facts.nvlink_domain or facts.host
 
 
+def _no_context() -> str | None:
+    """Make this GPU's CUDA context, which the driver's calls need; else why there is none. Local."""
+    try:
+        torch.zeros(1, device=torch.cuda.current_device())
+    except RuntimeError as error:
+        return f"no CUDA context: {error}"
+    return None
+
+
 class SymmMem(DeviceWindow):
     """``group``: a process group of this rank and its peers; ``rank_of`` says which rank of it a position is."""
 
     name = "symm_mem"
+    _elsewhere: Collection[int] = ()  # peers on other hosts of the NVLink domain
 
     def __init__(
         self,
@@ -99,8 +124,14 @@ class SymmMem(DeviceWindow):
         self._rank_of = rank_of
         self._handle: Any = None  # keeps the mappings
         self._address: dict[int, int] = {}
-        raise_together(self.name, members, agreement.gather("symm_mem", unavailable()))
+        said = agreement.gather("symm_mem", [unavailable() or _no_context(), socket.gethostname()])
+        raise_together(self.name, members, [refusal for refusal, _ in said])
+        self._elsewhere = {peer for peer in peers if said[peer][1] != said[position][1]}
         super().__init__(agreement, members, position, peers, timeout_s)
+
+    @cached_property
+    def _words(self) -> dict[int, torch.Tensor]:
+        return {}
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         import torch.distributed._symmetric_memory as symmetric
@@ -113,11 +144,15 @@ class SymmMem(DeviceWindow):
         starts = self._handle.buffer_ptrs
         if memory.data_ptr() != starts[self._handle.rank]:
             raise RuntimeError("PyTorch did not put the memory where it says")
-        self._address = {peer: starts[self._rank_of[peer]] for peer in self._peers}
+        self._address = {peer: starts[rank] for peer, rank in self._rank_of.items()}
         return memory
 
     def _free(self) -> None:
         self._handle = None
+
+    @property
+    def _reachable(self) -> Sequence[int]:
+        return [peer for peer in self._address if peer != self._position]
 
     def _mapped(self, peer: int) -> bool:
         return True
@@ -130,7 +165,19 @@ class SymmMem(DeviceWindow):
     ) -> None:
         if nbytes:
             self._put(peer, offset, source, nbytes, stream)
-        self._driver.write_64(self._address[peer] + flag, value, stream)
+        if peer in self._elsewhere:  # stream memory operations write to no other host's memory, copies do
+            word = self._word_of(stream)
+            self._driver.write_64(word, value, stream)
+            self._put(peer, flag, word, 8, stream)
+        else:
+            self._driver.write_64(self._address[peer] + flag, value, stream)
+
+    def _word_of(self, stream: int) -> int:
+        """Address of a word of this rank's that only this stream uses."""
+        if stream not in self._words:
+            assert self._memory is not None
+            self._words[stream] = torch.empty(1, dtype=torch.int64, device=self._memory.device)
+        return self._words[stream].data_ptr()
 
     def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
         self._driver.wait_64(address, value, stream)

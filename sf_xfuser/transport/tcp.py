@@ -111,6 +111,7 @@ class Tcp(Transport):
         self._position = position
         self._timeout_s = timeout_s
         self._exchanges = 0
+        self._seen = dict.fromkeys(links, "nothing yet")  # what came last from each
         self._error: TransportError | None = None
         self._lock = threading.Lock()  # over what is due, and the error
         self._due: set[_Arrival] = set()
@@ -128,7 +129,7 @@ class Tcp(Transport):
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         self._let_go()
         due = [parcel for parcel in receives if parcel.nbytes]
-        arrival = self._new_arrival(due)
+        arrival = self._new_arrival(due, round)
         if not due:
             self._here(arrival, None)
         for parcel in due:
@@ -157,8 +158,8 @@ class Tcp(Transport):
         for link in self._links.values():
             link.close()
 
-    def _new_arrival(self, receives: Sequence[Parcel]) -> _Arrival:
-        arrival = _Arrival(self, receives)
+    def _new_arrival(self, receives: Sequence[Parcel], round: int = 0) -> _Arrival:
+        arrival = _Arrival(self, receives, f"round {round} of exchange {self._exchanges}")
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -174,9 +175,10 @@ class Tcp(Transport):
     def wait(self, arrival: _Arrival) -> None:
         self._let_go()
         if not arrival.event.wait(self._timeout_s):
-            senders = sorted({self._members[parcel.peer] for parcel in arrival.missing})
-            what = f"nothing came from rank(s) {senders}" if senders else "what was to be sent was not taken"
-            self._fail(f"{what} within {self._timeout_s:g} s")
+            late = sorted({parcel.peer for parcel in arrival.missing})
+            seen = ", ".join(f"rank {self._members[peer]}'s last: {self._seen[peer]}" for peer in late)
+            came = f"nothing came from rank(s) {[self._members[peer] for peer in late]} for {arrival.what} ({seen})"
+            self._fail(f"{came if late else 'what was to be sent was not taken'} within {self._timeout_s:g} s")
         if not arrival.complete and self._error is not None:
             raise self._error
 
@@ -209,6 +211,7 @@ class Tcp(Transport):
                 _receive_into(link, _bytes_of(parcel.packed()))
             except Exception as error:  # whatever it is, nobody else would hear of it
                 return self._fail(f"receiving from rank {self._members[peer]} failed: {error}")
+            self._seen[peer] = arrival.what
             self._here(arrival, parcel)
             del item, parcel, arrival
 
@@ -246,11 +249,12 @@ class Tcp(Transport):
 
 
 class _Arrival(Ticket):
-    """A round's receives, until all of them are here; or a drain."""
+    """A round's receives, until all of them are here; or a drain. ``what``: of which round."""
 
-    def __init__(self, transport: Tcp, missing: Sequence[Parcel]) -> None:
+    def __init__(self, transport: Tcp, missing: Sequence[Parcel], what: str) -> None:
         self._transport = transport
         self.missing = list(missing)
+        self.what = what
         self.complete = False
         self.event = threading.Event()
 

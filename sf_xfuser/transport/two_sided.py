@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,9 +73,9 @@ class TwoSided(Transport):
 
     def _failure(self, what: str, error: Exception) -> TransportError:
         return TransportError(
-            f"rank {dist.get_rank()}: {what} (lane {self._lane}, limit {self._timeout_s:g} s): "
-            f"{str(error).splitlines()[0]}. The peer died, hangs, or makes a different call; see its log, or raise "
-            f"--sp-timeout"
+            f"rank {dist.get_rank()} on {socket.gethostname()}: {what} (lane {self._lane}, limit "
+            f"{self._timeout_s:g} s): {str(error).splitlines()[0]}. The peer died, hangs, or makes a different call; "
+            f"see its log, or raise --sp-timeout"
         )
 
 

@@ -8,6 +8,7 @@ What has been enqueued already runs on what happens to lie in memory, and ``OneS
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -112,6 +113,17 @@ class Watchdog:
                 self._watched.popleft()
         except Exception as problem:  # whatever it is, nobody else would hear of it
             self.fail(TransportError(f"{self._who}: the GPU's state cannot be read any more: {problem}"))
+            self._let_all_go()
+
+    def _let_all_go(self) -> None:
+        """What waits must not wait for ever because nobody looks after it any more."""
+        deadline = time.monotonic() + _GRACE_S
+        with contextlib.suppress(Exception):  # a GPU that has failed ends its waits itself
+            while any(awaited.done is None or not awaited.done() for awaited in tuple(self._watched)):
+                self._release(tuple(self._watched))
+                if time.monotonic() >= deadline:
+                    self._end()
+                time.sleep(_TICK_S)
 
     def _oldest(self) -> Awaited | None:
         with self._changed:

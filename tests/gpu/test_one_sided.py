@@ -26,6 +26,7 @@ ENVIRONMENT = {
 CASES = {
     "the_same_bits_as_gloo": "equal",
     "attention": "0 differ",
+    "all_to_all": "equal",
     "a_capture_is_refused": "ValueError: .*cannot be captured in a CUDA graph",
     "rows": "measured",
 }
@@ -43,10 +44,12 @@ def test_virtual_ranks_of_one_process(size):
     assert "2000 calls equal" in finished.output
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, 4, 8])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_processes(transport, nproc):
+def test_processes(transport, nproc, capsys):
     output = torchrun("one_sided_gpu.py", transport, *CASES, nproc=nproc, timeout=900, env=ENVIRONMENT).output
+    with capsys.disabled():
+        print("", *re.findall(r"row: .*", output), sep="\n")
     said = reports(output, CASES)
     for case, expected in CASES.items():
         assert [bool(re.match(expected, text)) for text in said[case].values()] == [True] * nproc, said[case]

@@ -131,6 +131,14 @@ def case_windows_grow(rank):
     return "equal"
 
 
+def case_many_shapes(rank):
+    """No more is kept of calls than of attention's."""
+    mesh = mesh_of("shm")
+    for tokens in range(4 * 80, 0, -4):  # windows that grow forget calls, too
+        all_to_all_4d(tensor(1, tokens, 4, 2), *FORTH, mesh)
+    return f"{len(mesh.calls)} kept"
+
+
 def case_no_gradient(rank):
     """As with yunchang's: a gradient flows through SeqAllToAll4D, not through the function."""
     mesh = mesh_of("shm")

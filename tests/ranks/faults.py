@@ -1,10 +1,12 @@
 """Kills or stops one of four ranks at a chosen moment, scenario after scenario, and prints how the others fared: a line
 of JSON for each.
 
-    python tests/ranks/faults.py shm:kill:RANK:WHERE:NTH ...     shm or tcp; kill or stop
-    python tests/ranks/faults.py fuzz:COUNT:SEED                 that many kills over shm, at random
+    python tests/ranks/faults.py KIND:kill:RANK:WHERE:NTH ...    kill or stop
+    python tests/ranks/faults.py fuzz:COUNT:SEED                 that many kills, at random
 
-WHERE: before attention (attend), or before an access to shared memory (put, flag, wait, read).
+KIND: shm, tcp; over shm: ring (keys stay split), alltoall (yunchang's, in place of attention); mixed (shm inside
+machines, TCP between them). WHERE: before attention (attend), or before an access to shared memory (put, flag, wait,
+read). Exit status 1 if a rank hangs, a survivor does not fail with a TransportError, or something is left in /dev/shm.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sf_xfuser import kernels
+from sf_xfuser import kernels, lanes
+from sf_xfuser.all_to_all import all_to_all_4d
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.mesh import build_mesh
@@ -32,17 +35,31 @@ WORLD = 4
 TIMEOUT_S = 2.0
 WHERE = ("put", "flag", "wait", "read")
 POINTS = 9  # a rank of 2x2 puts 9 chunks in a call, and waits for as many
+KINDS = ("shm", "ring", "alltoall", "mixed")
 
 
-def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, where: str, nth: int) -> int:
+def mesh_of(kind: str):
+    transport = {"tcp": "tcp", "mixed": "auto"}.get(kind, "shm")
+    args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
+    shared = lanes.shared_lanes
+    if kind == "mixed":  # as between machines that share nothing
+        lanes.shared_lanes = lambda *_: ["inside"]
+    try:
+        mesh = build_mesh([[0, 1, 2, 3]], args, heads=2 if kind == "ring" else 4)
+    finally:
+        lanes.shared_lanes = shared
+    mesh.chosen = mesh.chosen or "the first"
+    return mesh
+
+
+def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: str, nth: int) -> int:
     """Calls until one fails; then, where nobody died, one more, which has to succeed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
-    mesh = build_mesh([[0, 1, 2, 3]], args, heads=4)
+    mesh = mesh_of(kind)
     mesh.one_host = nth % 2 == 0  # attended together, or in stages
     make = torch.Generator().manual_seed(rank)
-    q, k, v = (torch.randn(1, 4, 16, 8, generator=make) for _ in range(3))
+    q, k, v = (torch.randn(1, mesh.layout.ulysses_degree, 16, 8, generator=make) for _ in range(3))
 
     left = [-1]
 
@@ -51,6 +68,8 @@ def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, wh
         return kernels.sdpa_attend(*tensors)
 
     def call():
+        if kind == "alltoall":
+            return all_to_all_4d(q, 2, 1, mesh)
         counts = {"q_tokens": [16] * WORLD, "kv_tokens": [16] * WORLD}
         return torus_attention(q, k, v, mesh=mesh, attend=attend, **counts)
 
@@ -80,7 +99,7 @@ def rank_main(rank: int, folder: Path, transport: str, how: str, victim: int, wh
     return 3
 
 
-def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dict:
+def scenario(kind: str, how: str, victim: int, where: str, nth: int) -> dict:
     names = shared_names()
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), {}
@@ -89,7 +108,7 @@ def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dic
             if child == 0:
                 status = 1
                 try:
-                    status = rank_main(rank, folder, transport, how, victim, where, nth)
+                    status = rank_main(rank, folder, kind, how, victim, where, nth)
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
@@ -115,7 +134,7 @@ def scenario(transport: str, how: str, victim: int, where: str, nth: int) -> dic
             os.waitpid(child, 0)
         told = {rank: json.loads(p.read_text()) for rank in range(WORLD) if (p := folder / f"{rank}.json").exists()}
     return {
-        "scenario": f"{transport}:{how}:{victim}:{where}:{nth}",
+        "scenario": f"{kind}:{how}:{victim}:{where}:{nth}",
         "statuses": [statuses.get(rank, "hangs") for rank in range(WORLD)],
         "told": [told.get(rank) for rank in range(WORLD)],
         "left": sorted(shared_names() - names),
@@ -127,18 +146,24 @@ def shared_names() -> set[str]:
 
 
 def main() -> None:
+    failed = 0
     for text in sys.argv[1:]:
         first, *rest = text.split(":")
         if first == "fuzz":
             choose = random.Random(int(rest[1]))
             todo = [
-                ("shm", "kill", choose.randrange(WORLD), choose.choice(WHERE), choose.randrange(10 * POINTS))
+                (choose.choice(KINDS), "kill", choose.randrange(WORLD), choose.choice(WHERE), choose.randrange(30))
                 for _ in range(int(rest[0]))
             ]
         else:
             todo = [(first, rest[0], int(rest[1]), rest[2], int(rest[3]))]
         for one in todo:
-            print(json.dumps(scenario(*one)), flush=True)
+            found = scenario(*one)
+            print(json.dumps(found), flush=True)
+            survivors = [rank for rank in range(WORLD) if rank != one[2] or one[1] == "stop"]
+            well = all(found["statuses"][rank] == 3 and found["told"][rank] for rank in survivors)
+            failed += not well or bool(found["left"])
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

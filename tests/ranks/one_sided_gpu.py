@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import statistics
 import sys
 import time
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
+from sf_xfuser import lanes
+from sf_xfuser.all_to_all import all_to_all_4d
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.mesh import build_mesh
@@ -27,9 +30,18 @@ def mesh_of(timeout=60.0, heads=None):
     return build_mesh([list(range(world))], args, heads=heads or world)
 
 
-def everyone(lane, call, chunks):
+def delay(wait):
+    """Now and then, on the GPU or on the host."""
+    if wait.random() < 0.05:
+        torch.cuda._sleep(wait.randrange(2_000_000))
+    if wait.random() < 0.02:
+        time.sleep(wait.random() * 5e-3)
+
+
+def everyone(lane, call, chunks, wait):
     """Each rank sends ``chunks[peer]`` [n, 2] (a strided column of it) to each peer; what has come, by peer."""
     rank = dist.get_rank()
+    delay(wait)
     window, nbytes = lane.begin(), {peer: x[:, 0].numel() * x.element_size() for peer, x in enumerate(chunks)}
     others = [peer for peer in range(len(chunks)) if peer != rank]
     offset = max(nbytes.values())
@@ -37,16 +49,19 @@ def everyone(lane, call, chunks):
     receives = [
         Parcel((window[peer * offset : peer * offset + nbytes[peer]],), torch.uint8, peer, 0) for peer in others
     ]
-    lane.exchange(call, sends, receives).wait()
+    ticket = lane.exchange(call, sends, receives)
+    delay(wait)
+    ticket.wait()
     came = {parcel.peer: parcel.parts[0].clone() for parcel in receives}
     lane.drain()
     return came
 
 
 def case_the_same_bits_as_gloo(rank):
-    """All dtypes, twice: the second transport takes the memory of the first over."""
-    world = dist.get_world_size()
-    for _ in range(2):
+    """All dtypes, with delays, three times: the second transport takes the memory of the first over, the third comes
+    after all memory was freed and NVSHMEM was finalized."""
+    world, wait = dist.get_world_size(), random.Random(rank)
+    for run in range(3):
         mesh = mesh_of()
         for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64):
             make = torch.Generator().manual_seed(rank)
@@ -56,10 +71,12 @@ def case_the_same_bits_as_gloo(rank):
             wanted = torch.empty_like(given)
             dist.all_to_all_single(wanted, given)
             mesh.window.reserve(n * 8 * world)
-            came = everyone(mesh.window, 0, [x.cuda() for x in whole])
-            for peer, found in came.items():
-                assert torch.equal(found.cpu(), wanted.chunk(world)[peer]), (dtype, peer)
+            for call in range(20):
+                for peer, found in everyone(mesh.window, call, [x.cuda() for x in whole], wait).items():
+                    assert torch.equal(found.cpu(), wanted.chunk(world)[peer]), (run, dtype, call, peer)
         mesh.close()
+        if run == 1:
+            lanes.let_go(mesh.agreement, mesh.members, mesh.position, used="nothing")
     return "equal"
 
 
@@ -80,13 +97,25 @@ def case_attention(rank):
         assert (out - whole).abs().max() < 2e-2
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     for number in range(EPOCHS):
-        if wait.random() < 0.05:
-            torch.cuda._sleep(wait.randrange(2_000_000))
-        if wait.random() < 0.02:
-            time.sleep(wait.random() * 5e-3)
+        delay(wait)
         differing += (torus_attention(*given[number % 5], mesh=mesh, **counts) != first[number % 5]).sum()
     mesh.close()
     return f"{int(differing)} differ in {EPOCHS} calls"
+
+
+def case_all_to_all(rank):
+    """Yunchang's, forth and back, over windows."""
+    world, mesh = dist.get_world_size(), mesh_of()
+    given = [
+        torch.randn(2, 6, 2 * world, 32, generator=torch.Generator().manual_seed(w)).bfloat16() for w in range(world)
+    ]
+    wanted = torch.cat([x.chunk(world, dim=2)[rank] for x in given], dim=1)
+    for _ in range(100):
+        out = all_to_all_4d(given[rank].cuda(), 2, 1, mesh)
+        assert torch.equal(out.cpu(), wanted)
+        assert torch.equal(all_to_all_4d(out, 1, 2, mesh).cpu(), given[rank])
+    mesh.close()
+    return "equal"
 
 
 def case_a_capture_is_refused(rank):
@@ -118,7 +147,7 @@ def case_a_lost_peer(rank):
 
 
 def case_rows(rank):
-    """Put with flag and back between ranks 0 and 1, against a copy on the device."""
+    """Put with flag and back between ranks 0 and 1, against a copy on the device: the time of one, its bandwidth."""
     lane = mesh_of().window
     for exponent in range(12, 28, 3):
         nbytes, times = 1 << exponent, []
@@ -147,9 +176,11 @@ def case_rows(rank):
             torch.cuda.synchronize()
             copies.append(time.perf_counter() - started)
         if rank == 0:
-            both = (sorted(each)[len(each) // 2] * 1e6 for each in (times, copies))
+            put, copy = statistics.median(times) / 2, statistics.median(copies)
             print(
-                "{} {} bytes: there and back {:.1f} us, a copy {:.1f} us".format(TRANSPORT, nbytes, *both), flush=True
+                f"row: {TRANSPORT}, {torch.cuda.get_device_name()}, {nbytes} bytes: put and flag {put * 1e6:.1f} us, "
+                f"{nbytes / put / 1e9:.2f} GB/s; a copy {copy * 1e6:.1f} us, {nbytes / copy / 1e9:.2f} GB/s",
+                flush=True,
             )
     lane.close()
     return "measured"

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser import lanes
+from sf_xfuser import kernels, lanes
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
@@ -181,19 +181,23 @@ def case_no_name_is_left(rank):
 def case_what_the_dead_left_is_removed(rank):
     mine = shm._Segment.create(64, 4096, 2)
     dist.barrier()
-    removed = []
     if rank == 0:
         child = os.fork()
         if child == 0:
             shm._Segment.create(64, 4096, 2)
             os._exit(0)
         os.waitpid(child, 0)
-        removed = shm.remove_leftovers()
     dist.barrier()
+    before = {name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)}
+    dist.barrier()
+    transport().close()  # sees to it
+    dist.barrier()
+    removed = before - set(os.listdir("/dev/shm"))
     kept = os.path.exists(mine.path)
+    dist.barrier()
     mine.unlink()
     mine.close()
-    return f"removed {len(removed)}, kept the living: {kept}"
+    return f"removed {len(removed)} of {len(before)}, kept the living: {kept}"
 
 
 def case_nothing_comes(rank):
@@ -222,6 +226,59 @@ def case_one_gives_up(rank):
     finally:
         assert time.monotonic() - started < 5
         dist.barrier()
+    return "went unnoticed"
+
+
+def case_one_is_ahead(rank):
+    """Rank 3 has made calls alone: its flags say more than any of this call's can."""
+    lane = transport(timeout_s=1.0)
+    for _ in range(3 if rank == 3 else 1):
+        lane.begin()
+        if rank == 3:
+            lane.exchange(0, [byte(peer) for peer in range(3)], [])
+    dist.barrier()
+    if rank == 3:
+        return "silent"
+    lane.exchange(0, [], [byte(3)]).wait()
+    return "went unnoticed"
+
+
+def case_attention_fails_on_one_rank(rank):
+    """Its peers hear of it at once, and cannot take chunks of its next call for those of this one."""
+    mesh, tensors = mesh_of("shm"), inputs(rank, 0)
+    wanted = call(mesh, tensors)
+
+    def attend(*qkv):
+        if rank == 1:
+            raise MemoryError("as it should")
+        return kernels.sdpa_attend(*qkv)
+
+    started, said = time.monotonic(), "went unnoticed"
+    try:
+        torus_attention(*tensors, mesh=mesh, attend=attend, q_tokens=[8] * 4, kv_tokens=[8] * 4)
+    except (MemoryError, TransportError) as error:
+        said = f"{type(error).__name__}: {error}"
+    assert time.monotonic() - started < 10
+    assert torch.equal(call(mesh, inputs(rank, 0)), wanted)
+    return said
+
+
+def case_a_transport_cannot_be_tried(rank):
+    """The next call tries again."""
+    mesh, tensors = mesh_of("auto"), inputs(rank, 0)
+    connect = mesh.transports["tcp"]
+
+    def fail(agreement):
+        raise TransportError("as it should")
+
+    mesh.transports["tcp"] = fail
+    try:
+        call(mesh, tensors)
+    except TransportError as error:
+        mesh.transports["tcp"] = connect
+        assert torch.equal(call(mesh, tensors), call(mesh_of("tcp"), tensors))
+        assert "shm" in mesh.chosen and "tcp" in mesh.chosen
+        return f"TransportError: {error}"
     return "went unnoticed"
 
 
@@ -255,6 +312,19 @@ def case_auto_does_without_too_little_memory(rank):
         mesh = mesh_of("auto")
         call(mesh, inputs(rank, 0, 600), 600)
         assert not mesh.failed
+        return f"{mesh.transport}, {mesh.chosen}"
+    finally:
+        os.fstatvfs = kept
+
+
+def case_auto_does_without_any_memory(rank):
+    """Rank 2 has none left when lanes are first made."""
+    kept = os.fstatvfs
+    if rank == 2:
+        os.fstatvfs = lambda file: SimpleNamespace(f_bavail=0, f_frsize=4096)
+    try:
+        mesh = mesh_of("auto")
+        call(mesh, inputs(rank, 0))
         return f"{mesh.transport}, {mesh.chosen}"
     finally:
         os.fstatvfs = kept
