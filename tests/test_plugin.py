@@ -389,3 +389,16 @@ def test_doctor():
     assert by_name["two_sided over gloo"]["detail"] == "available"
     failing = doctor.Finding(section="s", name="n", status="fail", detail="d")
     assert not doctor.usable([failing]) and cli.main(["doctor"]) == 0
+
+
+def test_doctor_checks_the_environment_of_nvshmem(monkeypatch):
+    """As on one of AWS's machines, with NVSHMEM installed."""
+    from sf_xfuser import doctor
+    from sf_xfuser.transport import nvshmem
+
+    monkeypatch.setattr(nvshmem, "unavailable", lambda: None)
+    monkeypatch.setattr(nvshmem, "has_efa", lambda: True)
+    monkeypatch.setenv("NVSHMEM_REMOTE_TRANSPORT", "ibrc")
+    found = {finding.name: finding for finding in doctor.examine() if finding.section == "environment"}
+    assert found["NVSHMEM_REMOTE_TRANSPORT"].status == "warn"
+    assert "set it to libfabric" in found["NVSHMEM_REMOTE_TRANSPORT"].detail

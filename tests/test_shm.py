@@ -97,6 +97,17 @@ FAULTS += [f"{kind}:kill:{n}:{faults.WHERE[n]}:{5 * n}" for kind in ("ring", "al
 FAULTS += ["shm:kill:2:attend:3", "mixed:kill:1:attend:2", "ring:stop:0:flag:5", "mixed:stop:3:wait:3"]
 
 
+def test_a_rank_that_dies_while_windows_grow_leaves_nothing():
+    """Ranks that agree wait for five time-outs."""
+    output = run([sys.executable, str(RANKS / "faults.py"), "shm:kill:1:grow:0"], timeout=100).output
+    found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    assert found["left"] == [] and found["statuses"] == [3, -9, 3, 3]
+    for told in (found["told"][rank] for rank in (0, 2, 3)):
+        assert "'shm segment', but rank(s) [1] of" in told["error"] and told["after_s"] < 5 * faults.TIMEOUT_S + 3, (
+            found
+        )
+
+
 @pytest.fixture(scope="module")
 def fared() -> dict[str, dict]:
     """scenario -> how the ranks fared."""

@@ -1,6 +1,6 @@
 """What a chunk costs: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
 
-Rank 0 puts a round of chunks into rank 1's window, each with its flag, as in an attention call; in every other round it
+Rank 0 puts a round of chunks into rank 1's window and raises its flag, as in an attention call; in every other round it
 copies the same bytes within its own memory instead. Rank 1 clears its window after every round, so that all rounds
 begin alike. The time is rank 0's, from the call to the chunks being in place, per chunk.
 """

@@ -71,6 +71,7 @@ class DeviceWindow(OneSided):
 
     name: ClassVar[str]
     halves = 2
+    _sharing = 1  # ranks of the group on this GPU, all of which need room at once
 
     def __init__(
         self, agreement: Agreement, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
@@ -407,7 +408,7 @@ class DeviceWindow(OneSided):
 
     def _no_room(self, nbytes: int, going: int) -> str | None:
         """Why this GPU cannot hold that much when ``going`` bytes of other windows are gone; None where it can."""
-        needed = self._footprint(nbytes, going)
+        needed = self._sharing * self._footprint(nbytes, going)
         if torch.cuda.mem_get_info()[0] < needed:
             torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]

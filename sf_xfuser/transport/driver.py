@@ -80,6 +80,11 @@ class Driver:
             raise RuntimeError(f"{name}: {(text.value or b'unknown').decode()} ({status})")
 
 
+def gpu_name(device: int) -> str:
+    """The same in all processes of a host that use this GPU, whatever number they know it by."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
+
+
 def _pointer(handle: int) -> ctypes.c_void_p:
     return ctypes.c_void_p(handle)
 

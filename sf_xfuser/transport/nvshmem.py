@@ -32,7 +32,7 @@ from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
 from sf_xfuser.transport.base import TransportError, raise_together
 from sf_xfuser.transport.device import DeviceWindow
-from sf_xfuser.transport.driver import Driver
+from sf_xfuser.transport.driver import Driver, gpu_name
 
 _SET = 9  # nvshmemx signal operation
 _AT_LEAST = 5  # nvshmem comparison; a wait takes no signal operation, and returns at once if given one
@@ -257,7 +257,7 @@ class Nvshmem(DeviceWindow):
         self, agreement: Agreement, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
     ) -> None:
         self._not_captured()
-        self._status = _join(agreement, members, position)
+        self._status, self._sharing = _join(agreement, members, position)
         self._maps: dict[int, bool] = {}
         self._heap: torch.Tensor | None = None
         from nvshmem import bindings
@@ -320,15 +320,15 @@ class Nvshmem(DeviceWindow):
             self._bindings.signal_wait_until_on_stream(address, _AT_LEAST, value, stream)
 
 
-def _join(agreement: Agreement, members: Sequence[int], position: int) -> int:
-    """Start NVSHMEM as the world of ``members``, unless it has been; its status. Collective; TransportError on every
-    rank where it cannot."""
+def _join(agreement: Agreement, members: Sequence[int], position: int) -> tuple[int, int]:
+    """Start NVSHMEM as the world of ``members``, unless it has been; its status, and how many of them are on this GPU.
+    Collective; TransportError on every rank where it cannot."""
     global _world
     facts = asdict(look())
     if facts["gpus"]:
         device = torch.cuda.current_device()
         torch.zeros(1, device=device)  # a CUDA context has to be current: without one NVSHMEM starts by halves
-        facts["gpu"] = str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
+        facts["gpu"] = gpu_name(device)
     ranks = [Facts(**said) for said in agreement.gather("nvshmem", facts)]
     raise_together("nvshmem", members, refusals(ranks, members, dist.get_world_size()))
 
@@ -354,7 +354,8 @@ def _join(agreement: Agreement, members: Sequence[int], position: int) -> int:
         if (core.my_pe(), core.n_pes()) != (position, len(members)):
             raise TransportError(f"NVSHMEM made this rank PE {core.my_pe()}, not {position}")
         _world = list(members)
-    return int(core.init_status())
+    mine = ranks[position]
+    return int(core.init_status()), sum((facts.host, facts.gpu) == (mine.host, mine.gpu) for facts in ranks)
 
 
 def _current_device() -> Any:

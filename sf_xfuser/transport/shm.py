@@ -170,6 +170,9 @@ class Shm(OneSided):
                         break
                 self._raise_together(self._agreement.gather("shm opened", refusal))
                 failed.pop_all()
+        except RuntimeError:
+            remove_leftovers()  # a peer may have been killed meanwhile
+            raise
         finally:
             if own is not None:
                 own.unlink()

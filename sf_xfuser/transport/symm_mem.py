@@ -21,7 +21,7 @@ from sf_xfuser import topology
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.transport.base import raise_together
 from sf_xfuser.transport.device import DeviceWindow
-from sf_xfuser.transport.driver import Driver
+from sf_xfuser.transport.driver import Driver, gpu_name
 
 _OLDEST_DRIVER = 12050  # older ones do not do stream memory operations on memory that peers map
 
@@ -124,9 +124,12 @@ class SymmMem(DeviceWindow):
         self._rank_of = rank_of
         self._handle: Any = None  # keeps the mappings
         self._address: dict[int, int] = {}
-        said = agreement.gather("symm_mem", [unavailable() or _no_context(), socket.gethostname()])
-        raise_together(self.name, members, [refusal for refusal, _ in said])
+        refused = unavailable() or _no_context()
+        gpu = None if refused else gpu_name(torch.cuda.current_device())
+        said = agreement.gather("symm_mem", [refused, socket.gethostname(), gpu])
+        raise_together(self.name, members, [refusal for refusal, *_ in said])
         self._elsewhere = {peer for peer in peers if said[peer][1] != said[position][1]}
+        self._sharing = said.count(said[position])
         super().__init__(agreement, members, position, peers, timeout_s)
 
     @cached_property

@@ -6,7 +6,8 @@ of JSON for each.
 
 KIND: shm, tcp; over shm: ring (keys stay split), alltoall (yunchang's, in place of attention); mixed (shm inside
 machines, TCP between them). WHERE: before attention (attend), or before an access to shared memory (put, flag, wait,
-read). Exit status 1 if a rank hangs, a survivor does not fail with a TransportError, or something is left in /dev/shm.
+read), or once its new, larger memory has a name (grow). Exit status 1 if a rank hangs, a survivor does not fail with
+the error that is due, or something is left in /dev/shm.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
         strike("attend")
         return kernels.sdpa_attend(*tensors)
 
-    def call():
+    def call(times=1):
+        given = [x.repeat(1, 1, times, 1) for x in (q, k, v)]
         if kind == "alltoall":
-            return all_to_all_4d(q, 2, 1, mesh)
-        counts = {"q_tokens": [16] * WORLD, "kv_tokens": [16] * WORLD}
-        return torus_attention(q, k, v, mesh=mesh, attend=attend, **counts)
+            return all_to_all_4d(given[0], 2, 1, mesh)
+        counts = [16 * times] * WORLD
+        return torus_attention(*given, mesh=mesh, attend=attend, q_tokens=counts, kv_tokens=counts)
 
     def strike(at: str) -> None:
         left[0] -= at == where and left[0] > 0
@@ -80,16 +82,21 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
             (folder / "struck").touch()
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
+    failure = RuntimeError if where == "grow" else TransportError  # while ranks agree it is not a transfer's
     wanted = call()
     if rank == victim:
         left[0] = nth + 1
         if mesh.window is not None:
             mesh.window.pause = strike
+        create = shm._Segment.create
+        shm._Segment.create = lambda *sizes: (create(*sizes), strike("grow"))[0]
     try:
+        if where == "grow":
+            call(times=64)
         for _ in range(200):
             assert torch.equal(call(), wanted)
         return 0  # nothing was noticed
-    except TransportError as error:
+    except failure as error:
         struck = (folder / "struck").stat().st_mtime
         told = {"error": str(error), "after_s": time.time() - struck}
         (folder / f"{rank}.json").write_text(json.dumps(told))
