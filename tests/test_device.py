@@ -533,6 +533,20 @@ def test_ranks_that_want_different_windows_are_refused_alike(monkeypatch):
     assert re.search(r"virtual cannot be used: rank 4: wants 4194304 .*rank 5: wants 8388608", str(found[0]))
 
 
+def test_ranks_that_share_a_gpu_need_room_for_all_of_them(monkeypatch):
+    virtual.stand_in(monkeypatch)
+    free = Block(ranks=2, half_bytes=2 << 20).nbytes * 3 // 2
+    monkeypatch.setattr(device.torch.cuda, "mem_get_info", lambda: (free, free))
+    make = lanes()
+    for lane in unraised(virtual.together(2, make)):
+        lane.close()
+    monkeypatch.setattr(virtual.Virtual, "_sharing", 2)
+    monkeypatch.setattr(device, "_kept", [])  # nothing that could be let go of
+    make = lanes()
+    found = virtual.together(2, make)
+    assert all(re.search(rf"virtual cannot be used: .*the GPU has {free} bytes left", str(each)) for each in found)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_what_does_not_come_turns_the_result_to_nan_and_the_next_call_raises(mode, monkeypatch):
     virtual.stand_in(monkeypatch)
