@@ -103,10 +103,7 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
         for peer, chunk in places.items():
             if chunk is not incoming[peer]:
                 incoming[peer].copy_(chunk)
-    for transport in mesh.lanes.values():
-        transport.drain()
-    if mesh.window is not None:
-        mesh.window.poison(out)
+    mesh.end(mesh.lanes, out)
     return out
 
 

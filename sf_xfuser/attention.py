@@ -248,10 +248,7 @@ class _Run:
             ticket.wait()
             self.buffers.take_back(message, parcel.parts[0])
         result_BSHD = self.buffers.result_BSHD
-        for lane in self.lanes.values():
-            lane.drain()
-        if self.mesh.window is not None:
-            self.mesh.window.poison(result_BSHD)
+        self.mesh.end(self.lanes, result_BSHD)
         self._trace_wire()
         return result_BSHD.transpose(1, 2)
 

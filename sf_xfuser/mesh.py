@@ -147,6 +147,14 @@ class Mesh:
         window.last_call = call
         return mine
 
+    def end(self, used: Lanes, result: torch.Tensor) -> None:
+        """End a call that used these lanes: nothing stays posted, and where a chunk was lost that nobody waited for on
+        the host, ``result`` becomes NaN."""
+        for lane in used.values():
+            lane.drain()
+        if self.window is not None:
+            self.window.poison(result)
+
     def close(self) -> None:
         """Let go of what the lanes hold; idempotent. Local. No call may follow."""
         self.calls.clear()
@@ -163,7 +171,8 @@ class Mesh:
             self.transport = transport
 
     def choose_by(self, call: Callable[[], object], device: torch.device) -> None:
-        """Make a call with each transport that there is, and use the fastest. Collective between calls."""
+        """Make a call with each transport that there is, use the fastest, and let go of what the others held.
+        Collective between calls."""
         seconds: dict[str, float] = {}
         refusals: list[str] = []
         for name in self.transports:
@@ -181,11 +190,6 @@ class Mesh:
                 refusals.append(str(refusal))
         if not seconds:
             raise TransportError(f"--sp-transport auto found nothing: {'; '.join(refusals)}")
-        self.choose(seconds, refusals)
-
-    def choose(self, seconds: dict[str, float], refusals: Sequence[str] = ()) -> None:
-        """Use the fastest, and let go of what the others held. Collective between calls; the same ``seconds`` by
-        transport, and ``refusals`` of those that cannot be used, on every rank."""
         self.use(min(seconds, key=lambda name: seconds[name]))
         lanes.let_go(self.agreement, self.members, self.position, self.transport)
         tried = ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in seconds.items())

@@ -34,7 +34,7 @@ def test_arms(family, tmp_path):
     for record in records:
         assert len(record["times_s"]) == 2, record  # one round of two steps
         if record["arm"] in COMPRESSED:
-            assert record["max_abs_error"] > 1e-5 and 35 <= record["psnr_db"] < 100, record  # more: as good as exact
+            assert record["max_abs_error"] > 1e-5 and 35 <= record["psnr_db"] < 85, record
         else:
             assert record["max_abs_error"] <= (1e-4 if record["arm"] != "single" else 0), record
             assert record["psnr_db"] is None

@@ -175,18 +175,16 @@ def program(
     return operations
 
 
+def counted(op, peer):
+    """By how much an operation raises the flag on ``peer``."""
+    return op.chunks if isinstance(op, Raise) and op.peer == peer else 0
+
+
 def explore(programs):
     """Visit every interleaving. (States visited, what went wrong or None.)"""
     # raised[w][peer][n]: what the flag of w on peer says after n operations.
     raised = [
-        [
-            list(
-                accumulate(
-                    (op.chunks * (op.peer == peer) if isinstance(op, Raise) else 0 for op in operations), initial=0
-                )
-            )
-            for peer in range(len(programs))
-        ]
+        [list(accumulate((counted(op, peer) for op in operations), initial=0)) for peer in range(len(programs))]
         for operations in programs
     ]
     # When each chunk is written into each place, and when each kind of call was last read in each epoch.

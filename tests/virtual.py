@@ -52,6 +52,7 @@ class Virtual(SymmMem):
 
     def __init__(self, agreement, members, position, peers, timeout_s, where="cpu"):
         self._where = where
+        self._words = {}
         device.DeviceWindow.__init__(self, agreement, members, position, peers, timeout_s)
 
     def _allocate(self, nbytes):

@@ -19,6 +19,10 @@ _CAN_USE_64_BIT_STREAM_MEM_OPS = 122
 _NEEDED = ("cuStreamWaitValue64_v2", "cuStreamWriteValue64_v2", "cuStreamWriteValue32_v2")
 
 
+OLDEST = 12050
+"""Older drivers do not do stream memory operations on memory that peers map."""
+
+
 class Driver:
     """Raises OSError where there is no driver, RuntimeError where it refuses, as its methods do. Makes no context."""
 
@@ -78,6 +82,11 @@ class Driver:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(status, ctypes.byref(text))
             raise RuntimeError(f"{name}: {(text.value or b'unknown').decode()} ({status})")
+
+
+def supported(version: int) -> str:
+    """What a driver of this version supports, in words."""
+    return f"the driver supports CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def gpu_name(device: int) -> str:

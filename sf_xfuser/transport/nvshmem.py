@@ -32,12 +32,12 @@ from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
 from sf_xfuser.transport.base import TransportError, raise_together
 from sf_xfuser.transport.device import DeviceWindow
-from sf_xfuser.transport.driver import Driver, gpu_name
+from sf_xfuser.transport.driver import OLDEST, Driver, gpu_name, supported
 
 _SET = 9  # nvshmemx signal operation
 _AT_LEAST = 5  # nvshmem comparison; a wait takes no signal operation, and returns at once if given one
 _INITIALIZED, _LIMITED = 2, 3  # init_status(); 3: several processes on a GPU, without MPS
-_OLDEST_BINDINGS, _OLDEST_LIBRARY, _OLDEST_DRIVER = (0, 3, 1), (3, 3), 12050
+_OLDEST_BINDINGS, _OLDEST_LIBRARY = (0, 3, 1), (3, 3)
 _HEAP_GRAIN = 512 << 20  # bytes by which the symmetric heap grows
 
 # What is read of the environment; NVSHMEM reads its own variables itself.
@@ -134,8 +134,8 @@ def refusal(facts: Facts) -> str | None:
         return f"NVSHMEM cannot be used: {facts.problem}"
     if _numbers(facts.library) < _OLDEST_LIBRARY:
         return f"libnvshmem {facts.library} may crash on signals from other machines: update nvidia-nvshmem-{flavour}"
-    if facts.driver < _OLDEST_DRIVER or facts.missing:
-        return f"the driver supports CUDA {facts.driver // 1000}.{facts.driver % 1000 // 10}, NVSHMEM's flags need 12.5"
+    if facts.driver < OLDEST or facts.missing:
+        return f"{supported(facts.driver)}, NVSHMEM's flags need 12.5"
     if not facts.stream_operations:
         return "the GPU has no 64-bit stream memory operations"
     if facts.status and facts.world is None:

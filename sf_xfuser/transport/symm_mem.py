@@ -11,7 +11,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ from sf_xfuser import topology
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.transport.base import raise_together
 from sf_xfuser.transport.device import DeviceWindow
-from sf_xfuser.transport.driver import Driver, gpu_name
-
-_OLDEST_DRIVER = 12050  # older ones do not do stream memory operations on memory that peers map
+from sf_xfuser.transport.driver import OLDEST, Driver, gpu_name, supported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class Facts:
     cuda: str | None
     gpus: int
     missing: tuple[str, ...] = ()
-    driver: int = _OLDEST_DRIVER
+    driver: int = OLDEST
     backend: str | None = "CUDA"
     stream_operations: bool = True
 
@@ -74,8 +71,8 @@ def refusal(facts: Facts) -> str | None:
         return "no NVIDIA GPU is visible"
     if facts.missing:
         return "; ".join(facts.missing)
-    if facts.driver < _OLDEST_DRIVER:
-        return f"the driver supports CUDA {facts.driver // 1000}.{facts.driver % 1000 // 10}, flags need 12.5"
+    if facts.driver < OLDEST:
+        return f"{supported(facts.driver)}, flags need 12.5"
     if facts.backend != "CUDA":
         return f"PyTorch's symmetric memory uses its {facts.backend} backend; unset TORCH_SYMMMEM or set it to CUDA"
     if not facts.stream_operations:
@@ -124,6 +121,7 @@ class SymmMem(DeviceWindow):
         self._rank_of = rank_of
         self._handle: Any = None  # keeps the mappings
         self._address: dict[int, int] = {}
+        self._words: dict[int, torch.Tensor] = {}  # by stream
         refused = unavailable() or _no_context()
         gpu = None if refused else gpu_name(torch.cuda.current_device())
         said = agreement.gather("symm_mem", [refused, socket.gethostname(), gpu])
@@ -131,10 +129,6 @@ class SymmMem(DeviceWindow):
         self._elsewhere = {peer for peer in peers if said[peer][1] != said[position][1]}
         self._sharing = said.count(said[position])
         super().__init__(agreement, members, position, peers, timeout_s)
-
-    @cached_property
-    def _words(self) -> dict[int, torch.Tensor]:
-        return {}
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         import torch.distributed._symmetric_memory as symmetric

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sf_xfuser import kernels, lanes
+from sf_xfuser import kernels
 from sf_xfuser.all_to_all import all_to_all_4d
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
@@ -39,16 +39,12 @@ POINTS = 9  # a rank of 2x2 puts 9 chunks in a call, and waits for as many
 KINDS = ("shm", "ring", "alltoall", "mixed")
 
 
-def mesh_of(kind: str):
+def mesh_of(kind: str, rank: int):
     transport = {"tcp": "tcp", "mixed": "auto"}.get(kind, "shm")
     args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
-    shared = lanes.shared_lanes
     if kind == "mixed":  # as between machines that share nothing
-        lanes.shared_lanes = lambda *_: ["inside"]
-    try:
-        mesh = build_mesh([[0, 1, 2, 3]], args, heads=2 if kind == "ring" else 4)
-    finally:
-        lanes.shared_lanes = shared
+        shm.identity = lambda: f"machine {rank // 2}"
+    mesh = build_mesh([[0, 1, 2, 3]], args, heads=2 if kind == "ring" else 4)
     mesh.chosen = mesh.chosen or "the first"
     return mesh
 
@@ -57,7 +53,7 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
     """Calls until one fails; then, where nobody died, one more, which has to succeed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    mesh = mesh_of(kind)
+    mesh = mesh_of(kind, rank)
     mesh.one_host = nth % 2 == 0  # attended together, or in stages
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, mesh.layout.ulysses_degree, 16, 8, generator=make) for _ in range(3))

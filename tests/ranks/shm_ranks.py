@@ -303,31 +303,28 @@ def case_too_little_memory(rank):
     return "went unnoticed"
 
 
-def case_auto_does_without_too_little_memory(rank):
-    """Rank 2 sees a small /dev/shm, which it says once it knows how large a window the first call needs."""
+def with_memory_of(pages, rank, tokens):
+    """``auto`` where rank 2 sees so many pages free in /dev/shm: what it takes, and why."""
     kept = os.fstatvfs
     if rank == 2:
-        os.fstatvfs = lambda file: SimpleNamespace(f_bavail=16, f_frsize=4096)
+        os.fstatvfs = lambda file: SimpleNamespace(f_bavail=pages, f_frsize=4096)
     try:
         mesh = mesh_of("auto")
-        call(mesh, inputs(rank, 0, 600), 600)
+        call(mesh, inputs(rank, 0, tokens), tokens)
         assert not mesh.failed
         return f"{mesh.transport}, {mesh.chosen}"
     finally:
         os.fstatvfs = kept
 
 
+def case_auto_does_without_too_little_memory(rank):
+    """Which rank 2 says once it knows how large a window the first call needs."""
+    return with_memory_of(16, rank, tokens=600)
+
+
 def case_auto_does_without_any_memory(rank):
-    """Rank 2 has none left when lanes are first made."""
-    kept = os.fstatvfs
-    if rank == 2:
-        os.fstatvfs = lambda file: SimpleNamespace(f_bavail=0, f_frsize=4096)
-    try:
-        mesh = mesh_of("auto")
-        call(mesh, inputs(rank, 0))
-        return f"{mesh.transport}, {mesh.chosen}"
-    finally:
-        os.fstatvfs = kept
+    """Which rank 2 says when lanes are first made."""
+    return with_memory_of(0, rank, tokens=8)
 
 
 def case_shared_memory_is_not_there(rank):
