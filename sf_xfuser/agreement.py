@@ -1,21 +1,50 @@
-"""Control plane of a group of ranks: exchange small values, and fail together.
+"""Small values exchanged over the c10d key-value store that every launcher already provides, while meshes are made.
 
-Values go through the c10d key-value store that every launcher already provides, not through a collective: a rank that
-never comes can then be named, and the wait is bounded whatever the backend.
+Not through a collective: a rank that never comes can then be named, and the wait is bounded whatever the backend. Once
+a mesh stands, its ranks use the connections of ``control_plane`` instead.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import queue
 import socket
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 _worlds = itertools.count()
+_GRACE_S = 5.0  # beyond its time-out, for a store that answers late
+
+_T = TypeVar("_T")
+
+
+def bounded(work: Callable[[], _T], limit_s: float, what: str) -> _T:
+    """What ``work`` returns or raises; RuntimeError if that takes longer. It then goes on in a thread that nobody waits
+    for: an operation on a store whose host is silent cannot be interrupted."""
+    done: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, name="sf-xfuser store", daemon=True).start()
+    try:
+        value, error = done.get(timeout=limit_s)
+    except queue.Empty:
+        raise RuntimeError(
+            f"{what}: the store of torch.distributed did not answer within {limit_s:g} s; its host (MASTER_ADDR) is "
+            f"down or cannot be reached"
+        ) from None
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
 
 class Agreement:
@@ -43,10 +72,6 @@ class Agreement:
         """One among ``ranks``, the ``index``-th group of this one's. Local."""
         return Agreement(f"{self._scope}/group{index}", ranks, self.timeout_s)
 
-    def afresh(self, number: int) -> Agreement:
-        """One among the same ranks that counts anew, where some may have come further than others. Local."""
-        return Agreement(f"{self._scope}/afresh{number}", self._ranks, self.timeout_s)
-
     @property
     def store_host(self) -> str:
         """The host of the store; this one where the store is not a server."""
@@ -60,11 +85,14 @@ class Agreement:
 
         Raises RuntimeError, naming the ranks that did not come, after the timeout.
         """
-        prefix = self._prefix(self._count)
-        if self._count >= 2:
+        count, self._count = self._count, self._count + 1
+        return bounded(lambda: self._gather(count, topic, value), self.timeout_s + _GRACE_S, f"waiting for {topic!r}")
+
+    def _gather(self, count: int, topic: str, value: Any) -> list[Any]:
+        prefix = self._prefix(count)
+        if count >= 2:
             # The last gather ended, so every rank had come to it, and had read all of the one before.
-            self._store.delete_key(f"{self._prefix(self._count - 2)}/{self._rank}")
-        self._count += 1
+            self._store.delete_key(f"{self._prefix(count - 2)}/{self._rank}")
         self._store.set(f"{prefix}/{self._rank}", json.dumps([topic, value]))
         deadline = time.monotonic() + self.timeout_s
         values: list[Any] = []

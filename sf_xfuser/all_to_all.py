@@ -41,9 +41,7 @@ def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: 
         return _run(input, scatter_dim, gather_dim, mesh)
 
     with mesh.call():
-        if not mesh.chosen:
-            mesh.choose_by(call, input.device)
-        return call()
+        return mesh.attempt(call, call, input.device)
 
 
 def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:
@@ -52,10 +50,10 @@ def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -
     if call in mesh.calls:
         return
     described = [list(input.shape), str(input.dtype), input.device.type, scatter_dim, gather_dim]
-    reports = mesh.agreement.gather("all-to-all", described)
+    reports = mesh.control.gather("all-to-all", described)
     if any(report != reports[0] for report in reports):
         seen = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
-        raise ValueError(
+        mesh.refuse(
             f"ranks disagree on an all-to-all; all ranks of a sequence-parallel group have to give it one shape and "
             f"dtype: {seen} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
@@ -74,7 +72,8 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     incoming = dict(zip(group, out.tensor_split(len(group), gather_dim), strict=True))
 
     # Each member has a slot in the window of each other, of one size and in the order of the group.
-    window = mesh.begin(object())  # like no other call: not even two alike may follow each other at once in one half
+    digest = f"all-to-all of {list(input.shape)}, {input.dtype}, scattered {scatter_dim}, gathered {gather_dim}"
+    window = mesh.begin(object(), digest)  # like no other call: even two alike must not follow each other in one half
     chunk_bytes = outgoing[own].numel() * input.element_size()
     slot = {peer: index * chunk_bytes for index, peer in enumerate(group)}
 

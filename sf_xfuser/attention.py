@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -83,14 +83,7 @@ def torus_attention(
     or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
     time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
-    counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
     tensors = query, key, value, joint_key, joint_value
-    if asks_gradient(*tensors):
-        raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
-    if kernel == "fused" and (reason := why_not_fused(query.dtype, query.shape[-1])):
-        raise ValueError(f"kernel='fused' cannot serve this call: {reason}; give 'auto' or 'library'")
-    if library is None and attend is sdpa_attend:
-        library = sdpa_backend(query.device, query.dtype)
 
     def fuses(q_tokens: int, kv_tokens: int) -> bool:
         if kernel == "auto":
@@ -106,10 +99,37 @@ def torus_attention(
         prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
         return _Run(mesh, agreed, attend, fuses, *tensors).run()
 
-    with mesh.call():
-        if not mesh.chosen:
-            mesh.choose_by(lambda: call(attend_nothing, lambda *_: False), query.device)
-        return call(attend, fuses)
+    def check() -> None:
+        _require_tensors(*tensors)
+        _require_counts(q_tokens, kv_tokens)
+        if asks_gradient(*tensors):
+            raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
+        if kernel == "fused" and (reason := why_not_fused(query.dtype, query.shape[-1])):
+            raise ValueError(f"kernel='fused' cannot serve this call: {reason}; give 'auto' or 'library'")
+
+    with mesh.call(check):  # whatever is wrong on this rank alone fails the call on all
+        counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
+        if library is None and attend is sdpa_attend:
+            library = sdpa_backend(query.device, query.dtype)
+        trial = partial(call, attend_nothing, lambda *_: False)
+        return mesh.attempt(lambda: call(attend, fuses), trial, query.device)
+
+
+def _require_tensors(*tensors: torch.Tensor | None) -> None:
+    for name, x in zip(("query", "key", "value", "joint_key", "joint_value"), tensors, strict=True):
+        if not isinstance(x, torch.Tensor) and not (x is None and name.startswith("joint")):
+            raise TypeError(f"{name} must be a tensor [batch, heads, tokens, head size], got {type(x).__name__}")
+
+
+def _require_counts(q_tokens: Any, kv_tokens: Any) -> None:
+    if q_tokens is None and kv_tokens is None:
+        return
+    for name, tokens in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
+        if not isinstance(tokens, Sequence) or not all(isinstance(count, int) and count >= 0 for count in tokens):
+            raise TypeError(
+                f"{name} must be a sequence of token counts, one for each position, got {tokens!r}: give both q_tokens "
+                f"and kv_tokens, or neither"
+            )
 
 
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +170,7 @@ class _Run:
         if mesh.compression is not None:
             self.lanes["across"] = mesh.compression.over(mesh.lanes["across"])
         self.window_lanes = mesh.window_lanes
-        self.buffers = Buffers(call, {"q": (query,), "kv": (key, value)}, joint, mesh.begin(call))
+        self.buffers = Buffers(call, {"q": (query,), "kv": (key, value)}, joint, mesh.begin(call, call.digest))
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
             self.rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_at_once // 4))

@@ -17,9 +17,11 @@ from sf_xfuser.schedule import Message, Schedule, build_schedule, choose_cut
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """One agreed call shape, and what does not change from one such call to the next. ``places[w]``: where pieces lie
-    on the rank at position ``w``, for this rank and, where chunks are written into windows, for all.
+    on the rank at position ``w``, for this rank and, where chunks are written into windows, for all. ``digest``: all
+    that ranks have to agree on, as text.
     ``head_groups[w]``: which one that rank attends. ``views``: of the window, by the address at which that lies."""
 
+    digest: str
     schedule: Schedule
     sizes: Sizes
     places: Mapping[int, Places]
@@ -53,9 +55,10 @@ def agree(
         return known
     error = _shape_error(mesh, tensors, joint_strategy, counts)
     described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
-    reports = mesh.agreement.gather("attention call", {"error": error, "tensors": described, "given": given})
+    said = {"error": error, "tensors": described, "given": given, "counts": counts}
+    reports = mesh.control.gather("attention call", said)
     if refusal := _refusal(mesh, reports):
-        raise ValueError(refusal)
+        mesh.refuse(refusal)
     assert tensors[0] is not None  # a missing query is a TypeError of the caller's
     seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
     if (shapes, seen) not in mesh.calls:
@@ -118,6 +121,10 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
             for index, x in enumerate(report["tensors"])
         ], report["given"]
 
+    counts = [r["counts"] for r in reports]
+    if any(each != counts[0] for each in counts):
+        seen = "; ".join(f"rank {mesh.members[w]}: {each}" for w, each in enumerate(counts))
+        return f"q_tokens and kv_tokens must be the same on all ranks (or left out on all), got {seen}"
     if any(common(r) != common(reports[0]) for r in reports):
         seen = "; ".join(
             f"rank {mesh.members[w]}: {r['tensors']} joint {r['given'][0]}, together {r['given'][1]}"
@@ -161,7 +168,11 @@ def _make_call(
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
     places = {w: Places(s, sizes, mesh.window_lanes, head_major=at_once) for w, s in schedules.items()}
     mesh.reserve(max(place.window_bytes for place in places.values()))
+    joint = f", {sizes.joint_tokens} joint tokens in {joint_strategy}" if joint_strategy else ""
     return Call(
+        digest=f"attention of {heads} heads ({kv_heads} of keys) of size {sizes.head_size}, batch {sizes.batch}, "
+        f"{query.dtype}, over {_spelled(counts[0])} queries and {_spelled(counts[1])} keys{joint}, {mesh.layout}, "
+        f"{cut}",
         schedule=schedules[mesh.position],
         sizes=sizes,
         places=places,
@@ -169,3 +180,7 @@ def _make_call(
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
         grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
     )
+
+
+def _spelled(tokens: Sequence[int]) -> str:
+    return f"{len(tokens)} x {tokens[0]}" if len(set(tokens)) == 1 else "+".join(map(str, tokens))

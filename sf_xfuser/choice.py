@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from math import gcd, inf
@@ -38,7 +37,7 @@ from sf_xfuser.args import TorusArgs
 from sf_xfuser.cluster import Cluster
 from sf_xfuser.contest import OWN, Contest
 from sf_xfuser.kernels import AttendFunction
-from sf_xfuser.mesh import PATIENCE, Mesh
+from sf_xfuser.mesh import Mesh
 from sf_xfuser.plan import UNEVEN, Layout, legal_layouts, make_plan
 from sf_xfuser.simulate import CallShape, TorusArm, predict
 from sf_xfuser.xdit_groups import XditGroups
@@ -141,17 +140,6 @@ def write_cluster(path: Path, identity: Mapping[str, Any], cluster: Cluster) -> 
 # -- all ranks of a group ---------------------------------------------------------------------------------------------
 
 
-def control_group(sp_rank_lists: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
-    """A gloo group of this rank's sequence-parallel group, over which measurements are exchanged. Collective over the
-    world. (The store behind ``Agreement`` lets ranks go up to 50 ms apart, which a time would then hold.)"""
-    mine: dist.ProcessGroup | None = None
-    for ranks in sp_rank_lists:
-        group = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=PATIENCE * timeout_s))
-        mine = group if dist.get_rank() in ranks else mine
-    assert mine is not None, "every rank is in one of the groups"
-    return mine
-
-
 class Way(NamedTuple):
     """Torus Attention on ``mesh``; ``together``: without stages."""
 
@@ -173,13 +161,12 @@ class Choice:
         others: Sequence[XditConfig],
         groups: XditGroups,
         meshes: Sequence[Mesh],
-        control: dist.ProcessGroup,
         *,
         kv_ratio: Fraction,
         folder: Path | None,
         log: Callable[[str], object],
     ) -> None:
-        self.own, self.control, self.folder, self.log = own, control, folder, log
+        self.own, self.folder, self.log = own, folder, log
         self.others = {f"xDiT's USP ({config})": config for config in others}
         self.groups = groups
         facts = topology.probe()
@@ -237,7 +224,11 @@ class Choice:
                 self._took(known, contest, inf)
                 continue
             self._synchronize(query.device)
-            dist.barrier(self.control)
+            turns = self._gather(arm)
+            if len(set(turns)) > 1:  # ranks that failed at different points of a trial start over
+                del self.contests[known]
+                contest = self._opened(known, query, key, joint_tokens, kind, attend, any_degrees)
+                continue
             started = time.perf_counter()
             out = call(arm)
             self._synchronize(query.device)
@@ -402,14 +393,13 @@ class Choice:
         return cluster, f"{took}, {self._from_first(partial(write_cluster, path, identity, cluster))}"
 
     def _from_first(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 of the group makes of it. Collective."""
-        first = sorted(self.mesh.members).index(self.mesh.members[0])  # its number in ``control``
-        return self._gather(make() if self.mesh.position == 0 else None)[first]
+        """What the rank at position 0 makes of it. Collective."""
+        return self._gather(make() if self.mesh.position == 0 else None)[0]
 
     def _gather(self, value: Any) -> list[Any]:
-        reports: list[Any] = [None] * dist.get_world_size(self.control)
-        dist.all_gather_object(reports, value, group=self.control)
-        return reports
+        """By position. Collective."""
+        with self.mesh.call():
+            return self.mesh.control.gather("--sp-backend auto", value)
 
     def _synchronize(self, device: torch.device) -> None:
         if device.type == "cuda":

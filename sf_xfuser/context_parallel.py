@@ -16,7 +16,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sf_xfuser.all_gather import all_gather
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
 from sf_xfuser.drop_in import DropIn, log_on_rank_0
@@ -77,9 +77,6 @@ def parallelize(
         mesh=mesh,
         strict=args.strict,
         log=log_on_rank_0,
-        group=dist.new_group(
-            sorted(mesh.members), timeout=timedelta(seconds=mesh.agreement.timeout_s), use_local_synchronization=True
-        ),
     )
     _configure(model, torus)
     model.register_forward_pre_hook(torus.begin)
@@ -91,15 +88,14 @@ def parallelize(
 
 @dataclass(eq=False, kw_only=True)
 class TorusContextParallel(DropIn):
-    """What runs the attention of one parallelized model. ``original``: diffusers' own function, which it stands for;
-    ``group``: the ranks that share the tokens. Cut into as many parts as ranks, in their order, as even as can be."""
+    """What runs the attention of one parallelized model. ``original``: diffusers' own function, which it stands for.
+    Tokens are cut into as many parts as ranks, in their order, as even as can be."""
 
     cannot = "torus cannot serve this attention call exactly"
     owner = "diffusers' own context-parallel attention"
     handing = "handed back to diffusers' own context-parallel attention"
 
     original: Callable[..., Any]
-    group: dist.ProcessGroup
     _uneven: bool = False  # in this forward, a sequence was cut unevenly
     _attended: bool = False  # in this forward, attention came here
 
@@ -223,7 +219,7 @@ class TorusContextParallel(DropIn):
             return x
         world_size = self.mesh.layout.world_size
         self._uneven |= x.shape[part.split_dim] % world_size != 0
-        return x.tensor_split(world_size, part.split_dim)[dist.get_rank(self.group)]
+        return x.tensor_split(world_size, part.split_dim)[sorted(self.mesh.members).index(dist.get_rank())]
 
     def _gather_outputs(self, parts: Any, module: Any, args: Any, output: Any) -> Any:
         if not self._attended:
@@ -238,18 +234,7 @@ class TorusContextParallel(DropIn):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gather(self, x: torch.Tensor, part: Any) -> torch.Tensor:
         """The parts of all ranks, as a ContextParallelOutput says. Collective over the group."""
-        dim, members = part.gather_dim, self.mesh.members
-        lengths = [x.shape[dim]] * len(members)
-        if self._uneven:
-            by_rank = dict(zip(members, self.mesh.agreement.gather("gathered tokens", x.shape[dim]), strict=True))
-            lengths = [by_rank[rank] for rank in sorted(members)]
-        shape = list(x.shape)
-        shape[dim] = max(lengths)
-        sent = x.new_zeros(shape)  # gloo gathers equal shapes only
-        sent.narrow(dim, 0, x.shape[dim]).copy_(x)
-        gathered = [torch.empty_like(sent) for _ in lengths]
-        dist.all_gather(gathered, sent, group=self.group)
-        return torch.cat([y.narrow(dim, 0, n) for y, n in zip(gathered, lengths, strict=True)], dim)
+        return all_gather(x, part.gather_dim, self.mesh, uneven=self._uneven)
 
 
 def as_attend_function(forward_op: Callable[..., Any], scale: float | None) -> AttendFunction:

@@ -3,31 +3,81 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
-from sf_xfuser.agreement import Agreement
+from sf_xfuser.agreement import Agreement, bounded
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.plan import Layout
 from sf_xfuser.schedule import Lane
-from sf_xfuser.transport import Nvshmem, Shm, SymmMem, Transport, TwoSided, device, nvshmem, shm, symm_mem, tcp
+from sf_xfuser.transport import (
+    Nvshmem,
+    Shm,
+    SymmMem,
+    Transport,
+    TransportError,
+    TwoSided,
+    device,
+    nvshmem,
+    shm,
+    symm_mem,
+    tcp,
+)
+
+PATIENCE = 5
+"""Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
+call is under way, no chunk may take longer than ``--sp-timeout``."""
 
 Lanes = dict[Lane, Transport]
-Connect = Callable[[Agreement], Lanes]
+Connect = Callable[[ControlPlane], Lanes]
 """Makes the lanes of one rank. Collective over its group."""
 
 XDITS = "xDiT's own collectives"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
-    """A process group, and each position's rank in it."""
+    """A process group of the global ``ranks``, and each position's rank in it. ``moves_chunks``: for lanes, else for
+    code that wants collectives. Made with its mesh, as all ranks of the
+    job have to come for that; made again by its own ranks alone where a failed call has ended it."""
 
     handle: dist.ProcessGroup
     index: dict[int, int]
+    ranks: Sequence[int]
+    backend: str | None
+    timeout_s: float
+    moves_chunks: bool
+
+    def open(self, control: ControlPlane) -> dist.ProcessGroup:
+        """The group, made again if it has ended. Collective over ``control``."""
+        world = dist.distributed_c10d._world
+        ended = self.handle not in world.pg_map
+        # torch.distributed names a group that only its own ranks make by how many groups a rank is in.
+        said = control.gather("process group", [ended, len(world.pg_names)])
+        if not any(ended for ended, _ in said):
+            return self.handle
+        if len({tuple(each) for each in said}) > 1:
+            raise TransportError(
+                f"process groups cannot be made again after a failed call: ranks are in {[n for _, n in said]} groups; "
+                f"restart the job, or use a transport that needs none (--sp-transport auto or tcp)"
+            )
+        limit = timedelta(seconds=self.timeout_s)
+        make = partial(dist.new_group, self.ranks, backend=self.backend, timeout=limit, use_local_synchronization=True)
+        self.handle = bounded(make, PATIENCE * self.timeout_s, "making a process group again")
+        return self.handle
+
+    def end(self) -> None:
+        """Release its connections and threads, whatever is on its way: peers that wait fail. Idempotent. Local."""
+        if dist.is_initialized() and self.handle in dist.distributed_c10d._world.pg_map:
+            if dist.get_backend(self.handle) == "gloo":
+                dist.destroy_process_group(self.handle)
+            else:  # destroying NCCL's would wait for what is on its way
+                dist.distributed_c10d._abort_process_group(self.handle)
 
 
 @dataclass(frozen=True)
@@ -117,29 +167,29 @@ def ways(wanted: str, seat: Seat, shared: Sequence[Lane], group_of: Mapping[Lane
     found: dict[str, Connect] = {}
     if group_of:
         if wanted != "symm_mem":
-            found["two_sided"] = functools.partial(_connect_groups, seat, group_of, ())
+            found["two_sided"] = partial(_connect_groups, seat, group_of, ())
         if shared and wanted != "two_sided":
             name = "symm_mem" if len(shared) == 2 else "symm_mem inside, two_sided across"
-            found[name] = functools.partial(_connect_groups, seat, group_of, shared)
+            found[name] = partial(_connect_groups, seat, group_of, shared)
     if wanted == "nvshmem" or (wanted == "auto" and group_of):
-        found["nvshmem"] = functools.partial(_connect_nvshmem, seat)
+        found["nvshmem"] = partial(_connect_nvshmem, seat)
     if found:
         return found
     if shared and wanted != "tcp":
         name = "shm" if len(shared) == 2 else "shm inside, tcp across"
-        found[name] = functools.partial(_connect_cpus, seat, shared)
+        found[name] = partial(_connect_cpus, seat, shared)
     if wanted != "shm":
-        found["tcp"] = functools.partial(_connect_cpus, seat, ())
+        found["tcp"] = partial(_connect_cpus, seat, ())
     return found
 
 
-def let_go(agreement: Agreement, members: Sequence[int], position: int, used: str) -> None:
+def let_go(control: ControlPlane, members: Sequence[int], position: int, used: str) -> None:
     """Free what transports that were tried, and are not ``used``, hold on GPUs. Collective between calls."""
-    if device.let_go(agreement, members, position) and used != "nvshmem":
+    if device.let_go(control, members, position) and used != "nvshmem":
         nvshmem.finalize()
 
 
-def _connect_cpus(seat: Seat, shared: Collection[Lane], agreement: Agreement) -> Lanes:
+def _connect_cpus(seat: Seat, shared: Collection[Lane], control: ControlPlane) -> Lanes:
     """One in shared memory for all that ``shared`` names, TCP for the others."""
     layout, position, members = seat.layout, seat.position, seat.members
     peers = lane_peers(layout, position)
@@ -149,37 +199,42 @@ def _connect_cpus(seat: Seat, shared: Collection[Lane], agreement: Agreement) ->
         if shared:
             halves = 1 if "across" not in shared and layout.torus > 1 and layout.ring_degree == 1 else 2
             in_memory = [peer for lane in shared for peer in peers[lane]]
-            window = Shm(agreement, members, position, in_memory, seat.timeout_s, halves)
+            window = Shm(control, members, position, in_memory, seat.timeout_s, halves)
             failed.callback(window.close)
             made.update(dict.fromkeys(shared, window))
         if others:
-            made.update(tcp.connect(agreement, members, position, others, seat.timeout_s))
+            made.update(tcp.connect(control, members, position, others, seat.timeout_s))
         failed.pop_all()
     return made
 
 
 def _connect_groups(
-    seat: Seat, group_of: Mapping[Lane, Group], shared: Collection[Lane], agreement: Agreement
+    seat: Seat, group_of: Mapping[Lane, Group], shared: Collection[Lane], control: ControlPlane
 ) -> Lanes:
     """One of symmetric memory for all that ``shared`` names, matched sends and receives for the others."""
-    made: Lanes = {name: TwoSided(group.handle, seat.members, name, seat.timeout_s) for name, group in group_of.items()}
+    groups = {name: group.open(control) for name, group in group_of.items()}
+    made: Lanes = {
+        name: TwoSided(groups[name], seat.members, name, seat.timeout_s, control)
+        for name in group_of
+        if name not in shared
+    }
     if shared:
         peers = lane_peers(seat.layout, seat.position)
-        widest = group_of["across" if "across" in shared else "inside"]
+        widest: Lane = "across" if "across" in shared else "inside"
         window = SymmMem(
-            agreement,
+            control,
             seat.members,
             seat.position,
             [peer for lane in shared for peer in peers[lane]],
             seat.timeout_s,
-            widest.handle,
-            widest.index,
+            groups[widest],
+            group_of[widest].index,
         )
         made.update(dict.fromkeys(shared, window))
     return made
 
 
-def _connect_nvshmem(seat: Seat, agreement: Agreement) -> Lanes:
+def _connect_nvshmem(seat: Seat, control: ControlPlane) -> Lanes:
     """Both lanes are one."""
     peers = [peer for found in lane_peers(seat.layout, seat.position).values() for peer in found]
-    return dict.fromkeys(("inside", "across"), Nvshmem(agreement, seat.members, seat.position, peers, seat.timeout_s))
+    return dict.fromkeys(("inside", "across"), Nvshmem(control, seat.members, seat.position, peers, seat.timeout_s))

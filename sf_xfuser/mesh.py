@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sf_xfuser import lanes
-from sf_xfuser.agreement import Agreement
+from sf_xfuser.agreement import Agreement, bounded
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.compression import Compression
+from sf_xfuser.control_plane import ControlPlane, GroupError
 from sf_xfuser.kernels import Verdict
-from sf_xfuser.lanes import Connect, Group, Lanes, Seat
+from sf_xfuser.lanes import PATIENCE, Connect, Group, Lanes, Seat
 from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, Parcel, TransportError, TwoSided, Unusable, captures
-
-PATIENCE = 5
-"""Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
-call is under way, no chunk may take longer than ``--sp-timeout``."""
+from sf_xfuser.transport import OneSided, Parcel, TransportError, Unusable, captures
 
 _CALLS_KEPT = 64
 _TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
+
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -47,8 +49,12 @@ class Mesh:
     first call has tried them all. ``one_host``: all ranks can write to each other's memory. ``calls`` caches what was
     agreed per call shape. ``trace``, where set, collects what each call did and when. ``log`` is told what is decided
     later than here. ``compression``: of chunks between machines. Where heads do not divide, the two process groups are
-    those of ``plan.even``. ``pieces``: how many pieces of attention were computed by what, and why. ``begun``: a call
-    has come to its first chunk, and not yet to its end.
+    those of ``plan.even``. ``pieces``: how many pieces of attention were computed by what, and why.
+
+    ``groups``: all process groups made for it. ``number`` counts calls. ``requests`` and ``place`` (which layer the
+    next call belongs to, where a caller knows) go into the identity of a call. ``failed``: the last call has, and ranks
+    have to meet before the next one; ``dirty``: with something on its way, so that lanes have to be made again.
+    ``begun``: a call has come to its first chunk, and not yet to its end.
     """
 
     plan: Plan
@@ -58,8 +64,9 @@ class Mesh:
     lanes: Lanes
     ulysses_group: dist.ProcessGroup
     ring_group: dist.ProcessGroup
-    agreement: Agreement
+    control: ControlPlane
     transport: str
+    groups: Sequence[Group] = ()
     transports: dict[str, Connect] = field(default_factory=dict)
     chosen: str = ""
     one_host: bool = False
@@ -68,9 +75,19 @@ class Mesh:
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
-    failures: int = 0
+    number: int = 0
+    requests: int = 0
+    place: str = ""
     failed: bool = False
+    dirty: bool = False
     begun: bool = False
+    _request: str = ""
+    _said: tuple[str, bool] = ("has made no call yet", False)
+    _refusal: ValueError | None = None
+    _busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.control.doing = lambda: self._said
 
     @property
     def layout(self) -> Layout:
@@ -110,31 +127,143 @@ class Mesh:
             del self.calls[next(iter(self.calls))]
         self.calls[key] = agreed
 
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def begin_request(self, what: str) -> None:
+        """What the following calls belong to: one more request (a picture, a model's forward), described by values that
+        are the same on all ranks. Ranks that are in different requests fail at their next call. Local; collective where
+        no lanes are there to carry it, and ValueError then."""
+        self.requests += 1
+        self._request = what
+        if not self.lanes:  # xDiT's own collectives carry no identity
+            with self.call():
+                said = self.control.gather("request", what)
+                if len(set(said)) > 1:
+                    seen = "; ".join(f"rank {rank}: {text}" for rank, text in zip(self.members, said, strict=True))
+                    self.refuse(f"ranks are in different requests: {seen}. Give all ranks the same, in one order")
+
+    def refuse(self, text: str) -> NoReturn:
+        """Raise ValueError inside ``call``, which every rank does with the same text before any of them has begun."""
+        self._refusal = ValueError(text)
+        raise self._refusal
+
+    def attempt(self, make: Callable[[], _T], trial: Callable[[], object], device: torch.device) -> _T:
+        """What ``make`` returns, inside ``call``. Where transports have not been tried yet ``trial`` is made with each
+        of them; where the one in use turns out to be unable to make the call, another one is chosen. Collective."""
+        while True:
+            if not self.chosen:
+                self.choose_by(trial, device)
+            try:
+                return make()
+            except Unusable as refusal:
+                if self.begun or len(self.transports) < 2:
+                    raise
+                del self.transports[self.transport]
+                self.log(f"--sp-transport auto: another one than {self.transport} for this call: {refusal}")
+                self.chosen = "" if len(self.transports) > 1 else f"the only one left, since {refusal}"
+                self.use(next(iter(self.transports)))
+
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around everything that one call does. Collective: where the last one failed, lanes are made afresh first.
+    def call(self, check: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Around everything that one call does. Collective: where the last one failed, ranks meet first. ``check``
+        raises where this rank's own arguments are wrong, whatever has failed elsewhere.
 
-        A call that has begun and does not end, whatever was raised on this rank, must fail on all: its peers wait for
-        chunks, and might take those of this rank's next call for them. Before that only ValueError leaves all as it
-        was, which every rank raises alike."""
-        if self.failed:
-            self.join_again()
+        Whatever is raised on this rank but not on all (``refuse``, ``Unusable``) fails the call on all of them: they
+        wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
+        ranks name the rank that failed first."""
+        if not self._busy.acquire(blocking=False):
+            error = RuntimeError(
+                "two threads use one mesh at the same time, and ranks cannot tell their calls apart: make all calls of "
+                "a mesh from one thread"
+            )
+            self.control.fail(str(error), own=True)
+            raise error
         try:
-            yield
-        except BaseException as error:
-            if self.begun or isinstance(error, RuntimeError):  # TransportError is one
-                self.retire()
-            raise
+            if self.failed:
+                self._reconnect()
+            self.number += 1
+            self._said = f"is in call {self.number}{self._of_request()}", True
+            try:
+                check()
+                if (why := self.control.failure) is not None:
+                    raise TransportError(why)
+                yield
+            except BaseException as error:
+                alike = error is self._refusal or (isinstance(error, Unusable) and not self.begun)
+                if not alike:
+                    self._fail(error)
+                raise
+            finally:
+                self._said = f"is in no call; its last one was number {self.number}{self._of_request()}", False
+                self.begun = False
         finally:
-            self.begun = False
+            self._busy.release()
 
-    def begin(self, call: object) -> torch.Tensor | None:
-        """Start a call: the bytes of the window in it, where there is one.
+    def _of_request(self) -> str:
+        words = f" of request {self.requests}" if self.requests else ""
+        words += f" ({self._request})" if self._request else ""
+        return words + (f" at {self.place}" if self.place else "")
+
+    def _fail(self, error: BaseException) -> None:
+        """This rank's call has failed with ``error``: so has it on all ranks. Raises TransportError in place of one
+        that only says what did not come."""
+        verdict = self._report(error)
+        self._abort()
+        if isinstance(error, (TransportError, GroupError)):
+            seen = str(error)
+            raise TransportError(verdict if verdict in seen else f"{verdict}. Seen here: {seen}") from error
+
+    def _report(self, error: BaseException) -> str:
+        if isinstance(error, GroupError) or (isinstance(error, TransportError) and self.begun):
+            return self.control.fail(str(error), own=False)
+        return self.control.fail(f"{type(error).__name__}: {error}", own=True)
+
+    def _abort(self) -> None:
+        """No call until ranks have met. What has something on its way is closed, so that peers fail instead of
+        waiting."""
+        self.failed = True
+        if self.begun or self.dirty:
+            self.dirty = True
+            self._close_lanes(failed=True)
+
+    def _reconnect(self) -> None:
+        """Before the call that follows a failed one. Collective, as every call fails on all ranks or on none;
+        RuntimeError or TransportError where one does not come."""
+        try:
+            self.control.reconnect()
+            mine = [self.dirty, self.number, self.transport, self.chosen, list(self.transports)]
+            said = self.control.gather("reconnect", mine)
+            self.number = max(number for _, number, *_ in said)
+            self.requests = 0
+            self.calls.clear()
+            alike = all(each[2:] == said[0][2:] for each in said)
+            if not alike:  # they failed while a transport was chosen
+                self.chosen = ""
+                common = [name for name in self.transports if all(name in each[4] for each in said)]
+                self.transports = {name: self.transports[name] for name in common}
+            if not alike or any(dirty for dirty, *_ in said):
+                self.dirty = True
+                self._close_lanes(failed=True)
+                name = self.transport if alike and self.transport else next(iter(self.transports), "")
+                self.lanes = self.transports[name](self.control) if name else {}
+                self.transport = name
+        except BaseException as error:
+            self._report(error)
+            raise
+        self.failed = self.dirty = False
+
+    def begin(self, call: object, digest: str) -> torch.Tensor | None:
+        """Start a call: the bytes of the window in it, where there is one. ``digest``: its shapes, dtypes, tokens and
+        layout as text, the same on all ranks that make the same call.
 
         In a window of a single half, a peer may write as soon as it has what this rank sends last, while this rank
         still reads what that peer sent last. Where two calls have the same places that is not the same memory: give the
         same ``call`` for them. Before any other, those who write into the window meet."""
+        self._said = f"is in call {self.number}{self._of_request()}: {digest}", True
+        identity = zlib.crc32(f"{self.number} {self.requests} {self._request} {self.place} {digest}".encode())
         self.begun = True
+        for lane in dict.fromkeys(self.lanes.values()):
+            lane.begin_call(identity)
         window = self.window
         if window is None:
             return None
@@ -152,22 +281,31 @@ class Mesh:
         the host, ``result`` becomes NaN."""
         for lane in used.values():
             lane.drain()
-        if self.window is not None:
-            self.window.poison(result)
+        for lane in dict.fromkeys(self.lanes.values()):
+            lane.poison(result)
 
     def close(self) -> None:
-        """Let go of what the lanes hold; idempotent. Local. No call may follow."""
+        """Release connections, threads, memory and process groups; idempotent. Local. No call may follow."""
+        self.control.close()
+        self._close_lanes(failed=False)
+        for group in self.groups:
+            group.end()
+
+    def _close_lanes(self, *, failed: bool) -> None:
         self.calls.clear()
         for lane in self.lanes.values():
             lane.close()
+        for group in self.groups if failed else ():
+            if group.moves_chunks:
+                group.end()
 
     def use(self, transport: str) -> None:
         """Make the lanes those of ``transports[transport]``. Collective between calls. Unusable where it cannot be had:
         then another one has to be used."""
         if transport != self.transport:
-            self.close()
+            self._close_lanes(failed=False)
             self.transport = ""
-            self.lanes = self.transports[transport](self.agreement)
+            self.lanes = self.transports[transport](self.control)
             self.transport = transport
 
     def choose_by(self, call: Callable[[], object], device: torch.device) -> None:
@@ -183,7 +321,7 @@ class Mesh:
                     call()
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-                    seconds[name] = max(self.agreement.gather("transport probe", time.perf_counter() - started_s))
+                    seconds[name] = max(self.control.gather("transport probe", time.perf_counter() - started_s))
                     if seconds[name] > _LONG_S:
                         break
             except Unusable as refusal:
@@ -191,26 +329,10 @@ class Mesh:
         if not seconds:
             raise TransportError(f"--sp-transport auto found nothing: {'; '.join(refusals)}")
         self.use(min(seconds, key=lambda name: seconds[name]))
-        lanes.let_go(self.agreement, self.members, self.position, self.transport)
+        lanes.let_go(self.control, self.members, self.position, self.transport)
         tried = ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in seconds.items())
         self.chosen = "; ".join([f"the fastest of {tried}, for the chunks of the first call", *refusals])
         self.log(f"--sp-transport auto: {self.transport}, {self.chosen}")
-
-    def retire(self) -> None:
-        """After a failed call: let go of the lanes, so that the peers fail, too, instead of waiting. Local."""
-        self.failed = True
-        self.close()
-
-    def join_again(self) -> None:
-        """Before the call that follows a failed one: lanes afresh. Collective, and as every call fails on all ranks or
-        on none, all of them come; RuntimeError or TransportError where one does not."""
-        if any(isinstance(lane, TwoSided) for lane in self.lanes.values()):
-            raise TransportError(f"an earlier call failed, and {self.transport} cannot start afresh: restart the job")
-        self.failures += 1
-        self.agreement = self.agreement.afresh(self.failures)
-        self.transport = self.transport or next(iter(self.transports))  # none while one was being tried
-        self.lanes = self.transports[self.transport](self.agreement)
-        self.failed = False
 
     def __str__(self) -> str:
         note = f"; {self.grid.note}" if self.grid.note else ""
@@ -289,7 +411,7 @@ def build_mesh(
             )
     # Making groups is collective over the world: all of them come before anything that a rank may fail at.
     made = [
-        _Groups(backend, args.timeout, grid.members, plan, bounded=with_groups)
+        _Groups(backend, args.timeout, grid.members, plan, for_lanes=with_groups)
         for grid, plan in zip(grids, plans, strict=True)
     ]
     index = next((n for n, grid in enumerate(grids) if rank in grid.members), None)
@@ -297,14 +419,14 @@ def build_mesh(
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
     grid, plan, groups = grids[index], plans[index], made[index]
     position = grid.members.index(rank)
-    agreement = world.of_group(index, grid.members)
+    control = ControlPlane(world.of_group(index, grid.members), grid.members, position, PATIENCE * args.timeout)
     seat = Seat(plan.layout, grid.members, position, args.timeout)
     transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], groups.lanes(position))
     if args.compress != "none":
         transports.pop("nvshmem", None)
     failure: TransportError | None = None
     try:
-        transport, connected, refusals = _connect(transports, agreement)
+        transport, connected, refusals = _connect(transports, control)
     except TransportError as error:
         failure = error
     if wanted is not None:
@@ -319,7 +441,8 @@ def build_mesh(
         lanes=connected,
         ulysses_group=groups.ulysses(position),
         ring_group=groups.ring(position),
-        agreement=agreement,
+        control=control,
+        groups=groups.mine(position),
         transport=transport,
         transports=transports,
         chosen="; ".join([text for text in [_why(args, len(transports)), *refusals] if text]),
@@ -328,13 +451,13 @@ def build_mesh(
     )
 
 
-def _connect(transports: dict[str, Connect], agreement: Agreement) -> tuple[str, Lanes, list[str]]:
+def _connect(transports: dict[str, Connect], control: ControlPlane) -> tuple[str, Lanes, list[str]]:
     """The first that can be had; those before it leave ``transports``, with why. Collective over a group. Unusable on
     every rank where none can be had."""
     refusals: list[str] = []
     for name, connect in list(transports.items()):
         try:
-            return name, connect(agreement), refusals
+            return name, connect(control), refusals
         except Unusable as refusal:
             del transports[name]
             if not transports:
@@ -389,31 +512,39 @@ def _plan(
 
 class _Groups:
     """The process groups of one sequence-parallel group, at whose machine-major places ``members`` are. Collective over
-    the world, as ``new_group`` is. ``bounded``: with those of lanes."""
+    the world, as ``new_group`` is. ``for_lanes``: also those that lanes may be made of."""
 
     def __init__(
-        self, backend: str | None, timeout_s: float, members: Sequence[int], plan: Plan, *, bounded: bool
+        self, backend: str | None, timeout_s: float, members: Sequence[int], plan: Plan, *, for_lanes: bool
     ) -> None:
         layout, even = plan.layout, plan.even
         everyone = range(layout.world_size)
 
-        def make(parts: Iterable[Sequence[int]], timeout: timedelta | None) -> list[Group]:
+        def make(parts: Iterable[Sequence[int]], moves_chunks: bool) -> list[Group]:
             found = []
             for positions in parts:
                 ranks = sorted(members[p] for p in positions)  # as new_group sorts them
-                handle = dist.new_group(ranks, backend=backend, timeout=timeout)
-                found.append(Group(handle, {p: ranks.index(members[p]) for p in positions}))
+                limit = timedelta(seconds=timeout_s) if moves_chunks else None
+                new = partial(dist.new_group, ranks, backend=backend, timeout=limit)
+                # NCCL's may make its communicator at once, for the device of this thread.
+                handle = bounded(new, PATIENCE * timeout_s, "making process groups") if backend == "gloo" else new()
+                index = {p: ranks.index(members[p]) for p in positions}
+                found.append(Group(handle, index, ranks, backend, timeout_s, moves_chunks))
             return found
 
         machines = [[p for p in everyone if layout.machine(p) == n] for n in range(layout.num_machines)]
-        limit = timedelta(seconds=timeout_s)
-        self._inside = make(machines, limit) if bounded else []
-        self._across = make([everyone], limit) if bounded else []
-        self._ulysses = make(sorted({even.ulysses_group(p) for p in everyone}), None)
-        self._ring = make(sorted({even.ring_group(p) for p in everyone}), None)
+        self._inside = make(machines, True) if for_lanes else []
+        self._across = make([everyone], True) if for_lanes else []
+        self._ulysses = make(sorted({even.ulysses_group(p) for p in everyone}), False)
+        self._ring = make(sorted({even.ring_group(p) for p in everyone}), False)
+
+    def mine(self, position: int) -> list[Group]:
+        """All that this rank is in."""
+        made = (*self._inside, *self._across, *self._ulysses, *self._ring)
+        return [group for group in made if position in group.index]
 
     def lanes(self, position: int) -> dict[Lane, Group]:
-        """Those that lanes may be made of; none where not ``bounded``."""
+        """Those that lanes may be made of; none where not ``for_lanes``."""
         found: dict[Lane, list[Group]] = {"inside": self._inside, "across": self._across}
         return {lane: _of(groups, position) for lane, groups in found.items() if groups}
 

@@ -169,7 +169,7 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
 def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusArgs) -> Choice:
     """Those of ``--sp-backend auto``: xDiT's own on ``mesh``, and Torus Attention on meshes of its own. Collective over
     the world."""
-    from sf_xfuser.choice import Choice, control_group, layouts, other_degrees
+    from sf_xfuser.choice import Choice, layouts, other_degrees
     from sf_xfuser.mesh import build_mesh
     from sf_xfuser.xdit_groups import XditGroups
     from sf_xfuser.xdit_layouts import XditConfig
@@ -200,7 +200,6 @@ def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusAr
         others,
         XditGroups(mesh.members, m, backend),
         meshes,
-        control_group(group_ranks, given.timeout),
         kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),
         folder=sp_args.cache_folder(),
         log=log,

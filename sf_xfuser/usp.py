@@ -205,7 +205,8 @@ class TorusUSP(DropIn):
         worst = (
             float((off / size.clamp_min(1e-30)).nan_to_num(float("inf"), float("inf")).max()) if out.numel() else 0.0
         )
-        found: float = max(self.mesh.agreement.gather("first-call check", worst))
+        with self.mesh.call():
+            found: float = max(self.mesh.control.gather("first-call check", worst))
         self.checked[shape] = found / limit
         shared = (
             f"a call of {list(out.shape)} differs from xDiT's own USP by {found:.2g} of a row (allowed: {limit:.2g})"

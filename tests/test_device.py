@@ -27,7 +27,7 @@ from tests import virtual
 @pytest.mark.parametrize(("ranks", "half_bytes"), [(2, 2 << 20), (7, 6 << 20)])
 def test_nothing_in_a_block_overlaps(ranks, half_bytes):
     block = Block(ranks=ranks, half_bytes=half_bytes)
-    flags = [block.flag(writer, number) for writer in range(ranks) for number in range(CHUNKS)]
+    flags = [block.flag(w, number, epoch) for w in range(ranks) for number in range(CHUNKS) for epoch in (1, 2)]
     assert all(flag % 8 == 0 for flag in flags) and len(set(flags)) == len(flags)
     assert block.poison + 4 <= min(flags) and max(flags) + 8 <= block.head_bytes
     starts = [block.head_bytes, *sorted({block.half(1), block.half(2)}), block.staging]
@@ -123,6 +123,7 @@ class Stage:
         self.did: list[str] = []
         self.ended = threading.Event()
         self.suspects = ()
+        self.verdict = None
 
         def tell(suspects):
             self.suspects = suspects
@@ -138,13 +139,15 @@ class Stage:
             0,
             timeout_s,
             enter=lambda: self.did.append("entered"),
-            look=lambda: Seen([[0] * 3, [flag] * 3], gave_up),
+            hopeless=lambda peers: self.verdict,
+            look=lambda: Seen([[[0] * 3] * 2, [[0] * 3, [flag << 32 | 0xAB] * 3]], gave_up),
             tell=tell,
             release=release,
         )
 
     def wait(self, **others):
-        awaited = Awaited(**{"epoch": 7, "round": 3, "chunks": ((1, 0),), "done": self.ended.is_set, **others})
+        usual = {"epoch": 7, "value": 7 << 32 | 0xAB, "round": 3, "chunks": ((1, 0),), "done": self.ended.is_set}
+        awaited = Awaited(**usual | others)
         self.dog.watch(awaited)
         return awaited
 
@@ -160,8 +163,8 @@ def test_a_late_chunk_is_named_and_peers_are_told_before_the_wait_is_released():
     stage = Stage(flag=6)
     stage.wait()
     words = stage.settled()
-    assert re.search(r"rank 4 on \S+: nothing came from rank 5 in round 3: waited 0\.\d s", words)
-    assert "flag of chunk 0 is to say call 7, and says call 6" in words
+    assert re.search(r"rank 4 on \S+: nothing came from rank 5 in round 3: waited [\d.]+ s", words)
+    assert "Expected flag of chunk 0: call=7, identity=000000ab, got: call=6, identity=000000ab" in words
     assert stage.did[:3] == ["entered", "told", "released"] and stage.suspects == [1]
 
 
@@ -169,6 +172,13 @@ def test_a_peer_that_gave_up_is_noticed_long_before_the_time_out():
     stage = Stage(gave_up=True, timeout_s=60)
     stage.wait()
     assert "a rank of its group gave up" in stage.settled()
+
+
+def test_what_the_control_plane_knows_ends_a_wait_long_before_the_time_out():
+    stage = Stage(timeout_s=60)
+    stage.verdict = "rank 7 failed: KeyError"
+    stage.wait()
+    assert "rank 7 failed: KeyError" in stage.settled()
 
 
 def test_what_arrives_in_time_is_no_failure():
@@ -452,7 +462,7 @@ def unraised(found):
 def lanes(timeout_s=20.0):
     """Two ranks and what makes the transport of each."""
     meeting = virtual.Meeting(2)
-    return lambda rank: virtual.Virtual(virtual.ThreadAgreement(meeting, rank), [4, 5], rank, [1 - rank], timeout_s)
+    return lambda rank: virtual.Virtual(virtual.ThreadControl(meeting, rank), [4, 5], rank, [1 - rank], timeout_s)
 
 
 def byte(peer, value=0, offset=0):
@@ -491,7 +501,7 @@ def test_staging_starts_over_only_when_all_streams_have_let_go_of_it(monkeypatch
 
     def rank(position):
         others = [peer for peer in range(3) if peer != position]
-        lane = virtual.Virtual(virtual.ThreadAgreement(meeting, position), [0, 1, 2], position, others, 20.0)
+        lane = virtual.Virtual(virtual.ThreadControl(meeting, position), [0, 1, 2], position, others, 20.0)
         lane._puts[0].pause_s = 0.05
         for call in range(8):
             window = lane.begin()

@@ -30,7 +30,7 @@ CASES = {
     "no_name_is_left": (r"names: \[\]",) * EACH,
     "what_the_dead_left_is_removed": ("removed 1 of 5, kept the living: True",) * EACH,
     "nothing_comes": (
-        *[r"TransportError: .*nothing came from rank 3 in round 5: .*call 1 chunk 1, and says call 0 chunk 0"] * 3,
+        *[r"TransportError: .*from rank 3 in round 5: .*Expected flag \(call=1, chunk=1\), got \(call=0"] * 3,
         "silent",
     ),
     "one_gives_up": (
@@ -39,15 +39,15 @@ CASES = {
         "silent",
     ),
     "one_is_ahead": (
-        *[r"TransportError: .*rank 3 in round 0: it is calls ahead.*to say call 1 chunk 1, and says call 3"] * 3,
+        *[r"TransportError: .*rank 3 in round 0: it is calls ahead.*\(call=1, chunk=1\), got \(call=3"] * 3,
         "silent",
     ),
     "attention_fails_on_one_rank": (
-        r"TransportError: .*it gave up",
+        r"TransportError: rank 1 on \S+ failed: MemoryError: as it should",
         "MemoryError: as it should",
-        *[r"TransportError: .*it gave up"] * 2,
+        *[r"TransportError: rank 1 on \S+ failed: MemoryError: as it should"] * 2,
     ),
-    "a_transport_cannot_be_tried": ("TransportError: as it should",) * EACH,
+    "a_transport_cannot_be_tried": (r"TransportError: .*as it should",) * EACH,
     "use_after_close": (r"TransportError: rank \d: the shm transport was closed",) * EACH,
     "different_windows": (r"Unusable: shm cannot be used: rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
     "too_little_memory": (r"Unusable: shm cannot be used: (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
@@ -98,13 +98,13 @@ FAULTS += ["shm:kill:2:attend:3", "mixed:kill:1:attend:2", "ring:stop:0:flag:5",
 
 
 def test_a_rank_that_dies_while_windows_grow_leaves_nothing():
-    """Ranks that agree wait for five time-outs."""
+    """Ranks that agree would wait for five time-outs, but hear of it."""
     output = run([sys.executable, str(RANKS / "faults.py"), "shm:kill:1:grow:0"], timeout=100).output
     found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert found["left"] == [] and found["statuses"] == [3, -9, 3, 3]
     for told in (found["told"][rank] for rank in (0, 2, 3)):
-        assert "'shm segment', but rank(s) [1] of" in told["error"], found
-        assert told["after_s"] < 5 * faults.TIMEOUT_S + 3, found
+        assert re.match(r"rank 1 on \S+ is gone", told["error"]), found
+        assert told["after_s"] < faults.TIMEOUT_S, found
 
 
 @pytest.fixture(scope="module")
@@ -116,21 +116,16 @@ def fared() -> dict[str, dict]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_survivor_raises_in_time_and_nothing_is_left(fault, fared):
-    """Where all live, the next call joins the ranks afresh and succeeds."""
+    """All name the rank at fault first. Where all live, ranks meet again and the next call succeeds."""
     found = fared[fault]
-    kind, how, victim, *_ = fault.split(":")
-    said = {"tcp": "tcp", "mixed": "shm|tcp"}.get(kind, "shm")
+    _, how, victim, *_ = fault.split(":")
     assert found["left"] == []
     assert found["statuses"] == [-9 if how == "kill" and str(rank) == victim else 3 for rank in range(4)], found
     for rank, told in enumerate(found["told"]):
         if how == "kill" and str(rank) == victim:
             continue
-        assert told["after_s"] < (1.5 if how == "kill" else faults.TIMEOUT_S + 1.5), found
-        assert told["error"].startswith(f"rank {rank} on ") and re.search(said, told["error"]), found
+        assert told["after_s"] < (1.5 if how == "kill" else faults.TIMEOUT_S + 4), found
+        how_named = "is gone" if how == "kill" else "did not answer"
+        assert str(rank) == victim or re.match(rf"rank {victim} on \S+ {how_named}", told["error"]), found
         if how == "stop":
             assert told["again"] == "equal", found
-    if how == "kill" and said == "shm":  # whoever waits for the victim says that it is gone
-        errors = [told["error"] for told in found["told"] if told]
-        assert any(re.search(rf"from rank {victim} in round \d+: its process is gone", error) for error in errors), (
-            found
-        )

@@ -15,8 +15,8 @@ CASES = {
     "everything_arrives": ("all equal",) * 3,
     "a_later_send_waits_for_an_earlier_one": (r"after [1-9]\.", r"after [1-9]\.", r"after [1-9]\."),
     "another_call": (
-        r"TransportError: rank 0 on .*: receiving from rank 1 failed",
-        r"TransportError: .*rank 0 sent \(exchange, round, slot, bytes\) \(0, 1, 0, 32\), but \(0, 2, 0, 32\) is due",
+        r"TransportError: rank 0 on .*: receiving round \d of exchange 0 from rank 1 failed",
+        r"TransportError: .*expected \(call's identity, .*\) \(0, 0, 2, 0, 32\) from rank 0, got \(0, 0, 1, 0, 32\)",
         "not concerned",
     ),
     "nothing_comes": (
@@ -31,9 +31,9 @@ CASES = {
         "did not ask",
     ),
     "a_peer_leaves": (
-        r"TransportError: .*receiving from rank 1 failed: the connection was closed",
+        r"TransportError: .*receiving round \d of exchange 0 from rank 1 failed: the connection was closed",
         "left",
-        r"TransportError: .*receiving from rank 1 failed: the connection was closed",
+        r"TransportError: .*receiving round \d of exchange 0 from rank 1 failed: the connection was closed",
     ),
     "use_after_close": (r"TransportError: .*the lane was closed",) * 3,
     "strangers": ("from 1 2", "from 0 2", "from 0 1"),

@@ -30,8 +30,10 @@ class Meeting:
         self.said: list[Any] = [None] * ranks
 
 
-class ThreadAgreement:
-    """As ``sf_xfuser.agreement.Agreement``, between threads."""
+class ThreadControl:
+    """As ``sf_xfuser.control_plane.ControlPlane``, between threads."""
+
+    failure = None
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting, self._rank = meeting, rank
@@ -44,20 +46,29 @@ class ThreadAgreement:
         assert {each[0] for each in said} == {topic}
         return [each[1] for each in said]
 
+    def hopeless(self, peers=()):
+        return None
+
+    def fail(self, text, *, own):
+        return text
+
+    def close(self):
+        pass
+
 
 class Virtual(SymmMem):
     """Symmetric memory whose peers are in this process."""
 
     name = "virtual"
 
-    def __init__(self, agreement, members, position, peers, timeout_s, where="cpu"):
+    def __init__(self, control, members, position, peers, timeout_s, where="cpu"):
         self._where = where
         self._words = {}
-        device.DeviceWindow.__init__(self, agreement, members, position, peers, timeout_s)
+        device.DeviceWindow.__init__(self, control, members, position, peers, timeout_s)
 
     def _allocate(self, nbytes):
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self._where)
-        self._address = dict(enumerate(self._agreement.gather("address", memory.data_ptr())))
+        self._address = dict(enumerate(self._control.gather("address", memory.data_ptr())))
         return memory
 
     def _free(self):
@@ -72,9 +83,9 @@ def meshes(machines: int, ranks_per_machine: int, heads: int, timeout_s: float =
     meeting = Meeting(world)
 
     def mesh(rank: int) -> Mesh:
-        agreement: Any = ThreadAgreement(meeting, rank)
+        control: Any = ThreadControl(meeting, rank)
         peers = [peer for lane in lane_peers(plan.layout, rank).values() for peer in lane]
-        lane = Virtual(agreement, range(world), rank, peers, timeout_s, where)
+        lane = Virtual(control, range(world), rank, peers, timeout_s, where)
         return Mesh(
             plan=plan,
             grid=topology.fold(range(world)),
@@ -83,7 +94,7 @@ def meshes(machines: int, ranks_per_machine: int, heads: int, timeout_s: float =
             lanes={"inside": lane, "across": lane},
             ulysses_group=None,  # type: ignore[arg-type]
             ring_group=None,  # type: ignore[arg-type]
-            agreement=agreement,
+            control=control,
             transport="virtual",
             chosen="the only one here",
         )
@@ -205,7 +216,7 @@ class StandInDriver:
         word = ctypes.c_uint64.from_address(at)
 
         def wait():
-            while word.value < value:
+            while word.value != value:
                 time.sleep(1e-4)
 
         Stream.by_handle[stream].give(wait)

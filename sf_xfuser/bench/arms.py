@@ -14,7 +14,7 @@ from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.xdit_arms import call_usp
-from sf_xfuser.choice import Choice, control_group, layouts, other_degrees
+from sf_xfuser.choice import Choice, layouts, other_degrees
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import UNEVEN, Layout, head_ranges
@@ -194,7 +194,6 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
         other_degrees(own, case.num_machines, m, case.heads, kv_heads),
         xdits.groups,
         meshes,
-        control_group([sorted(mesh.members)], args.timeout),
         kv_ratio=Fraction(kv_heads, case.heads),
         folder=None,
         log=lambda message: None,

@@ -3,7 +3,7 @@ what this rank computes and what its host enqueues, and nothing else. On one GPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,24 @@ from sf_xfuser.transport.device import DeviceWindow
 
 
 class Alone:
-    """As ``Agreement``, where every rank says what this one says."""
+    """As ``ControlPlane``, where every rank says what this one says."""
+
+    failure = None
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
 
     def gather(self, topic: str, value: Any) -> list[Any]:
         return [value] * self._ranks
+
+    def hopeless(self, peers: Collection[int] = ()) -> None:
+        return None
+
+    def fail(self, text: str, *, own: bool) -> str:
+        return text
+
+    def close(self) -> None:
+        pass
 
 
 class _Here(Ticket):
@@ -73,13 +84,13 @@ class StreamLoopback(SymmMem):
 
     def __init__(self, ranks: int, position: int, peers: Sequence[int], device: torch.device) -> None:
         self._where = device
-        agreement: Any = Alone(ranks)
-        DeviceWindow.__init__(self, agreement, range(ranks), position, peers, 60.0)
+        control: Any = Alone(ranks)
+        DeviceWindow.__init__(self, control, range(ranks), position, peers, 60.0)
 
     def reserve(self, nbytes: int) -> None:
         super().reserve(nbytes)
         assert self._block is not None and self._memory is not None
-        self._memory[self._block.flags : self._block.head_bytes].view(torch.int64).fill_(1 << 62)
+        self._raised = self._memory[self._block.flags : self._block.flags + 8].view(torch.int64).fill_(1)
 
     def windows(self) -> list[torch.Tensor]:
         """As ``Loopback.windows``."""
@@ -95,6 +106,9 @@ class StreamLoopback(SymmMem):
     def _free(self) -> None:
         pass
 
+    def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
+        self._driver.wait_64(self._raised.data_ptr(), 1, stream)
+
 
 class OneRank:
     """Position 0 of ``layout``, with tokens spread evenly: the ranks' tokens follow each other by position."""
@@ -108,7 +122,7 @@ class OneRank:
             raise ValueError(f"{q.shape[2]} tokens cannot be spread evenly over {ranks} ranks")
         topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
         nobody: Any = None  # no process groups: a mesh of one rank exchanges nothing through them
-        agreement: Any = Alone(ranks)
+        control: Any = Alone(ranks)
         self.lane = lane
         self.mesh = Mesh(
             plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank alone", heads=q.shape[1]),
@@ -118,7 +132,7 @@ class OneRank:
             lanes={"inside": lane, "across": lane},
             ulysses_group=nobody,
             ring_group=nobody,
-            agreement=agreement,
+            control=control,
             transport="loopback",
             chosen="the only one here",
         )

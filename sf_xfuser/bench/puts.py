@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sf_xfuser.agreement import Agreement
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport import Parcel, Shm
 
 SIZES = tuple(1 << n for n in range(12, 23, 2))
@@ -29,7 +30,9 @@ _WARMUP = 3
 def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) -> list[dict[str, Any]]:
     """One row per size: medians in seconds per chunk over ``repeat`` rounds of each kind. Collective over two ranks."""
     rank = dist.get_rank()
-    lane = Shm(Agreement.of_world(timeout_s), [0, 1], rank, [1 - rank], timeout_s)
+    lane = Shm(
+        ControlPlane(Agreement.of_world(timeout_s), [0, 1], rank, timeout_s), [0, 1], rank, [1 - rank], timeout_s
+    )
     lane.reserve(chunks * max(sizes))
     rows = []
     for size in sizes:

@@ -105,6 +105,14 @@ class Transport(ABC):
         """This lane, where its chunks are written into windows."""
         return None
 
+    def begin_call(self, identity: int) -> None:
+        """A call begins. ``identity``, 32 bits, is the same on all ranks that make the same call and goes with all that
+        is sent in it: where a rank gets something of another call, the transport fails, or what was sent never arrives.
+        Local."""
+        self._identity = identity
+
+    _identity = 0
+
     @abstractmethod
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         """Start moving ``sends`` and filling ``receives``; returns at once.
@@ -116,6 +124,12 @@ class Transport(ABC):
     @abstractmethod
     def drain(self) -> None:
         """Until every send of this call has left its tensor: nothing stays posted across calls. Bounded."""
+
+    def poison(self, result: torch.Tensor) -> None:  # noqa: B027  (where the host waits, it has raised by then)
+        """Where waits are enqueued and not waited for: let the current stream turn ``result``, which this call
+        computed, into NaN if anything that it waited for did not arrive, or was of another call. Floating point, any
+        shape. After ``drain`` for what the call returns; during it for what goes on over another transport, whose
+        receivers hear of nothing."""
 
     def close(self) -> None:  # noqa: B027  (nothing to close is a legal implementation)
         """Let go of what the lane holds; idempotent. Local. No exchange may follow."""
@@ -148,13 +162,9 @@ class OneSided(Transport):
 
     @abstractmethod
     def begin(self) -> torch.Tensor:
-        """Start a call. This rank's window in it, as bytes [nbytes]: valid until the next call."""
+        """Start a call, of the identity that ``begin_call`` was given. This rank's window in it, as bytes [nbytes]:
+        valid until the next call."""
 
     def why_not_now(self) -> str | None:
         """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
         return None
-
-    def poison(self, result: torch.Tensor) -> None:
-        """Where waits are enqueued and not waited for: let the current stream turn ``result``, which this call
-        computed, into NaN if anything that it waited for did not arrive. Floating point, any shape. After ``drain`` for
-        what the call returns; during it for what goes on over another transport, whose receivers hear of nothing."""

@@ -21,11 +21,11 @@ class Block:
 
     @property
     def head_bytes(self) -> int:
-        """``poison`` and all flags."""
-        return rounded(self.flags + 8 * CHUNKS * self.ranks, _ALIGNMENT)
+        """``poison`` and all flags, for epochs of either parity."""
+        return rounded(self.flags + 8 * 2 * CHUNKS * self.ranks, _ALIGNMENT)
 
-    def flag(self, writer: int, number: int) -> int:
-        return self.flags + 8 * (CHUNKS * writer + number)
+    def flag(self, writer: int, number: int, epoch: int) -> int:
+        return self.flags + 8 * (CHUNKS * (2 * writer + epoch % 2) + number)
 
     def half(self, epoch: int) -> int:
         return self.head_bytes + epoch % 2 * self.half_bytes

@@ -7,16 +7,19 @@ which its peers write (``Block``), a window has two halves that take turns, and 
 | in the block | written by | read by | order |
 |---|---|---|---|
 | ``poison`` | any rank that gave up: NaN | the end of each call, as a factor | before the writer releases its waits |
-| ``flag(s, k)`` | rank ``s``: the epoch | waits of this rank | after the k-th chunk of ``s`` in that epoch |
+| ``flag(s, k, e)`` | rank ``s``: epoch and identity | waits of this rank | after the k-th chunk of ``s`` in epoch e |
 | ``half(e)`` | peers, in epoch e | this rank, after the flag | see below |
 | staging | this rank, packing | the copies of its sends | a call's copies end before the next call packs |
 
-**Flags.** ``flag(s, k)`` holds the last epoch in which the k-th chunk from ``s`` has arrived, and is only ever set, by
-``s``. A counter for each pair, as in ``shm.py``, would not do: chunks to one peer travel on several streams, and a
+**Flags.** ``flag(s, k, e)`` says that the k-th chunk from ``s`` in epoch e has arrived: it holds ``e << 32`` plus the
+identity of the call that ``s`` makes, and a wait wants just that value. So a rank that makes another call is never
+mistaken: its flags do not match, the wait runs out, and the group fails. There is one for epochs of either parity,
+since ``s`` may raise those of e+1 before this rank has looked at those of e; those of e+2 it raises after that, as
+below. A counter for each pair, as in ``shm.py``, would not do: chunks to one peer travel on several streams, and a
 fabric such as EFA keeps no order even between puts of one stream. A counter could then say 2 when only the second chunk
 is here, or fall back to 1. With a flag for each chunk nothing is concluded from one about another.
-(``tests/test_protocol.py`` has both.) Eight bytes each, without padding: no two processors share their cache lines, a
-flag is written by a copy engine or network card and read by the front end of a stream.
+(``tests/test_protocol.py`` has all of these.) Eight bytes each, without padding: no two processors share their cache
+lines, a flag is written by a copy engine or network card and read by the front end of a stream.
 
 **Why nothing is overwritten too early.** As in ``shm.py``, where "has finished epoch e-1" is now said of streams: a put
 waits for an event of the compute stream, which has by then been given every wait of epoch e-1 and all that reads what
@@ -46,8 +49,8 @@ from typing import ClassVar
 
 import torch
 
-from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import QUEUES_VARIABLE, environment
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.driver import Driver
@@ -66,7 +69,7 @@ def captures() -> bool:
 
 
 class DeviceWindow(OneSided):
-    """``agreement`` joins the ranks of ``members``, all of which make the collective calls; this one is at ``position``
+    """``control`` joins the ranks of ``members``, all of which make the collective calls; this one is at ``position``
     and exchanges chunks with the positions ``peers``. Parcels name peers by position. On the current device."""
 
     name: ClassVar[str]
@@ -74,11 +77,11 @@ class DeviceWindow(OneSided):
     _sharing = 1  # ranks of the group on this GPU, all of which need room at once
 
     def __init__(
-        self, agreement: Agreement, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
+        self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
     ) -> None:
         """Collective. Raises TransportError on every rank if one of them cannot, ValueError during a capture."""
         self._not_captured()
-        self._agreement = agreement
+        self._control = control
         self._members = members
         self._position = position
         self._peers = tuple(peers)
@@ -105,7 +108,14 @@ class DeviceWindow(OneSided):
         self._ended = [_new_event(), _new_event()]  # by parity of the epoch
         self._closed = False
         self._watchdog = Watchdog(
-            members, position, timeout_s, enter=self._enter, look=self._look, tell=self._tell, release=self._release
+            members,
+            position,
+            timeout_s,
+            hopeless=control.hopeless,
+            enter=self._enter,
+            look=self._look,
+            tell=self._tell,
+            release=self._release,
         )
         try:
             self.reserve(1)
@@ -123,6 +133,11 @@ class DeviceWindow(OneSided):
         return type(self), tuple(self._members), self._position
 
     @property
+    def _value(self) -> int:
+        """What the flags of this call hold."""
+        return self._epoch << 32 | self._identity
+
+    @property
     def _nbytes(self) -> int:
         return 0 if self._memory is None else self._memory.nbytes
 
@@ -137,7 +152,7 @@ class DeviceWindow(OneSided):
         earlier = [window for window in _kept if window._ends() == self._ends()]
         going = [window for window in (self, *earlier) if window._memory is not None]
         refusal = self._still(going) or self._no_room(block.nbytes, sum(window._nbytes for window in going))
-        said = self._agreement.gather(f"{self.name} window", [block.half_bytes, len(going), refusal])
+        said = self._control.gather(f"{self.name} window", [block.half_bytes, len(going), refusal])
         self._raise_together([text for *_, text in said])
         if len({(size, count) for size, count, _ in said}) > 1:
             self._raise_together(
@@ -147,7 +162,7 @@ class DeviceWindow(OneSided):
         self._block = None
         _drop([self, *earlier])
         if going:
-            self._agreement.gather(f"{self.name} let go", None)  # what a peer still maps is not free
+            self._control.gather(f"{self.name} let go", None)  # what a peer still maps is not free
         try:
             with torch.inference_mode(False):  # the watchdog and later calls write into it, in whatever mode
                 memory = self._allocate(block.nbytes)
@@ -157,7 +172,7 @@ class DeviceWindow(OneSided):
             torch.cuda.synchronize()
         except Exception as error:
             refusal = f"no memory of {block.nbytes} bytes that peers can write to: {error}"
-        self._raise_together(self._agreement.gather(f"{self.name} memory", refusal))
+        self._raise_together(self._control.gather(f"{self.name} memory", refusal))
         self._block, self._memory = block, memory
         self._base = memory.data_ptr()
         self._staging = Staging(block.half_bytes)
@@ -199,11 +214,12 @@ class DeviceWindow(OneSided):
         """The current stream goes on once these chunks, as (peer, number), are here. Returns at once."""
         self._usable()
         assert self._block is not None
-        awaited = Awaited(self._epoch, round, chunks)
+        awaited = Awaited(self._epoch, round, chunks, value=self._value)
         self._watchdog.watch(awaited)
         with self._fatal(f"the wait of round {round} could not be enqueued", awaited):
             for peer, number in chunks:
-                self._wait(peer, self._base + self._block.flag(peer, number), self._epoch, self._waits.cuda_stream)
+                flag = self._base + self._block.flag(peer, number, self._epoch)
+                self._wait(peer, flag, self._value, self._waits.cuda_stream)
             here = self._waits.record_event()
             awaited.done = here.query
             torch.cuda.current_stream().wait_event(here)
@@ -277,7 +293,7 @@ class DeviceWindow(OneSided):
 
     @abstractmethod
     def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
-        """The stream goes on once the flag of ``peer`` at this local address is at least ``value``."""
+        """The stream goes on once the flag of ``peer`` at this local address is ``value``."""
 
     # -- sends --------------------------------------------------------------------------------------------------------
 
@@ -294,8 +310,8 @@ class DeviceWindow(OneSided):
             self._block.half(self._epoch) + parcel.offset,
             self._source(parcel, stream) if parcel.nbytes else 0,
             parcel.nbytes,
-            self._block.flag(self._position, number),
-            self._epoch,
+            self._block.flag(self._position, number, self._epoch),
+            self._value,
             stream.cuda_stream,
         )
 
@@ -370,9 +386,9 @@ class DeviceWindow(OneSided):
             self._seen.copy_(memory[: block.head_bytes], non_blocking=True)
         if not _done(self._rescue.record_event(), _TELL_S):
             return None
-        numbers = self._seen[block.flags : block.flags + 8 * CHUNKS * block.ranks].view(torch.int64)
+        numbers = self._seen[block.flags : block.flags + 8 * 2 * CHUNKS * block.ranks].view(torch.int64)
         poison = float(self._poison_of(self._seen))
-        return Seen(numbers.view(block.ranks, CHUNKS).tolist(), gave_up=poison != poison)
+        return Seen(numbers.view(block.ranks, 2, CHUNKS).tolist(), gave_up=poison != poison)
 
     def _tell(self, suspects: Sequence[int]) -> None:
         """By memory operations and copies alone: a kernel might have to wait for a stuck one."""
@@ -390,8 +406,8 @@ class DeviceWindow(OneSided):
         assert self._block is not None
         for awaited in stuck:
             for peer, number in awaited.chunks:
-                address = self._base + self._block.flag(peer, number)
-                self._driver.write_64(address, awaited.epoch, self._rescue.cuda_stream)
+                address = self._base + self._block.flag(peer, number, awaited.epoch)
+                self._driver.write_64(address, awaited.value, self._rescue.cuda_stream)
 
     def _still(self, windows: Sequence[DeviceWindow]) -> str | None:
         """Wait until nothing of this rank is on its way, nor of its earlier transports; else why not."""
@@ -427,11 +443,11 @@ class DeviceWindow(OneSided):
 _kept: list[DeviceWindow] = []  # closed, with memory into which a peer may still write
 
 
-def let_go(agreement: Agreement, members: Sequence[int], position: int) -> bool:
+def let_go(control: ControlPlane, members: Sequence[int], position: int) -> bool:
     """Free the memory of closed transports of a group, whatever their kind; False where some rank is not done with it,
     and it stays. Collective."""
     mine = [window for window in _kept if window._ends()[1:] == (tuple(members), position)]
-    if mine and any(agreement.gather("windows", mine[0]._still(mine))):
+    if mine and any(control.gather("windows", mine[0]._still(mine))):
         return False
     _drop(mine)
     return True

@@ -13,7 +13,7 @@ import torch
 
 _NON_BLOCKING = 1
 _HIGH_PRIORITY = -1
-_GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ
+_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _CAN_USE_64_BIT_STREAM_MEM_OPS = 122
 _NEEDED = ("cuStreamWaitValue64_v2", "cuStreamWriteValue64_v2", "cuStreamWriteValue32_v2")
@@ -73,8 +73,8 @@ class Driver:
         self._call("cuStreamWriteValue64_v2", _pointer(stream), _address(into), ctypes.c_uint64(value), 0)
 
     def wait_64(self, at: int, value: int, stream: int) -> None:
-        """The stream goes on once the value there is at least this. Occupies nothing on the GPU."""
-        self._call("cuStreamWaitValue64_v2", _pointer(stream), _address(at), ctypes.c_uint64(value), _GREATER_OR_EQUAL)
+        """The stream goes on once the value there is this one. Occupies nothing on the GPU."""
+        self._call("cuStreamWaitValue64_v2", _pointer(stream), _address(at), ctypes.c_uint64(value), _EQUAL)
 
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._library, name)(*arguments)

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport.base import TransportError, raise_together
 from sf_xfuser.transport.device import DeviceWindow
 from sf_xfuser.transport.driver import OLDEST, Driver, gpu_name, supported
 
 _SET = 9  # nvshmemx signal operation
-_AT_LEAST = 5  # nvshmem comparison; a wait takes no signal operation, and returns at once if given one
+_EQUAL = 0  # NVSHMEM_CMP_EQ; a wait takes no signal operation, and returns at once if given one
 _INITIALIZED, _LIMITED = 2, 3  # init_status(); 3: several processes on a GPU, without MPS
 _OLDEST_BINDINGS, _OLDEST_LIBRARY = (0, 3, 1), (3, 3)
 _HEAP_GRAIN = 512 << 20  # bytes by which the symmetric heap grows
@@ -212,7 +212,7 @@ def has_efa() -> bool:
     return any(driver.resolve().name == "efa" for driver in cards)
 
 
-def exchange_unique_id(agreement: Agreement, members: Sequence[int], position: int) -> Any:
+def exchange_unique_id(control: ControlPlane, members: Sequence[int], position: int) -> Any:
     """The id of a new world, made at position 0, which has to stay alive. Collective; TransportError on every rank."""
     import nvshmem.core as core
 
@@ -222,7 +222,7 @@ def exchange_unique_id(agreement: Agreement, members: Sequence[int], position: i
             made = core.get_unique_id()._data.tobytes().hex()
         except Exception as error:
             refused = f"no unique id: {error}"
-    said = agreement.gather("nvshmem unique id", [made, refused])
+    said = control.gather("nvshmem unique id", [made, refused])
     raise_together("nvshmem", members, [text for _, text in said])
     received = torch.frombuffer(bytearray.fromhex(said[0][0]), dtype=torch.uint8)
     unique_id = core.get_unique_id(empty=True)
@@ -254,16 +254,16 @@ class Nvshmem(DeviceWindow):
     name = "nvshmem"
 
     def __init__(
-        self, agreement: Agreement, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
+        self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
     ) -> None:
         self._not_captured()
-        self._status, self._sharing = _join(agreement, members, position)
+        self._status, self._sharing = _join(control, members, position)
         self._maps: dict[int, bool] = {}
         self._heap: torch.Tensor | None = None
         from nvshmem import bindings
 
         self._bindings = bindings
-        super().__init__(agreement, members, position, peers, timeout_s)
+        super().__init__(control, members, position, peers, timeout_s)
         _open.append(self)
 
     def close(self) -> None:
@@ -317,10 +317,10 @@ class Nvshmem(DeviceWindow):
         if self._maps[peer]:
             self._driver.wait_64(address, value, stream)
         else:
-            self._bindings.signal_wait_until_on_stream(address, _AT_LEAST, value, stream)
+            self._bindings.signal_wait_until_on_stream(address, _EQUAL, value, stream)
 
 
-def _join(agreement: Agreement, members: Sequence[int], position: int) -> tuple[int, int]:
+def _join(control: ControlPlane, members: Sequence[int], position: int) -> tuple[int, int]:
     """Start NVSHMEM as the world of ``members``, unless it has been; its status, and how many of them are on this GPU.
     Collective; TransportError on every rank where it cannot."""
     global _world
@@ -329,13 +329,13 @@ def _join(agreement: Agreement, members: Sequence[int], position: int) -> tuple[
         device = torch.cuda.current_device()
         torch.zeros(1, device=device)  # a CUDA context has to be current: without one NVSHMEM starts by halves
         facts["gpu"] = gpu_name(device)
-    ranks = [Facts(**said) for said in agreement.gather("nvshmem", facts)]
+    ranks = [Facts(**said) for said in control.gather("nvshmem", facts)]
     raise_together("nvshmem", members, refusals(ranks, members, dist.get_world_size()))
 
     import nvshmem.core as core
 
     if _world is None:
-        unique_id = exchange_unique_id(agreement, members, position)
+        unique_id = exchange_unique_id(control, members, position)
         failed = None
         try:
             core.init(
@@ -350,7 +350,7 @@ def _join(agreement: Agreement, members: Sequence[int], position: int) -> tuple[
         status = int(core.init_status())
         if failed is None and status < _INITIALIZED:  # it says so on stderr only
             failed = f"NVSHMEM started by halves (status {status}); NVSHMEM_DEBUG=INFO tells why, on stderr"
-        raise_together("nvshmem", members, agreement.gather("nvshmem started", failed))
+        raise_together("nvshmem", members, control.gather("nvshmem started", failed))
         if (core.my_pe(), core.n_pes()) != (position, len(members)):
             raise TransportError(f"NVSHMEM made this rank PE {core.my_pe()}, not {position}")
         _world = list(members)

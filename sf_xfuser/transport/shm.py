@@ -8,6 +8,11 @@ into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``, where an epoch
 all-to-all. Both ends know the order of a pair's chunks from the schedule, so "the k-th chunk of epoch e is here" is
 ``flag >= e * 2**16 + k``. Values only grow, and nobody resets them.
 
+**Identity.** Beside the flag stands which call the writer is in, for epochs of either parity, written before the first
+flag of the epoch. A reader compares it once the flag says that its chunk is here. The word of epoch e is written again
+in e+2, which the writer begins after the reader has ended e, as below. Where shapes differ a chunk may have been
+written beyond its place, but inside the window's mapping, and nobody uses that window again.
+
 **Why nothing is overwritten too early.** A window has two halves, and epoch e uses half ``e mod 2``. Let ``s`` put into
 ``r``'s window in epoch e. It has finished epoch e-1, in which it waited for every chunk that was due to it. One of
 those was put by ``r`` in epoch e-1 or passed on from one that was (in a Ulysses group every pair exchanges in both
@@ -22,7 +27,8 @@ not, ranks meet (``Mesh.begin``). ``tests/test_protocol.py`` checks both for sma
 stores in order. Weaker processors are refused, since nothing here could make theirs keep it.
 
 **Nothing is left behind.** A segment is a file in /dev/shm (mode 0600) that has a name only while the peers open it;
-it is locked by its owner for as long as the owner lives, whatever ends it. So a peer can tell that the owner is gone,
+it is locked by its owner for as long as the owner lives, whatever ends it (a record lock: forked children do not share
+it). So a peer can tell that the owner is gone,
 and what a job that was killed in that moment left there is found by its missing lock and removed at the next start.
 """
 
@@ -35,6 +41,7 @@ import fcntl
 import mmap
 import os
 import platform
+import re
 import secrets
 import socket
 import sys
@@ -45,7 +52,7 @@ from typing import Any, Literal
 
 import torch
 
-from sf_xfuser.agreement import Agreement
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.block import grown
 
@@ -54,10 +61,15 @@ _PREFIX = "sf-xfuser-"
 _CHUNKS = 1 << 16  # of one epoch between two ranks, at most
 _LINE = 64  # bytes between the flags of two writers: a cache line
 _GAVE_UP = 8  # offset in a line: not 0 once the writer has given up
+_IDENTITY = 16  # two words, by parity of the epoch
+_MAGIC_AT, _MAGIC = 40, b"sf-xfuser shm window 1"  # in the first line: a file of another kind is not removed
 _PLACES_KEPT = 4096  # views of the peers' windows, 64 shapes' or so
 _LOOK_S = 0.1  # how often a waiting rank looks whether its peers still live
 _FUTEX = 202  # of x86-64
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+
+
+_linked: set[str] = set()  # of this process's segments, those that have a name
 
 
 def unavailable() -> str | None:
@@ -81,13 +93,15 @@ def identity() -> str:
 def remove_leftovers() -> list[str]:
     """Remove the segments of this user whose owners are gone; their names. Local."""
     removed = []
+    name = re.compile(rf"{re.escape(_PREFIX)}{os.geteuid()}-[0-9a-f]{{32}}")
     for entry in os.scandir(_FOLDER):
-        if not entry.name.startswith(_PREFIX):
-            continue
+        if not name.fullmatch(entry.name) or entry.path in _linked:
+            continue  # to close any file that leads to a segment of this process's own would end its lock
         with contextlib.suppress(OSError):  # another user's, in use, or somebody was faster
-            file = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            file = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                if os.fstat(file).st_uid == os.geteuid() and _unlocked(file):
+                ours = os.fstat(file).st_uid == os.geteuid() and os.pread(file, len(_MAGIC), _MAGIC_AT) == _MAGIC
+                if ours and _unlocked(file):
                     os.unlink(entry.path)
                     removed.append(entry.name)
             finally:
@@ -96,7 +110,7 @@ def remove_leftovers() -> list[str]:
 
 
 class Shm(OneSided):
-    """``agreement`` joins the ranks of ``members``, all of which make the collective calls; this one is at ``position``
+    """``control`` joins the ranks of ``members``, all of which make the collective calls; this one is at ``position``
     and exchanges chunks with the positions ``peers``. Parcels name peers by position.
 
     ``pause(where)``, where set, is called between any two accesses to shared memory: a test's chance to delay them.
@@ -106,7 +120,7 @@ class Shm(OneSided):
 
     def __init__(
         self,
-        agreement: Agreement,
+        control: ControlPlane,
         members: Sequence[int],
         position: int,
         peers: Sequence[int],
@@ -114,7 +128,7 @@ class Shm(OneSided):
         halves: int = 2,
     ) -> None:
         """Collective. Raises TransportError on every rank if one of them cannot."""
-        self._agreement = agreement
+        self._control = control
         self._members = members
         self._position = position
         self._peers = tuple(peers)
@@ -152,7 +166,7 @@ class Shm(OneSided):
                         failed.callback(own.close)
                     except OSError as error:
                         refusal = _creation_error(error, self.halves * half_bytes)
-                said = self._agreement.gather("shm segment", [own.path if own else "", refusal, half_bytes])
+                said = self._control.gather("shm segment", [own.path if own else "", refusal, half_bytes])
                 self._raise_together([refusal for _, refusal, _ in said])
                 if len({size for *_, size in said}) > 1:
                     self._raise_together([f"wants {size} bytes, others do not" for *_, size in said])
@@ -168,7 +182,7 @@ class Shm(OneSided):
                             f"ranks of one host that share {_FOLDER} and a user"
                         )
                         break
-                self._raise_together(self._agreement.gather("shm opened", refusal))
+                self._raise_together(self._control.gather("shm opened", refusal))
                 failed.pop_all()
         except RuntimeError:
             remove_leftovers()  # a peer may have been killed meanwhile
@@ -200,7 +214,7 @@ class Shm(OneSided):
             self._put[peer] += 1
             if at + 1 == len(sends) or sends[at + 1].peer != peer:  # all of a round is waited for together
                 self._pause("flag")
-                self._of[peer].raise_flag(self._position, self._put[peer])
+                self._of[peer].raise_flag(self._position, self._put[peer], self._identity)
         for parcel in receives:
             self._due[parcel.peer] += 1
         return _Arrival(self, round, {parcel.peer: self._due[parcel.peer] for parcel in receives})
@@ -229,6 +243,18 @@ class Shm(OneSided):
         self._usable()
         assert self._own is not None
         self._pause("wait")
+        if self._own.flag(peer) < due:
+            with self._control.waiting():
+                self._await(round, peer, due)
+        seen = self._own.flag(peer)
+        if seen // _CHUNKS > due // _CHUNKS + 1:  # a peer ends its next call with this rank's help only
+            self._fail(round, peer, due, seen, "it is calls ahead")
+        if (identity := self._own.identity(peer, due // _CHUNKS)) != self._identity:
+            self._fail(round, peer, due, seen, f"it makes another call ({identity:08x}, not {self._identity:08x})")
+        self._pause("read")
+
+    def _await(self, round: int, peer: int, due: int) -> None:
+        assert self._own is not None
         started = time.monotonic()
         gone = False
         while (seen := self._own.flag(peer)) < due:
@@ -237,13 +263,12 @@ class Shm(OneSided):
                 self._fail(round, peer, due, seen, f"it gave up; waited {waited:.1f} s")
             if gone:
                 self._fail(round, peer, due, seen, f"its process is gone; waited {waited:.1f} s")
+            if (why := self._control.hopeless()) is not None:
+                self._fail(round, peer, due, seen, why)
             if waited >= self._timeout_s:
                 self._fail(round, peer, due, seen, f"waited {waited:.1f} s")
             self._own.sleep(peer, seen, min(_LOOK_S, self._timeout_s - waited))
             gone = self._of[peer].owner_is_gone()  # and then look at its flag once more
-        if seen // _CHUNKS > due // _CHUNKS + 1:  # a peer ends its next call with this rank's help only
-            self._fail(round, peer, due, seen, "it is calls ahead")
-        self._pause("read")
 
     def close(self) -> None:
         self._error = self._error or TransportError(
@@ -265,10 +290,9 @@ class Shm(OneSided):
     def _fail(self, round: int, peer: int, due: int, seen: int, why: str) -> None:
         self._error = TransportError(
             f"rank {self._members[self._position]} on {socket.gethostname()}: nothing came from rank "
-            f"{self._members[peer]} in round {round}: {why}. Its flag is to say call {due // _CHUNKS} chunk "
-            f"{due % _CHUNKS}, and says call {seen // _CHUNKS} chunk {seen % _CHUNKS} (shm, limit "
-            f"{self._timeout_s:g} s). The peer died, hangs, or makes a different call; see its log, or raise "
-            f"--sp-timeout"
+            f"{self._members[peer]} in round {round}: {why}. Expected flag (call={due // _CHUNKS}, "
+            f"chunk={due % _CHUNKS}), got (call={seen // _CHUNKS}, chunk={seen % _CHUNKS}) (shm, limit "
+            f"{self._timeout_s:g} s)"
         )
         self._give_up()
         raise self._error
@@ -310,6 +334,9 @@ class _Segment:
         pages = -(-head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         memory = mmap.mmap(file, pages + halves * half_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._flags = [ctypes.c_uint64.from_buffer(memory, at) for at in range(0, head_bytes, _LINE)]
+        self._identities = [
+            (ctypes.c_uint64 * 2).from_buffer(memory, at + _IDENTITY) for at in range(0, head_bytes, _LINE)
+        ]
         self._ends = [ctypes.c_uint64.from_buffer(memory, at + _GAVE_UP) for at in range(0, head_bytes, _LINE)]
         window = torch.frombuffer(memory, dtype=torch.uint8)[pages:]
         self._halves = [window[n * half_bytes : (n + 1) * half_bytes] for n in range(halves)]
@@ -319,13 +346,15 @@ class _Segment:
         """Raises OSError, also where memory is short: a page that is missing later would end the process."""
         file = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.lockf(file, fcntl.LOCK_EX)
             free = os.fstatvfs(file)
             total = -(-head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + halves * half_bytes
             if total > free.f_bavail * free.f_frsize:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(file, 0, total)
+            os.pwrite(file, _MAGIC, _MAGIC_AT)
             path = f"{_FOLDER}/{_PREFIX}{os.geteuid()}-{secrets.token_hex(16)}"
+            _linked.add(path)
             os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file, follow_symlinks=True)  # a link of the file itself
             return cls(file, path, head_bytes, half_bytes, halves)
         except BaseException:
@@ -344,12 +373,13 @@ class _Segment:
     def unlink(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+        _linked.discard(self.path)
 
     def close(self) -> None:
         """Idempotent. Views that are still held keep the memory, not the lock."""
         file, self._file = self._file, -1
         if file >= 0:
-            fcntl.flock(file, fcntl.LOCK_UN)  # the mapping has a duplicate of the file
+            fcntl.lockf(file, fcntl.LOCK_UN)
             os.close(file)
 
     def half(self, epoch: int) -> torch.Tensor:
@@ -358,9 +388,13 @@ class _Segment:
     def flag(self, writer: int) -> int:
         return self._flags[writer].value
 
-    def raise_flag(self, writer: int, value: int) -> None:
+    def raise_flag(self, writer: int, value: int, identity: int) -> None:
+        self._identities[writer][value // _CHUNKS % 2] = identity
         self._flags[writer].value = value
         _futex(self._flags[writer], _FUTEX_WAKE, 1, None)
+
+    def identity(self, writer: int, epoch: int) -> int:
+        return self._identities[writer][epoch % 2]
 
     def give_up(self, writer: int) -> None:
         self._ends[writer].value = 1
@@ -380,10 +414,10 @@ class _Segment:
 def _unlocked(file: int) -> bool:
     """Whether nobody holds the lock of an open segment that another process made."""
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
-    fcntl.flock(file, fcntl.LOCK_UN)
+    fcntl.lockf(file, fcntl.LOCK_UN)
     return True
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser import topology
-from sf_xfuser.agreement import Agreement
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport.base import raise_together
 from sf_xfuser.transport.device import DeviceWindow
 from sf_xfuser.transport.driver import OLDEST, Driver, gpu_name, supported
@@ -108,7 +108,7 @@ class SymmMem(DeviceWindow):
 
     def __init__(
         self,
-        agreement: Agreement,
+        control: ControlPlane,
         members: Sequence[int],
         position: int,
         peers: Sequence[int],
@@ -124,11 +124,11 @@ class SymmMem(DeviceWindow):
         self._words: dict[int, torch.Tensor] = {}  # by stream
         refused = unavailable() or _no_context()
         gpu = None if refused else gpu_name(torch.cuda.current_device())
-        said = agreement.gather("symm_mem", [refused, socket.gethostname(), gpu])
+        said = control.gather("symm_mem", [refused, socket.gethostname(), gpu])
         raise_together(self.name, members, [refusal for refusal, *_ in said])
         self._elsewhere = {peer for peer in peers if said[peer][1] != said[position][1]}
         self._sharing = said.count(said[position])
-        super().__init__(agreement, members, position, peers, timeout_s)
+        super().__init__(control, members, position, peers, timeout_s)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         import torch.distributed._symmetric_memory as symmetric

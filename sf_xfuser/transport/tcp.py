@@ -9,7 +9,6 @@ kernel holds what comes before its receive is posted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import socket
@@ -23,8 +22,7 @@ from typing import TypeVar
 
 import torch
 
-from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import environment
+from sf_xfuser.control_plane import ControlPlane, Greeter, not_inherited
 from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
 
 UNSENT_BYTES = 128 << 10
@@ -32,12 +30,12 @@ UNSENT_BYTES = 128 << 10
 
 _Lane = TypeVar("_Lane", bound=str)
 _HELLO = struct.Struct("!16sII")  # the listener's token, lane, position
-_HELLO_SECONDS = 10.0
-_HEADER = struct.Struct("!QIIQ")  # exchanges before this one on the lane, round, slot, bytes
+_HEADER = struct.Struct("!IQIIQ")  # the call's identity, exchanges before this one on the lane, round, slot, bytes
+_LOOK_S = 0.1  # how often a waiting rank looks whether others still can send
 
 
 def connect(
-    agreement: Agreement,
+    control: ControlPlane,
     members: Sequence[int],
     position: int,
     peers: Mapping[_Lane, Sequence[int]],
@@ -46,23 +44,28 @@ def connect(
     """One transport per lane, each joined to the positions ``peers[lane]``. Collective over ``members``.
 
     ``members[w]`` is the global rank at position ``w``; if ``w`` is among my peers on a lane, I am among ``w``'s.
-    Raises RuntimeError if a rank is missing, TransportError if one cannot be reached.
+    Raises RuntimeError if a rank is missing, TransportError if one cannot be reached within ``timeout_s``.
     """
-    deadline = time.monotonic() + timeout_s
-    address = _own_address(agreement)
+    address = control.address
     token = secrets.token_bytes(16)
     found: dict[_Lane, dict[int, socket.socket]] = {lane: {} for lane in peers}
     missing = {(lane, peer) for lane, others in peers.items() for peer in others if peer > position}
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=max(128, len(missing))) as listener:
+    with contextlib.ExitStack() as failed:
+        listener = socket.create_server((address, 0), family=family, backlog=max(128, len(missing)))
+        failed.callback(listener.close)
+        greeter = Greeter(listener, _HELLO.size)
+        failed.callback(greeter.close)
         mine = {"address": address, "port": listener.getsockname()[1], "token": token.hex()}
-        published = agreement.gather("tcp listener", mine)
+        published = control.gather("tcp listener", mine)
+        deadline = time.monotonic() + timeout_s
         # The kernel takes a connection before it is accepted here: every rank can first connect, then accept.
         for number, lane in enumerate(peers):
             for peer in (p for p in peers[lane] if p < position):
                 at = published[peer]
                 try:
                     link = socket.create_connection((at["address"], at["port"]), max(0.1, deadline - time.monotonic()))
+                    failed.callback(link.close)
                     link.sendall(_HELLO.pack(bytes.fromhex(at["token"]), number, position))
                 except OSError as error:
                     raise TransportError(
@@ -72,44 +75,54 @@ def connect(
                     ) from error
                 found[lane][peer] = link
         lanes = tuple(peers)
-        while missing:
-            listener.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                link, _ = listener.accept()
-                link.settimeout(_HELLO_SECONDS)  # one who says nothing keeps nobody waiting
-                said, number, peer = _HELLO.unpack(_receive_exactly(link, _HELLO.size))
-            except OSError as error:
-                if time.monotonic() < deadline:
-                    continue  # a stranger that hung up
+        with control.waiting():
+            while missing:
+                for link, hello in greeter.poll(_LOOK_S):
+                    said, number, peer = _HELLO.unpack(hello)
+                    if secrets.compare_digest(said, token) and number < len(lanes) and (lanes[number], peer) in missing:
+                        found[lanes[number]][peer] = link
+                        failed.callback(link.close)
+                        missing.remove((lanes[number], peer))
+                    else:
+                        link.close()
                 absent = sorted({members[peer] for _, peer in missing})
-                raise TransportError(
-                    f"rank {members[position]}: rank(s) {absent} did not connect within {timeout_s:g} s ({error}); "
-                    f"see their logs, or raise --sp-timeout"
-                ) from error
-            if secrets.compare_digest(said, token) and number < len(lanes) and (lanes[number], peer) in missing:
-                found[lanes[number]][peer] = link
-                missing.remove((lanes[number], peer))
-            else:
-                link.close()
+                if absent and (why := control.hopeless({peer for _, peer in missing})):
+                    raise TransportError(why)
+                if absent and time.monotonic() >= deadline:
+                    raise TransportError(
+                        f"rank {members[position]}: rank(s) {absent} did not connect within {timeout_s:g} s; see their "
+                        f"logs, or raise --sp-timeout"
+                    )
+        failed.pop_all()
+        greeter.close()
+        listener.close()
     for link in (x for links in found.values() for x in links.values()):
+        not_inherited(link)
         link.settimeout(None)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A send returns once all but this much is on its way: a chunk does not share the wire with the one behind it.
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    return {lane: Tcp(lane, links, members, position, timeout_s) for lane, links in found.items()}
+    return {lane: Tcp(lane, links, members, position, timeout_s, control) for lane, links in found.items()}
 
 
 class Tcp(Transport):
     """``links[w]`` is the connection to position ``w``; parcels name peers by position. Made by :func:`connect`."""
 
     def __init__(
-        self, lane: str, links: dict[int, socket.socket], members: Sequence[int], position: int, timeout_s: float
+        self,
+        lane: str,
+        links: dict[int, socket.socket],
+        members: Sequence[int],
+        position: int,
+        timeout_s: float,
+        control: ControlPlane,
     ) -> None:
         self._lane = lane
         self._links = links
         self._members = members
         self._position = position
         self._timeout_s = timeout_s
+        self._control = control
         self._exchanges = 0
         self._seen = dict.fromkeys(links, "nothing yet")  # what came last from each
         self._error: TransportError | None = None
@@ -168,19 +181,29 @@ class Tcp(Transport):
 
     def _failure(self, text: str) -> TransportError:
         return TransportError(
-            f"rank {self._members[self._position]} on {socket.gethostname()}: {text} (lane {self._lane}, tcp). "
-            f"The peer died, hangs, or makes a different call; see its log, or raise --sp-timeout"
+            f"rank {self._members[self._position]} on {socket.gethostname()}: {text} (lane {self._lane}, tcp)"
         )
 
     def wait(self, arrival: _Arrival) -> None:
         self._let_go()
-        if not arrival.event.wait(self._timeout_s):
-            late = sorted({parcel.peer for parcel in arrival.missing})
-            seen = ", ".join(f"rank {self._members[peer]}'s last: {self._seen[peer]}" for peer in late)
-            came = f"nothing came from rank(s) {[self._members[peer] for peer in late]} for {arrival.what} ({seen})"
-            self._fail(f"{came if late else 'what was to be sent was not taken'} within {self._timeout_s:g} s")
+        if not arrival.event.is_set():
+            started = time.monotonic()
+            with self._control.waiting():
+                while not arrival.event.wait(min(_LOOK_S, self._timeout_s)):
+                    waited = time.monotonic() - started
+                    if (why := self._control.hopeless()) is not None:
+                        self._fail(f"{self._late(arrival)} after {waited:.1f} s: {why}")
+                    elif waited >= self._timeout_s:
+                        self._fail(f"{self._late(arrival)} within {self._timeout_s:g} s")
         if not arrival.complete and self._error is not None:
             raise self._error
+
+    def _late(self, arrival: _Arrival) -> str:
+        late = sorted({parcel.peer for parcel in arrival.missing})
+        if not late:
+            return "what was to be sent was not taken"
+        seen = ", ".join(f"rank {self._members[peer]}'s last: {self._seen[peer]}" for peer in late)
+        return f"nothing came from rank(s) {[self._members[peer] for peer in late]} for {arrival.what} ({seen})"
 
     # -- threads ------------------------------------------------------------------------------------------------------
 
@@ -205,12 +228,12 @@ class Tcp(Transport):
             try:
                 seen = _receive_exactly(link, _HEADER.size)
                 if seen != header:
-                    text = "(exchange, round, slot, bytes)"
+                    text = "(call's identity, exchange, round, slot, bytes)"
                     expected, got = _HEADER.unpack(header), _HEADER.unpack(seen)
-                    return self._fail(f"rank {self._members[peer]} sent {text} {got}, but {expected} is due")
+                    return self._fail(f"expected {text} {expected} from rank {self._members[peer]}, got {got}")
                 _receive_into(link, _bytes_of(parcel.packed()))
             except Exception as error:  # whatever it is, nobody else would hear of it
-                return self._fail(f"receiving from rank {self._members[peer]} failed: {error}")
+                return self._fail(f"receiving {arrival.what} from rank {self._members[peer]} failed: {error}")
             self._seen[peer] = arrival.what
             self._here(arrival, parcel)
             del item, parcel, arrival
@@ -241,7 +264,7 @@ class Tcp(Transport):
                 link.shutdown(socket.SHUT_RDWR)
 
     def _header(self, parcel: Parcel, round: int) -> bytes:
-        return _HEADER.pack(self._exchanges, round, parcel.slot, parcel.nbytes)
+        return _HEADER.pack(self._identity, self._exchanges, round, parcel.slot, parcel.nbytes)
 
     def _let_go(self) -> None:
         while self._sent:
@@ -298,34 +321,3 @@ def _receive_into(link: socket.socket, body: memoryview) -> None:
         if not count:
             raise ConnectionError("the connection was closed")
         body = body[count:]
-
-
-def _own_address(agreement: Agreement) -> str:
-    """The address at which the other ranks reach this one: that of the interface named in GLOO_SOCKET_IFNAME, else of
-    the one that leads to the job's store; a rank for which that is itself asks for the way to another. Collective."""
-    interface = environment(["GLOO_SOCKET_IFNAME"]).get("GLOO_SOCKET_IFNAME")
-    if interface:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            request = struct.pack("256s", interface.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-            except OSError as error:
-                raise RuntimeError(f"GLOO_SOCKET_IFNAME={interface} has no IPv4 address here: {error}") from error
-        own = socket.inet_ntoa(answer[20:24])
-    else:
-        own = _address_towards(agreement.store_host)
-    known = agreement.gather("address", own)
-    elsewhere = [address for address in known if not _is_loopback(address)]
-    return _address_towards(elsewhere[0]) if elsewhere and _is_loopback(own) else own
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def _address_towards(host: str) -> str:
-    """The local address of a packet to ``host``; none is sent."""
-    family, kind, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(where)
-        return str(probe.getsockname()[0])

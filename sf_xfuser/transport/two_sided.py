@@ -7,10 +7,12 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
 
 
@@ -20,21 +22,56 @@ class TwoSided(Transport):
 
     NCCL runs a lane's rounds in order on its own stream. gloo moves data on a thread of its own as soon as both ends
     have posted, and whatever is posted shares the wire.
+
+    **The call's identity.** gloo matches messages by a tag, which carries it: what belongs to another call is never
+    received, and the wait runs out (gloo ends a process that receives another size than it asked for). NCCL has no tags
+    and matches by order alone: there the first chunk to each peer in a call has a label beside it, in the same group of
+    sends and receives. The receiver compares it on the stream, turns its result into NaN where it differs (``poison``),
+    and raises at its next call. Chunks of other sizes under NCCL do not match at all, and its watchdog ends the job.
     """
 
-    def __init__(self, group: dist.ProcessGroup, members: Sequence[int], lane: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        members: Sequence[int],
+        lane: str,
+        timeout_s: float,
+        control: ControlPlane,
+        *,
+        labels: bool | None = None,
+    ) -> None:
+        """``labels``: beside chunks, in place of tags; None: unless the backend is gloo."""
         self._group = group
         self._ranks = members
         self._lane = lane
         self._timeout_s = timeout_s
+        self._control = control
         self._bounds_itself = dist.get_backend(group) != "gloo"  # NCCL's watchdog does
+        self._labels = self._bounds_itself if labels is None else labels
+        self._labelled: set[tuple[str, int]] = set()  # in this call: directions and peers
+        self._arrived: list[torch.Tensor] = []  # labels, int64 [1]
+        self._differs: torch.Tensor | None = None  # bool []: some label of the last call did
         self._posted: list[_Transfer] = []
+
+    def begin_call(self, identity: int) -> None:
+        """As ``Transport.begin_call``. Raises TransportError where the call before took chunks of another."""
+        super().begin_call(identity)
+        self._labelled.clear()
+        differs, self._differs = self._differs, None
+        if differs is not None and bool(differs):
+            raise TransportError(
+                f"rank {dist.get_rank()} on {socket.gethostname()}: chunks of another call came in the last one, whose "
+                f"result is NaN (lane {self._lane}): ranks have made different calls"
+            )
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         """Without a group call around a round, two ranks that both send first would block each other on NCCL."""
         ops = [(dist.irecv, "receive from", parcel, parcel.packed()) for parcel in receives if parcel.nbytes]
         ops += [(dist.isend, "send to", parcel, parcel.packed()) for parcel in sends if parcel.nbytes]  # type: ignore[misc]
-        p2p = [dist.P2POp(op, tensor, self._ranks[parcel.peer], self._group) for op, _, parcel, tensor in ops]
+        if self._labels:
+            ops += self._labels_of(ops)
+        tag = 0 if self._labels else self._identity & 0x7FFFFFFF
+        p2p = [dist.P2POp(op, tensor, self._ranks[parcel.peer], self._group, tag) for op, _, parcel, tensor in ops]
         try:
             works = dist.batch_isend_irecv(p2p) if p2p else []
         except RuntimeError as refused:
@@ -48,6 +85,26 @@ class TwoSided(Transport):
         self._posted += transfers
         return _Received(self, transfers)
 
+    def _labels_of(self, ops: Sequence[_Op]) -> list[_Op]:
+        """A label for the first chunk in either direction between this rank and each peer."""
+        found: list[_Op] = []
+        for op, direction, parcel, tensor in ops:
+            if (direction, parcel.peer) in self._labelled:
+                continue
+            self._labelled.add((direction, parcel.peer))
+            label = tensor.new_full((1,), self._identity if op is dist.isend else 0, dtype=torch.int64)
+            if op is dist.irecv:
+                self._arrived.append(label)
+            found.append((op, direction, Parcel((label,), torch.int64, parcel.peer, parcel.slot), label))
+        return found
+
+    def poison(self, result: torch.Tensor) -> None:
+        """As ``Transport.poison``; the labels of the call have been waited for with its chunks."""
+        labels, self._arrived = self._arrived, []
+        if labels:
+            self._differs = (torch.cat(labels) != self._identity).any()
+            result.masked_fill_(self._differs, float("nan"))
+
     def drain(self) -> None:
         posted, self._posted = self._posted, []
         for transfer in posted:
@@ -59,10 +116,11 @@ class TwoSided(Transport):
         if work is None:
             return
         try:
-            if self._bounds_itself:
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=self._timeout_s))
+            with self._control.waiting():
+                if self._bounds_itself:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
             parcel = transfer.parcel
             what = (
@@ -74,9 +132,11 @@ class TwoSided(Transport):
     def _failure(self, what: str, error: Exception) -> TransportError:
         return TransportError(
             f"rank {dist.get_rank()} on {socket.gethostname()}: {what} (lane {self._lane}, limit "
-            f"{self._timeout_s:g} s): {str(error).splitlines()[0]}. The peer died, hangs, or makes a different call; "
-            f"see its log, or raise --sp-timeout"
+            f"{self._timeout_s:g} s): {str(error).splitlines()[0]}"
         )
+
+
+_Op = tuple[Any, str, Parcel, torch.Tensor]  # the function, its name in errors, the chunk, its tensor
 
 
 @dataclass(slots=True)

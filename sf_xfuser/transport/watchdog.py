@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from sf_xfuser.transport.base import TransportError
@@ -28,28 +28,31 @@ _GRACE_S = 30.0  # for the streams to get going again
 @dataclass(eq=False)
 class Awaited:
     """Chunks of one round: the ``number``-th of this call from each ``peer``, as pairs. None: that a call ends, its
-    sends included. ``done`` is set once the wait is enqueued, and says whether it has ended."""
+    sends included. ``value``: what the flags are to hold: the epoch, and the call's identity below it. ``done`` is set
+    once the wait is enqueued, and says whether it has ended."""
 
     epoch: int
     round: int = 0
     chunks: tuple[tuple[int, int], ...] = ()
     done: Callable[[], bool] | None = None
+    value: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The flags of this rank, by writer and number, and whether a peer gave up."""
+    """The flags of this rank, by writer, parity of the epoch, and number, and whether a peer gave up."""
 
-    flags: Sequence[Sequence[int]]
+    flags: Sequence[Sequence[Sequence[int]]]
     gave_up: bool
 
 
 class Watchdog:
     """Of the rank at ``position`` of ``members``. Thread-safe.
 
-    ``enter`` is called first in the thread. ``look`` reads the flags (None: they cannot be read). ``tell(suspects)``
-    tells the peers, those who may be dead last, and returns in bounded time. ``release`` lifts the flags that these are
-    waiting for; it is called again until they have ended.
+    ``hopeless(peers)`` says why waiting for these is of no use, where it is. ``enter`` is called first in the thread.
+    ``look`` reads the flags (None: they cannot be read). ``tell(suspects)`` tells the peers, those who may be dead
+    last, and returns in bounded time. ``release`` lifts the flags that these are waiting for; it is called again until
+    they have ended.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Watchdog:
         position: int,
         timeout_s: float,
         *,
+        hopeless: Callable[[Collection[int]], str | None],
         enter: Callable[[], object],
         look: Callable[[], Seen | None],
         tell: Callable[[Sequence[int]], object],
@@ -66,6 +70,7 @@ class Watchdog:
         self.error: TransportError | None = None
         self._members, self._timeout_s = members, timeout_s
         self._who = f"rank {members[position]} on {socket.gethostname()}"
+        self._hopeless = hopeless
         self._enter, self._look, self._tell, self._release = enter, look, tell, release
         self._changed = threading.Condition()
         self._watched: deque[Awaited] = deque()
@@ -148,7 +153,9 @@ class Watchdog:
 
     def _judge(self, awaited: Awaited, waited_s: float) -> None:
         seen = self._look()
-        if seen is not None and seen.gave_up:
+        if (failed := self._hopeless([peer for peer, _ in awaited.chunks])) is not None:
+            why = failed
+        elif seen is not None and seen.gave_up:
             why = "a rank of its group gave up"
         elif waited_s >= self._timeout_s:
             why = f"waited {waited_s:.1f} s"
@@ -157,7 +164,7 @@ class Watchdog:
         late = [
             (peer, number, flag)
             for peer, number in awaited.chunks
-            if (flag := None if seen is None else seen.flags[peer][number]) is None or flag < awaited.epoch
+            if (flag := None if seen is None else seen.flags[peer][awaited.epoch % 2][number]) != awaited.value
         ]
         self.fail(TransportError(self._words(awaited, late, why)), [peer for peer, _, _ in late])
 
@@ -167,11 +174,11 @@ class Watchdog:
             at = f"round {awaited.round}" if awaited.chunks else "the end"
             return f"{self._who}: {at} of call {awaited.epoch} did not come: {why}; its GPU work or sends are not done"
         peer, number, flag = late[0]
-        says = "cannot be read" if flag is None else f"says call {flag}"
+        says = "cannot be read" if flag is None else _spelled(flag)
         others = f" (nor from rank(s) {sorted({self._members[p] for p, *_ in late[1:]})})" if late[1:] else ""
         return (
-            f"{self._who}: nothing came from rank {self._members[peer]}{others} in round {awaited.round}: {why}. Its "
-            f"flag of chunk {number} is to say call {awaited.epoch}, and {says}. {advice}"
+            f"{self._who}: nothing came from rank {self._members[peer]}{others} in round {awaited.round}: {why}. "
+            f"Expected flag of chunk {number}: {_spelled(awaited.value)}, got: {says}. {advice}"
         )
 
     def _end(self) -> None:
@@ -179,3 +186,7 @@ class Watchdog:
         sys.stderr.write(f"{self.error}\n{self._who}: its GPU streams cannot be released; ending the process\n")
         sys.stderr.flush()
         os._exit(70)
+
+
+def _spelled(flag: int) -> str:
+    return f"call={flag >> 32}, identity={flag & 0xFFFFFFFF:08x}"

@@ -158,7 +158,7 @@ def main() -> None:
             say(name, f"{'same error' if error == its_error else error} | {how}")
         else:
             say(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
-    lanes = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser")})
+    lanes = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser tcp")})
     say("lanes", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {lanes}")
     dist.barrier()
     sf_xfuser.disable()

@@ -19,6 +19,7 @@ from sf_xfuser import kernels, lanes
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.mesh import build_mesh
 from sf_xfuser.transport import Parcel, Shm, TransportError, shm
 
@@ -145,7 +146,8 @@ def case_memory(rank):
 
 def transport(timeout_s=20.0):
     rank = dist.get_rank()
-    return Shm(Agreement.of_world(timeout_s), [0, 1, 2, 3], rank, [p for p in range(4) if p != rank], timeout_s)
+    control = ControlPlane(Agreement.of_world(timeout_s), [0, 1, 2, 3], rank, timeout_s)
+    return Shm(control, [0, 1, 2, 3], rank, [p for p in range(4) if p != rank], timeout_s)
 
 
 def byte(peer, value=0, offset=0):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cases import run_cases
 
 from sf_xfuser.agreement import Agreement
+from sf_xfuser.control_plane import ControlPlane
 from sf_xfuser.transport import Parcel, TransportError, tcp
 
 PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
@@ -20,8 +21,8 @@ PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
 
 def join(timeout_s=20.0):
     rank = dist.get_rank()
-    agreement = Agreement.of_world(timeout_s)
-    return tcp.connect(agreement, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
+    control = ControlPlane(Agreement.of_world(timeout_s), [0, 1, 2], rank, timeout_s)
+    return tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
 
 
 def parcel_of(tensor, peer, slot):
@@ -62,6 +63,7 @@ def case_a_later_send_waits_for_an_earlier_one(rank):
     """Rank 1 asks for what rank 0 sends it, more than the kernel holds, after 1 s; rank 2 gets a byte after that."""
     lane = join()
     big, small = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)
+    dist.barrier()
     started = time.monotonic()
     if rank == 0:
         lane.exchange(0, [parcel_of(big, 1, 0)], [])
