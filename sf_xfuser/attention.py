@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from operator import index
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from sf_xfuser.kernels import (
     sdpa_attend,
     sdpa_backend,
     why_not_fused,
+    without_weightless,
 )
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
@@ -69,8 +71,9 @@ def torus_attention(
     gives both, and nothing but chunks is exchanged once a call shape has been seen; left out, the ranks tell each other
     their counts at every call, since a rank cannot know that another's have changed.
 
-    ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 in a fixed order,
-    so the same call gives the same bits. On CUDA the work is on the current stream. Nothing stays posted afterwards.
+    ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 (fp64 inputs: in
+    fp64) in a fixed order, so the same call gives the same bits. On CUDA the work is on the current stream. Nothing
+    stays posted afterwards.
     ``library`` is xDiT's name of what ``attend`` calls, where its scale is 1/sqrt(D). Where the fused kernel was
     measured to be faster, it computes and merges a piece in one launch (``kernels.choice``; ``mesh.pieces`` says what
     was chosen); without a name ``attend`` computes all. ``kernel``, for tests and measurements: ``"library"`` or
@@ -79,11 +82,15 @@ def torus_attention(
     ``together``, alike on every rank: no stages; all chunks are exchanged, then everything is attended in one call.
     Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
 
-    For inference: ValueError where autograd would record the call. Raises ValueError on every rank when ranks disagree
+    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no tensor or
+    no list of counts, ValueError on every rank when ranks disagree
     or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
     time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
-    counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
+    query, key, value = _plain("query", query), _plain("key", key), _plain("value", value)
+    joint_key = None if joint_key is None else _plain("joint_key", joint_key)
+    joint_value = None if joint_value is None else _plain("joint_value", joint_value)
+    counts = _counts(q_tokens, kv_tokens)
     tensors = query, key, value, joint_key, joint_value
     if asks_gradient(*tensors):
         raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
@@ -112,9 +119,30 @@ def torus_attention(
         return call(attend, fuses)
 
 
+def _plain(name: str, x: object) -> torch.Tensor:
+    """``x`` without a pending negation, which a view like ``conj().imag`` has: transports move memory as it is."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [batch, heads, tokens, head size], got {type(x).__name__}")
+    return x.resolve_neg()
+
+
+def _counts(
+    q_tokens: Sequence[int] | None, kv_tokens: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if q_tokens is None and kv_tokens is None:
+        return None
+    try:
+        return tuple(map(index, q_tokens)), tuple(map(index, kv_tokens))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"q_tokens and kv_tokens must be lists of integers, one for each rank, got {q_tokens!r} and {kv_tokens!r}; "
+            f"give both or none"
+        ) from None
+
+
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of local attention: what a call takes when nothing is computed."""
-    return q, q.new_zeros(q.shape[:3], dtype=torch.float32)
+    return q, q.new_ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 class _Local(Ticket):
@@ -216,7 +244,9 @@ class _Run:
             return
         for start in range(rows.start, rows.stop, self.rows_at_once):
             some = slice(start, min(start + self.rows_at_once, rows.stop))
-            out, lse = self.attend(self.buffers.queries(some), k, v)
+            queries = self.buffers.queries(some)
+            out, lse = self.attend(queries, k, v)
+            lse = without_weightless(queries, k, out, lse)
             for at, result in self.buffers.outcome(some) if last else [(some, None)]:
                 total_out, total_lse = self.buffers.accumulator(at)
                 part = slice(at.start - start, at.stop - start)
