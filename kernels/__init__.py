@@ -1,7 +1,7 @@
 """What Torus Attention computes beside an attention library: device kernels in Triton, and for each its slow twin in
 plain PyTorch, which serves CPUs."""
 
-from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend, sdpa_backend
+from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend, sdpa_backend, without_weightless
 from sf_xfuser.kernels.choice import Kernel, Verdict, choose, may_fuse, why_not_fused
 from sf_xfuser.kernels.fused import Chunks, Gate, attend_chunks_, attend_chunks_into, attend_unchecked
 from sf_xfuser.kernels.merge import merge_, merge_into, merge_part
@@ -33,4 +33,5 @@ __all__ = [
     "unpack",
     "unpack_compressed",
     "why_not_fused",
+    "without_weightless",
 ]

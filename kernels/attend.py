@@ -9,7 +9,8 @@ import torch
 
 AttendFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """``attend(q, k, v) -> (out, lse)``: q [B,H,Sq,D], k and v [B,H,Sk,D] (any strides, Sk > 0) to out [B,H,Sq,D] in the
-input dtype and lse [B,H,Sq] fp32, natural log of the softmax denominator. Dense, not causal, scale 1/sqrt(D)."""
+input dtype and lse [B,H,Sq] fp32 (fp64 inputs: fp64), natural log of the softmax denominator. Dense, not causal, scale
+1/sqrt(D)."""
 
 
 Scaled = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]]
@@ -24,6 +25,26 @@ def sdpa_attend(
     ``scale`` in place of 1/sqrt(D).
     """
     return SDPA[sdpa_backend(q.device, q.dtype)](q, k, v, scale)
+
+
+def without_weightless(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp that ``attend(q, k, v)`` returned, -inf for each query whose scores are all -inf.
+
+    Attention libraries mark such a row in ways that a merge would take for a weight: PyTorch's CPU kernel with 0, flash
+    attention on GPUs with +inf (its mark of a NaN in the scores, too, which stays NaN), softmax with NaN.
+    """
+    if lse.device.type != "cpu":  # no row is looked at: that would wait for the GPU. Output 0 - inf is -inf, NaN is NaN
+        return torch.where(lse == float("inf"), out[..., 0] - float("inf"), lse)
+    doubtful = ~((lse < float("inf")) & (lse != 0))  # NaN included; a sum of weights may be 1, too
+    if not doubtful.any():
+        return lse
+    lse = lse.clone()
+    for b, h in doubtful.any(-1).nonzero().tolist():
+        rows = doubtful[b, h]
+        scores = q[b, h, rows].to(lse.dtype) @ k[b, h].to(lse.dtype).T
+        largest = scores.amax(-1)
+        lse[b, h, rows] = torch.where(largest > float("-inf"), lse[b, h, rows], largest)
+    return lse
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from sf_xfuser.files import read_json
 from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES
 
 Kernel = Literal["auto", "library", "fused"]
@@ -128,7 +129,7 @@ def shipped_rows() -> tuple[Measured, ...]:
 def read_table(path: Path) -> list[Measured]:
     """Raises ValueError where the file holds anything else."""
     try:
-        return [Measured(**row) for row in json.loads(path.read_text())["rows"]]
+        return [Measured(**row) for row in read_json(path)["rows"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of measured pieces: {error}") from error
 
@@ -136,7 +137,7 @@ def read_table(path: Path) -> list[Measured]:
 def write_table(path: Path, rows: Sequence[Measured], measured: Mapping[str, object]) -> None:
     """Add ``rows`` to those in the file, in place of those that it has of the same pieces. ``measured``: on what, for
     the reader: kept by architecture."""
-    document = json.loads(path.read_text()) if path.exists() else {"measured": {}, "rows": []}
+    document = read_json(path) if path.exists() else {"measured": {}, "rows": []}
     of = {_key(row): row for row in (read_table(path) if path.exists() else [])}
     of.update({_key(row): row for row in rows})
     document["measured"].update({row.architecture: dict(measured) for row in rows})

@@ -31,15 +31,17 @@ def merge_(
 ) -> None:
     """Merge ``(new_out, new_lse)`` into ``(out, lse)`` in place. Local; on the current stream.
 
-    ``out`` [B,H,S,D] fp32 and ``lse`` [B,H,S] fp32 (natural log) are the accumulator, any strides with D contiguous;
-    ``new_out`` [B,H,S,D] any float dtype, ``new_lse`` [B,H,S], its logarithm to ``base``. The result is
-    ``out + w*(new_out - out)`` with ``w = sigmoid(new_lse - lse)``, and ``logaddexp(lse, new_lse)``. The two weights
-    are w and 1-w, so they add up to one whatever the rounding of the log-sum-exps: that keeps many merges as exact as
-    one softmax. A row that has seen no key has ``lse = -inf``; where ``new_lse`` is -inf the accumulator stays as it
-    is, whatever ``new_out`` holds. Elementwise, so the same inputs in the same order give the same bits.
+    ``out`` [B,H,S,D] and ``lse`` [B,H,S] (natural log) are the accumulator, both fp32 or both fp64, any strides with D
+    contiguous; ``new_out`` [B,H,S,D] any float dtype, ``new_lse`` [B,H,S], its logarithm to ``base``. The result is
+    ``(1-w)*out + w*new_out`` with ``w = sigmoid(new_lse - lse)``, and ``logaddexp(lse, new_lse)``. The lesser of the
+    two weights is computed and the other is one minus it, so they add up to one whatever the rounding of the
+    log-sum-exps: that keeps many merges as exact as one softmax. Values near overflow stay finite and infinite ones
+    infinite, as in one softmax; ``out + w*(new_out - out)`` would make them NaN. A row that has seen no key has
+    ``lse = -inf``: where ``new_lse`` is -inf the accumulator stays as it is, where only ``lse`` is -inf it becomes
+    ``new_out``, whatever the other output holds. Elementwise, so the same inputs in the same order give the same bits.
 
     Raises ValueError before anything is written: shapes or devices that do not fit, strided D, an accumulator that is
-    not fp32, a partial result that shares memory with it.
+    neither fp32 nor fp64, a partial result that shares memory with it.
     """
     (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, None, base)
 
@@ -64,7 +66,7 @@ def merge_part(
     """``merge_``, or with a ``result`` ``merge_into``, for a caller that answers for ``out``, ``lse`` and ``result``:
     of what an attention library returned only shapes and dtypes are looked at, which takes a microsecond where all
     checks take 18."""
-    fits = new_lse.dtype is torch.float32 and new_out.shape == out.shape and new_lse.shape == lse.shape
+    fits = new_lse.dtype is lse.dtype and new_out.shape == out.shape and new_lse.shape == lse.shape
     if not fits or new_out.stride(3) != 1:
         check(out, lse, new_out, new_lse, result, "e")
     _run(out, lse, new_out, new_lse, result, "e")
@@ -81,19 +83,24 @@ def merge_twin(
     """``merge_``, or with a ``result`` ``merge_into``, in plain PyTorch."""
     if base != "e":
         new_lse = new_lse * _NATURAL[base]
-    weight = torch.sigmoid(new_lse - lse)
     unseen = new_lse == float("-inf")
-    weight.masked_fill_(unseen, 0.0)  # also where both are -inf and the difference is NaN
-    new_out = new_out.float()
+    ratio = torch.exp(-(new_lse - lse).abs())
+    lesser = (ratio / (1 + ratio)).masked_fill_(unseen, 0.0)  # also where both are -inf and the difference is NaN
+    heavier = new_lse > lse
+    weight = torch.where(heavier, 1 - lesser, lesser).unsqueeze(-1)
+    rest = torch.where(heavier, lesser, 1 - lesser).unsqueeze(-1)
+    new_out = new_out.to(out.dtype)
     if unseen.any():
         new_out = new_out.masked_fill(unseen.unsqueeze(-1), 0.0)
+    first = (lse == float("-inf")) & ~unseen
+    if first.any():
+        out.masked_fill_(first.unsqueeze(-1), 0.0)
+    into = result if result is not None and result.dtype == out.dtype else out
+    torch.mul(out, rest, out=into).addcmul_(new_out, weight)
     if result is None:
-        out.lerp_(new_out, weight.unsqueeze(-1))
         torch.logaddexp(lse, new_lse, out=lse)
-    elif result.dtype == out.dtype:
-        torch.lerp(out, new_out, weight.unsqueeze(-1), out=result)
-    else:
-        result.copy_(out.lerp_(new_out, weight.unsqueeze(-1)))
+    elif into is not result:
+        result.copy_(into)
 
 
 def _merge(
@@ -141,13 +148,15 @@ def check(
     base: str,
 ) -> None:
     """Raises what ``merge_`` raises."""
-    if out.dim() != 4 or out.dtype != torch.float32:
-        raise ValueError(f"out is {described(out)}: the accumulator must be [B, H, S, D] in torch.float32")
+    if out.dim() != 4 or out.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"out is {described(out)}: the accumulator must be [B, H, S, D] in torch.float32 or torch.float64"
+        )
     shape = tuple(out.shape)
     for name, x in (("lse", lse), ("new_lse", new_lse)):
         require_shape(name, x, shape[:3], f"out {shape}")
-        if x.dtype != torch.float32:
-            raise ValueError(f"{name} is {described(x)}: log-sum-exps must be torch.float32")
+        if x.dtype != out.dtype:
+            raise ValueError(f"{name} is {described(x)}: log-sum-exps must be {out.dtype}, as out is")
     rows = {"out": out, "new_out": new_out} | ({} if result is None else {"result": result})
     for name, x in rows.items():
         require_shape(name, x, shape, f"out {shape}")

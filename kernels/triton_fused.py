@@ -120,8 +120,9 @@ def _attend_keys(
     if SOME:
         scores = tl.where(here[None, :], scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_largest[:, None])
-    rescale = tl.exp2(largest - new_largest)
+    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # no key with a weight yet: -inf - -inf is NaN
+    weights = tl.exp2(scores * scale - base[:, None])
+    rescale = tl.exp2(largest - base)
     weight = weight * rescale + tl.sum(weights, 1)
     weights = weights.to(q.dtype)
     total = tl.dot(weights, _load(v, here, SOME, D1), total * rescale[:, None], input_precision="ieee")

@@ -76,17 +76,21 @@ def merge_kernel(
     old_lse = tl.load(lse + s * lse_s, mask=here, other=0.0)
     part_lse = tl.load(new_lse + s * new_lse_s, mask=here, other=0.0) * natural
     seen = part_lse != float("-inf")
-    old = tl.load(out + s[:, None] * out_s + d, mask=here_rows, other=0.0)
-    part = tl.load(new_out + s[:, None] * new_out_s + d, mask=here_rows & seen[:, None], other=0.0).to(tl.float32)
+    known = (old_lse != float("-inf")) | (part_lse == float("-inf"))  # else what ``out`` holds is of no consequence
+    old = tl.load(out + s[:, None] * out_s + d, mask=here_rows & known[:, None], other=0.0)
+    part = tl.load(new_out + s[:, None] * new_out_s + d, mask=here_rows & seen[:, None], other=0.0).to(old.dtype)
 
-    weight = tl.where(seen, 1.0 / (1.0 + tl.exp(old_lse - part_lse)), 0.0)[:, None]
-    change = part - old
-    merged = tl.where(weight < 0.5, old + weight * change, part - (1.0 - weight) * change)
+    ratio = tl.exp(-tl.abs(part_lse - old_lse))
+    lesser = tl.where(seen, ratio / (1.0 + ratio), 0.0)
+    heavier = part_lse > old_lse
+    weight = tl.where(heavier, 1.0 - lesser, lesser)
+    rest = tl.where(heavier, lesser, 1.0 - lesser)
+    merged = rest[:, None] * old + weight[:, None] * part
     if final:
         tl.store(result + s[:, None] * result_s + d, merged.to(result.dtype.element_ty), mask=here_rows)
     else:
         tl.store(out + s[:, None] * out_s + d, merged, mask=here_rows)
-        larger = tl.maximum(old_lse, part_lse)
+        larger = tl.maximum(old_lse, part_lse, propagate_nan=tl.PropagateNan.ALL)
         smaller = tl.minimum(old_lse, part_lse)
         gained = tl.where(smaller == float("-inf"), 0.0, tl.log(1.0 + tl.exp(smaller - larger)))
         tl.store(lse + s * lse_s, larger + gained, mask=here)

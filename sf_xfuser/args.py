@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +22,12 @@ COMPRESSIONS = ("none", "fp8", "int8")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
+_COUNT = "[1-9][0-9]{0,5}"
+_SHORT = reprlib.Repr()  # of values in error texts: those from JSON may be deep and long
+_SHORT.maxstring = _SHORT.maxother = 200
+
+MAX_TIMEOUT_S = 86400
+"""Ranks wait up to five times that for each other; beyond 24 days a wait does not fit what sockets count it in."""
 
 AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
 ARGS_VARIABLE = "SF_XFUSER_ARGS"
@@ -55,15 +62,25 @@ class TorusArgs:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise ValueError(f"--sp-backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        # Values may be of any type here: they come from JSON (SF_XFUSER_ARGS) and from callers, too.
+        if self.backend is not None:
+            self._require_one_of("backend", BACKENDS)
         self.explicit_plan()
-        if self.topology != "auto" and not re.fullmatch(r"[1-9]\d*[xX][1-9]\d*", self.topology):
-            raise ValueError(f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {self.topology!r}")
-        if self.transport not in TRANSPORTS:
-            raise ValueError(f"--sp-transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
-        if self.compress not in COMPRESSIONS:
-            raise ValueError(f"--sp-compress must be one of {', '.join(COMPRESSIONS)}, got {self.compress!r}")
+        if not isinstance(self.topology, str) or not re.fullmatch(f"auto|{_COUNT}[xX]{_COUNT}", self.topology):
+            raise ValueError(
+                f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {_SHORT.repr(self.topology)}"
+            )
+        self._require_one_of("transport", TRANSPORTS)
+        self._require_one_of("compress", COMPRESSIONS)
+        self._require_one_of("check", CHECKS)
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"--sp-strict must be true or false, got {_SHORT.repr(self.strict)}")
+        is_number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        if not (is_number and 0 < self.timeout <= MAX_TIMEOUT_S):
+            raise ValueError(
+                f"--sp-timeout must be a positive number of seconds, at most {MAX_TIMEOUT_S} (a day), "
+                f"got {_SHORT.repr(self.timeout)}"
+            )
         if self.backend in XDIT_BACKENDS:
             self._refuse_what_torus_alone_has()
         if self.compress != "none" and self.transport in ("shm", "nvshmem"):
@@ -71,10 +88,11 @@ class TorusArgs:
                 f"--sp-compress {self.compress} cannot be used with --sp-transport {self.transport}, which writes "
                 f"chunks between machines straight to their places: use two_sided, tcp (CPU ranks), symm_mem or auto"
             )
-        if self.check not in CHECKS:
-            raise ValueError(f"--sp-check must be one of {', '.join(CHECKS)}, got {self.check!r}")
-        if not self.timeout > 0:
-            raise ValueError(f"--sp-timeout must be a positive number of seconds, got {self.timeout}")
+
+    def _require_one_of(self, name: str, allowed: Sequence[str]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"--sp-{name} must be one of {', '.join(allowed)}, got {_SHORT.repr(value)}")
 
     def _refuse_what_torus_alone_has(self) -> None:
         runs = f"--sp-backend {self.backend} runs xDiT's own code"
@@ -92,15 +110,15 @@ class TorusArgs:
 
     def explicit_plan(self) -> dict[str, int] | None:
         """``{"torus": T, "ulysses": U, "ring": R}`` where the plan names degrees, else None."""
-        if self.plan in _PLAN_NAMES:
+        if isinstance(self.plan, str) and self.plan in _PLAN_NAMES:
             return None
         degrees: dict[str, int] = {}
-        for part in self.plan.split(","):
+        for part in self.plan.split(",") if isinstance(self.plan, str) else [""]:
             key, _, value = part.strip().partition("=")
-            if key not in _PLAN_KEYS or key in degrees or not re.fullmatch(r"[1-9]\d*", value):
+            if key not in _PLAN_KEYS or key in degrees or not re.fullmatch(_COUNT, value):
                 raise ValueError(
                     f"--sp-plan must be {', '.join(_PLAN_NAMES)} or torus=T,ulysses=U,ring=R with positive integers, "
-                    f"got {self.plan!r}"
+                    f"got {_SHORT.repr(self.plan)}"
                 )
             degrees[key] = int(value)
         return {key: degrees.get(key, 1) for key in _PLAN_KEYS}
@@ -225,7 +243,7 @@ class LaunchEnvironment:
 def launch_environment() -> LaunchEnvironment:
     def number(name: str) -> int | None:
         value = os.environ.get(name, "")
-        return int(value) if value.isdigit() else None
+        return int(value) if re.fullmatch("[0-9]{1,9}", value) else None
 
     return LaunchEnvironment(
         world_size=number("WORLD_SIZE"),
@@ -251,9 +269,12 @@ def set_defaults(values: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def cache_folder() -> Path:
-    """Where what was measured once is kept, for this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sf-xfuser"
+def cache_folder() -> Path | None:
+    """Where what was measured once is kept, for this user; None for one without a home, as in some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sf-xfuser"
+    except RuntimeError:
+        return None
 
 
 def autoload_wanted() -> bool:
@@ -266,13 +287,20 @@ def untested_allowed() -> bool:
 
 
 def args_from_environment() -> TorusArgs | None:
-    """``SF_XFUSER_ARGS``: the JSON of a TorusArgs, for launchers that pass no flags. Raises ValueError if malformed."""
+    """``SF_XFUSER_ARGS``: the JSON of a TorusArgs, for launchers that pass no flags; None where it names no backend.
+    Raises ValueError if malformed."""
     text = os.environ.get(ARGS_VARIABLE)
     if not text:
         return None
+    names = [field.name for field in fields(TorusArgs)]
     try:
-        return TorusArgs(**json.loads(text))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{ARGS_VARIABLE} must be JSON like {TorusArgs(backend='torus').to_json()}, got {text!r}"
-        ) from error
+        values = json.loads(text)
+        if not isinstance(values, dict) or not set(values) <= set(names):
+            raise ValueError(f"it must be an object, and may hold {', '.join(names)}")
+    except (ValueError, RecursionError) as error:
+        like = TorusArgs(backend="torus").to_json()
+        raise ValueError(f"{ARGS_VARIABLE} must be JSON like {like}, got {_SHORT.repr(text)}: {error}") from None
+    try:
+        return from_mapping({f"sp_{name}": value for name, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{ARGS_VARIABLE}: {error}") from None

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from operator import index
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,7 @@ from sf_xfuser.kernels import (
     sdpa_attend,
     sdpa_backend,
     why_not_fused,
+    without_weightless,
 )
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.schedule import JOINT, Attend, Exchange, Message, Piece
@@ -69,8 +71,9 @@ def torus_attention(
     gives both, and nothing but chunks is exchanged once a call shape has been seen; left out, the ranks tell each other
     their counts at every call, since a rank cannot know that another's have changed.
 
-    ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 in a fixed order,
-    so the same call gives the same bits. On CUDA the work is on the current stream. Nothing stays posted afterwards.
+    ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 (fp64 inputs: in
+    fp64) in a fixed order, so the same call gives the same bits. On CUDA the work is on the current stream. Nothing
+    stays posted afterwards.
     ``library`` is xDiT's name of what ``attend`` calls, where its scale is 1/sqrt(D). Where the fused kernel was
     measured to be faster, it computes and merges a piece in one launch (``kernels.choice``; ``mesh.pieces`` says what
     was chosen); without a name ``attend`` computes all. ``kernel``, for tests and measurements: ``"library"`` or
@@ -79,11 +82,10 @@ def torus_attention(
     ``together``, alike on every rank: no stages; all chunks are exchanged, then everything is attended in one call.
     Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
 
-    For inference: ValueError where autograd would record the call. Raises ValueError on every rank when ranks disagree
-    or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
-    time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
+    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no tensor or
+    no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, TransportError when a
+    transfer is not done in time, a rank is missing, or another rank's call has failed. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
     """
-    tensors = query, key, value, joint_key, joint_value
 
     def fuses(q_tokens: int, kv_tokens: int) -> bool:
         if kernel == "auto":
@@ -93,48 +95,56 @@ def torus_attention(
         mesh.pieces[verdict] += 1
         return bool(verdict.fused)
 
-    def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
-        agreed = agree(mesh, tensors, joint_strategy, counts, together)
-        compressed = "none" if mesh.compression is None else mesh.compression.format
-        prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
-        return _Run(mesh, agreed, attend, fuses, *tensors).run()
-
-    def check() -> None:
-        _require_tensors(*tensors)
-        _require_counts(q_tokens, kv_tokens)
+    def inputs() -> tuple[_Inputs, _Counts | None]:
+        joint = [("joint_key", joint_key), ("joint_value", joint_value)]
+        k_joint, v_joint = (None if x is None else _plain(name, x) for name, x in joint)
+        tensors = _plain("query", query), _plain("key", key), _plain("value", value), k_joint, v_joint
         if asks_gradient(*tensors):
             raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
         if kernel == "fused" and (reason := why_not_fused(query.dtype, query.shape[-1])):
             raise ValueError(f"kernel='fused' cannot serve this call: {reason}; give 'auto' or 'library'")
+        return tensors, _counts(q_tokens, kv_tokens)
 
-    with mesh.call(check):  # whatever is wrong on this rank alone fails the call on all
-        counts = None if q_tokens is None or kv_tokens is None else (tuple(q_tokens), tuple(kv_tokens))
+    with mesh.call(inputs) as (tensors, counts):  # whatever is wrong on this rank alone fails the call on all
         if library is None and attend is sdpa_attend:
             library = sdpa_backend(query.device, query.dtype)
+
+        def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
+            agreed = agree(mesh, tensors, joint_strategy, counts, together)
+            compressed = "none" if mesh.compression is None else mesh.compression.format
+            prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
+            return _Run(mesh, agreed, attend, fuses, *tensors).run()
+
         trial = partial(call, attend_nothing, lambda *_: False)
         return mesh.attempt(lambda: call(attend, fuses), trial, query.device)
 
 
-def _require_tensors(*tensors: torch.Tensor | None) -> None:
-    for name, x in zip(("query", "key", "value", "joint_key", "joint_value"), tensors, strict=True):
-        if not isinstance(x, torch.Tensor) and not (x is None and name.startswith("joint")):
-            raise TypeError(f"{name} must be a tensor [batch, heads, tokens, head size], got {type(x).__name__}")
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+_Counts = tuple[tuple[int, ...], tuple[int, ...]]  # of queries and of keys, by position
 
 
-def _require_counts(q_tokens: Any, kv_tokens: Any) -> None:
+def _plain(name: str, x: object) -> torch.Tensor:
+    """``x`` without a pending negation, which a view like ``conj().imag`` has: transports move memory as it is."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor [batch, heads, tokens, head size], got {type(x).__name__}")
+    return x.resolve_neg()
+
+
+def _counts(q_tokens: Sequence[int] | None, kv_tokens: Sequence[int] | None) -> _Counts | None:
     if q_tokens is None and kv_tokens is None:
-        return
-    for name, tokens in (("q_tokens", q_tokens), ("kv_tokens", kv_tokens)):
-        if not isinstance(tokens, Sequence) or not all(isinstance(count, int) and count >= 0 for count in tokens):
-            raise TypeError(
-                f"{name} must be a sequence of token counts, one for each position, got {tokens!r}: give both q_tokens "
-                f"and kv_tokens, or neither"
-            )
+        return None
+    try:
+        return tuple(map(index, q_tokens)), tuple(map(index, kv_tokens))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"q_tokens and kv_tokens must be lists of integers, one for each rank, got {q_tokens!r} and {kv_tokens!r}; "
+            f"give both or none"
+        ) from None
 
 
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of local attention: what a call takes when nothing is computed."""
-    return q, q.new_zeros(q.shape[:3], dtype=torch.float32)
+    return q, q.new_ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 class _Local(Ticket):
@@ -236,7 +246,9 @@ class _Run:
             return
         for start in range(rows.start, rows.stop, self.rows_at_once):
             some = slice(start, min(start + self.rows_at_once, rows.stop))
-            out, lse = self.attend(self.buffers.queries(some), k, v)
+            queries = self.buffers.queries(some)
+            out, lse = self.attend(queries, k, v)
+            lse = without_weightless(queries, k, out, lse)
             for at, result in self.buffers.outcome(some) if last else [(some, None)]:
                 total_out, total_lse = self.buffers.accumulator(at)
                 part = slice(at.start - start, at.stop - start)

@@ -4,7 +4,7 @@ Chunks travel and wait as [S, B, H, D] (K and V of a token together, as [S, 2, B
 ranks lie one after the other in one buffer and each is contiguous (in shared memory, which needs no contiguous chunks,
 the same shapes lie head by head); attention sees [B, H, S, D] views of it. A buffer into which peers write lies in the
 window; another is made when it is first asked for and let go once the schedule says that nothing reads it any more.
-Outputs are kept in fp32 until they are final; those go where they belong at once.
+Outputs are kept in fp32 (of fp64 inputs in fp64) until they are final; those go where they belong at once.
 """
 
 from __future__ import annotations
@@ -80,14 +80,15 @@ class Buffers:
         return (k, v) if repeat is None else (k.index_select(1, repeat), v.index_select(1, repeat))
 
     def accumulator(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [B, H, S, D] and log-sum-exp [B, H, S] of these queries, fp32."""
+        """Output [B, H, S, D] and log-sum-exp [B, H, S] of these queries, in the dtype of ``_accumulators``."""
         o_SBHD, lse_BHS = self._accumulators
         return o_SBHD[rows].permute(1, 2, 0, 3), lse_BHS[:, :, rows]
 
     @cached_property
     def _accumulators(self) -> Tensors:
-        o_SBHD = self._query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=torch.float32)
-        return o_SBHD, self._query.new_empty(self.B, self.H, self.q_rows.total, dtype=torch.float32)
+        dtype = torch.promote_types(self._query.dtype, torch.float32)
+        o_SBHD = self._query.new_empty(self.q_rows.total, self.B, self.H, self.D, dtype=dtype)
+        return o_SBHD, self._query.new_empty(self.B, self.H, self.q_rows.total, dtype=dtype)
 
     @cached_property
     def result_BSHD(self) -> torch.Tensor:
@@ -116,9 +117,9 @@ class Buffers:
 
     @cached_property
     def _leaving_SBHD(self) -> torch.Tensor:
-        """Final outputs for other ranks; those in fp32 stay in the accumulator."""
+        """Final outputs for other ranks; those in the accumulator's dtype stay in it."""
         others = self._accumulators[0][self.S :]
-        return others if self._query.dtype == torch.float32 else torch.empty_like(others, dtype=self._query.dtype)
+        return others if self._query.dtype == others.dtype else torch.empty_like(others, dtype=self._query.dtype)
 
     def let_go_keys(self, pieces: Sequence[Piece]) -> None:
         """Of the slab that these belong to."""

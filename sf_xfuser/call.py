@@ -13,6 +13,8 @@ from sf_xfuser.places import Places, Sizes
 from sf_xfuser.plan import head_ranges
 from sf_xfuser.schedule import Message, Schedule, build_schedule, choose_cut
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
@@ -82,21 +84,29 @@ def _shape_error(
             continue
         if x.dim() != 4:
             return f"{name} must have 4 dimensions [batch, heads, tokens, head size], got shape {tuple(x.shape)}"
-        if not x.is_floating_point() or x.dtype != query.dtype or x.device != query.device:
+        if x.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            return f"{name} is {x.dtype}, but must be one of {allowed}: convert it"
+        if (x.dtype, x.device) != (query.dtype, query.device):
             return f"{name} is {x.dtype} on {x.device}, but query is {query.dtype} on {query.device}; give all alike"
         if (x.shape[0], x.shape[3]) != (query.shape[0], query.shape[3]):
-            return f"{name} {tuple(x.shape)} and query {tuple(query.shape)} differ in batch or head size"
+            shapes = f"{name} {tuple(x.shape)} and query {tuple(query.shape)}"
+            return f"{shapes} differ in batch or head size: give both the same [batch, heads, tokens, head size]"
+    if mesh.compression is not None and query.dtype == torch.float64:
+        return "--sp-compress takes float16, bfloat16 or float32, got float64: convert the tensors or leave it out"
     if key.shape != value.shape:
         return f"key and value must have the same shape, got {tuple(key.shape)} and {tuple(value.shape)}"
     if counts is not None and any(len(tokens) != mesh.layout.world_size for tokens in counts):
         return f"q_tokens and kv_tokens need one count for each of {mesh.layout.world_size} positions, got {counts}"
     if counts is not None and (counts[0][mesh.position], counts[1][mesh.position]) != (query.shape[2], key.shape[2]):
-        return f"q_tokens and kv_tokens {counts} do not say {query.shape[2]} and {key.shape[2]} for this rank"
+        held = f"do not say {query.shape[2]} and {key.shape[2]} for this rank"
+        return f"q_tokens and kv_tokens {counts} {held}: give what each rank holds, or leave both out"
     heads, kv_heads, ways = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
     if kv_heads == 0 or heads % kv_heads:
-        return f"{heads} query heads are not a multiple of {kv_heads} key heads"
+        return f"{heads} query heads are not a multiple of {kv_heads} key heads: give key heads that divide them"
     if heads < ways:
-        return f"{heads} heads cannot be split over torus={mesh.layout.torus} x ulysses={mesh.layout.ulysses} ranks"
+        split = f"torus={mesh.layout.torus} x ulysses={mesh.layout.ulysses} ranks"
+        return f"{heads} heads cannot be split over {split}: take a --sp-plan with torus x ulysses of at most {heads}"
     if (joint_key is None) != (joint_value is None) or (joint_key is None) != (joint_strategy is None):
         return "joint_key, joint_value and joint_strategy go together: give all three or none"
     if joint_strategy not in (None, "front", "rear"):
@@ -105,7 +115,7 @@ def _shape_error(
         return None
     if joint_key.shape != joint_value.shape or joint_key.shape[1] != kv_heads:
         shapes = f"{tuple(joint_key.shape)} and {tuple(joint_value.shape)}"
-        return f"joint_key and joint_value must have one shape with {kv_heads} heads, got {shapes}"
+        return f"joint_key and joint_value must have one shape with {kv_heads} heads, as key has, got {shapes}"
     return None
 
 

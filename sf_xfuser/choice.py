@@ -36,6 +36,7 @@ from sf_xfuser import __version__, probe, topology
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.cluster import Cluster
 from sf_xfuser.contest import OWN, Contest
+from sf_xfuser.files import read_json
 from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.mesh import Mesh
 from sf_xfuser.plan import UNEVEN, Layout, legal_layouts, make_plan
@@ -111,7 +112,7 @@ def cluster_file(folder: Path, identity: Mapping[str, Any]) -> Path:
 def read_cluster(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """(the cluster as ``Cluster.to_json`` gave it, or None; what is to be said of the file). Never raises."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         kept = values["identity"]
         differing = sorted(name for name in {*kept, *identity} if kept.get(name) != identity.get(name))
         if differing:
@@ -120,7 +121,7 @@ def read_cluster(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any
         return dict(values["cluster"]), f"as measured before, from {path}"
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever another program left there: the file saves seconds, no more
         return None, f"{path} is ignored: it holds no cluster ({type(error).__name__}: {error})"
 
 

@@ -6,12 +6,13 @@ not measured carry their source in ``Cluster.sources``; ``presets`` has clusters
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from sf_xfuser.files import read_json
 
 PATTERNS = ("put", "message", "exchange", "allgather", "alltoall")
 """How bytes move: one-sided puts, matched sends and receives of the schedule, an all-to-all of a group (Ulysses), the
@@ -184,7 +185,7 @@ class Cluster:
                     (str(p), int(n), Way(**_fields_of(Way, w, f"a way of {name}"))) for p, n, w in link["ways"]
                 )
                 links[name] = Link(**{**link, "ways": ways})
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{name}: {error}") from None
         compute = _fields_of(Compute, values["compute"], "compute")
         try:
@@ -198,7 +199,7 @@ class Cluster:
     def load(cls, path: str | Path) -> Cluster:
         """From a JSON file, as ``to_json`` gives it or ``sf-xfuser plan --json``. Raises ValueError naming the file."""
         try:
-            values = json.loads(Path(path).read_text())
+            values = read_json(path)
             return cls.from_json(values["cluster"] if isinstance(values, dict) and "cluster" in values else values)
         except (OSError, ValueError) as error:
             said = error.strerror if isinstance(error, OSError) else error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -145,8 +146,11 @@ def _topology() -> Iterator[Finding]:
 def _kept() -> Iterator[Finding]:
     """The clusters that ``--sp-backend auto`` has measured."""
     folder = sp_args.cache_folder()
-    count = len(list(folder.glob("cluster-*.json"))) if folder.is_dir() else 0
-    detail = f"{count} in {folder}; remove one to have it measured again"
+    if folder is None:
+        detail = "none is kept: this user has no home directory; set XDG_CACHE_HOME to keep them"
+    else:
+        count = len(list(folder.glob("cluster-*.json"))) if os.path.isdir(folder) else 0
+        detail = f"{count} in {folder}; remove one to have it measured again"
     yield Finding(section="topology", name="clusters measured", status="info", detail=detail)
 
 

@@ -76,7 +76,7 @@ class HookSet:
             module = sys.modules.get(module_name)
             if module is None:
                 continue
-            if getattr(module.__spec__, "_initializing", False):
+            if _is_initializing(module):
                 self._finder.late.add(module_name)  # it imports torch, which is what installs us
             else:
                 self._module_imported(module)
@@ -148,6 +148,10 @@ def _unwrap_descriptor(raw: Any) -> Any:
     return raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
 
 
+def _is_initializing(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
+
+
 def _holders(roots: Iterable[str], value: Any) -> list[tuple[ModuleType, str]]:
     """Every (module, attribute) below ``roots`` that is bound to this very object."""
     prefixes = tuple(f"{root}." for root in roots)
@@ -170,9 +174,13 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        for name in [n for n in self.late if not getattr(sys.modules[n].__spec__, "_initializing", False)]:
-            self.late.discard(name)
-            self._imported(sys.modules[name])
+        for name in list(self.late):
+            module = sys.modules.get(name)
+            if module is None:  # its import has failed; the next one is noticed as that of any watched module
+                self.late.discard(name)
+            elif not _is_initializing(module):
+                self.late.discard(name)
+                self._imported(module)
         if fullname not in self._watched or fullname in self._finding:
             return None
         self._finding.add(fullname)

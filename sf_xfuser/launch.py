@@ -5,7 +5,6 @@ Works on xDiT's argument object by its attribute names; imports nothing of xDiT.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from sf_xfuser import args as sp_args
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.files import read_json
 from sf_xfuser.plan import EVEN, UNEVEN, make_plan
 from sf_xfuser.topology import Topology
 
@@ -46,7 +46,7 @@ def read_model_facts(model: str) -> ModelFacts | None:
         if path is None:
             continue
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
         except (OSError, ValueError):
             continue
         if (facts := facts_of_config(config, str(path))) is not None:
@@ -54,9 +54,9 @@ def read_model_facts(model: str) -> ModelFacts | None:
     return None
 
 
-def facts_of_config(config: Mapping[str, Any], source: str) -> ModelFacts | None:
+def facts_of_config(config: Any, source: str) -> ModelFacts | None:
     """Facts of a transformer's configuration; None where it names no heads."""
-    heads = _first(config, _HEADS)
+    heads = _first(config, _HEADS) if isinstance(config, Mapping) else None
     if heads is None:
         return None
     kv_heads = _first(config, _KV_HEADS) or heads
@@ -71,8 +71,8 @@ def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
 
 def _find(model: str, name: str) -> Path | None:
     folder = Path(model)
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
+    if os.path.isdir(folder):  # False where a name is too long or a folder closed, which Path.is_dir raises
+        return folder / name if os.path.isfile(folder / name) else None
     try:
         from huggingface_hub import try_to_load_from_cache
 
@@ -83,7 +83,8 @@ def _find(model: str, name: str) -> Path | None:
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    found = (config.get(name) for name in names)
+    return next((x for x in found if isinstance(x, int) and not isinstance(x, bool) and x > 0), None)
 
 
 def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -> str | None:
@@ -228,5 +229,5 @@ def _flag_value(argv: Sequence[str], name: str) -> int:
         key, separator, value = arg.partition("=")
         if key == name:
             text = value if separator else (argv[index + 1] if index + 1 < len(argv) else "")
-            return int(text) if text.isdigit() and int(text) > 0 else 1
+            return int(text) if text.isdecimal() and int(text) > 0 else 1
     return 1

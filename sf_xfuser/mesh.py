@@ -164,9 +164,9 @@ class Mesh:
                 self.use(next(iter(self.transports)))
 
     @contextmanager
-    def call(self, check: Callable[[], object] = lambda: None) -> Iterator[None]:
+    def call(self, check: Callable[[], _T] = lambda: None) -> Iterator[_T]:  # type: ignore[assignment, return-value]
         """Around everything that one call does. Collective: where the last one failed, ranks meet first. ``check``
-        raises where this rank's own arguments are wrong, whatever has failed elsewhere.
+        makes what the call takes, and raises where this rank's own arguments are wrong, whatever has failed elsewhere.
 
         Whatever is raised on this rank but not on all (``refuse``, ``Unusable``) fails the call on all of them: they
         wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
@@ -184,10 +184,10 @@ class Mesh:
             self.number += 1
             self._said = f"is in call {self.number}{self._of_request()}", True
             try:
-                check()
+                given = check()
                 if (why := self.control.failure) is not None:
                     raise TransportError(why)
-                yield
+                yield given
             except BaseException as error:
                 alike = error is self._refusal or (isinstance(error, Unusable) and not self.begun)
                 if not alike:

@@ -6,12 +6,13 @@ a transformer's configuration, so it comes with the family.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sf_xfuser.files import read_json
 from sf_xfuser.simulate import CallShape
 
 
@@ -121,12 +122,12 @@ def find_model(name: str) -> Model:
     if name in MODELS:
         return MODELS[name]
     path = Path(name)
-    if path.is_dir():
-        path = next((p for p in (path / "transformer/config.json", path / "config.json") if p.is_file()), path)
-    if not path.is_file():
+    if os.path.isdir(path):  # False where a name is too long or a folder closed, which Path.is_dir raises
+        path = next((p for p in (path / "transformer/config.json", path / "config.json") if os.path.isfile(p)), path)
+    if not os.path.isfile(path):
         raise ValueError(f"--model {name} is neither one of {', '.join(MODELS)} nor a transformer's config.json")
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {path} cannot be read as JSON: {error}") from None
     return _from_config(str(path), config)

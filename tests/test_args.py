@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
@@ -47,12 +49,57 @@ def test_no_backend_means_no_plugin_but_never_a_silently_ignored_flag():
         ({"plan": "torus=2,torus=2"}, "--sp-plan must be"),
         ({"plan": "fastest"}, "--sp-plan must be auto, paper, usp or torus="),
         ({"topology": "4"}, "--sp-topology must be 'auto' or NxM"),
+        ({"plan": "torus=" + "9" * 5000}, "positive integers, got 'torus=999"),
+        ({"topology": "9" * 5000 + "x1"}, "--sp-topology must be 'auto' or NxM"),
         ({"timeout": 0.0}, "positive number of seconds"),
+        ({"timeout": float("inf")}, "at most 86400 .*, got inf"),
+        ({"timeout": float("nan")}, "got nan"),
+        ({"timeout": 1e10}, "got 10000000000.0"),
     ],
 )
 def test_bad_values(values, message):
     with pytest.raises(ValueError, match=message):
         TorusArgs(**values)
+
+
+WRONG = [None, True, 5, 0.5, "no", [], ["torus"], {}, {"torus": 2}, b"torus"]
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(TorusArgs)])
+def test_values_of_wrong_types(field):
+    """One error that names the flag, the value and what is allowed; by JSON as well."""
+    right = {"backend": ["None"], "timeout": ["5", "0.5"], "strict": ["True"]}.get(field, [])
+    for value in WRONG:
+        if repr(value) in right:
+            TorusArgs(**{field: value})
+            continue
+        with pytest.raises(ValueError, match=rf"--sp-{field} must be .*, got {re.escape(repr(value))}"):
+            TorusArgs(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torus", "must be JSON like .*, got 'torus'"),
+        ("[]", "it must be an object, and may hold backend, plan"),
+        ("5", "it must be an object"),
+        ("null", "it must be an object"),
+        ('{"sp_backend": "torus"}', "it must be an object, and may hold backend, plan"),
+        ('{"backend": "torus", "plan": 5}', "^SF_XFUSER_ARGS: --sp-plan must be .*, got 5$"),
+        ('{"backend": "torus", "plan": {"torus": [2]}}', r"--sp-plan must be .*, got \{'torus': \[2\]\}"),
+        ('{"backend": ["torus"]}', r"--sp-backend must be one of .*, got \['torus'\]"),
+        ('{"backend": "torus", "timeout": 1e999}', "--sp-timeout must be .*, got inf"),
+        ('{"backend": "torus", "timeout": "60"}', "--sp-timeout must be .*, got '60'"),
+        ('{"plan": "paper"}', "--sp-plan has no effect without --sp-backend"),
+        ("[" * 100_000, r"got '\[\[.*: maximum recursion depth exceeded"),
+        ('{"backend": "torus", "timeout": ' + "9" * 5000 + "}", "must be JSON like"),
+    ],
+)
+def test_bad_environment(text, message, monkeypatch):
+    monkeypatch.setenv(sp_args.ARGS_VARIABLE, text)
+    with pytest.raises(ValueError, match=message) as caught:
+        sp_args.args_from_environment()
+    assert len(str(caught.value)) < 1000 and sp_args.ARGS_VARIABLE in str(caught.value)
 
 
 def test_extract_takes_only_its_own_flags():
@@ -64,9 +111,8 @@ def test_extract_takes_only_its_own_flags():
 def test_environment(monkeypatch):
     monkeypatch.setenv(sp_args.ARGS_VARIABLE, TorusArgs(backend="torus", topology="2x2").to_json())
     assert sp_args.args_from_environment() == TorusArgs(backend="torus", topology="2x2")
-    monkeypatch.setenv(sp_args.ARGS_VARIABLE, "torus")
-    with pytest.raises(ValueError, match="must be JSON like"):
-        sp_args.args_from_environment()
+    monkeypatch.setenv(sp_args.ARGS_VARIABLE, "{}")
+    assert sp_args.args_from_environment() is None
     for value, wanted in (("0", False), ("off", False), ("1", True), ("", True)):
         monkeypatch.setenv(sp_args.AUTOLOAD_VARIABLE, value)
         assert sp_args.autoload_wanted() is wanted
@@ -102,6 +148,18 @@ def test_model_facts_come_from_the_transformers_config(tmp_path, monkeypatch):
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"num_attention_heads": 24, "num_kv_heads": 8}))
     facts = read_model_facts(str(tmp_path))
     assert facts is not None and (facts.heads, facts.kv_heads) == (24, 8)
+    for text in (
+        "[" * 100_000,
+        "[]",
+        '"heads"',
+        '{"num_attention_heads": 0}',
+        '{"num_attention_heads": true}',
+        "{",
+        "",
+    ):
+        (tmp_path / "transformer" / "config.json").write_text(text)
+        assert read_model_facts(str(tmp_path)) is None, text[:30]
+    assert read_model_facts("name" * 1000) is None  # longer than a file name may be
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"n_heads": 30}))
     facts = read_model_facts(str(tmp_path))
     assert facts is not None and (facts.heads, facts.kv_heads) == (30, 30)

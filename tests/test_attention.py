@@ -29,10 +29,40 @@ def test_the_fused_kernel_in_place_of_the_library():
     assert "worst error" in finished.output
 
 
+NUMBERS = [
+    "keys_of_one_rank_without_weight",
+    "keys_of_one_rank_without_weight_bf16",
+    "keys_of_one_rank_are_nan_to_the_library",
+    "no_key_has_a_weight",
+    "a_weight_of_one",
+    "infinite_values",
+    "values_near_overflow",
+    "float64",
+    "negated_views",
+]
+
+
+@pytest.fixture(scope="module")
+def numbers() -> dict[str, dict[str, str]]:
+    return reports(torchrun("attention_numbers.py", "tcp", *NUMBERS, nproc=4).output, NUMBERS)
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_extreme_numbers_give_what_one_process_gives(case, numbers):
+    """In stages and in one attention call, with and without a ring; a float64 reference or SDPA on one process."""
+    assert numbers[case] == dict.fromkeys("0123", "nothing was raised")
+
+
 REFUSALS = {
     "disagree_on_dtype": ("ValueError", "ranks disagree on shape, dtype"),
     "disagree_on_heads": ("ValueError", "ranks disagree on shape, dtype"),
     "bad_shape_on_one_rank": ("ValueError", r"rank 1: query must have 4 dimensions"),
+    "integers": ("ValueError", "rank 0: query is torch.int64, but must be one of float16, .*: convert it"),
+    "no_value": ("TypeError", "value must be a tensor .*, got NoneType"),
+    "count_in_place_of_counts": ("TypeError", "q_tokens and kv_tokens must be lists of integers.*, got 8 and"),
+    "counts_of_queries_alone": ("TypeError", "q_tokens and kv_tokens must be lists .* and None; give both or none"),
+    "other_batch": ("ValueError", r"rank 0: key \(2, 4, 8, 16\) and query \(1, 4, 8, 16\) differ in batch"),
+    "float64_compressed": ("ValueError", "--sp-compress takes float16, bfloat16 or float32, got float64: convert"),
     "too_few_heads": ("ValueError", "2 heads cannot be split over torus=2 x ulysses=2"),
     "kv_heads_do_not_divide": ("ValueError", "4 query heads are not a multiple of 3 key heads"),
     "counts_that_do_not_fit": ("ValueError", r"rank 3: q_tokens and kv_tokens .* do not say 8 and 8 for this rank"),

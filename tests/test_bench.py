@@ -102,6 +102,7 @@ def test_launches_put_cases_of_one_cluster_together():
     ("text", "message"),
     [
         ("[[case]\n", "is not TOML"),
+        pytest.param("case = " + "[" * 5000, "is not TOML", id="nested"),
         ("", r"must hold \[\[case\]\] tables.*it has no \[\[case\]\]"),
         ("[defaults]\nheads = 4\n", r"it has no \[\[case\]\]"),
         ('[[cases]]\ncluster = "2x2"\n', "it has cases"),

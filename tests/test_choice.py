@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +20,7 @@ from sf_xfuser.args import TorusArgs
 from sf_xfuser.choice import cluster_file, layouts, other_degrees, read_cluster, torus_first, write_cluster
 from sf_xfuser.cluster import Cluster
 from sf_xfuser.contest import OWN, Contest
+from sf_xfuser.files import LARGEST_CHARACTERS
 from sf_xfuser.plan import Layout
 from sf_xfuser.xdit_layouts import XditConfig
 from tests.launch import torchrun
@@ -214,12 +216,25 @@ def test_a_cluster_of_others_is_told_apart(tmp_path):
     )
 
 
-@pytest.mark.parametrize("text", ["", '{"identity": {"ra', "[]", '{"identity": {}}', "\x00\xff"])
+BROKEN = ["", '{"identity": {"ra', "[]", '{"identity": {}}', "\x00\xff", "[" * 100_000, "9" * 5000]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_file_is_ignored(tmp_path, text):
     path = tmp_path / "cluster.json"
     path.write_bytes(text.encode("latin-1"))
     kept, said = read_cluster(path, {})
     assert kept is None and said.startswith(f"{path} is ignored: it holds no cluster (")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """A pipe without a writer would be waited for, a device never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        kept, said = read_cluster(path, {})
+        assert kept is None and said.startswith(f"{path} is ignored: it holds no cluster (") and "not a regular" in said
+    (tmp_path / "large").write_text(" " * (LARGEST_CHARACTERS + 1))
+    assert "more than 67108864 characters" in read_cluster(tmp_path / "large", {})[1]
 
 
 def test_a_cluster_without_sense_is_ignored(tmp_path):
@@ -230,6 +245,11 @@ def test_a_cluster_without_sense_is_ignored(tmp_path):
     path.write_text(json.dumps(values))
     kept, said = read_cluster(path, HERE)
     assert kept is None and "rank_gbps must be a finite number above 0, got -1" in said
+    values["cluster"]["across"]["ways"] = [["put", float("inf"), {}]]  # JSON of Python has such numbers
+    path.write_text(json.dumps(values))
+    assert read_cluster(path, HERE)[0] is None
+    with pytest.raises(ValueError, match="describes no cluster: across: cannot convert float infinity"):
+        Cluster.load(path)
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):

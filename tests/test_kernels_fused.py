@@ -131,6 +131,23 @@ def test_error_is_within_twice_single_device_sdpa(attend, name, dtype):
     assert error_ratio(ATTENDS[attend], name, dtype, S=1) <= 2
 
 
+@pytest.mark.parametrize("attend", ATTENDS)
+def test_keys_without_weight(attend):
+    """Scores of -inf: in the first block of keys, in a whole call, and of all keys."""
+    q, k, v, out, lse = chunks(64, torch.float32, (5,), (33, 40), H_kv=2)
+    q, result = [q[0].abs()], torch.empty_like(q[0])
+    lse[0].fill_(UNSEEN)
+    k[0].fill_(UNSEEN)
+    ATTENDS[attend](q, k[:1], v[:1], out, lse, [], SCALE)
+    assert (lse[0] == UNSEEN).all()
+    carried = with_room(*out), with_room(*lse)
+    ATTENDS[attend](q, k[1:], v[1:], *carried, [result], SCALE)
+    exact = attention64(q[0] * SCALE * 8, k[1], v[1]).float()
+    torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
+    ATTENDS[attend](q, k, v, out, lse, [result], SCALE)
+    torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
+
+
 # -- with a gate -----------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +223,7 @@ def test_what_arrives_meanwhile_is_attended(side, first_after_s=0.2):
 
 FAULTS = {
     "wrong maximum": ("new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)", "new_largest = largest * 1.0"),
+    "no key has a weight yet": ('tl.where(new_largest == float("-inf"), 0.0, new_largest)', "new_largest"),
     "missing rescale": ("total = tl.dot(weights, _load(v, here, SOME, D1), total * rescale[:, None]",
                         "total = tl.dot(weights, _load(v, here, SOME, D1), total"),
     "missing rescale of the head's second part": ("total2 * rescale[:, None]", "total2"),
@@ -236,6 +254,7 @@ def test_a_planted_fault_is_seen(fault, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "triton_fused", faulty)
     with pytest.raises(AssertionError):
         test_equals_the_twin(72, torch.float32)
+        test_keys_without_weight("kernel")
 
 
 @pytest.mark.parametrize("fault", GATE_FAULTS)

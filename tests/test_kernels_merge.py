@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_xfuser.kernels import merge_, merge_into, merge_part, sdpa_attend
+from sf_xfuser.kernels import merge_, merge_into, merge_part, sdpa_attend, without_weightless
 from sf_xfuser.kernels.merge import merge_twin
 from tests.kernel_cases import ADVERSARIAL, attention64, mutated, room_is_untouched, with_room
 
@@ -42,7 +42,7 @@ def test_equals_the_twin(D, dtype, layout, padding, base):
     new_out, new_lse = partial(B, H, S, D, dtype, layout, padding)
     lse[0, 0, 5], new_lse[1, 2, 6] = float("-inf"), float("-inf")
     lse[0, 1, 7] = new_lse[0, 1, 7] = float("-inf")
-    new_out[1, 2, 6] = NAN  # what a row without keys holds is of no consequence
+    out[0, 0, 5] = new_out[1, 2, 6] = NAN  # what a row without keys holds is of no consequence
     new_out, new_lse = with_room(new_out, new_lse)
     natural = {"e": 1.0, "2": math.log(2.0)}[base]
     expected, got = with_room(out, lse), with_room(out, lse)
@@ -60,7 +60,8 @@ def test_equals_the_twin(D, dtype, layout, padding, base):
     triton_merge.launch(*before, new_out, new_lse, result, natural)
     torch.testing.assert_close(result, expected[0].to(dtype), rtol=2e-6, atol=torch.finfo(dtype).eps * 4)
     assert torch.equal(whole[:, :, 0], torch.full_like(whole[:, :, 0], 7.0)) and (whole[:, :, -1] == 7.0).all()
-    assert torch.equal(before[0], out) and room_is_untouched(whole)
+    torch.testing.assert_close(before[0], out, rtol=0, atol=0, equal_nan=True)
+    assert room_is_untouched(whole)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 16), (1, 2, 0, 16), (1, 1, 1, 1), (1, 2, 1, 64), (2, 1, 300, 8)])
@@ -80,7 +81,7 @@ def merged(merge, q, k, v, cuts):
     for at, (a, b) in enumerate(spans):
         new_out, new_lse = sdpa_attend(q, k[:, :, a:b], v[:, :, a:b])
         if out is None:
-            out, lse = new_out.float(), new_lse.clone()
+            out, lse = new_out.to(new_lse.dtype), new_lse.clone()
         elif at == len(spans) - 1:
             result = torch.full_like(new_out, NAN)
             merge(out, lse, new_out, new_lse, result)
@@ -115,13 +116,66 @@ def test_error_is_within_twice_single_device_sdpa(merge, name, dtype):
     assert error_ratio(MERGES[merge], name, dtype, S=1) <= 2
 
 
+INF = float("inf")
+# What an element and the log-sum-exp of its row hold, of the accumulator and of the part; what the merged ones are.
+EXTREMES = {
+    "infinite carried": ((INF, 0.0), (1.0, 30.0), (INF, 30.0)),
+    "infinite part": ((1.0, 30.0), (-INF, 0.0), (-INF, 30.0)),
+    "infinite part of a weight near the least number": ((1.0, 95.0), (INF, 0.0), (INF, 95.0)),
+    "infinite with both signs": ((INF, 0.0), (-INF, 0.0), (NAN, math.log(2.0))),
+    "difference beyond the largest number": ((3e38, 0.0), (-2e38, 0.0), (5e37, math.log(2.0))),
+    "nothing carried": ((NAN, -INF), (2.0, 1.0), (2.0, 1.0)),
+    "nothing in the part": ((2.0, 1.0), (NAN, -INF), (2.0, 1.0)),
+    "nothing at all": ((2.0, -INF), (NAN, -INF), (2.0, -INF)),
+    "NaN in the part": ((2.0, 1.0), (0.0, NAN), (NAN, NAN)),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("merge", MERGES)
+def test_extreme_numbers_are_as_one_softmax_has_them(merge, name):
+    (out, lse), (new_out, new_lse), expected = (
+        [torch.full((1, 1, 1, 16), x), torch.full((1, 1, 1), y)] for x, y in EXTREMES[name]
+    )
+    result = torch.empty_like(out)
+    MERGES[merge](*with_room(out, lse), new_out, new_lse, result)
+    torch.testing.assert_close(result, expected[0], equal_nan=True)
+    MERGES[merge](out, lse, new_out, new_lse, None)
+    torch.testing.assert_close([out, lse], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_float64_is_merged_in_float64(merge):
+    q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.float64) for n in (5, 40, 40))
+    torch.testing.assert_close(merged(MERGES[merge], q, k, v, [13, 31]), attention64(q, k, v), rtol=0, atol=1e-14)
+
+
+def test_rows_whose_keys_have_no_weight():
+    q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 2, 4, 16)
+    out, lse = torch.ones(1, 2, 3, 16), torch.tensor([[[0.0, NAN, INF], [1.0, 0.0, NAN]]])
+    assert torch.equal(without_weightless(q, k, out, lse).nan_to_num(7.0), lse.nan_to_num(7.0))  # scores are finite
+    k[:, 0], q[:, 1, 1] = -INF, NAN
+    found = without_weightless(q, k, out, lse)
+    assert (found[0, 0] == -INF).all() and found[0, 1, 0] == 1.0 and found[0, 1, 1:].isnan().all()
+
+
+def test_rows_that_flash_attention_marks_on_a_gpu(monkeypatch):
+    """+inf where the weights sum to 0 (the output is 0) or to NaN (it is NaN)."""
+    out, lse = torch.zeros(1, 1, 3, 16), torch.tensor([[[INF, INF, 1.0]]])
+    out[0, 0, 1] = NAN
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+    found = without_weightless(out, out, out, lse)[0, 0].tolist()
+    assert found[0] == -INF and math.isnan(found[1]) and found[2] == 1.0
+
+
 FAULTS = {
-    "wrong maximum": ("larger = tl.maximum(old_lse, part_lse)", "larger = old_lse"),
-    "weight the wrong way round": ("tl.exp(old_lse - part_lse)", "tl.exp(part_lse - old_lse)"),
-    "missing weight": ("old + weight * change", "old + change"),
-    "a heavier part is not rescaled": ("part - (1.0 - weight) * change", "part"),
+    "wrong maximum": ("larger = tl.maximum(old_lse, part_lse, propagate_nan=tl.PropagateNan.ALL)", "larger = old_lse"),
+    "weight the wrong way round": ("heavier = part_lse > old_lse", "heavier = part_lse < old_lse"),
+    "missing weight": ("+ weight[:, None] * part", "+ part"),
+    "what is carried is not rescaled": ("rest[:, None] * old", "old"),
     "dropped tail": ("here = s < num_tokens - first", "here = s < num_tokens - first - 1"),
     "no end": ("here = s < num_tokens - first", "here = s < BLOCK_S"),
+    "what an empty accumulator holds counts": ("here_rows & known[:, None]", "here_rows"),
     "rows without keys count": ('seen = part_lse != float("-inf")', "seen = part_lse == part_lse"),
     "base 2 as base e": ("other=0.0) * natural", "other=0.0)"),
     "heads mixed up": ("h = (sequence % num_heads)", "h = (sequence // num_heads)"),

@@ -348,6 +348,7 @@ def test_what_is_refused(capsys, arguments, message):
         ('{"heads": 1}', "no _class_name"),
         ("[1]", "holds no configuration but list"),
         ("{", "cannot be read as JSON"),
+        pytest.param("[" * 100_000, "cannot be read as JSON: nested too deeply", id="nested"),
     ],
 )
 def test_configs_that_do_not_serve(tmp_path, text, message):

@@ -67,6 +67,25 @@ def test_a_broken_plugin_warns_and_never_breaks_an_import(tmp_path):
     assert "could not be enabled" in finished.stderr and "planted" in finished.stderr
 
 
+def test_another_extension_that_breaks_torch_keeps_its_own_error(tmp_path):
+    """PyTorch loads extensions in the order of sys.path: ours first, while xfuser imports torch. What fails then fails
+    with its own error, and nothing else fails."""
+    (tmp_path / "broken.py").write_text("def load():\n    raise RuntimeError('planted')\n")
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nbroken = broken:load\n")
+    finished = python(
+        f"import sys\nsys.path.append({str(tmp_path)!r})\n"
+        "for name in ('xfuser', 'colorsys'):\n"
+        "    try:\n        __import__(name)\n        print(name, 'imported')\n"
+        "    except Exception as error:\n        print(name, type(error).__name__, error.__cause__ or error)\n"
+        "assert 'torch' not in sys.modules and any(type(f).__name__ == '_PostImportFinder' for f in sys.meta_path)\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "xfuser RuntimeError planted\ncolorsys imported\n"
+
+
 def test_importing_the_package_touches_nothing():
     finished = python("import sys, sf_xfuser\nassert 'torch' not in sys.modules and 'xfuser' not in sys.modules\n")
     assert finished.returncode == 0, finished.stderr
@@ -389,6 +408,25 @@ def test_doctor():
     assert by_name["two_sided over gloo"]["detail"] == "available"
     failing = doctor.Finding(section="s", name="n", status="fail", detail="d")
     assert not doctor.usable([failing]) and cli.main(["doctor"]) == 0
+
+
+def test_doctor_of_a_user_without_a_home(monkeypatch):
+    """A container with a numeric user: no HOME, and none of this number in the list of users."""
+    import pwd
+
+    from sf_xfuser import args, doctor
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert args.cache_folder() is None
+    found = {finding.name: finding.detail for finding in doctor.examine()}
+    assert "set XDG_CACHE_HOME" in found["clusters measured"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/1/root/" + "long" * 100)  # neither to be read nor to be named
+    assert next(doctor._kept()).detail.startswith("0 in /proc/1/root/")
 
 
 def test_doctor_checks_the_environment_of_nvshmem(monkeypatch):

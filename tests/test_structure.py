@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import those of earlier rows, and those of its own row.
 ROWS = [
-    {"args", "hooks"},
+    {"args", "hooks", "files"},
     {"topology", "plan", "agreement", "trace", "emulate"},
     {"control_plane"},
     {"kernels", "transport", "schedule"},

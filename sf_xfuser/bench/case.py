@@ -11,6 +11,7 @@ from typing import Any
 
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.emulate import ClusterSpec
+from sf_xfuser.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -111,10 +112,10 @@ def read_grid(path: str | Path) -> list[Case]:
     Raises ValueError, naming the file and the table, for anything that is not a case.
     """
     try:
-        document = tomllib.loads(Path(path).read_text())
+        document = tomllib.loads(read_text(path))
     except OSError as error:
         raise ValueError(f"--grid {path}: {error.strerror or error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--grid {path} is not TOML: {error}") from None
     unknown = sorted(set(document) - {"defaults", "case"})
     tables = document.get("case", [])

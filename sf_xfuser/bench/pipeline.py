@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import math
 import re
 import time
@@ -33,6 +32,7 @@ from sf_xfuser import plugin, session
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
+from sf_xfuser.files import read_json
 from sf_xfuser.launch import read_model_facts
 from sf_xfuser.mesh import build_mesh, gather_topology
 from sf_xfuser.plan import UNEVEN, make_plan
@@ -367,7 +367,10 @@ _TRANSFORMERS: Mapping[str, tuple[str, str] | None] = {
 
 def _family(model: str) -> str:
     path = Path(model, "model_index.json")
-    name = str(json.loads(path.read_text()).get("_class_name")) if path.is_file() else "no diffusers folder"
+    try:
+        name = str(read_json(path)["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = "no diffusers folder"
     if name not in _TRANSFORMERS:
         raise ValueError(f"{model} is {name}; bench --pipeline measures folders of {', '.join(_TRANSFORMERS)}")
     return name
@@ -403,7 +406,7 @@ def _load(family: str, options: PipelineOptions, engine_config: Any) -> Any:
 def _size(options: PipelineOptions) -> dict[str, Any]:
     small = Path(options.model, "small_input.json")
     if not options.size and small.is_file():
-        return dict(json.loads(small.read_text()))
+        return dict(read_json(small))
     return dict(options.size)
 
 

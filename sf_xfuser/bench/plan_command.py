@@ -18,6 +18,7 @@ from rich.table import Column, Table
 
 from sf_xfuser.bench import report
 from sf_xfuser.cluster import Cluster
+from sf_xfuser.files import read_json
 from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import UNEVEN, make_plan
 from sf_xfuser.planner import PATTERNS, Candidate, Ranking, rank
@@ -224,7 +225,7 @@ def _timeline(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig) ->
 def _measured(path: str, arm: str, cluster: Cluster) -> dict[str, Any]:
     """The first timeline of ``arm`` in a bench document or Chrome trace, renamed. Raises ValueError."""
     try:
-        document = json.loads(Path(path).read_text())
+        document = read_json(path)
     except OSError as error:
         raise ValueError(f"--measured {path}: {error.strerror}") from None
     except ValueError as error:

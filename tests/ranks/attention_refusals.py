@@ -42,6 +42,33 @@ def case_bad_shape_on_one_rank(rank):
     torus_attention(q[0] if rank == 1 else q, k, v, mesh=m)
 
 
+def case_integers(rank):
+    torus_attention(*(x.long() for x in qkv()), mesh=mesh())
+
+
+def case_no_value(rank):
+    q, k, _ = qkv()
+    torus_attention(q, k, None, mesh=mesh())
+
+
+def case_count_in_place_of_counts(rank):
+    torus_attention(*qkv(), mesh=mesh(), q_tokens=8, kv_tokens=[8] * 4)
+
+
+def case_counts_of_queries_alone(rank):
+    torus_attention(*qkv(), mesh=mesh(), q_tokens=[8] * 4)
+
+
+def case_other_batch(rank):
+    q, k, v = qkv()
+    torus_attention(q, torch.cat((k, k)), torch.cat((v, v)), mesh=mesh())
+
+
+def case_float64_compressed(rank):
+    m = mesh(args={"compress": "int8", "transport": "tcp"})
+    torus_attention(*qkv(dtype=torch.float64), mesh=m)
+
+
 def case_too_few_heads(rank):
     torus_attention(*qkv(heads=2), mesh=mesh())
 
@@ -103,7 +130,7 @@ def main() -> None:
     torch.manual_seed(rank)
     if names[0] == "--uncaught":
         globals()[f"case_{names[1]}"](rank)
-    run_cases(globals(), names, (ValueError, RuntimeError, AssertionError))
+    run_cases(globals(), names, (TypeError, ValueError, RuntimeError, AssertionError))
     dist.destroy_process_group()
 
 

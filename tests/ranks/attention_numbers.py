@@ -1,0 +1,127 @@
+"""Rank side of test_attention.py: extreme numbers, dtypes and views, in stages over TCP between two machines and in one
+attention call, against one process."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from attention_accuracy import attention64
+from cases import run_cases
+
+from sf_xfuser import schedule
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import Mesh, build_mesh
+
+TOKENS, INF = 12, float("inf")
+meshes: list[Mesh] = []
+
+
+def tensors(dtype=torch.float32):
+    """The query, key and value of all ranks; queries are positive, so that keys of -inf have scores of -inf."""
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 4 * TOKENS, 16, generator=make, dtype=torch.float64).to(dtype) for _ in range(3))
+    return q.abs(), k, v
+
+
+def own(x):
+    """This rank's tokens."""
+    return x.chunk(4, dim=2)[dist.get_rank()]
+
+
+def attend_by_softmax(q, k, v):
+    """Output and log-sum-exp of a row whose keys have no weight are NaN."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    largest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    return weights @ v / total, (largest + total.log()).squeeze(-1)
+
+
+def compare(q, k, v, expected, rounding, **kwargs):
+    """Staged and together; every rank its own rows. What differs, as text."""
+    wrong, local, expected = "", [own(x) for x in (q, k, v)], own(expected).double()
+    for mesh in meshes:
+        for together in (False, True):
+            out = torus_attention(*local, mesh=mesh, together=together, **kwargs).double()
+            if not torch.allclose(out, expected, rtol=rounding, atol=rounding, equal_nan=True):
+                wrong += f"{mesh.layout} {together=}: off by {(out - expected).abs().max():.2g}\n"
+    return wrong
+
+
+def keys_of_one_rank(dtype, rounding, **kwargs):
+    wrong = ""
+    for without in range(4):
+        q, k, v = tensors(dtype)
+        k.chunk(4, dim=2)[without].fill_(-INF)
+        wrong += compare(q, k, v, attention64(q, k, v), rounding, **kwargs)
+    return wrong
+
+
+def case_keys_of_one_rank_without_weight(rank):
+    return keys_of_one_rank(torch.float32, 1e-6)
+
+
+def case_keys_of_one_rank_without_weight_bf16(rank):
+    return keys_of_one_rank(torch.bfloat16, 2e-2)
+
+
+def case_keys_of_one_rank_are_nan_to_the_library(rank):
+    return keys_of_one_rank(torch.float32, 1e-6, attend=attend_by_softmax)
+
+
+def case_no_key_has_a_weight(rank):
+    q, k, v = tensors()
+    k.fill_(-INF)
+    return compare(q, k, v, torch.nn.functional.scaled_dot_product_attention(q, k, v), 0)
+
+
+def case_a_weight_of_one(rank):
+    """A log-sum-exp of 0, which is PyTorch's mark of a row without weights, too: one key with a score of 0."""
+    q, k, v = tensors()
+    k[:, :, 1:], k[:, :, 0] = -INF, 0.0
+    return compare(q, k, v, v[:, :, :1].expand(v.shape), 0)
+
+
+def case_infinite_values(rank):
+    q, k, v = tensors()
+    v[:, :, 5, 0], v[:, :, 30, 1] = INF, -INF
+    return compare(q, k, v, torch.nn.functional.scaled_dot_product_attention(q, k, v), 1e-6)
+
+
+def case_values_near_overflow(rank):
+    """Two keys of two ranks share the weight, and their values differ by more than the largest number."""
+    q, k, v = tensors()
+    k[:, :, 5] = k[:, :, 30] = 10.0
+    v[:, :, 5], v[:, :, 30] = 3e38, -2e38
+    return compare(q, k, v, attention64(q, k, v), 1e-4)
+
+
+def case_float64(rank):
+    q, k, v = tensors(torch.float64)
+    return compare(q, k, v, attention64(q, k, v), 1e-14)
+
+
+def case_negated_views(rank):
+    """As ``conj().imag`` is; of one token for each rank, which is sent from where it lies."""
+    q, k, v = (x[:, :, :4].contiguous() for x in tensors())
+    views = [torch._neg_view(-x) for x in (q, k, v)]
+    return compare(*views, attention64(q, k, v), 1e-6)
+
+
+def main() -> None:
+    """``attention_numbers.py TRANSPORT CASE...``"""
+    dist.init_process_group("gloo")
+    schedule._TOKENS_PER_PART.update(cpu=2)
+    for plan in ("torus=2,ulysses=2,ring=1", "torus=2,ulysses=1,ring=2", "torus=1,ulysses=1,ring=4"):
+        args = TorusArgs(backend="torus", plan=plan, topology="2x2", transport=sys.argv[1])
+        meshes.append(build_mesh([list(range(4))], args))
+        meshes[-1].one_host = False  # in stages
+    run_cases(globals(), sys.argv[2:], AssertionError)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
