@@ -71,6 +71,7 @@ class Mesh:
     failures: int = 0
     failed: bool = False
     begun: bool = False
+    place: str = ""
 
     @property
     def layout(self) -> Layout:
@@ -127,6 +128,9 @@ class Mesh:
             raise
         finally:
             self.begun = False
+
+    def begin_request(self, what: str) -> None:
+        pass
 
     def begin(self, call: object) -> torch.Tensor | None:
         """Start a call: the bytes of the window in it, where there is one.
