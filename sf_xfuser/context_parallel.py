@@ -95,12 +95,13 @@ def parallelize(
     for part, module, entry in _planned(model, modules, plan):
         if unknown := _inputs_of(entry).keys() - set(_parameters(module)):
             raise ValueError(f"{part or name} takes no {sorted(unknown)}, which its plan splits: {_parameters(module)}")
-    if not any(hasattr(processor, "_parallel_config") for _, _, processor in _attention(modules)):
+    attention = _attention(modules)
+    if not any(hasattr(processor, "_parallel_config") for _, _, processor in attention):
         raise ValueError(
             f"{name} has no attention processor that takes a context-parallel configuration: diffusers "
             f"{importlib.import_module('diffusers').__version__} cannot split this model over tokens"
         )
-    _require_backend(modules)
+    _require_backend(attention)
     if mesh is None:
         if args.backend != "torus":
             raise ValueError(f"parallelize() runs Torus Attention: give TorusArgs(backend='torus'), got {args}")
@@ -280,9 +281,10 @@ class TorusContextParallel(DropIn):
             raise ValueError("a parallelized model computes no gradients: call it under torch.no_grad()")
         self._uneven = False
         self._began = True
+        self.mesh.place = ""
         modules = dict(model.named_modules())
         self._hook(_planned(model, modules, self.plan))
-        self._configure(modules)
+        self._configure(_attention(modules))
         given = dict(zip(_parameters(model), args, strict=False)) | kwargs
         self._require_same(type(model).__name__, given)
         _require_supported(type(model).__name__, given, self.plan)
@@ -318,10 +320,10 @@ class TorusContextParallel(DropIn):
         if outputs:
             yield module.register_forward_hook(partial(self._split_outputs, name, outputs))
 
-    def _configure(self, modules: Mapping[str, torch.nn.Module]) -> None:
-        """Attention across ranks for the processors that are set now, and a look at whether it came about."""
-        _require_backend(modules)
-        for name, module, processor in _attention(modules):
+    def _configure(self, attention: list[tuple[str, torch.nn.Module, Any]]) -> None:
+        """Attention across ranks for the processors that are set now, and a check that it runs on torus."""
+        _require_backend(attention)
+        for name, module, processor in attention:
             if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = self.config
             setattr(module, _CARRIER, (self, name))
@@ -341,10 +343,11 @@ class TorusContextParallel(DropIn):
         self._seen.add(shapes)
 
     def _with_enough_text(self, model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        """Text of fewer tokens than ranks, padded, and the padding masked, where the model takes a mask of its text."""
+        """Text of fewer tokens than ranks is padded, and the padding masked, if the model takes a mask of its text: no
+        rank may have none, since diffusers' processors cannot reshape a tensor without elements."""
         text, world_size = given.get("encoder_hidden_states"), self.mesh.layout.world_size
         name = next((name for name in _parameters(model) if name in _TEXT_MASKS), None)
-        if name is None or text is None or text.shape[1] >= world_size:
+        if not self.splits_text or name is None or text is None or text.shape[1] >= world_size:
             return given
         mask, missing = given.get(name), world_size - text.shape[1]
         if mask is None:
@@ -397,7 +400,7 @@ class TorusContextParallel(DropIn):
         if x.shape[part.split_dim] < self.mesh.layout.world_size:
             raise ValueError(
                 f"{name} of shape {tuple(x.shape)} has fewer tokens than the {self.mesh.layout.world_size} ranks, and "
-                f"this model has no mask for padding: give more tokens, or start fewer ranks"
+                f"cannot be padded: give more tokens, or start fewer ranks"
             )
         return self._cut(x, part.split_dim)
 
@@ -561,8 +564,9 @@ def _install() -> Callable[..., Any]:
 
 
 def _watch(processor: type, name: str) -> None:
-    """Tell who runs an attention module that its processor runs, once for each class. In the processor, since caches
-    replace the forward of the module. ValueError for a function, which has no class of its own."""
+    """Check around each call of a processor of this class, in a parallelized model, that its attention runs on torus.
+    Around the processor, not the attention module: caches replace the forward of the module, and skip the processor.
+    ValueError for a function, which has no class of its own."""
     call: Any = processor.__call__
     if hasattr(call, _CARRIER):
         return
@@ -609,10 +613,10 @@ def _attention(modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, torch.
     return [(name, module, processor) for name, module, processor in found if processor is not None]
 
 
-def _require_backend(modules: Mapping[str, torch.nn.Module]) -> None:
-    """Raise ValueError where an attention would stay on one rank without a word."""
+def _require_backend(attention: list[tuple[str, torch.nn.Module, Any]]) -> None:
+    """Raise ValueError where an attention backend would leave attention on one rank without a word."""
     registry = importlib.import_module(_DISPATCH)._AttentionBackendRegistry
-    for _, _, processor in _attention(modules):
+    for _, _, processor in attention:
         backend = getattr(processor, "_attention_backend", None) or registry.get_active_backend()[0]
         name = str(getattr(backend, "value", backend))
         if name not in registry._supports_context_parallel:
