@@ -30,7 +30,8 @@ def main() -> None:
     pretended = sf_xfuser.TorusArgs(backend="torus", topology=f"2x{dist.get_world_size() // 2}")
     torus = sf_xfuser.parallelize(pipe.transformer, args=pretended)
 
-    # Every rank gives the same inputs, and gets the whole picture.
+    # Every rank gives the same inputs and the same seed, and gets the whole picture. Without generator= each rank
+    # would start from noise of its own: parallelize() raises an error.
     picture = pipe(
         prompt="a red chair in the rain",
         height=112,  # 7 x 7 tokens: nothing has to divide

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,16 +16,27 @@ import torch.distributed as dist
 from cases import run_cases
 from diffusers import (
     DiffusionPipeline,
+    FirstBlockCacheConfig,
     Flux2Transformer2DModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    TaylorSeerCacheConfig,
+    WanTransformer3DModel,
 )
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from peft import LoraConfig
 from run_pipeline import PROMPT, SEED, STEPS, small_input  # the directory of a script is on its path
 
 import sf_xfuser
-from sf_xfuser.context_parallel import as_attend_function
+from sf_xfuser.context_parallel import TorusContextParallel, as_attend_function
 from sf_xfuser.kernels import sdpa_attend
 
 FOLDER = Path(sys.argv[1])
@@ -39,8 +51,11 @@ def args(plan: str = RING, **options: object) -> sf_xfuser.TorusArgs:
 def compare(model: torch.nn.Module, call: Callable[[], torch.Tensor], plan: str = "auto", **options: object) -> str:
     """Whether ``call()`` gives the same with the model whole and parallelized, and who computed the attention."""
     wanted = call()
-    torus = sf_xfuser.parallelize(model, args=args(plan), **options)
-    found = call()
+    torus = sf_xfuser.parallelize(model, **{"args": args(plan)} | options)
+    return difference(call(), wanted, torus)
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor, torus: TorusContextParallel) -> str:
     torus.mesh.close()
     assert found.shape == wanted.shape and wanted.abs().max() > 0.01
     error = (found - wanted).abs().max().item()
@@ -175,20 +190,7 @@ def case_qwen_masked_uneven(rank: int) -> str:
 
 
 def case_qwen_strict(rank: int) -> str:
-    model, call = qwen(mask=True)
-    sf_xfuser.parallelize(model, args=args(ULYSSES, strict=True))
-    call()
-    return "nothing was raised"
-
-
-def case_ltx_mask_per_head(rank: int) -> str:
-    """LTX repeats its text mask for each head."""
-    model = LTXVideoTransformer3DModel(
-        in_channels=8, out_channels=8, num_attention_heads=HEADS, attention_head_dim=16, cross_attention_dim=64,
-        num_layers=1, caption_channels=24,
-    )  # fmt: skip
-    given = (random(1, 32, 8), random(1, 16, 24), torch.tensor([500]), torch.ones(1, 16), 2, 4, 4)
-    return compare(model, lambda: torch.no_grad()(model)(*given, return_dict=False)[0], ULYSSES)
+    return compare(*qwen(mask=True), args=args(ULYSSES, strict=True))
 
 
 def case_with_gradients(rank: int) -> None:
@@ -203,6 +205,477 @@ def case_other_models_are_untouched(rank: int) -> str:
     wanted = call()
     sf_xfuser.parallelize(flux2()[0], args=args())
     return "equal" if torch.equal(call(), wanted) else "DIFFERENT"
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def flux(
+    text: int = 13, image: int = 49, layers: int = 1, batch: int = 2
+) -> tuple[torch.nn.Module, Callable[..., torch.Tensor]]:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=layers, num_single_layers=layers, attention_head_dim=16, num_attention_heads=HEADS,
+        joint_attention_dim=24, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    ids = [torch.arange(3 * n).reshape(n, 3) for n in (image, text)]
+    return model, partial(
+        lambda **named: torch.no_grad()(model)(**named)[0],
+        hidden_states=random(batch, image, 16), encoder_hidden_states=random(batch, text, 24),
+        pooled_projections=random(batch, 8), timestep=torch.full((batch,), 0.5), img_ids=ids[0], txt_ids=ids[1],
+        return_dict=False,
+    )  # fmt: skip
+
+
+def masked(mask: torch.Tensor, **sizes: int) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    """Flux with a mask, which changes its result."""
+    model, call = flux(**sizes)
+    with_mask = partial(call, joint_attention_kwargs={"attention_mask": mask})
+    assert mask.is_floating_point() or (call() - with_mask()).abs().max() > 1e-3
+    return model, with_mask
+
+
+def padded(*lengths: int, text: int = 13, keys: int = 62) -> torch.Tensor:
+    """A mask of all keys, [batch, keys], for text of these lengths; some keys of the image are left out, too."""
+    mask = torch.ones(len(lengths), keys, dtype=torch.bool)
+    for n, length in enumerate(lengths):
+        mask[n, length:text] = False
+        mask[n, keys - 3 * n :] = False
+    return mask
+
+
+def ltx(text: int) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    """LTX makes an additive mask of its text mask, and repeats it for each head."""
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=HEADS, attention_head_dim=16, cross_attention_dim=64,
+        num_layers=1, caption_channels=24,
+    ).eval()  # fmt: skip
+    mask = torch.ones(1, text)
+    mask[:, text - text // 3 :] = 0
+    given = (random(1, 32, 8), random(1, text, 24), torch.tensor([500]), mask, 2, 4, 4)
+    return model, lambda: torch.no_grad()(model)(*given, return_dict=False)[0]
+
+
+def case_flux_masked(rank: int) -> str:
+    return compare(*masked(padded(7, 13)[:, None, None]), RING)
+
+
+def case_flux_masked_alike(rank: int) -> str:
+    """One mask for both samples, and no sequence that is cut unevenly."""
+    return compare(*masked(padded(10, text=16, keys=64)[:, None, None], text=16, image=48), ULYSSES)
+
+
+def case_flux2_masked(rank: int) -> str:
+    model, call = flux2()
+    mask = padded(5, text=12, keys=32)
+    return compare(model, partial(call, joint_attention_kwargs={"attention_mask": mask}))
+
+
+def case_ltx_masked(rank: int) -> str:
+    return compare(*ltx(text=16), RING)
+
+
+def case_mask_of_queries(rank: int) -> str:
+    return compare(*masked(torch.ones(62, 62, dtype=torch.bool).tril()))
+
+
+def case_mask_that_weighs(rank: int) -> str:
+    """Only keys of the last rank have values between."""
+    mask = torch.zeros(1, 1, 1, 62)
+    mask[..., -1] = -1.5
+    return compare(*masked(mask))
+
+
+def case_mask_of_everything(rank: int) -> str:
+    mask = padded(13, 13)
+    mask[1] = False
+    return compare(*masked(mask[:, None, None]))
+
+
+class CausalProcessor(FluxAttnProcessor):
+    """As a subclass that computes something else."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        return dispatch_attention_fn(q, q, q, is_causal=True, parallel_config=self._parallel_config).flatten(2)
+
+
+def case_causal(rank: int) -> None:
+    model, call = flux()
+    model.single_transformer_blocks[0].attn.set_processor(CausalProcessor())
+    sf_xfuser.parallelize(model, args=args())
+    call()
+
+
+# -- attention that would stay on one rank ---------------------------------------------------------------------------
+
+
+class LocalProcessor(FluxAttnProcessor):
+    """As one that takes the configuration and does not use it."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        return dispatch_attention_fn(q, q, q).flatten(2)
+
+
+def case_processor_set_afterwards(rank: int) -> str:
+    model, call = flux()
+    wanted = call()
+    torus = sf_xfuser.parallelize(model, args=args())
+    call()
+    model.single_transformer_blocks[0].attn.set_processor(FluxAttnProcessor())
+    return difference(call(), wanted, torus)
+
+
+def case_block_set_afterwards(rank: int) -> str:
+    model, call = qwen(mask=False)
+    other = qwen(mask=False)[0]
+    wanted = call()
+    torus = sf_xfuser.parallelize(model, args=args())
+    call()
+    model.transformer_blocks[0] = other.transformer_blocks[0]
+    return difference(call(), wanted, torus)
+
+
+def case_local_processor(rank: int) -> None:
+    model, call = flux()
+    sf_xfuser.parallelize(model, args=args())
+    call()
+    model.single_transformer_blocks[0].attn.set_processor(LocalProcessor())
+    call()
+
+
+def case_function_as_processor(rank: int) -> None:
+    model, call = flux()
+    model.single_transformer_blocks[0].attn.set_processor(lambda attn, hidden_states, *args, **kwargs: hidden_states)
+    sf_xfuser.parallelize(model, args=args())
+    call()
+
+
+def case_ip_adapter(rank: int) -> str:
+    """Its processor attends twice: also to tokens of a picture, which every rank has."""
+    model, call = flux()
+    model.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(64, 24))
+    return compare(model, partial(call, joint_attention_kwargs={"ip_hidden_states": [random(2, 5, 24)]}), RING)
+
+
+def case_places(rank: int) -> str:
+    """What a mesh is told: the forwards, and to which module the next call belongs."""
+    requests, places = [], []
+
+    class Processor(FluxAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            places.append(torus.mesh.place)
+            return super().__call__(*args, **kwargs)
+
+    model, call = flux()
+    torus = sf_xfuser.parallelize(model, args=args())
+    torus.mesh.begin_request = requests.append
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.set_processor(Processor())
+    call(), call()
+    assert requests == requests[:1] * 2 and "FluxTransformer2DModel: hidden_states [2, 49, 16] float32" in requests[0]
+    return f"{', '.join([*places, torus.mesh.place])}"
+
+
+def case_wan_with_split_text(rank: int) -> None:
+    """Wan's cross-attention stays on each rank, which has all of the text, unless a plan splits it."""
+    model = WanTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
+        ffn_dim=64, num_layers=1,
+    ).eval()  # fmt: skip
+    text = {"encoder_hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
+    plan = model._cp_plan
+    sf_xfuser.parallelize(model, args=args(), cp_plan={**plan, "": {**plan[""], **text}})
+    torch.no_grad()(model)(random(1, 4, 1, 8, 8), torch.tensor([500]), random(1, 16, 24))
+
+
+def case_forward_by_itself(rank: int) -> None:
+    model, call = flux()
+    sf_xfuser.parallelize(model, args=args())
+    call()
+    torch.no_grad()(model.forward)(**call.keywords)
+
+
+# -- caches ----------------------------------------------------------------------------------------------------------
+
+
+def cached(config: object) -> str:
+    """Six steps with a cache that skips some attention, or all of a step."""
+
+    def steps(model: torch.nn.Module, call: Callable[..., torch.Tensor]) -> torch.Tensor:
+        model.enable_cache(config)
+        results = []
+        for n in range(6):
+            with model.cache_context("cond"):
+                results.append(call(hidden_states=call.keywords["hidden_states"] * (1 - n / 10)))
+        return torch.cat(results)
+
+    whole, split = flux(layers=2), flux(layers=2)
+    wanted = steps(*whole)
+    torus = sf_xfuser.parallelize(split[0], args=args())
+    return difference(steps(*split), wanted, torus)
+
+
+def case_cache_first_block(rank: int) -> str:
+    return cached(FirstBlockCacheConfig(threshold=10))
+
+
+def case_cache_first_block_by_rank(rank: int) -> str:
+    """Each rank decides by its own tokens, and they decide differently."""
+    return cached(FirstBlockCacheConfig(threshold=0.3))
+
+
+def case_cache_mag(rank: int) -> str:
+    return cached(MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=0.5, retention_ratio=0.2))
+
+
+def case_cache_pyramid(rank: int) -> str:
+    every = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
+    return cached(every)
+
+
+def case_cache_taylor(rank: int) -> str:
+    return cached(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2))
+
+
+def case_cache_taylor_lite(rank: int) -> str:
+    return cached(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, use_lite_mode=True))
+
+
+def case_cache_before_parallelize(rank: int) -> str:
+    """A cache that replaces the forward of attention, and a processor that stays on one rank."""
+    model, call = flux()
+    model.enable_cache(
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
+    )
+    sf_xfuser.parallelize(model, args=args())
+    model.single_transformer_blocks[0].attn.set_processor(LocalProcessor())
+    call()
+    return "nothing was raised"
+
+
+# -- fewer tokens than ranks -----------------------------------------------------------------------------------------
+
+
+def short(text: int, mask: bool = False) -> str:
+    model, call = qwen(mask)
+    options = (
+        {"encoder_hidden_states_mask": torch.tensor([[True] * text, [True] + [False] * (text - 1)])} if mask else {}
+    )
+    return compare(model, partial(call.func, call.args[0], call.args[1][:, :text], **call.keywords | options), RING)
+
+
+def case_qwen_one_text_token(rank: int) -> str:
+    return short(1)
+
+
+def case_qwen_three_text_tokens(rank: int) -> str:
+    return short(3)
+
+
+def case_qwen_three_text_tokens_masked(rank: int) -> str:
+    return short(3, mask=True)
+
+
+def case_ltx_three_text_tokens(rank: int) -> str:
+    return compare(*ltx(text=3), RING)
+
+
+def case_flux_three_text_tokens(rank: int) -> str:
+    return compare(*flux(text=3))
+
+
+# -- modules that are replaced ---------------------------------------------------------------------------------------
+
+
+def add_adapter(model: torch.nn.Module) -> None:
+    torch.manual_seed(5)
+    targets = ["proj_out", "to_q", "x_embedder"]
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), adapter_name="a")
+
+
+def adapted(whole: Callable[[torch.nn.Module], object], split: Callable[[torch.nn.Module], object]) -> str:
+    """``whole`` of a model in this process, and ``split`` of one that has run across ranks before, as both."""
+    model, call = flux()
+    whole(model)
+    wanted = call()
+    model, call = flux()
+    torus = sf_xfuser.parallelize(model, args=args())
+    call()
+    split(model)
+    return difference(call(), wanted, torus)
+
+
+def case_adapter_added(rank: int) -> str:
+    return adapted(add_adapter, add_adapter)
+
+
+def case_adapter_fused(rank: int) -> str:
+    def fused(model: torch.nn.Module) -> None:
+        add_adapter(model)
+        model.fuse_lora()
+
+    return adapted(add_adapter, fused)
+
+
+def case_adapter_removed(rank: int) -> str:
+    def removed(model: torch.nn.Module) -> None:
+        add_adapter(model)
+        model.unload_lora()
+
+    return adapted(lambda model: None, removed)
+
+
+def case_adapter_added_before_and_removed(rank: int) -> str:
+    model, call = flux()
+    wanted = call()
+    add_adapter(model)
+    torus = sf_xfuser.parallelize(model, args=args())
+    call()
+    model.unload_lora()
+    return difference(call(), wanted, torus)
+
+
+def case_compiled_before(rank: int) -> str:
+    model, call = flux()
+    wanted = call()
+    compiled = torch.compile(model, backend="eager")
+    torus = sf_xfuser.parallelize(compiled, args=args())
+    return difference(torch.no_grad()(compiled)(**call.keywords)[0], wanted, torus)
+
+
+def case_compiled_blocks(rank: int) -> str:
+    """Text and image that are cut unevenly, blocks that are compiled once for all of them."""
+    model, call = flux(layers=3)
+    wanted = call()
+    model.compile_repeated_blocks(backend="eager")
+    torus = sf_xfuser.parallelize(model, args=args())
+    call()
+    return difference(call(), wanted, torus)
+
+
+def case_compiled_blocks_wrapped(rank: int) -> str:
+    model, call = qwen(mask=True)
+    wanted = call()
+    torus = sf_xfuser.parallelize(model, args=args())
+    for n, block in enumerate(model.transformer_blocks):
+        model.transformer_blocks[n] = torch.compile(block, backend="eager")
+    return difference(call(), wanted, torus)
+
+
+def case_compiled_full_graph(rank: int) -> None:
+    torch._dynamo.reset()  # else code that other cases have compiled
+    model, call = flux()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    sf_xfuser.parallelize(model, args=args())
+    call()
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+SAMPLE = ContextParallelInput(split_dim=1, expected_dims=3)
+SAMPLES = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def controlnet(model: torch.nn.Module, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """``call`` with the samples of a ControlNet."""
+    return partial(call, **{name: [random(2, 49, model.inner_dim)] for name in SAMPLES})
+
+
+def case_controlnet_without_a_plan(rank: int) -> str:
+    model, call = flux()
+    return compare(model, controlnet(model, call))
+
+
+def case_controlnet_with_a_plan(rank: int) -> str:
+    model, call = flux()
+    plan = model._cp_plan
+    return compare(model, controlnet(model, call), cp_plan={**plan, "": {**plan[""], **dict.fromkeys(SAMPLES, SAMPLE)}})
+
+
+def case_controlnet_itself(rank: int) -> str:
+    torch.manual_seed(0)
+    model = FluxControlNetModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=HEADS,
+        joint_attention_dim=24, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    for block in (*model.controlnet_blocks, *model.controlnet_single_blocks, model.controlnet_x_embedder):
+        torch.nn.init.normal_(block.weight)
+    given = flux()[1].keywords | {"controlnet_cond": random(2, 49, 16)}
+    plan = {
+        "": {**FluxTransformer2DModel._cp_plan[""], "controlnet_cond": SAMPLE},
+        "controlnet_blocks.*": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        "controlnet_single_blocks.*": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    return compare(model, lambda: torch.cat([*chain(*torch.no_grad()(model)(**given))]), cp_plan=plan)
+
+
+def ltx2(**options: object) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    torch.manual_seed(0)
+    model = LTX2VideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=HEADS, attention_head_dim=16, cross_attention_dim=64,
+        audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=HEADS, audio_attention_head_dim=8,
+        audio_cross_attention_dim=32, num_layers=1, caption_channels=24, **options,
+    ).eval()  # fmt: skip
+    given = {
+        "hidden_states": random(1, 32, 8), "audio_hidden_states": random(1, 10, 8),
+        "encoder_hidden_states": random(1, 16, 24), "audio_encoder_hidden_states": random(1, 16, 24),
+        "timestep": torch.tensor([500.0]), "num_frames": 2, "height": 4, "width": 4, "audio_num_frames": 10,
+        "return_dict": False,
+    }  # fmt: skip
+    return model, lambda: torch.cat([x.flatten() for x in torch.no_grad()(model)(**given)])
+
+
+def case_ltx2(rank: int) -> str:
+    return compare(*ltx2())
+
+
+def case_ltx2_with_a_plan(rank: int) -> str:
+    model, call = ltx2()
+    plan = model._cp_plan
+    return compare(model, call, cp_plan={**plan, "cross_attn_rope": plan["rope"]})
+
+
+def case_ltx2_split_rope(rank: int) -> str:
+    """Its rotary embeddings have a dimension for heads."""
+    model, call = ltx2(rope_type="split")
+    parts = dict.fromkeys(range(2), ContextParallelInput(split_dim=2, expected_dims=4, split_output=True))
+    return compare(model, call, cp_plan={**model._cp_plan, "rope": parts, "cross_attn_rope": parts})
+
+
+def case_ltx2_split_rope_with_another_plan(rank: int) -> str:
+    model, call = ltx2(rope_type="split")
+    plan = model._cp_plan
+    return compare(model, call, cp_plan={**plan, "cross_attn_rope": plan["rope"]})
+
+
+def case_flux_ids_with_a_batch(rank: int) -> str:
+    model, call = flux()
+    return compare(model, partial(call, img_ids=call.keywords["img_ids"][None]))
+
+
+def case_flux2_ids_without_a_batch(rank: int) -> str:
+    model, call = flux2()
+    return compare(model, partial(call, img_ids=call.keywords["img_ids"][0]))
+
+
+def case_flux2_with_a_kv_cache(rank: int) -> str:
+    model, call = flux2()
+    return compare(model, partial(call, kv_cache_mode="extract", num_ref_tokens=4))
+
+
+def case_other_seeds(rank: int) -> None:
+    model, call = flux()
+    sf_xfuser.parallelize(model, args=args())
+    call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
+
+
+def case_other_shapes(rank: int) -> None:
+    model, call = flux()
+    sf_xfuser.parallelize(model, args=args())
+    call(encoder_hidden_states=random(2, 14 if rank == 2 else 13, 24))
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -224,6 +697,10 @@ def case_no_processor(rank: int) -> None:
 
 def case_unknown_module(rank: int) -> None:
     sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"blocks.*": {}})
+
+
+def case_unknown_argument(rank: int) -> None:
+    sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"": {"tokens": SAMPLE}})
 
 
 def case_backend_without_context_parallelism(rank: int) -> None:
