@@ -82,10 +82,10 @@ def torus_attention(
     ``together``, alike on every rank: no stages; all chunks are exchanged, then everything is attended in one call.
     Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
 
-    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no tensor or
-    no list of counts, ValueError on every rank when ranks disagree
-    or a shape cannot be split, RuntimeError when a rank is missing and TransportError when a transfer is not done in
-    time. Source: StreamFusion, arXiv 2601.20273, Torus Attention.
+    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no dense
+    tensor or no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, RuntimeError
+    when a rank is missing and TransportError when a transfer is not done in time. Source: StreamFusion, arXiv
+    2601.20273, Torus Attention.
     """
     query, key, value = _plain("query", query), _plain("key", key), _plain("value", value)
     joint_key = None if joint_key is None else _plain("joint_key", joint_key)
@@ -121,9 +121,10 @@ def torus_attention(
 
 def _plain(name: str, x: object) -> torch.Tensor:
     """``x`` without a pending negation, which a view like ``conj().imag`` has: transports move memory as it is."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor [batch, heads, tokens, head size], got {type(x).__name__}")
-    return x.resolve_neg()
+    if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta:
+        return x.resolve_neg()
+    got = f"one of {x.layout} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+    raise TypeError(f"{name} must be a dense tensor [batch, heads, tokens, head size] with data, got {got}")
 
 
 def _counts(
