@@ -142,7 +142,8 @@ def _counts(
 
 
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of local attention: what a call takes when nothing is computed."""
+    """In place of local attention: what a call takes when nothing is computed. No log-sum-exp is 0, which would be
+    looked into (``without_weightless``)."""
     return q, q.new_ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
