@@ -28,7 +28,8 @@ def sdpa_attend(
 
 
 def without_weightless(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The log-sum-exp that ``attend(q, k, v)`` returned, -inf for each query whose scores are all -inf.
+    """The log-sum-exp that ``attend(q, k, v)`` returned, -inf for each query whose scores (of any scale
+    above 0) are all -inf.
 
     Attention libraries mark such a row in ways that a merge would take for a weight: PyTorch's CPU kernel with 0, flash
     attention on GPUs with +inf (its mark of a NaN in the scores, too, which stays NaN), softmax with NaN.

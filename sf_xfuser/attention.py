@@ -82,8 +82,8 @@ def torus_attention(
     ``together``, alike on every rank: no stages; all chunks are exchanged, then everything is attended in one call.
     Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
 
-    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no tensor or
-    no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, TransportError when a
+    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no dense
+    tensor or no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, TransportError when a
     transfer is not done in time, a rank is missing, or another rank's call has failed. Source: StreamFusion, arXiv
     2601.20273, Torus Attention.
     """
@@ -126,9 +126,10 @@ _Counts = tuple[tuple[int, ...], tuple[int, ...]]  # of queries and of keys, by 
 
 def _plain(name: str, x: object) -> torch.Tensor:
     """``x`` without a pending negation, which a view like ``conj().imag`` has: transports move memory as it is."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor [batch, heads, tokens, head size], got {type(x).__name__}")
-    return x.resolve_neg()
+    if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta:
+        return x.resolve_neg()
+    got = f"one of {x.layout} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+    raise TypeError(f"{name} must be a dense tensor [batch, heads, tokens, head size] with data, got {got}")
 
 
 def _counts(q_tokens: Sequence[int] | None, kv_tokens: Sequence[int] | None) -> _Counts | None:
@@ -144,7 +145,8 @@ def _counts(q_tokens: Sequence[int] | None, kv_tokens: Sequence[int] | None) -> 
 
 
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of local attention: what a call takes when nothing is computed."""
+    """In place of local attention: what a call takes when nothing is computed. No log-sum-exp is 0, which would be
+    looked into (``without_weightless``)."""
     return q, q.new_ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 

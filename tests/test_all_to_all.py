@@ -15,10 +15,10 @@ SHM_REASON = shm.unavailable()
 
 # case -> what ranks 0 to 3 print
 CASES = {
-    "shm": ("228 equal",) * EACH,
-    "tcp": ("228 equal",) * EACH,
-    "two_sided": ("228 equal",) * EACH,
-    "ranks_in_another_order": ("76 equal",) * EACH,
+    "shm": ("240 equal",) * EACH,
+    "tcp": ("240 equal",) * EACH,
+    "two_sided": ("240 equal",) * EACH,
+    "ranks_in_another_order": ("80 equal",) * EACH,
     "interleaved": ("equal",) * EACH,
     "windows_grow": ("equal",) * EACH,
     "many_shapes": ("64 kept",) * EACH,

@@ -42,6 +42,7 @@ def inputs():
         yield tensor(batch, 12, 8, 32, dtype=dtype)[..., ::2]
         yield tensor(batch, 8, 12, 16, dtype=dtype).transpose(1, 2)
     yield tensor(2, 12, 8, 16).to(torch.int64)
+    yield torch._neg_view(tensor(1, 12, 8, 16))  # as conj().imag is
     yield tensor(1, 0, 8, 16)
     yield tensor(3, 4, 4, 1)
 

@@ -51,6 +51,15 @@ def case_no_value(rank):
     torus_attention(q, k, None, mesh=mesh())
 
 
+def case_sparse(rank):
+    torus_attention(*(x.to_sparse() for x in qkv()), mesh=mesh())
+
+
+def case_without_data(rank):
+    q, k, v = qkv()
+    torus_attention(q, k.to("meta"), v, mesh=mesh())
+
+
 def case_count_in_place_of_counts(rank):
     torus_attention(*qkv(), mesh=mesh(), q_tokens=8, kv_tokens=[8] * 4)
 
