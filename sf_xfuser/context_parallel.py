@@ -36,7 +36,7 @@ from sf_xfuser.mesh import Mesh, build_mesh
 
 _DISPATCH = "diffusers.models.attention_dispatch"
 _CARRIER = "sf_xfuser"  # attribute of a ContextParallelConfig, and of attention modules
-_uncompiled = partial(torch.compiler.disable, reason="torus is not compiled: compile without fullgraph=True")
+_uncompiled = partial(torch.compiler.disable, reason="Torus Attention is not traced: compile without fullgraph=True")
 
 _MASKED = -1000.0  # added to a score, it leaves exp() nothing in float32; diffusers adds -10000 (bfloat16: -9984)
 _TEXT_FIRST = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # in their joint attention, before the image
@@ -48,8 +48,8 @@ _CONTROLNET = (
 _NOT_SPLIT = {
     "controlnet_block_samples": _CONTROLNET % "controlnet_block_samples",
     "controlnet_single_block_samples": _CONTROLNET % "controlnet_single_block_samples",
-    "controlnet_mode": "each rank would add a token for the mode; leave this ControlNet whole on every rank",
-    "kv_cache_mode": "its reference tokens are those at the front of the whole sequence; run it without a KV cache",
+    "controlnet_mode": "every rank would add the token of the mode; do not parallelize a union ControlNet",
+    "kv_cache_mode": "reference tokens lead the whole sequence, not the part of each rank; run it without a KV cache",
 }
 _PLAN_FAILS = {
     "LTX2VideoTransformer3DModel": "it leaves the rotary embeddings between video and audio whole; give "
@@ -140,7 +140,7 @@ class TorusContextParallel(DropIn):
     plan: Mapping[str, Any]
     _uneven: bool = False  # in this forward, a sequence was cut unevenly
     _began: bool = False  # a forward of the model runs
-    crossed: set[str] = field(default_factory=set)  # names of attention modules whose attention came here
+    on_torus: set[str] = field(default_factory=set)  # names of the attention modules that ran on torus
     _seen: set[str] = field(default_factory=set)  # inputs, by shapes, that the ranks have compared
     _hooked: list[tuple[str, torch.nn.Module, Any]] = field(default_factory=list)
     _handles: list[RemovableHandle] = field(default_factory=list)
@@ -181,7 +181,7 @@ class TorusContextParallel(DropIn):
                 "attention of a parallelized model ran outside its forward, where nothing has been split: call the "
                 "model itself, not model.forward() or a part of it"
             )
-        self.crossed.add(self.mesh.place)
+        self.on_torus.add(self.mesh.place)
         self._require_any_order(key, attn_mask, is_causal, forward_op)
         reason = self.why_not(dropout_p, return_lse)
         if reason is not None:
@@ -219,19 +219,20 @@ class TorusContextParallel(DropIn):
     def _without_masked_keys(
         self, attend: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Attention to the keys that ``mask`` [B or 1, H or 1, 1, S_kv] leaves, as if the others were not there.
-        Collective: ranks tell each other how many are left. One call for each sample that has a mask of its own."""
+        """Attention to the keys that ``mask`` [B or 1, H or 1, 1, S_kv] keeps, as if the others were not there: exact
+        with every kernel. Collective: ranks exchange the number of keys they keep. One call for each sample that has a
+        mask of its own; on a GPU each call waits for the mask."""
         kept = mask if mask.dtype == torch.bool else mask > _MASKED
         reason = None
         if not torch.equal(kept, kept[:, :1].expand_as(kept)):
-            reason = "its heads have different masks"
+            reason = "the mask differs between heads; give one for all heads"
         elif mask.dtype != torch.bool and mask[kept].any():
-            reason = f"its additive mask has values other than 0 and those below {_MASKED:g}"
+            reason = f"the mask has values between {_MASKED:g} and 0, which weigh keys; give a boolean mask"
         keys = [row.nonzero().flatten() for row in kept[:, 0, 0]]
         with self.mesh.call():
             told = self.mesh.control.gather("attention mask", [reason, q.shape[2], [len(some) for some in keys]])
             if not all(map(sum, zip(*(left for _, _, left in told), strict=True))):
-                reason = "its mask leaves a sample no key"
+                reason = "the mask leaves a sample without keys; keep one at least"
             if reasons := {reason, *(its for its, _, _ in told)} - {None}:
                 self.mesh.refuse(f"{self.cannot}: {min(reasons)}")
         q_tokens = [queries for _, queries, _ in told]
@@ -437,11 +438,11 @@ def _described(value: Any, name: str = "") -> Iterator[tuple[str, str, torch.Ten
 
 
 def _inputs_summary(given: Mapping[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
-    """By name of each input: what it is, and what tells its values from others', in float64 on its own device: by how
-    much each of the rest may differ, mean, root mean square, and up to 16 elements. Waits for no GPU.
+    """Description and summary of each input by name. A summary is float64 on the input's device: tolerance, mean, root
+    mean square, and up to 16 elements. Waits for no GPU.
 
-    Not bits: processors of different makes round differently. Features (3 dimensions or more) may come from networks
-    of low precision, and may differ by 1/16 of their root mean square; other floats by half the digits of their dtype.
+    No bit digest: GPUs of different kinds round differently. Tensors of 3 dimensions or more may come from networks of
+    low precision: they may differ by 1/16 of their root mean square, other floats by half the digits of their dtype.
     """
     summary = {}
     for name, description, x in _described(given):
@@ -575,7 +576,7 @@ def _watch(processor: type, name: str) -> None:
 def _enter(attention: torch.nn.Module) -> None:
     torus, name = getattr(attention, _CARRIER)
     torus.mesh.place = name
-    torus.crossed.discard(name)
+    torus.on_torus.discard(name)
 
 
 @_uncompiled
@@ -584,7 +585,7 @@ def _leave(attention: torch.nn.Module, processor: Any) -> None:
     split, every rank has all its keys."""
     torus, name = getattr(attention, _CARRIER)
     may = getattr(attention, "is_cross_attention", False) and not torus.splits_text
-    if name not in torus.crossed and not may:
+    if name not in torus.on_torus and not may:
         raise RuntimeError(
             f"{name} attended to the tokens of this rank only: its processor {type(processor).__name__} does not pass "
             f"its _parallel_config on to diffusers' dispatch_attention_fn, or its attention backend knows no context "

@@ -35,8 +35,8 @@ CASES = {
     "flux2_masked": "equal; 3 served, 0 handed back",
     "ltx_masked": "equal; 2 served, 0 handed back",
     "mask_of_queries": r"ValueError: attention_mask of shape \(62, 62\) cannot be split: .*13 \+ 49 keys .*",
-    "mask_that_weighs": CANNOT + "its additive mask has values other than 0 .*",
-    "mask_of_everything": CANNOT + "its mask leaves a sample no key",
+    "mask_that_weighs": CANNOT + "the mask has values between -1000 and 0, .*",
+    "mask_of_everything": CANNOT + "the mask leaves a sample without keys; .*",
     "causal": CANNOT + "causal attention needs keys in order, .*",
     # attention that would stay on one rank
     "processor_set_afterwards": "equal; 4 served, 0 handed back",
@@ -69,7 +69,7 @@ CASES = {
     "compiled_before": "equal; 2 served, 0 handed back",
     "compiled_blocks": "equal; 12 served, 0 handed back",
     "compiled_blocks_wrapped": "equal; 2 served, 0 handed back",
-    "compiled_full_graph": "Unsupported: .*torus is not compiled: compile without fullgraph=True.*",
+    "compiled_full_graph": "Unsupported: .*compile without fullgraph=True.*",
     # inputs
     "controlnet_without_a_plan": "ValueError: .* cannot take controlnet_block_samples across ranks: .*cp_plan=.*",
     "controlnet_with_a_plan": "equal; 2 served, 0 handed back",
@@ -81,7 +81,7 @@ CASES = {
     "flux_ids_with_a_batch": r"ValueError: img_ids of shape \(1, 49, 3\) .* the plan takes 2 dimensions, .*",
     "flux2_ids_without_a_batch": r"ValueError: img_ids of shape \(20, 4\) .* the plan takes 3 dimensions, .*",
     "flux2_with_a_kv_cache": "ValueError: .* cannot take kv_cache_mode across ranks: .*",
-    "other_seeds": r"RuntimeError: ranks were called with different inputs: hidden_states .*\[1, 2, 3\].*manual_seed.*",
+    "other_seeds": r"ranks were called with different inputs: hidden_states .*\[1, 2, 3\].*; equal; 2 served, 0.*",
     "other_shapes": r"RuntimeError: ranks were called with different inputs: encoder_hidden_states .*\[2\] from .*",
     "with_gradients": r"ValueError: a parallelized model computes no gradients: call it under torch\.no_grad\(\)",
     "other_models_are_untouched": "equal",

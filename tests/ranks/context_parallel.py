@@ -666,10 +666,15 @@ def case_flux2_with_a_kv_cache(rank: int) -> str:
     return compare(model, partial(call, kv_cache_mode="extract", num_ref_tokens=4))
 
 
-def case_other_seeds(rank: int) -> None:
+def case_other_seeds(rank: int) -> str:
+    """Ranks whose noise differs; then with the same."""
     model, call = flux()
-    sf_xfuser.parallelize(model, args=args())
-    call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
+    wanted = call()
+    torus = sf_xfuser.parallelize(model, args=args())
+    try:
+        call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
+    except RuntimeError as error:
+        return f"{error}; {difference(call(), wanted, torus)}"
 
 
 def case_other_shapes(rank: int) -> None:
