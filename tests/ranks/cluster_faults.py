@@ -22,9 +22,9 @@ one), store:N (a launcher on machine N holds the c10d store instead of rank 0), 
 once, instead of meeting in a file after an error).
 
 What is expected, with T = --sp-timeout: a fault shorter than T changes nothing. After any other, every rank that lives
-raises within 1.5 T; within 1.5 x 5 T where ranks agree on the call first, or set up. (No rank at all may raise where the
-link is slow, or the fault is shorter than 5 T and ranks agree first.) Where all ranks live, the next call after the
-fault succeeds. No result is ever wrong, no call takes longer than 1.5 x 5 T, and no process and no shared memory is
+raises within 1.5 T; within 1.5 x 5 T where ranks agree on the call first, or set up. (No rank at all may raise where a
+link is slow, or where ranks agree first and the fault is shorter than 5 T.) Where all ranks live, the next call after
+the fault succeeds. No result is ever wrong, no call takes longer than 1.5 x 5 T, and no process and no shared memory is
 left. Exit status 1 where any of this fails. The table also says whether errors name a rank at fault.
 """
 
