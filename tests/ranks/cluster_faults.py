@@ -559,8 +559,8 @@ class Play:
             ended = time.monotonic() if scenario.seconds is not None else began
             if scenario.recovers:
                 self.until(lambda: self.enough(ended), LIMIT_S)
-                (self.folder / "stop").touch()
-            self.until(lambda: False, LIMIT_S)
+                (self.folder / "stop").touch()  # after the call that is under way, and one more
+            self.until(lambda: False, SLACK * PATIENCE_S if scenario.recovers else LIMIT_S)
         except RuntimeError as error:
             found.bad.append(str(error))
         self.end(found)
@@ -584,8 +584,10 @@ class Play:
                 self.rank(rank, "signal", signal.SIGCONT)
                 self.rank(rank, "signal", signal.SIGUSR1)
             time.sleep(0.5)
-            found.hang = {rank: frames((self.folder / f"{rank}.log").read_text()) for rank in sorted(running)}
-            found.bad.append(f"rank(s) {sorted(running)} hang")
+            stacks = {rank: frames((self.folder / f"{rank}.log").read_text()) for rank in sorted(running)}
+            meeting = {rank for rank, stack in stacks.items() if any(frame.endswith(" meet") for frame in stack)}
+            found.hang = {rank: stacks[rank] for rank in running - meeting or running}  # for whom the others wait
+            found.bad.append(f"rank(s) {list(found.hang)} hang")
         self.listen()
         for child in (event["child"] for rank in range(WORLD) for event in self.said(rank, "child")):
             self.cluster.ask(0, "kill", child)
