@@ -63,7 +63,7 @@ def call(index: int, began: float, t: float | None = None, **what) -> dict:
     return {"call": index, "began": began, "t": began + 0.1 if t is None else t, **({"off": 0.0} | what)}
 
 
-def error(index: int, began: float, t: float, text: str = "") -> dict:
+def error(index: int, began: float, t: float, text: str = "said") -> dict:
     return {"call": index, "began": began, "t": t, "error": "TransportError", "text": text}
 
 
@@ -90,6 +90,7 @@ WELL = {
         ("4x1/tcp/cut:1:20/no-counts", {rank: call(2, 10) for rank in range(4)}, []),
         ("4x1/tcp/raise:1", {2: error(1, 8, 9)}, ["an error before the fault"]),
         ("4x1/tcp/raise:1", {2: error(3, 14, 15)}, ["no call succeeds"]),
+        ("4x1/tcp/raise:1", {2: error(2, 10, 11, "")}, ["an error without a word"]),
         ("4x1/tcp/kill:1/goes-on", {1: call(1, 9, off=0.1)}, ["1 wrong results"]),
     ],
 )

@@ -481,7 +481,7 @@ class Play:
         self.chance = scenario.chance(seed)
         self.heard: dict[int, list[dict[str, Any]]] = {rank: [] for rank in range(WORLD)}
         self.statuses: dict[int, int] = {}
-        self.files: dict[int, Any] = {}
+        self.read = dict.fromkeys(range(WORLD), 0)  # bytes of each rank's events
         self.machines = range(scenario.machines)
         for machine in self.machines:
             cluster.ask(machine, "start", scenario, seed, folder)
@@ -503,11 +503,11 @@ class Play:
         for rank in range(WORLD):
             if rank in self.statuses:  # a rank that was killed does not say so
                 (self.folder / f"done-{rank}").touch()
-            path = self.folder / f"{rank}.jsonl"
-            if rank not in self.files and path.exists():
-                self.files[rank] = path.open()
-            if rank in self.files:
-                self.heard[rank] += [json.loads(line) for line in self.files[rank]]
+            with suppress(FileNotFoundError), (self.folder / f"{rank}.jsonl").open("rb") as events:
+                events.seek(self.read[rank])
+                whole = b"".join(line for line in events if line.endswith(b"\n"))  # the last may be half written
+                self.read[rank] += len(whole)
+                self.heard[rank] += map(json.loads, whole.splitlines())
 
     def said(self, rank: int, name: str) -> list[dict[str, Any]]:
         return [event for event in self.heard[rank] if name in event]
@@ -620,6 +620,8 @@ def judge(
         found.bad.append(f"a call took {found.longest_s:.0f} s")
     failed = {rank: [event for event in calls[rank] if "error" in event] for rank in scenario.survivors}
     found.errors = {rank: [f"{x['error']}: {x['text']}" for x in errors] for rank, errors in failed.items() if errors}
+    if any(not event["text"] for errors in failed.values() for event in errors):
+        found.bad.append("an error without a word")
     if any(event["t"] < began for errors in failed.values() for event in errors):
         found.bad.append("an error before the fault")
     if scenario.passes_unnoticed:
