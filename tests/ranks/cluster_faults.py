@@ -43,7 +43,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -443,7 +443,7 @@ class Cluster:
     """An emulated cluster of so many machines, with a ``Machine`` on each."""
 
     def __init__(self, machines: int, folder: Path) -> None:
-        self.folder, self.failure = folder, ""
+        self.folder = folder
         argv = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]  # a machine's own
         argv += [sys.executable, __file__, "--machine", str(folder)]
         self.spec = ClusterSpec(num_machines=machines, ranks_per_machine=1, inter_rate_bps=RATE_BPS)
@@ -470,7 +470,6 @@ class Cluster:
     def close(self) -> None:
         for control in self.controls.values():
             control.close()
-        self.thread.join(30)
 
 
 class Play:
@@ -685,18 +684,22 @@ def left_on_the_host(folder: Path) -> list[str]:
 def clusters() -> Iterator[Callable[[int], Cluster]]:
     """Makes the cluster of so many machines when it is first asked for."""
     made: dict[int, Cluster] = {}
-    with tempfile.TemporaryDirectory(prefix="sf-xfuser-faults-") as name, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="sf-xfuser-faults-") as name:
 
         def cluster(machines: int) -> Cluster:
             if machines not in made:
                 folder = Path(name, str(machines))
                 folder.mkdir()
                 made[machines] = Cluster(machines, folder)
-                stack.callback(made[machines].close)
             return made[machines]
 
-        yield cluster
-        stack.close()
+        try:
+            yield cluster
+        finally:
+            for one in made.values():
+                one.close()
+            for one in made.values():
+                one.thread.join(30)
         if left := left_on_the_host(Path(name)):
             raise SystemExit(f"left behind: {left}")
 
@@ -724,6 +727,8 @@ def main() -> int:
     if given.list:
         print("\n".join(NAMES))
         return 0
+    if reason := emulate.unavailable():
+        sys.exit(reason)
     rows: list[Found] = []
     with clusters() as cluster:
         for scenario in map(Scenario.parse, given.names):
@@ -742,5 +747,6 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--machine"]:
         Machine(Path(sys.argv[2]))
+        os._exit(0)  # at once: there is nothing to clean up
     else:
         sys.exit(main())
