@@ -534,7 +534,10 @@ class Play:
             elif scenario.kind == "slow":
                 self.cluster.ask(one, "shape", SLOW_BPS)
             elif scenario.kind != "calm":
-                self.rank(one, "signal", signal.SIGSTOP if scenario.kind == "stop" else signal.SIGKILL)
+                self.rank(one, "signal", signal.SIGSTOP)
+        if scenario.kills:  # once all are stopped: none sees another one die
+            for one in scenario.whom:
+                self.rank(one, "signal", signal.SIGKILL)
         return began
 
     def heal(self) -> None:
