@@ -459,6 +459,23 @@ def shape(rate_bps: int) -> None:
     _call(inside)
 
 
+def cut(machine: int) -> None:
+    """Called by a rank: from now on nothing passes between ``machine`` and the others. Its interface stays up, so no
+    program is told. Raises EmulationError outside a cluster."""
+    _set_bridge(machine, "down")
+
+
+def restore(machine: int) -> None:
+    """Called by a rank: end :func:`cut`."""
+    _set_bridge(machine, "up")
+
+
+def _set_bridge(machine: int, state: str) -> None:
+    if f"br{machine}:" not in Path("/proc/1/net/dev").read_text():
+        raise EmulationError(f"this process is not a rank of an emulated cluster with a machine {machine}")
+    _call([_tool("nsenter"), "--net=/proc/1/ns/net", _tool("ip"), "link", "set", f"br{machine}", state])
+
+
 def _counters(path: str, num_machines: int) -> list[list[int]]:
     lines = (line.split(":") for line in Path(path).read_text().splitlines()[2:])
     sent = {name.strip(): int(numbers.split()[8]) for name, numbers in lines}
