@@ -18,7 +18,7 @@ ROWS = [
     {"call", "simulate", "presets"},
     {"models", "planner"},
     {"buffers", "drop_in"},
-    {"attention", "all_to_all", "launch", "tiny_models", "platform_cpu", "repairs"},
+    {"attention", "all_to_all", "launch", "request", "tiny_models", "platform_cpu", "repairs"},
     {"xdit_groups", "contest"},
     {"probe", "choice", "usp", "long_context", "context_parallel"},
     {"combinations"},
