@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from sf_xfuser import masks
 from sf_xfuser.hooks import Hook
 
 
@@ -243,6 +244,7 @@ def hooks(in_force: Callable[[], bool], log: Callable[[str], None]) -> tuple[Hoo
     of_flux2 = {"patch": "0006", "native": "_text_is_replicated"}
     of_qwen = {"patch": "0004", "native": "get_runtime_state"}
     return (
+        *masks.hooks(in_force, note, hook),  # first: joint_text then runs around them
         hook(flux, "USP", joint_text, text, "0002"),
         hook(flux, "xFuserFluxTransformer2DWrapper.forward", flux_pipeline_forward, text, "0002"),
         hook(

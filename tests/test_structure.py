@@ -17,7 +17,7 @@ ROWS = [
     {"mesh", "places", "xdit_layouts", "cluster"},
     {"call", "simulate", "presets"},
     {"models", "planner"},
-    {"buffers", "drop_in"},
+    {"buffers", "drop_in", "masks"},
     {"attention", "all_to_all", "launch", "request", "tiny_models", "platform_cpu", "repairs"},
     {"xdit_groups", "contest"},
     {"probe", "choice", "usp", "long_context", "context_parallel"},
