@@ -308,6 +308,20 @@ def _wrap_pipeline_call(original: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
+def _wrap_initialize_runtime_state(original: Callable[..., None]) -> Callable[..., None]:
+    """Scripts and runner models give it the pipeline that they will call, mostly one of diffusers."""
+
+    @functools.wraps(original)
+    def initialize_runtime_state(pipeline: Any = None, *args: Any, **kwargs: Any) -> None:
+        original(pipeline, *args, **kwargs)
+        owner = next((c for c in type(pipeline).__mro__ if "__call__" in vars(c)), None)
+        if owner is not None and _hook_set is not None:
+            name = f"{owner.__qualname__}.__call__"
+            _hook_set.add(_hook(owner.__module__, name, _wrap_pipeline_call, _REQUEST, **_OF_REQUESTS))
+
+    return initialize_runtime_state
+
+
 def _wrap_runner_run(original: Callable[..., Any]) -> Callable[..., Any]:
     """``input_args`` also holds the runner's flags, which may differ between ranks (say, the output directory)."""
 
@@ -324,7 +338,11 @@ def _wrap_runner_run(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _UNTIL_UPSTREAM = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
 
-_UNTIL_REQUESTS = "xDiT tells a sequence-parallel backend where a request starts"
+_REQUEST = "a request starts here in scripts, Ray workers and the HTTP service: ranks in different requests must fail"
+_OF_REQUESTS: dict[str, Any] = {
+    "remove_when": "xDiT tells a sequence-parallel backend where a request starts",
+    "required": False,
+}
 
 # Every pipeline that users call, by module: xFuser<name> in pipeline_<module>.
 _PIPELINES = {
@@ -425,9 +443,8 @@ HOOKS: tuple[Hook, ...] = (
             f"xfuser.model_executor.pipelines.pipeline_{module}",
             f"xFuser{name}.__call__",
             _wrap_pipeline_call,
-            "a request starts here in scripts, Ray workers and the HTTP service: ranks in different requests must fail",
-            remove_when=_UNTIL_REQUESTS,
-            required=False,
+            _REQUEST,
+            **_OF_REQUESTS,
         )
         for module, name in _PIPELINES.items()
     ),
@@ -436,10 +453,19 @@ HOOKS: tuple[Hook, ...] = (
             "xfuser.model_executor.models.runner_models.base_model",
             f"xFuserModel.{name}",
             _wrap_runner_run,
-            "a request of the runner starts here; most of its pipelines are those of diffusers",
-            remove_when=_UNTIL_REQUESTS,
+            "a request of the runner starts here",
+            **_OF_REQUESTS,
         )
         for name in ("run", "profile")
+    ),
+    _hook(
+        _RUNTIME,
+        "initialize_runtime_state",
+        _wrap_initialize_runtime_state,
+        "gets the pipeline of a script or runner model: a request starts where that is called",
+        native=None,
+        sweep=True,
+        **_OF_REQUESTS,
     ),
     _hook(
         _RUNTIME,

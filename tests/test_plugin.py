@@ -83,7 +83,7 @@ def test_few_modules_import_xdit():
     }
     elsewhere = {path for path in importing if not path.startswith("platform_cpu/")}
     bench = {"bench/xdit_arms.py", "bench/pipeline.py"}
-    assert elsewhere <= {"plugin.py", "session.py", "repairs.py", "xdit_groups.py", *bench}
+    assert elsewhere <= {"plugin.py", "session.py", "repairs.py", "masks.py", "xdit_groups.py", *bench}
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------

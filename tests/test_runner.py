@@ -89,9 +89,8 @@ def test_latents(folder, nproc, height, width, flags):
     assert_equal(found, single(folder, height, width, steps=1 if PIPEFUSION in flags else 2))
     assert "repaired in xDiT: Flux's runner does not cut the default height of 1024 into rows" in text, text
     requests = [line for line in text.splitlines() if line.startswith("request: ")]
-    wanted = [f"max_sequence_length={TEXT}, seed={seed}" for seed in (1, 2)]
-    if PIPEFUSION in flags:  # the runner, and the pipeline of xDiT that it then calls
-        wanted = [seed for seed in wanted for _ in range(2)]
+    # The runner, and the pipeline of diffusers or xDiT that it then calls
+    wanted = [f"max_sequence_length={TEXT}, seed={seed}{more}" for seed in (1, 2) for more in ("", ", state")]
     assert len(requests) == len(wanted) and all(w in r for w, r in zip(wanted, requests, strict=True)), requests
 
 
