@@ -83,9 +83,9 @@ def torus_attention(
     Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
 
     For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no dense
-    tensor or no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, TransportError when a
-    transfer is not done in time, a rank is missing, or another rank's call has failed. Source: StreamFusion, arXiv
-    2601.20273, Torus Attention.
+    tensor or no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, TransportError
+    when a transfer is not done in time, a rank is missing, or another rank's call has failed. Source: StreamFusion,
+    arXiv 2601.20273, Torus Attention.
     """
 
     def fuses(q_tokens: int, kv_tokens: int) -> bool:

@@ -81,6 +81,12 @@ class HookSet:
             else:
                 self._module_imported(module)
 
+    def add(self, hook: Hook) -> None:
+        """One more, whose module has been imported. A second one for the same attribute changes nothing."""
+        if self.installed and all((hook.module, hook.name) != (other.module, other.name) for other in self.hooks):
+            self.hooks = (*self.hooks, hook)
+            self._apply(hook, sys.modules[hook.module])
+
     def remove(self) -> None:
         """Put every original back, newest first, and disarm the import hook. Idempotent."""
         if self._finder is None:

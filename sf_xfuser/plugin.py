@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -292,9 +293,74 @@ def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
     return _select_attention_backend
 
 
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def _wrap_pipeline_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Called before data parallelism splits the prompts: all ranks get the same arguments."""
+    names = list(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session.current.begin_request({**dict(zip(names, args, strict=False)), **kwargs})
+        return original(self, *args, **kwargs)
+
+    return __call__
+
+
+def _wrap_initialize_runtime_state(original: Callable[..., None]) -> Callable[..., None]:
+    """Scripts and runner models give it the pipeline that they will call, mostly one of diffusers."""
+
+    @functools.wraps(original)
+    def initialize_runtime_state(pipeline: Any = None, *args: Any, **kwargs: Any) -> None:
+        original(pipeline, *args, **kwargs)
+        owner = next((c for c in type(pipeline).__mro__ if "__call__" in vars(c)), None)
+        if owner is not None and _hook_set is not None:
+            name = f"{owner.__qualname__}.__call__"
+            _hook_set.add(_hook(owner.__module__, name, _wrap_pipeline_call, _REQUEST, **_OF_REQUESTS))
+
+    return initialize_runtime_state
+
+
+def _wrap_runner_run(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``input_args`` also holds the runner's flags, which may differ between ranks (say, the output directory)."""
+
+    @functools.wraps(original)
+    def run(self: Any, input_args: dict[str, Any]) -> Any:
+        names = {"prompt", "seed", "input_images", "task", *vars(self.default_input_values)}
+        session.current.begin_request({name: value for name, value in input_args.items() if name in names})
+        return original(self, input_args)
+
+    return run
+
+
 # -- the records -----------------------------------------------------------------------------------------------------
 
 _UNTIL_UPSTREAM = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
+
+_REQUEST = "a request starts here in scripts, Ray workers and the HTTP service: ranks in different requests must fail"
+_OF_REQUESTS: dict[str, Any] = {
+    "remove_when": "xDiT tells a sequence-parallel backend where a request starts",
+    "required": False,
+}
+
+# Every pipeline that users call, by module: xFuser<name> in pipeline_<module>.
+_PIPELINES = {
+    "cogvideox": "CogVideoXPipeline",
+    "consisid": "ConsisIDPipeline",
+    "flux": "FluxPipeline",
+    "flux2": "Flux2PipelineBase",
+    "flux_control": "PipelineFluxControlPipeline",
+    "hunyuandit": "HunyuanDiTPipeline",
+    "latte": "LattePipeline",
+    "lumina2": "Lumina2Pipeline",
+    "pixart_alpha": "PixArtAlphaPipeline",
+    "pixart_sigma": "PixArtSigmaPipeline",
+    "sana": "SanaPipeline",
+    "sana_sprint": "SanaSprintPipeline",
+    "stable_diffusion_3": "StableDiffusion3Pipeline",
+    "stable_diffusion_xl": "StableDiffusionXLPipeline",
+}
 
 _ARGS = "xfuser.config.args"
 _RUNTIME = "xfuser.core.distributed.runtime_state"
@@ -372,6 +438,35 @@ HOOKS: tuple[Hook, ...] = (
         remove_when="xDiT builds its Ulysses and Ring groups from these lists and by a given layout",
     ),
     _hook(_GROUPS, "destroy_model_parallel", _wrap_destroy, "the mesh's process groups end with xDiT's"),
+    *(
+        _hook(
+            f"xfuser.model_executor.pipelines.pipeline_{module}",
+            f"xFuser{name}.__call__",
+            _wrap_pipeline_call,
+            _REQUEST,
+            **_OF_REQUESTS,
+        )
+        for module, name in _PIPELINES.items()
+    ),
+    *(
+        _hook(
+            "xfuser.model_executor.models.runner_models.base_model",
+            f"xFuserModel.{name}",
+            _wrap_runner_run,
+            "a request of the runner starts here",
+            **_OF_REQUESTS,
+        )
+        for name in ("run", "profile")
+    ),
+    _hook(
+        _RUNTIME,
+        "initialize_runtime_state",
+        _wrap_initialize_runtime_state,
+        "gets the pipeline of a script or runner model: a request starts where that is called",
+        native=None,
+        sweep=True,
+        **_OF_REQUESTS,
+    ),
     _hook(
         _RUNTIME,
         "RuntimeState._select_attention_backend",

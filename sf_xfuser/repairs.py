@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from sf_xfuser import masks
 from sf_xfuser.hooks import Hook
 
 
@@ -147,6 +148,31 @@ def hooks(in_force: Callable[[], bool], log: Callable[[str], None]) -> tuple[Hoo
 
         return chunk_and_pad_sequence
 
+    # -- the size of Flux's pictures in the runner ---------------------------------------------------------------------
+
+    def flux_run_pipe(original: Callable[..., Any]) -> Callable[..., Any]:
+        """It calls ``set_input_parameters`` without height and width, which then cuts the rows of the default height
+        into patches. Only PipeFusion uses patches: without it the transformer cuts tokens."""
+
+        @functools.wraps(original)
+        def _run_pipe(self: Any, input_args: dict[str, Any]) -> Any:
+            num_ranks = ranks()
+            if num_ranks > 1:
+                from xfuser.core.distributed import get_pipeline_parallel_world_size, get_runtime_state
+
+                state = get_runtime_state()
+                config = state.input_config
+                if not state.ready and config.height // state.vae_scale_factor % num_ranks:
+                    note("Flux's runner does not cut the default height of 1024 into rows")
+                size = input_args["height"], input_args["width"], self.config.batch_size or 1
+                changed = size != (config.height, config.width, config.batch_size)
+                config.height, config.width, config.batch_size = size
+                # set_input_parameters computes patches where the state is not ready
+                state.ready = get_pipeline_parallel_world_size() == 1 or (state.ready and not changed)
+            return original(self, input_args)
+
+        return _run_pipe
+
     # -- PipeFusion's KV cache -----------------------------------------------------------------------------------------
 
     def note_cached(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,12 +237,14 @@ def hooks(in_force: Callable[[], bool], log: Callable[[str], None]) -> tuple[Hoo
 
     flux, flux2, qwen = (f"model_executor.models.transformers.transformer_{name}" for name in ("flux", "flux2", "qwen"))
     processors = "model_executor.layers.attention_processor"
+    runner = "model_executor.models.runner_models.flux"
     text = "text that sequence parallelism does not divide is counted once per rank"
     twice = "a processor updates the KV cache of PipeFusion, and USP does it again: it raises"
     frames = "temporal attention, of which every rank has all frames, runs over the ranks"
     of_flux2 = {"patch": "0006", "native": "_text_is_replicated"}
     of_qwen = {"patch": "0004", "native": "get_runtime_state"}
     return (
+        *masks.hooks(in_force, note, hook),  # first: joint_text then runs around them
         hook(flux, "USP", joint_text, text, "0002"),
         hook(flux, "xFuserFluxTransformer2DWrapper.forward", flux_pipeline_forward, text, "0002"),
         hook(
@@ -226,6 +254,17 @@ def hooks(in_force: Callable[[], bool], log: Callable[[str], None]) -> tuple[Hoo
             f"{text}; _pad_to_sp_divisible is missing for the image, and padding would be attended to",
             "0003",
             native="_image_sp_padding_attention_kwargs",
+        ),
+        *(
+            hook(
+                runner,
+                f"{name}._run_pipe",
+                flux_run_pipe,
+                "cuts the default height of 1024 into rows, which fails on 3, 5 and 6 ranks, whatever the real height",
+                "0010",
+                native="_set_input_parameters",
+            )
+            for name in ("xFuserFluxModel", "xFuserFluxKontextModel")
         ),
         hook(flux2, "USP", joint_text, "text under PipeFusion is counted once per rank", **of_flux2),
         hook(flux2, "USP", cache_once, twice, **of_flux2),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -44,6 +44,17 @@ class Session:
     choice: Choice | None = None
     usp: TorusUSP | None = None
     all_to_all: MeshAllToAll4D | None = None
+
+    def begin_request(self, values: Mapping[str, Any]) -> None:
+        """Tell every mesh that a request with these arguments starts, so that ranks in different requests raise an
+        error instead of exchanging chunks. Local."""
+        if self.mesh is None:
+            return
+        from sf_xfuser.request import describe
+
+        what = describe(values)
+        for mesh in [self.mesh, *(self.choice.meshes if self.choice else [])]:
+            mesh.begin_request(what)
 
 
 _DEGREES = ("dp", "cfg", "pp", "tp", "ulysses", "ring")  # of xDiT's ParallelConfig

@@ -105,3 +105,14 @@ def test_a_hooked_module_still_looks_like_itself(package):
     assert "def call" in inspect.getsource(core) and type(core.__loader__).__name__ == "SourceFileLoader"
     assert runpy.run_module("hosted.core")["call"](1) == 1  # `python -m` runs it as a script, unhooked
     hooks.remove()
+
+
+def test_a_hook_that_is_added_later(package):
+    hooks = HookSet([], roots=("hosted",))
+    hooks.install()
+    core = importlib.import_module("hosted.core")
+    for _ in range(2):
+        hooks.add(hook("Thing.method", plus_one))
+    assert core.Thing().method(1) == (1, "hooked") and len(hooks.hooks) == 1
+    hooks.remove()
+    assert core.Thing().method(1) == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -100,7 +102,7 @@ def test_few_modules_import_xdit():
     }
     elsewhere = {path for path in importing if not path.startswith("platform_cpu/")}
     bench = {"bench/xdit_arms.py", "bench/pipeline.py"}
-    assert elsewhere <= {"plugin.py", "session.py", "repairs.py", "xdit_groups.py", *bench}
+    assert elsewhere <= {"plugin.py", "session.py", "repairs.py", "masks.py", "xdit_groups.py", *bench}
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------
@@ -332,6 +334,24 @@ def test_a_missing_package_is_named(launched, monkeypatch):
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_begins_in_every_pipeline_of_xdit(launched):
+    """Also one that a later xDiT adds."""
+    from xfuser.model_executor import pipelines
+
+    base = pipelines.xFuserPipelineBaseWrapper
+    classes: list[object] = []
+    for module in pkgutil.iter_modules(pipelines.__path__):
+        with suppress(ImportError):  # of packages that are not here
+            classes += vars(importlib.import_module(f"{pipelines.__name__}.{module.name}")).values()
+    own = {
+        f"{c.__module__}.{c.__name__}.__call__"
+        for c in classes
+        if isinstance(c, type) and issubclass(c, base) and c is not base and "__call__" in vars(c)
+    }
+    hooked = {f"{h.module}.{h.name}" for h, state in plugin.hook_states() if state == "applied"}
+    assert own and own <= hooked, own - hooked
 
 
 def test_every_record_is_in_place_and_undone():

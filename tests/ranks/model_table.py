@@ -64,6 +64,7 @@ class Model:
     one, torus serves every call and equals diffusers in one process. ``split`` names arguments that xDiT's pipeline
     cuts before the wrapper where the ranks divide them, with the dimension; ``"output"`` is put together again.
     ``prepare(model, state, size)`` does what else the pipeline or the runner does first.
+    ``repaired``: what the log says of the repair, without which xDiT is wrong.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Model:
     but: Mapping[str, But] = field(default_factory=dict)
     split: Mapping[str, int] = field(default_factory=dict)
     prepare: Callable[[Any, Any, Input], None] = lambda model, state, size: None
+    repaired: str = ""
 
     @property
     def folder(self) -> str:
@@ -138,6 +140,21 @@ def flux2_call(size: Input) -> dict[str, Any]:
     text = torch.zeros(size.text, 4)
     text[:, 3] = torch.arange(size.text)
     return {**call, "img_ids": torch.cat([call["img_ids"], pad], dim=1)[None], "txt_ids": text[None]}
+
+
+def two_prompts(call: Callable[[Input], dict[str, Any]], mask: str) -> Callable[[Input], dict[str, Any]]:
+    """``call`` for a batch of two prompts, the second five tokens shorter, as the argument ``mask`` says."""
+
+    def both(size: Input) -> dict[str, Any]:
+        first, second = call(size), call(size)
+        found = {
+            name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value * 2
+            for name, value in first.items()
+        }
+        valid = torch.arange(size.text)[None] < torch.tensor([[size.text], [size.text - 5]])
+        return {**found, mask: valid.to(first.get(mask, valid).dtype)}
+
+    return both
 
 
 def hunyuan_video_call(size: Input) -> dict[str, Any]:
@@ -224,9 +241,9 @@ def krea2_call(size: Input, padded: int = 0) -> dict[str, Any]:
     return call
 
 
-def ltx2_call(size: Input) -> dict[str, Any]:
+def ltx2_call(size: Input, padded: int = 0) -> dict[str, Any]:
     height, width = size.height // 2, size.width // 2
-    return {
+    call = {
         "hidden_states": rand(1, size.frames * height * width, 16),
         "audio_hidden_states": rand(1, 9, 16),
         "encoder_hidden_states": rand(1, size.text, TEXT),
@@ -237,6 +254,10 @@ def ltx2_call(size: Input) -> dict[str, Any]:
         "width": width,
         "audio_num_frames": 9,
     }
+    if padded:
+        valid = (torch.arange(size.text)[None] < size.text - padded).long()
+        call |= {"encoder_attention_mask": valid, "audio_encoder_attention_mask": valid}
+    return call
 
 
 def cosmos3_call(size: Input) -> dict[str, Any]:
@@ -361,9 +382,39 @@ PADDING = But(kind="xdit", why="xDiT attends to its own padding")
 HEIGHT = But(kind="fails", why="xDiT wants a height that the ranks divide", says="The height of the")
 NO_RING = But(kind="never", why="xDiT has no ring for it")
 MASK = But(kind="handed back", why="masked keys", says="attention_kwargs['attn_mask'] needs keys in order")
+BATCH = "each prompt of a batch attends to its own text where lengths differ"
+MASKED = "calls with masked keys are computed by SDPA where the attention backend ignores masks"
 HAS_HEADS = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
 WAN = {**HAS_HEADS, "in_channels": 16, "out_channels": 16, "text_dim": TEXT, "freq_dim": 32, "ffn_dim": WIDTH,
        "num_layers": 2}  # fmt: skip
+
+
+def hunyuan_video() -> torch.nn.Module:
+    return diffusers.HunyuanVideoTransformer3DModel(
+        **HAS_HEADS, num_layers=1, num_single_layers=1, num_refiner_layers=1, guidance_embeds=True,
+        text_embed_dim=TEXT, pooled_projection_dim=TEXT, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+
+
+def hunyuan_video15() -> torch.nn.Module:
+    return diffusers.HunyuanVideo15Transformer3DModel(
+        **HAS_HEADS, in_channels=33, out_channels=16, num_layers=2, num_refiner_layers=1, text_embed_dim=TEXT,
+        text_embed_2_dim=TEXT, image_embed_dim=TEXT, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+
+
+def qwen() -> torch.nn.Module:
+    return diffusers.QwenImageTransformer2DModel(
+        **HAS_HEADS, num_layers=2, joint_attention_dim=TEXT, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+
+def ltx2() -> torch.nn.Module:
+    return diffusers.LTX2VideoTransformer3DModel(
+        **HAS_HEADS, in_channels=16, out_channels=16, cross_attention_dim=WIDTH, audio_in_channels=16,
+        audio_out_channels=16, audio_num_attention_heads=4, audio_attention_head_dim=HEAD_DIM,
+        audio_cross_attention_dim=4 * HEAD_DIM, num_layers=2, caption_channels=TEXT, rope_type="split",
+    )  # fmt: skip
 
 
 def krea2() -> torch.nn.Module:
@@ -433,19 +484,31 @@ MODELS = (
     Model(
         name="HunyuanVideo",
         wrapper="transformer_hunyuan_video:xFuserHunyuanVideoTransformer3DWrapper",
-        build=lambda: diffusers.HunyuanVideoTransformer3DModel(
-            **HAS_HEADS, num_layers=1, num_single_layers=1, num_refiner_layers=1, guidance_embeds=True,
-            text_embed_dim=TEXT, pooled_projection_dim=TEXT, rope_axes_dim=(4, 6, 6)),
+        build=hunyuan_video,
         call=hunyuan_video_call,
+        but={"odd": But(kind="never", why="xDiT cuts the video unevenly")},
+    ),
+    Model(
+        name="HunyuanVideo, prompts of different length",
+        repaired=BATCH,
+        wrapper="transformer_hunyuan_video:xFuserHunyuanVideoTransformer3DWrapper",
+        build=hunyuan_video,
+        call=two_prompts(hunyuan_video_call, "encoder_attention_mask"),
         but={"odd": But(kind="never", why="xDiT cuts the video unevenly")},
     ),
     Model(
         name="HunyuanVideo 1.5",
         wrapper="transformer_hunyuan_video15:xFuserHunyuanVideo15Transformer3DWrapper",
-        build=lambda: diffusers.HunyuanVideo15Transformer3DModel(
-            **HAS_HEADS, in_channels=33, out_channels=16, num_layers=2, num_refiner_layers=1, text_embed_dim=TEXT,
-            text_embed_2_dim=TEXT, image_embed_dim=TEXT, rope_axes_dim=(4, 6, 6)),
+        build=hunyuan_video15,
         call=hunyuan_video15_call,
+        but={"odd": PADDING},
+    ),
+    Model(
+        name="HunyuanVideo 1.5, prompts of different length",
+        repaired=BATCH,
+        wrapper="transformer_hunyuan_video15:xFuserHunyuanVideo15Transformer3DWrapper",
+        build=hunyuan_video15,
+        call=two_prompts(hunyuan_video15_call, "encoder_attention_mask"),
         but={"odd": PADDING},
     ),
     Model(
@@ -472,9 +535,16 @@ MODELS = (
     Model(
         name="Qwen-Image",
         wrapper="transformer_qwen:xFuserQwenImageTransformerWrapper",
-        build=lambda: diffusers.QwenImageTransformer2DModel(
-            **HAS_HEADS, num_layers=2, joint_attention_dim=TEXT, axes_dims_rope=(4, 6, 6)),
+        build=qwen,
         call=qwen_call,
+        but={"odd": PADDING},
+    ),
+    Model(
+        name="Qwen-Image, prompts of different length",
+        repaired=BATCH,
+        wrapper="transformer_qwen:xFuserQwenImageTransformerWrapper",
+        build=qwen,
+        call=two_prompts(qwen_call, "encoder_hidden_states_mask"),
         but={"odd": PADDING},
     ),
     Model(
@@ -503,19 +573,28 @@ MODELS = (
     ),
     Model(
         name="Krea 2 with padded text",
+        repaired=MASKED,
         wrapper="transformer_krea2:xFuserKrea2Transformer2DWrapper",
         build=krea2,
         call=lambda size: krea2_call(size, padded=3),
-        but={"all": MASK},
+        but={
+            "2x2": But(kind="fails", why="a ring has no masks", says="use --sp-plan with ring=1"),
+            **dict.fromkeys(SIZES, MASK),
+        },
     ),
     Model(
         name="LTX-2",
         wrapper="transformer_ltx2:xFuserLTX2VideoTransformer3DWrapper",
-        build=lambda: diffusers.LTX2VideoTransformer3DModel(
-            **HAS_HEADS, in_channels=16, out_channels=16, cross_attention_dim=WIDTH, audio_in_channels=16,
-            audio_out_channels=16, audio_num_attention_heads=4, audio_attention_head_dim=HEAD_DIM,
-            audio_cross_attention_dim=4 * HEAD_DIM, num_layers=2, caption_channels=TEXT, rope_type="split"),
+        build=ltx2,
         call=ltx2_call,
+        but={"odd": PADDING},
+    ),
+    Model(
+        name="LTX-2 with padded text",
+        repaired=MASKED,
+        wrapper="transformer_ltx2:xFuserLTX2VideoTransformer3DWrapper",
+        build=ltx2,
+        call=lambda size: ltx2_call(size, padded=3),
         but={"odd": PADDING},
     ),
     Model(

@@ -1,8 +1,9 @@
-"""Tiny transformers through xDiT's wrappers on every rank. Usage: run_transformers.py FOLDER CASES
+"""Tiny transformers through xDiT's wrappers on every rank. Usage: run_transformers.py FOLDER CASES [MODEL ...]
 
-FOLDER holds the models of ``model_table.py``, saved; CASES is JSON, {case: flags}. For each model and size three
-results are compared: that of diffusers in one process, that of xDiT's wrapper with torus, and that of the same wrapper
-with xDiT's own USP in the same groups. Every rank prints ``@<{...}>@`` for each: a JSON object, see ``Measured``.
+FOLDER holds the models of ``model_table.py``, saved; CASES is JSON, {case: flags}; MODEL names some of them. For each
+model and size three results are compared: that of diffusers in one process, that of xDiT's wrapper with torus, and that
+of the same wrapper with xDiT's own USP in the same groups. Where the row names a repair, also that of xDiT without it.
+Every rank prints ``@<{...}>@`` for each: a JSON object, see ``Measured``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from xfuser.core.distributed import (
 )
 from xfuser.model_executor.layers.usp import attention
 
-from sf_xfuser import session
+from sf_xfuser import repairs, session
 
 
 @dataclass
@@ -48,9 +49,11 @@ class Measured:
     torus_single: float = float("nan")
     torus_xdit: float = float("nan")
     xdit_single: float = float("nan")
+    installed_single: float = float("nan")  # xDiT's own without repairs
     alone_single: float = float("nan")  # each rank attends to its own keys only: how much a wrong attention shows
     served: int = 0
     handed_back: dict[str, int] = field(default_factory=dict)
+    repaired: list[str] = field(default_factory=list)
     error: str = ""
 
 
@@ -98,13 +101,18 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     row.prepare(model, get_runtime_state(), size)
     torus = session.current.usp
     torus.served, torus.handed_back = 0, Counter()
+    repairs.used.clear()
     result = run()
     found.served, found.handed_back = torus.served, dict(torus.handed_back)
-    session.current.usp = None
-    try:
+    with session.xdits_own():
         xdit = run()
-    finally:
-        session.current.usp = torus
+        found.repaired = list(repairs.used)
+        if row.repaired:
+            args, session.current.args = session.current.args, None
+            try:
+                found.installed_single = difference(run(), single)
+            finally:
+                session.current.args = args
     torus.attend = own_keys_only
     try:
         alone = run()
@@ -138,11 +146,12 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    models = [row for row in MODELS if row.name in sys.argv[3:] or not sys.argv[3:]]
     for case, argv in json.loads(sys.argv[2]).items():
         parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
         engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args(argv)).create_config()
         engine_config.runtime_config.dtype = torch.float32
-        for row in MODELS:
+        for row in models:
             for name, size in SIZES.items():
                 exception = row.exception(case, name)
                 if exception is not None and exception.kind == "never":

@@ -1,0 +1,66 @@
+"""xDiT's own runner with a tiny Flux. Usage: runner.py FOLDER CASES
+
+FOLDER has the model as ``black-forest-labs/FLUX.1-dev``, its name in the runner's registry, and gets the results. CASES
+is JSON: names to argument lists of ``xfuser.runner``. Each case makes two requests in float32, and rank 0 writes the
+latents of both as NAME.pt. Every rank prints ``@@name rank text@@``: what ``explain()`` says and the requests that the
+mesh was told of, or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from run_pipelines import destroy_model_parallel  # the directory of a script is on its path
+from xfuser import xFuserArgs
+from xfuser.config import FlexibleArgumentParser
+from xfuser.runner import xFuserModelRunner
+
+import sf_xfuser
+from sf_xfuser.mesh import Mesh
+
+
+def run_case(name: str, argv: list[str]) -> None:
+    parser = xFuserArgs.add_runner_args(FlexibleArgumentParser())
+    arguments = vars(parser.parse_args(["--model", "FLUX.1-dev", "--output_directory", ".", *argv]))
+    runner = xFuserModelRunner(arguments)
+    asked = runner.preprocess_args(arguments)
+    runner.initialize(asked)
+    pipe = runner.model.pipe.to(torch.float32)  # the runner loads bfloat16, or float16 under PipeFusion
+    runner.model.engine_config.runtime_config.dtype = torch.float32
+    decoded, decode = [], pipe.vae.decode
+    pipe.vae.decode = lambda latents, **options: decoded.append(latents) or decode(latents, **options)
+    for seed in (1, 2):
+        output, _ = runner.run(asked | {"seed": seed})
+        runner.save(output=output)
+    held = [None] * dist.get_world_size()
+    dist.all_gather_object(held, decoded)
+    if dist.get_rank() == 0:
+        torch.save(next(latents for latents in held if latents), f"{name}.pt")
+
+
+def main() -> None:
+    os.chdir(sys.argv[1])
+    told: list[str] = []
+    begin_request = Mesh.begin_request
+    Mesh.begin_request = lambda mesh, what: told.append(what) or begin_request(mesh, what)
+    for name, argv in json.loads(sys.argv[2]).items():
+        told.clear()
+        try:
+            run_case(name, argv)
+            text = "\n".join([sf_xfuser.explain(), *(f"request: {what}" for what in told)])
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}"
+        print(f"@@{name} {os.environ['RANK']} {text}@@", flush=True)
+        destroy_model_parallel()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
