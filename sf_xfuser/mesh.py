@@ -112,9 +112,6 @@ class Mesh:
             return "a CUDA graph is being captured, and the transports have not been tried yet"
         return None if self.window is None else self.window.why_not_now()
 
-    def begin_request(self, what: str) -> None:
-        pass
-
     def reserve(self, nbytes: int) -> None:
         """From now on the window, where there is one, has ``nbytes`` for each call; the same on every rank. Collective
         between calls. Where that takes new memory, what was kept of calls is forgotten: it names the old."""
