@@ -120,7 +120,7 @@ class ControlPlane:
         """Collective over the ranks of ``store``. Raises RuntimeError where one does not come within ``timeout_s``."""
         self.address = own_address(store)
         self.timeout_s = timeout_s
-        self.doing: Callable[[], tuple[str, bool]] = lambda: ("has made no call yet", False)
+        self.doing: Callable[[], tuple[str, bool]] = _nothing
         self._members, self._position = members, position
         self._changed = threading.Condition()
         self._link: socket.socket | None = None
@@ -129,6 +129,8 @@ class ControlPlane:
         self._answers: dict[int, list[Any]] = {}
         self._count = 0
         self._met = False
+        self.session = ""
+        """The same on all ranks, and never the same twice: of the time since they have met."""
         self._waits_since: float | None = None
         self._sending = threading.Lock()
         self._hub: _Hub | None = None
@@ -178,6 +180,7 @@ class ControlPlane:
     def close(self) -> None:
         """Idempotent. Local: ranks that still wait for this one are told that it has closed."""
         atexit.unregister(self.close)
+        self.doing = _nothing
         with self._changed:
             self._failure = self._failure or f"rank {self._members[self._position]} has closed its mesh"
         self._leave()
@@ -207,10 +210,11 @@ class ControlPlane:
                 return text
         return None
 
-    def fail(self, text: str, *, own: bool) -> str:
+    def fail(self, text: str, *, own: bool, differs: bool = False) -> str:
         """This rank's call has failed: tell all ranks. ``own``: by an error of this rank's own, not by something that
-        did not come. Returns the verdict. Local; bounded by seconds."""
-        self._send(["fail", own, text])
+        did not come. ``differs``: by something that belongs to another call. Returns the verdict. Local; bounded by
+        seconds."""
+        self._send(["fail", own, text, differs])
         with self.waiting(), self._changed:
             self._changed.wait_for(lambda: self._failure is not None or 0 in self._gone, _VERDICT_S)
             if self._failure is not None:
@@ -324,6 +328,7 @@ class ControlPlane:
                 return
             if kind == "met":
                 self._met = True
+                self.session = rest[0]
                 self._count = 0
                 self._answers.clear()
             elif kind == "gathered":
@@ -333,6 +338,10 @@ class ControlPlane:
             elif kind == "gone":
                 self._gone.setdefault(rest[0], (rest[1], time.monotonic()))
             self._changed.notify_all()
+
+
+def _nothing() -> tuple[str, bool]:
+    return "is in no call", False
 
 
 class _Hub:
@@ -363,6 +372,7 @@ class _Hub:
         self._gathers: dict[int, tuple[dict[int, list[Any]], float]] = {}
         self._verdict: str | None = None
         self._symptoms: dict[int, str] = {}  # by position: what did not come
+        self._differ = False  # a rank was sent what belongs to another call
         self._doing: dict[int, list[Any]] = {}
         self._probe_until: float | None = None
         self._stopped = False
@@ -441,10 +451,11 @@ class _Hub:
         elif kind == "doing":
             self._doing[position] = rest
         elif kind == "fail":
-            own, text = rest
+            own, text, differs = rest
             if own:
                 return self._judge(f"{self._names[position]} failed: {text}")
             self._symptoms[position] = text
+            self._differ |= differs
             if self._probe_until is None:
                 self._probe_until = time.monotonic() + _PROBE_S
                 for peer in list(self._running):
@@ -469,9 +480,11 @@ class _Hub:
             self._verdict = self._probe_until = None
             self._gathers.clear()
             self._symptoms.clear()
+            self._differ = False
             self._doing.clear()
+            session = secrets.token_hex(8)
             for peer in list(self._running):
-                self._tell(peer, ["met"])
+                self._tell(peer, ["met", session])
         elif self._dead:
             self._refuse_meeting(f"{self._absent[min(self._dead)]}. Restart the job")
 
@@ -488,8 +501,8 @@ class _Hub:
         if len(said) == len(self._names):
             del self._gathers[number]
             if len({topic for topic, _ in said.values()}) > 1:
-                at = "; ".join(f"{self._names[w]}: {said[w][0]}" for w in sorted(said))
-                return self._judge(f"ranks make different calls ({at}). {_SAME_CALLS}")
+                topics = self._by_words({w: f"is at {topic!r}" for w, (topic, _) in said.items()})
+                return self._judge(f"ranks make different calls ({topics}). {_SAME_CALLS}")
             values = [said[w][1] for w in range(len(self._names))]
             for peer in list(self._running):
                 self._tell(peer, ["gathered", number, values])
@@ -554,16 +567,22 @@ class _Hub:
                 f"cannot be reached ({symptom})"
             )
         calls = {at: what for at, (what, is_call, _) in self._doing.items() if is_call}
-        idle = [f"{self._names[at]} {what}" for at, (what, is_call, _) in self._doing.items() if not is_call]
-        if idle and calls:
-            return f"{'; '.join(idle)}, while the other ranks wait for it ({symptom})"
+        idle = {at: what for at, (what, is_call, _) in self._doing.items() if not is_call}
+        if idle and calls and not self._differ:
+            return f"{self._by_words(idle)}, while the other ranks wait for it ({symptom})"
         if len(set(calls.values())) > 1:
-            seen = "; ".join(f"{self._names[w]} {calls[w]}" for w in sorted(calls))
-            return f"ranks make different calls ({seen}). {_SAME_CALLS}"
+            return f"ranks make different calls ({self._by_words(calls)}). {_SAME_CALLS}"
         busy = [self._names[at] for at, (_, _, waits) in self._doing.items() if waits is None]
         if busy and len(busy) < len(self._names):
             return f"{', '.join(busy)} computes, while the other ranks wait for it ({symptom})"
         return symptom
+
+    def _by_words(self, said: dict[int, str]) -> str:
+        """What ranks said, those that said the same together."""
+        by_words: dict[str, list[str]] = {}
+        for at in sorted(said):
+            by_words.setdefault(said[at], []).append(self._names[at])
+        return "; ".join(f"{', '.join(names)} {words}" for words, names in by_words.items())
 
     def _judge(self, verdict: str) -> None:
         self._verdict = verdict

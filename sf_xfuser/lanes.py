@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -20,7 +21,6 @@ from sf_xfuser.transport import (
     Shm,
     SymmMem,
     Transport,
-    TransportError,
     TwoSided,
     device,
     nvshmem,
@@ -42,42 +42,55 @@ XDITS = "xDiT's own collectives"
 
 @dataclass
 class Group:
-    """A process group of the global ``ranks``, and each position's rank in it. ``moves_chunks``: for lanes, else for
-    code that wants collectives. Made with its mesh, as all ranks of the
-    job have to come for that; made again by its own ranks alone where a failed call has ended it."""
+    """A process group of the global ``ranks``, which move chunks over it, and each position's rank in it. Made by these
+    ranks alone when a lane wants it, and again where a failed call has ended it."""
 
-    handle: dist.ProcessGroup
-    index: dict[int, int]
+    name: str
     ranks: Sequence[int]
+    index: dict[int, int]
     backend: str | None
     timeout_s: float
-    moves_chunks: bool
+    handle: dist.ProcessGroup | None = None
 
     def open(self, control: ControlPlane) -> dist.ProcessGroup:
-        """The group, made again if it has ended. Collective over ``control``."""
-        world = dist.distributed_c10d._world
-        ended = self.handle not in world.pg_map
-        # torch.distributed names a group that only its own ranks make by how many groups a rank is in.
-        said = control.gather("process group", [ended, len(world.pg_names)])
-        if not any(ended for ended, _ in said):
-            return self.handle
-        if len({tuple(each) for each in said}) > 1:
-            raise TransportError(
-                f"process groups cannot be made again after a failed call: ranks are in {[n for _, n in said]} groups; "
-                f"restart the job, or use a transport that needs none (--sp-transport auto or tcp)"
-            )
-        limit = timedelta(seconds=self.timeout_s)
-        make = partial(dist.new_group, self.ranks, backend=self.backend, timeout=limit, use_local_synchronization=True)
-        self.handle = bounded(make, PATIENCE * self.timeout_s, "making a process group again")
+        """Collective over ``ranks``, all of which are among those of ``control`` and come here equally often."""
+        if self.handle is None:
+            c10d = dist.distributed_c10d
+            # ``new_group`` would give it the name of an earlier one, and leave what that had put into the store there.
+            name: Any = f"sf_xfuser/{control.session}/{self.name}/{self.ranks[0]}"
+
+            def make() -> dist.ProcessGroup:
+                group, _ = c10d._new_process_group_helper(
+                    len(self.ranks),
+                    self.ranks.index(dist.get_rank()),
+                    list(self.ranks),
+                    c10d.Backend(self.backend or dist.get_backend()),
+                    c10d._get_default_store(),
+                    name,
+                    timeout=timedelta(seconds=self.timeout_s),
+                )
+                c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(self.ranks)}
+                return group  # type: ignore[no-any-return]
+
+            # NCCL's may make its communicator at once, for the device of this thread.
+            on_cpus = (self.backend or dist.get_backend()) == "gloo"
+            self.handle = bounded(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
         return self.handle
 
     def end(self) -> None:
-        """Release its connections and threads, whatever is on its way: peers that wait fail. Idempotent. Local."""
-        if dist.is_initialized() and self.handle in dist.distributed_c10d._world.pg_map:
-            if dist.get_backend(self.handle) == "gloo":
-                dist.destroy_process_group(self.handle)
-            else:  # destroying NCCL's would wait for what is on its way
-                dist.distributed_c10d._abort_process_group(self.handle)
+        """Release it, whatever is on its way. Idempotent. Local."""
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            end_group(handle)
+
+
+def end_group(handle: dist.ProcessGroup) -> None:
+    """Release the connections and threads of a process group. Idempotent. Local."""
+    if dist.is_initialized() and handle in dist.distributed_c10d._world.pg_map:
+        if dist.get_backend(handle) == "gloo":
+            dist.destroy_process_group(handle)
+        else:  # destroying NCCL's would wait for what is on its way
+            dist.distributed_c10d._abort_process_group(handle)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -29,7 +28,7 @@ from sf_xfuser.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.schedule import Lane
 from sf_xfuser.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.trace import Trace
-from sf_xfuser.transport import OneSided, Parcel, TransportError, Unusable, captures
+from sf_xfuser.transport import OneSided, OtherCall, Parcel, TransportError, Unusable, captures
 
 _CALLS_KEPT = 64
 _TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
@@ -51,7 +50,7 @@ class Mesh:
     later than here. ``compression``: of chunks between machines. Where heads do not divide, the two process groups are
     those of ``plan.even``. ``pieces``: how many pieces of attention were computed by what, and why.
 
-    ``groups``: all process groups made for it. ``number`` counts calls. ``requests`` and ``place`` (which layer the
+    ``groups``: those that lanes may be made of. ``number`` counts calls. ``requests`` and ``place`` (which layer the
     next call belongs to, where a caller knows) go into the identity of a call. ``failed``: the last call has, and ranks
     have to meet before the next one; ``dirty``: with something on its way, so that lanes have to be made again.
     ``begun``: a call has come to its first chunk, and not yet to its end.
@@ -176,7 +175,7 @@ class Mesh:
                 "two threads use one mesh at the same time, and ranks cannot tell their calls apart: make all calls of "
                 "a mesh from one thread"
             )
-            self.control.fail(str(error), own=True)
+            self._report(error)
             raise error
         try:
             if self.failed:
@@ -186,7 +185,7 @@ class Mesh:
             try:
                 given = check()
                 if (why := self.control.failure) is not None:
-                    raise TransportError(why)
+                    raise GroupError(why)
                 yield given
             except BaseException as error:
                 alike = error is self._refusal or (isinstance(error, Unusable) and not self.begun)
@@ -207,16 +206,21 @@ class Mesh:
     def _fail(self, error: BaseException) -> None:
         """This rank's call has failed with ``error``: so has it on all ranks. Raises TransportError in place of one
         that only says what did not come."""
+        own = self._is_own(error)
         verdict = self._report(error)
         self._abort()
-        if isinstance(error, (TransportError, GroupError)):
+        if not own:
             seen = str(error)
             raise TransportError(verdict if verdict in seen else f"{verdict}. Seen here: {seen}") from error
 
     def _report(self, error: BaseException) -> str:
-        if isinstance(error, GroupError) or (isinstance(error, TransportError) and self.begun):
-            return self.control.fail(str(error), own=False)
-        return self.control.fail(f"{type(error).__name__}: {error}", own=True)
+        own = self._is_own(error)
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return self.control.fail(words if own else str(error), own=own, differs=isinstance(error, OtherCall))
+
+    def _is_own(self, error: BaseException) -> bool:
+        """Whether it is of this rank's own making, not that something did not come."""
+        return not isinstance(error, GroupError) and not (isinstance(error, TransportError) and self.begun)
 
     def _abort(self) -> None:
         """No call until ranks have met. What has something on its way is closed, so that peers fail instead of
@@ -248,7 +252,9 @@ class Mesh:
                 self.lanes = self.transports[name](self.control) if name else {}
                 self.transport = name
         except BaseException as error:
-            self._report(error)
+            verdict = self._report(error)
+            if isinstance(error, GroupError):
+                raise TransportError(verdict) from error
             raise
         self.failed = self.dirty = False
 
@@ -283,6 +289,7 @@ class Mesh:
             lane.drain()
         for lane in dict.fromkeys(self.lanes.values()):
             lane.poison(result)
+        self.begun = False
 
     def close(self) -> None:
         """Release connections, threads, memory and process groups; idempotent. Local. No call may follow."""
@@ -290,14 +297,15 @@ class Mesh:
         self._close_lanes(failed=False)
         for group in self.groups:
             group.end()
+        for handle in (self.ulysses_group, self.ring_group):
+            lanes.end_group(handle)
 
     def _close_lanes(self, *, failed: bool) -> None:
         self.calls.clear()
         for lane in self.lanes.values():
             lane.close()
         for group in self.groups if failed else ():
-            if group.moves_chunks:
-                group.end()
+            group.end()
 
     def use(self, transport: str) -> None:
         """Make the lanes those of ``transports[transport]``. Collective between calls. Unusable where it cannot be had:
@@ -410,18 +418,23 @@ def build_mesh(
                 f"serve the inside of machines only, which has one rank each: use two_sided"
             )
     # Making groups is collective over the world: all of them come before anything that a rank may fail at.
-    made = [
-        _Groups(backend, args.timeout, grid.members, plan, for_lanes=with_groups)
-        for grid, plan in zip(grids, plans, strict=True)
-    ]
+    made = []
+    for grid, plan in zip(grids, plans, strict=True):
+        even, everyone = plan.even, range(len(grid.members))
+        ulysses, ring = (
+            _collective_groups(backend, args.timeout, grid.members, sorted(set(map(of, everyone))))
+            for of in (even.ulysses_group, even.ring_group)
+        )
+        made.append((ulysses, ring))
     index = next((n for n, grid in enumerate(grids) if rank in grid.members), None)
     if index is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
-    grid, plan, groups = grids[index], plans[index], made[index]
+    grid, plan, (ulysses, ring) = grids[index], plans[index], made[index]
     position = grid.members.index(rank)
     control = ControlPlane(world.of_group(index, grid.members), grid.members, position, PATIENCE * args.timeout)
     seat = Seat(plan.layout, grid.members, position, args.timeout)
-    transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], groups.lanes(position))
+    groups = _lane_groups(plan.layout, grid.members, position, backend, args.timeout) if with_groups else {}
+    transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], groups)
     if args.compress != "none":
         transports.pop("nvshmem", None)
     failure: TransportError | None = None
@@ -439,10 +452,10 @@ def build_mesh(
         topology=topology,
         position=position,
         lanes=connected,
-        ulysses_group=groups.ulysses(position),
-        ring_group=groups.ring(position),
+        ulysses_group=ulysses[position],
+        ring_group=ring[position],
         control=control,
-        groups=groups.mine(position),
+        groups=list(groups.values()),
         transport=transport,
         transports=transports,
         chosen="; ".join([text for text in [_why(args, len(transports)), *refusals] if text]),
@@ -510,50 +523,28 @@ def _plan(
     return plan
 
 
-class _Groups:
-    """The process groups of one sequence-parallel group, at whose machine-major places ``members`` are. Collective over
-    the world, as ``new_group`` is. ``for_lanes``: also those that lanes may be made of."""
-
-    def __init__(
-        self, backend: str | None, timeout_s: float, members: Sequence[int], plan: Plan, *, for_lanes: bool
-    ) -> None:
-        layout, even = plan.layout, plan.even
-        everyone = range(layout.world_size)
-
-        def make(parts: Iterable[Sequence[int]], moves_chunks: bool) -> list[Group]:
-            found = []
-            for positions in parts:
-                ranks = sorted(members[p] for p in positions)  # as new_group sorts them
-                limit = timedelta(seconds=timeout_s) if moves_chunks else None
-                new = partial(dist.new_group, ranks, backend=backend, timeout=limit)
-                # NCCL's may make its communicator at once, for the device of this thread.
-                handle = bounded(new, PATIENCE * timeout_s, "making process groups") if backend == "gloo" else new()
-                index = {p: ranks.index(members[p]) for p in positions}
-                found.append(Group(handle, index, ranks, backend, timeout_s, moves_chunks))
-            return found
-
-        machines = [[p for p in everyone if layout.machine(p) == n] for n in range(layout.num_machines)]
-        self._inside = make(machines, True) if for_lanes else []
-        self._across = make([everyone], True) if for_lanes else []
-        self._ulysses = make(sorted({even.ulysses_group(p) for p in everyone}), False)
-        self._ring = make(sorted({even.ring_group(p) for p in everyone}), False)
-
-    def mine(self, position: int) -> list[Group]:
-        """All that this rank is in."""
-        made = (*self._inside, *self._across, *self._ulysses, *self._ring)
-        return [group for group in made if position in group.index]
-
-    def lanes(self, position: int) -> dict[Lane, Group]:
-        """Those that lanes may be made of; none where not ``for_lanes``."""
-        found: dict[Lane, list[Group]] = {"inside": self._inside, "across": self._across}
-        return {lane: _of(groups, position) for lane, groups in found.items() if groups}
-
-    def ulysses(self, position: int) -> dist.ProcessGroup:
-        return _of(self._ulysses, position).handle
-
-    def ring(self, position: int) -> dist.ProcessGroup:
-        return _of(self._ring, position).handle
+def _collective_groups(
+    backend: str | None, timeout_s: float, members: Sequence[int], parts: Iterable[Sequence[int]]
+) -> dict[int, dist.ProcessGroup]:
+    """A process group for each of ``parts`` of the positions, by position. Collective over the world."""
+    found = {}
+    for positions in parts:
+        new = partial(dist.new_group, sorted(members[p] for p in positions), backend=backend)
+        # NCCL's may make its communicator at once, for the device of this thread.
+        handle = bounded(new, PATIENCE * timeout_s, "making process groups") if backend == "gloo" else new()
+        found.update(dict.fromkeys(positions, handle))
+    return found
 
 
-def _of(groups: Sequence[Group], position: int) -> Group:
-    return next(group for group in groups if position in group.index)
+def _lane_groups(
+    layout: Layout, members: Sequence[int], position: int, backend: str, timeout_s: float
+) -> dict[Lane, Group]:
+    """Process groups that the lanes of a position may be made of. Local: nothing is made yet."""
+    everyone = range(layout.world_size)
+    machine = [p for p in everyone if layout.machine(p) == layout.machine(position)]
+    parts: dict[Lane, Sequence[int]] = {"inside": machine, "across": everyone}
+    found = {}
+    for lane, positions in parts.items():
+        ranks = sorted(members[p] for p in positions)
+        found[lane] = Group(lane, ranks, {p: ranks.index(members[p]) for p in positions}, backend, timeout_s)
+    return found

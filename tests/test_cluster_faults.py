@@ -15,34 +15,15 @@ from tests.ranks.cluster_faults import NAMES, Found, Scenario, judge
 REASON = emulate.unavailable()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
-QUICK = ["4x1/tcp/cut:1:2", "4x1/tcp/stop:1:3", "4x1/tcp/kill:1", "2x2/auto/kill@attend:1", "2x2/auto/raise:1"]
-
-STORE = "operations of the c10d store wait without a limit when the link to it is cut"
-APART = "a call that fails on one rank before its first chunk: the peers reconnect, and that rank does not"
-TAKEN = "a call that fails on one rank before its first chunk: its peers take that rank's next call for it"
-# What fails today. A name leaves this list with the change that repairs it.
-KNOWN = {
-    "4x1/tcp/cut:1:ever": STORE,
-    "4x1/tcp/cut:0:ever": STORE,
-    "4x1/tcp/cut:0:ever/no-counts": STORE,
-    "4x1/tcp/cut:2:ever/no-counts/store:2": STORE,
-    "2x2/auto/cut:1:ever": STORE,
-    "4x1/tcp/cut@setup:1:ever": "torch.distributed makes process groups without our limit",
-    "4x1/tcp/cut:1+2:20": "the waits of one reconnection add up to more than 5 x timeout",
-    "4x1/tcp/grad:1": APART,
-    "2x2/auto/grad:1": APART,
-    "4x1/tcp/sigint:1/no-counts": APART,
-    "4x1/tcp/none:1/no-counts": f"{APART}; the error has no text",
-    "2x2/auto/none:0": f"{APART}; the error has no text",
-    "4x1/tcp/none:1/goes-on": f"{TAKEN}; the error has no text",
-    "4x1/tcp/grad:1/goes-on": TAKEN,
-    "2x2/auto/grad:1/goes-on": TAKEN,
-    "4x1/two_sided/grad:1/goes-on": TAKEN,
-}
-
-
-def marked(name: str):
-    return pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name]) if name in KNOWN else ())
+QUICK = [
+    "4x1/tcp/cut:1:2",
+    "4x1/tcp/stop:1:3",
+    "4x1/tcp/kill:0",
+    "4x1/tcp/kill:1/no-counts",
+    "4x1/two_sided/grad:1/goes-on",
+    "2x2/auto/kill@attend:1",
+    "2x2/auto/raise:1",
+]
 
 
 def fared(names: list[str], timeout: float) -> dict[str, dict]:
@@ -72,7 +53,7 @@ def test_ranks_fail_together_or_not_at_all(name, quick):
 
 @needs_namespaces
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [marked(name) for name in NAMES if name not in QUICK])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
 def test_more_faults(name, slow):
     assert slow[name]["bad"] == [], slow[name]
 

@@ -188,7 +188,7 @@ def test_lanes_whose_ranks_have_one_home(homes, lanes):
 def test_auto_tries_all_that_may_serve_gpus():
     layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
     seat = Seat(layout, range(4), 0, 1.0)
-    everyone = Group(None, dict(enumerate(range(4))), range(4), "nccl", 1.0, True)
+    everyone = Group("across", range(4), dict(enumerate(range(4))), "nccl", 1.0)
     groups = {"inside": everyone, "across": everyone}
     assert need_groups("auto", "nccl") and need_groups("two_sided", "gloo")
     assert not need_groups("auto", "gloo") and not need_groups("nvshmem", "nccl") and not need_groups(None, "nccl")

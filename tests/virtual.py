@@ -49,7 +49,7 @@ class ThreadControl:
     def hopeless(self, peers=()):
         return None
 
-    def fail(self, text, *, own):
+    def fail(self, text, *, own, differs=False):
         return text
 
     def close(self):

@@ -31,7 +31,7 @@ class Alone:
     def hopeless(self, peers: Collection[int] = ()) -> None:
         return None
 
-    def fail(self, text: str, *, own: bool) -> str:
+    def fail(self, text: str, *, own: bool, differs: bool = False) -> str:
         return text
 
     def close(self) -> None:

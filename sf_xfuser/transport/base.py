@@ -16,6 +16,10 @@ class TransportError(RuntimeError):
     """A transfer did not complete in time or its peer is gone. The group cannot be used any more."""
 
 
+class OtherCall(TransportError):
+    """A peer has sent what belongs to another call than this rank's."""
+
+
 class Unusable(TransportError):
     """A transport cannot be set up here: raised alike on every rank, with nothing on its way, so that all of them can
     take another one."""

@@ -53,7 +53,7 @@ from typing import Any, Literal
 import torch
 
 from sf_xfuser.control_plane import ControlPlane
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
+from sf_xfuser.transport.base import OneSided, OtherCall, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.block import grown
 
 _FOLDER = "/dev/shm"
@@ -250,7 +250,8 @@ class Shm(OneSided):
         if seen // _CHUNKS > due // _CHUNKS + 1:  # a peer ends its next call with this rank's help only
             self._fail(round, peer, due, seen, "it is calls ahead")
         if (identity := self._own.identity(peer, due // _CHUNKS)) != self._identity:
-            self._fail(round, peer, due, seen, f"it makes another call ({identity:08x}, not {self._identity:08x})")
+            text = f"it makes another call ({identity:08x}, not {self._identity:08x})"
+            self._fail(round, peer, due, seen, text, OtherCall)
         self._pause("read")
 
     def _await(self, round: int, peer: int, due: int) -> None:
@@ -287,8 +288,10 @@ class Shm(OneSided):
         if self.pause is not None:
             self.pause(where)
 
-    def _fail(self, round: int, peer: int, due: int, seen: int, why: str) -> None:
-        self._error = TransportError(
+    def _fail(
+        self, round: int, peer: int, due: int, seen: int, why: str, kind: type[TransportError] = TransportError
+    ) -> None:
+        self._error = kind(
             f"rank {self._members[self._position]} on {socket.gethostname()}: nothing came from rank "
             f"{self._members[peer]} in round {round}: {why}. Expected flag (call={due // _CHUNKS}, "
             f"chunk={due % _CHUNKS}), got (call={seen // _CHUNKS}, chunk={seen % _CHUNKS}) (shm, limit "

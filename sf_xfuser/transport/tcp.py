@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 
 from sf_xfuser.control_plane import ControlPlane, Greeter, not_inherited
-from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.base import OtherCall, Parcel, Ticket, Transport, TransportError
 
 UNSENT_BYTES = 128 << 10
 """How much of a chunk may wait in the kernel for the wire when the next one starts."""
@@ -230,7 +230,8 @@ class Tcp(Transport):
                 if seen != header:
                     text = "(call's identity, exchange, round, slot, bytes)"
                     expected, got = _HEADER.unpack(header), _HEADER.unpack(seen)
-                    return self._fail(f"expected {text} {expected} from rank {self._members[peer]}, got {got}")
+                    words = f"expected {text} {expected} from rank {self._members[peer]}, got {got}"
+                    return self._fail(words, OtherCall)
                 _receive_into(link, _bytes_of(parcel.packed()))
             except Exception as error:  # whatever it is, nobody else would hear of it
                 return self._fail(f"receiving {arrival.what} from rank {self._members[peer]} failed: {error}")
@@ -249,10 +250,10 @@ class Tcp(Transport):
             arrival.arrived_s = time.perf_counter()
             arrival.event.set()
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str, kind: type[TransportError] = TransportError) -> None:
         """The lane is of no more use, and its peers see that."""
         with self._lock:
-            self._error = self._error or self._failure(text)
+            self._error = self._error or kind(str(self._failure(text)))
             due, self._due = self._due, set()
         for arrival in due:
             arrival.event.set()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import queue
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.control_plane import ControlPlane
-from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.base import OtherCall, Parcel, Ticket, Transport, TransportError
+
+_LOOK_S = 0.05  # how often a waiting rank looks whether the call has failed elsewhere
 
 
 class TwoSided(Transport):
@@ -52,6 +56,9 @@ class TwoSided(Transport):
         self._arrived: list[torch.Tensor] = []  # labels, int64 [1]
         self._differs: torch.Tensor | None = None  # bool []: some label of the last call did
         self._posted: list[_Transfer] = []
+        self._waiter: threading.Thread | None = None
+        self._to_wait_for: queue.SimpleQueue[dist.Work | None] = queue.SimpleQueue()
+        self._waited_for: queue.SimpleQueue[RuntimeError | None] = queue.SimpleQueue()
 
     def begin_call(self, identity: int) -> None:
         """As ``Transport.begin_call``. Raises TransportError where the call before took chunks of another."""
@@ -59,7 +66,7 @@ class TwoSided(Transport):
         self._labelled.clear()
         differs, self._differs = self._differs, None
         if differs is not None and bool(differs):
-            raise TransportError(
+            raise OtherCall(
                 f"rank {dist.get_rank()} on {socket.gethostname()}: chunks of another call came in the last one, whose "
                 f"result is NaN (lane {self._lane}): ranks have made different calls"
             )
@@ -120,7 +127,7 @@ class TwoSided(Transport):
                 if self._bounds_itself:
                     work.wait()
                 else:
-                    work.wait(timedelta(seconds=self._timeout_s))
+                    self._wait_for_gloo(work)
         except RuntimeError as error:
             parcel = transfer.parcel
             what = (
@@ -128,6 +135,39 @@ class TwoSided(Transport):
                 f"{parcel.slot}, {parcel.nbytes} bytes)"
             )
             raise self._failure(what, error) from error
+
+    def _wait_for_gloo(self, work: dist.Work) -> None:
+        """Nothing ends a wait of gloo's but its time-out: another thread waits, so that this one hears of a failure."""
+        if self._waiter is None:
+            self._waiter = threading.Thread(target=self._run_waits, name="sf-xfuser gloo", daemon=True)
+            self._waiter.start()
+        self._to_wait_for.put(work)
+        while True:
+            try:
+                error = self._waited_for.get(timeout=_LOOK_S)
+            except queue.Empty:
+                if (why := self._control.hopeless()) is not None:
+                    raise RuntimeError(why) from None
+                continue
+            if error is not None:
+                raise error
+            return
+
+    def _run_waits(self) -> None:
+        while (work := self._to_wait_for.get()) is not None:
+            error: RuntimeError | None = None
+            try:
+                work.wait(timedelta(seconds=self._timeout_s))
+            except RuntimeError as raised:
+                error = raised
+            del work
+            self._waited_for.put(error)
+
+    def close(self) -> None:
+        """As ``Transport.close``. The process group stays; ``lanes.Group`` ends it."""
+        self._posted.clear()
+        self._arrived.clear()
+        self._to_wait_for.put(None)
 
     def _failure(self, what: str, error: Exception) -> TransportError:
         return TransportError(

@@ -132,8 +132,7 @@ class Scenario:
     def recovers(self) -> bool:
         """Whether all ranks live again, in a job that can go on."""
         lasting = self.kills or (self.kind in ("cut", "slow", "stop") and self.seconds is None)
-        stays = self.transport == "two_sided" and not self.passes_unnoticed
-        return not (lasting or stays or self.moment == "setup" or "goes-on" in self.options)
+        return not (lasting or self.moment == "setup" or "goes-on" in self.options)
 
     @property
     def attempts(self) -> int:
@@ -622,7 +621,8 @@ def judge(
         found.bad.append(f"a call took {found.longest_s:.0f} s")
     failed = {rank: [event for event in calls[rank] if "error" in event] for rank in scenario.survivors}
     found.errors = {rank: [f"{x['error']}: {x['text']}" for x in errors] for rank, errors in failed.items() if errors}
-    if any(not event["text"] for errors in failed.values() for event in errors):
+    texts = [event["text"] or event["error"] == "KeyboardInterrupt" for errors in failed.values() for event in errors]
+    if not all(texts):
         found.bad.append("an error without a word")
     if any(event["t"] < began for errors in failed.values() for event in errors):
         found.bad.append("an error before the fault")

@@ -1,0 +1,305 @@
+"""Rank side of test_apart.py: four ranks that come apart, over each transport; each case prints what a rank saw.
+
+Every result is compared with float64 attention over the tokens of all ranks, so a case says "right" or how far off."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cases import run_cases
+
+from sf_xfuser.all_gather import all_gather
+from sf_xfuser.args import TorusArgs
+from sf_xfuser.attention import torus_attention
+from sf_xfuser.mesh import build_mesh
+from sf_xfuser.transport import TransportError, shm
+
+shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
+
+TRANSPORTS = ("shm", "tcp", "two_sided")
+COUNTS = {"q_tokens": [16] * 4, "kv_tokens": [16] * 4}
+
+
+def mesh_of(transport, timeout=5.0, topology="2x2"):
+    args = TorusArgs(backend="torus", topology=topology, transport=transport, timeout=timeout)
+    return build_mesh([[0, 1, 2, 3]], args, heads=4)
+
+
+def qkv(rank, seed, tokens=16, dtype=torch.float32):
+    make = torch.Generator().manual_seed(1000 * seed + rank)
+    return [torch.randn(1, 4, tokens, 8, generator=make).to(dtype) for _ in range(3)]
+
+
+def right(out, rank, seed, tokens=16, dtype=torch.float32):
+    """Whether this is attention to the keys of all ranks."""
+    q, k, v = (torch.cat(x, 2).double() for x in zip(*(qkv(r, seed, tokens, dtype) for r in range(4)), strict=True))
+    wanted = F.scaled_dot_product_attention(q[:, :, tokens * rank : tokens * (rank + 1)], k, v)
+    off = float((out.double() - wanted).abs().max())
+    return "right" if off < 30 * torch.finfo(dtype).eps else f"off by {off:.1e}"
+
+
+def attempt(mesh, rank, seed, tokens=16, dtype=torch.float32, **changes):
+    """What came of one call: "right", how far it was off, or what it raised."""
+    counts = {"q_tokens": [tokens] * 4, "kv_tokens": [tokens] * 4}
+    q, k, v = changes.pop("qkv", None) or qkv(rank, seed, tokens, dtype)
+    try:
+        return right(torus_attention(q, k, v, mesh=mesh, **(counts | changes)), rank, seed, tokens, dtype)
+    except (ValueError, TypeError, RuntimeError, KeyboardInterrupt, ZeroDivisionError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def over_each(work):
+    return " | ".join(f"{transport}: {work(transport)}" for transport in TRANSPORTS)
+
+
+def fails_alone(transport, rank, **changes):
+    """Rank 1 alone makes a wrong call; what came of it, and of the three after it."""
+    mesh = mesh_of(transport)
+    attempt(mesh, rank, 9)
+    if rank == 1 and callable(changes.get("qkv")):
+        changes["qkv"] = changes["qkv"]()
+    first = attempt(mesh, rank, 0, **(changes if rank == 1 else {}))
+    said = [first, *(attempt(mesh, rank, seed) for seed in (1, 2, 3))]
+    mesh.close()
+    return ", ".join(said)
+
+
+def case_a_gradient(rank):
+    return over_each(lambda t: fails_alone(t, rank, qkv=lambda: [x.requires_grad_() for x in qkv(1, 0)]))
+
+
+def case_no_query(rank):
+    return over_each(lambda t: fails_alone(t, rank, qkv=lambda: [None, *qkv(1, 0)[1:]]))
+
+
+def case_counts_of_another_type(rank):
+    return over_each(lambda t: fails_alone(t, rank, q_tokens=16))
+
+
+def case_attention_raises(rank):
+    def attend(q, k, v):
+        raise ZeroDivisionError("as it should")
+
+    return over_each(lambda t: fails_alone(t, rank, attend=attend))
+
+
+def case_interrupted_while_counts_are_exchanged(rank):
+    def work(transport):
+        mesh = mesh_of(transport)
+        attempt(mesh, rank, 9, q_tokens=None, kv_tokens=None)
+        if rank == 1:
+            signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+        if rank == 3:
+            time.sleep(0.5)
+        said = [attempt(mesh, rank, seed, q_tokens=None, kv_tokens=None) for seed in range(3)]
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
+def case_two_known_calls_in_another_order(rank):
+    """Of other sizes, and of other dtypes of one size."""
+
+    def work(transport):
+        mesh, said = mesh_of(transport, timeout=1.0), []
+        for kinds in (({"tokens": 16}, {"tokens": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
+            for kind in kinds:
+                attempt(mesh, rank, 9, **kind)
+            said += [attempt(mesh, rank, 0, **kind) for kind in (kinds if rank != 1 else kinds[::-1])]
+            said.append(attempt(mesh, rank, 1))
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
+def case_counts_that_contradict(rank):
+    """Each rank's own count is right; rank 2 says that rank 0 has a token more."""
+
+    def work(transport):
+        mesh = mesh_of(transport, timeout=1.0)
+        wrong = {"kv_tokens": [17, 16, 16, 16]} if rank == 2 else {}
+        said = [attempt(mesh, rank, 0, **wrong), attempt(mesh, rank, 1), attempt(mesh, rank, 2, **wrong)]
+        said.append(attempt(mesh, rank, 3))
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
+def case_another_request(rank):
+    """Rank 3 has left out a request, and one layer of the next: nothing but what was said of them differs."""
+
+    def work(transport):
+        mesh, said = mesh_of(transport, timeout=1.0), []
+        for seed, what in enumerate(["a cat", "a dog" if rank != 3 else "a cow"]):
+            mesh.begin_request(what)
+            said.append(attempt(mesh, rank, seed))
+        mesh.begin_request("a cow")
+        said.append(attempt(mesh, rank, 2))  # ranks meet
+        for place in ("first", "second" if rank != 3 else "third"):
+            mesh.place = place
+            said.append(attempt(mesh, rank, 3))
+        mesh.place = ""
+        said.append(attempt(mesh, rank, 4))
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
+def case_requests_without_lanes(rank):
+    """--sp-backend usp: xDiT's own collectives carry nothing of ours."""
+    mesh = build_mesh([[0, 1, 2, 3]], TorusArgs(backend="usp", topology="2x2", timeout=5.0), heads=4)
+    said = []
+    for what in ("a cat", "a dog" if rank != 3 else "a cow", "a cow"):
+        try:
+            mesh.begin_request(what)
+            said.append("right")
+        except ValueError as error:
+            said.append(f"ValueError: {error}")
+    mesh.close()
+    return ", ".join(said)
+
+
+def case_two_threads(rank):
+    """The second thread's call comes while the first one computes."""
+    mesh = mesh_of("tcp")
+    attempt(mesh, rank, 9)
+    computing, told = threading.Event(), []
+
+    def attend(q, k, v):
+        computing.set()
+        time.sleep(0.3)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v), q.new_zeros(q.shape[:3])
+
+    other = threading.Thread(target=lambda: (computing.wait(), told.append(attempt(mesh, rank, 1))))
+    if rank == 2:
+        other.start()
+    first = attempt(mesh, rank, 0, attend=attend)
+    if rank == 2:
+        other.join()
+    dist.barrier()
+    if first == "right":  # a rank whose own call was over hears of it at its next
+        first = attempt(mesh, rank, 2)
+    dist.barrier()
+    said = f"{told and told[0]}, {first}, {attempt(mesh, rank, 3)}"
+    mesh.close()
+    return said
+
+
+def case_meet_after_failing_at_different_times(rank):
+    """Rank 0 stays away while the others try in vain to meet, more often than it does; then all live and meet."""
+    mesh = mesh_of("tcp", timeout=0.3)
+    attempt(mesh, rank, 9)
+    tries = 0
+    attempt(mesh, rank, 0, **({"attend": lambda *_: 1 / 0} if rank == 1 else {}))
+    if rank == 0:
+        time.sleep(4.0)
+    else:
+        while tries < 2:
+            tries += "right" not in attempt(mesh, rank, 1)
+    dist.barrier()
+    said = attempt(mesh, rank, 2)
+    mesh.close()
+    return said
+
+
+def case_one_rank_cannot_make_a_transport(rank):
+    """While auto tries them: the next call tries again on all ranks."""
+    mesh = mesh_of("auto")
+    connect = mesh.transports["tcp"]
+
+    def fail(control):
+        raise TransportError("as it should")
+
+    if rank == 2:
+        mesh.transports["tcp"] = fail
+    said = [attempt(mesh, rank, 0)]
+    if rank == 2:
+        mesh.transports["tcp"] = connect
+    said += [attempt(mesh, rank, 1), mesh.transport if "fastest of shm" in mesh.chosen else mesh.chosen]
+    mesh.close()
+    return ", ".join(said)
+
+
+def case_closing_keeps_nothing(rank):
+    """Descriptors and threads after one mesh of each transport, and after ten."""
+    seen = []
+    for n in range(11):
+        for transport in TRANSPORTS:
+            mesh = mesh_of(transport)
+            attempt(mesh, rank, 0)
+            mesh.close()
+            mesh.close()
+        dist.barrier()
+        if n in (0, 10):
+            seen.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    more = [after - before for before, after in zip(*seen, strict=True)]
+    return f"{more[0]} descriptors and {more[1]} threads more" if max(more) > 2 else "nothing"
+
+
+def case_a_model_output(rank):
+    """Parts of all ranks in their order: lengths that differ, layouts with and without a ring, each transport."""
+    said = set()
+    for transport in TRANSPORTS:
+        for topology, heads in (("2x2", 4), ("1x4", 2), ("4x1", 2), ("2x2", 1)):
+            args = TorusArgs(backend="torus", topology=topology, transport=transport, timeout=5.0)
+            mesh = build_mesh([[0, 1, 2, 3]], args, heads=heads)
+            for dim in (0, 1, -1):
+                for lengths in ([3, 3, 3, 3], [3, 2, 0, 5]):
+                    parts = [torch.randn(*(2, 4, 6)[:2], n).movedim(2, dim) for n in lengths]
+                    parts = [torch.arange(x.numel()).view(x.shape) + 100.0 * r for r, x in enumerate(parts)]
+                    uneven = len(set(lengths)) > 1
+                    for _ in range(2):
+                        out = all_gather(parts[rank], dim, mesh, uneven=uneven)
+                        said.add(bool(torch.equal(out, torch.cat(parts, dim))))
+            mesh.close()
+    return f"{said}"
+
+
+def case_a_model_output_of_other_shape(rank):
+    mesh = mesh_of("shm")
+    said = []
+    for shape in ((2, 3 + (rank == 1)), (2, 3)):
+        try:
+            said.append(str(list(all_gather(torch.ones(shape), 0, mesh).shape)))
+        except ValueError as error:
+            said.append(f"ValueError: {error}")
+    mesh.close()
+    return ", ".join(said)
+
+
+def case_labels_in_place_of_tags(rank):
+    """As over NCCL, which has no tags: chunks of the same sizes that belong to another call."""
+    mesh = mesh_of("two_sided")
+    for lane in mesh.lanes.values():
+        lane._labels = True
+    said = [attempt(mesh, rank, 9)]
+    mesh.place = "here" if rank != 3 else "there"
+    said += [attempt(mesh, rank, 0), attempt(mesh, rank, 1)]
+    mesh.place = ""
+    said.append(attempt(mesh, rank, 2))
+    mesh.close()
+    return ", ".join(said)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    with contextlib.suppress(KeyboardInterrupt):
+        run_cases(globals(), sys.argv[1:], ())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
