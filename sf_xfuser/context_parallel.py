@@ -327,11 +327,12 @@ class TorusContextParallel(DropIn):
             _watch(type(processor), name)
 
     def _require_same(self, model: str, given: Mapping[str, Any]) -> None:
-        """Raise RuntimeError on every rank unless all have the same inputs. Collective for inputs of new shapes; no
-        others are compared, since a GPU would have to be waited for."""
-        shapes = ", ".join(f"{name} {description}" for name, description, _ in _described(given))
+        """Raise RuntimeError on every rank unless all have the same inputs. Collective. On GPUs, which would have to be
+        waited for, only inputs of new shapes are compared."""
+        described = list(_described(given))
+        shapes = ", ".join(f"{name} {description}" for name, description, _ in described)
         self.mesh.begin_request(f"{model}: {shapes}")
-        if shapes in self._seen:
+        if shapes in self._seen and not all(x is None or x.device.type == "cpu" for *_, x in described):
             return
         mine = {name: (description, values.tolist()) for name, (description, values) in _inputs_summary(given).items()}
         with self.mesh.call():

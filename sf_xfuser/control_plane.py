@@ -40,6 +40,7 @@ _STRANGERS = 256  # connections that have not said who they are; the oldest make
 _SEND_S = 2.0  # a peer that takes nothing for so long is treated as gone
 _RETRY_S = 2.0  # one attempt to reach the hub; a link that comes back is then found soon
 _PROBE_S = 0.8  # for all ranks to say what they are doing
+_OWN_S = 0.3  # and then for one of them to say that it has failed by itself
 _VERDICT_S = 2.0  # for a verdict to arrive, the probe included
 _GONE_S = 0.5  # a rank that is gone may have sent all that this one waits for: look once more after so long
 
@@ -460,8 +461,12 @@ class _Hub:
                 self._probe_until = time.monotonic() + _PROBE_S
                 for peer in list(self._running):
                     self._tell(peer, ["probe"])
-        if self._probe_until is not None and (self._absent or len(self._doing) == len(self._names)):
-            self._judge(self._culprit())
+        if self._probe_until is not None:
+            everyone = len(self._doing) == len(self._names)
+            if self._absent or (everyone and self._differ):
+                self._judge(self._culprit())
+            elif everyone:  # a rank that fails by itself may still say so
+                self._probe_until = min(self._probe_until, time.monotonic() + _OWN_S)
 
     def _meet(self, link: socket.socket, position: int, timeout_s: float) -> None:
         before = self._meeting.pop(position, None)

@@ -189,17 +189,20 @@ def case_what_the_dead_left_is_removed(rank):
             shm._Segment.create(64, 4096, 2)
             os._exit(0)
         os.waitpid(child, 0)
+    plain = Path(f"/dev/shm/{shm._PREFIX}{os.geteuid()}-{rank:032x}")  # a file of this user's that looks like one
+    plain.write_text("somebody's")
     dist.barrier()
     before = {name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)}
     dist.barrier()
     transport().close()  # sees to it
     dist.barrier()
     removed = before - set(os.listdir("/dev/shm"))
-    kept = os.path.exists(mine.path)
+    kept = os.path.exists(mine.path), plain.exists()
     dist.barrier()
     mine.unlink()
     mine.close()
-    return f"removed {len(removed)} of {len(before)}, kept the living: {kept}"
+    plain.unlink(missing_ok=True)
+    return f"removed {len(removed)} of {len(before)}, kept the living and the plain: {kept}"
 
 
 def case_nothing_comes(rank):
@@ -322,6 +325,25 @@ def with_memory_of(pages, rank, tokens):
 def case_auto_does_without_too_little_memory(rank):
     """Which rank 2 says once it knows how large a window the first call needs."""
     return with_memory_of(16, rank, tokens=600)
+
+
+def case_auto_chooses_again(rank):
+    """shm was chosen, and then comes a call whose window does not fit on rank 2; and one that would fit again."""
+    mesh = mesh_of("auto")
+    call(mesh, inputs(rank, 0))
+    mesh.use("shm")
+    said = []
+    mesh.log = said.append
+    kept = os.fstatvfs
+    if rank == 2:
+        os.fstatvfs = lambda file: SimpleNamespace(f_bavail=16, f_frsize=4096)
+    try:
+        out = call(mesh, inputs(rank, 1, 600), 600)
+    finally:
+        os.fstatvfs = kept
+    assert torch.equal(out, call(mesh_of("tcp"), inputs(rank, 1, 600), 600))
+    call(mesh, inputs(rank, 0))
+    return f"{mesh.transport}, {mesh.chosen}; {said[0]}"
 
 
 def case_auto_does_without_any_memory(rank):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
 import sys
+import threading
 import time
 
 import torch
@@ -129,26 +131,38 @@ def case_use_after_close(rank):
 
 
 def case_strangers(rank):
-    """Before each rank's peers come, two who say the wrong thing, one who hangs up and one who says nothing."""
+    """Before each rank's peers come, two who say the wrong thing, one who hangs up, ten who say nothing, and one who
+    says a byte at a time: none keeps anybody waiting."""
     create_server, strangers = socket.create_server, []
 
     def beset(address, **options):
         listener = create_server(address, **options)
         impostor = tcp._HELLO.pack(os.urandom(16), 0, rank + 1)  # a peer that is due, but for the token
-        for said in (impostor, os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", None):
+        quiet = [None] * 10
+        for said in (impostor, os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", *quiet):
             stranger = socket.create_connection(listener.getsockname())
             strangers.append(stranger)
             if said is not None:
                 stranger.sendall(said)
                 stranger.shutdown(socket.SHUT_WR)
+
+        def trickle():
+            with contextlib.suppress(OSError):
+                for byte in impostor:
+                    strangers[-1].send(bytes([byte]))
+                    time.sleep(0.2)
+
+        threading.Thread(target=trickle, daemon=True).start()
         return listener
 
-    tcp._HELLO_SECONDS = 1.0
+    control = ControlPlane(Agreement.of_world(5.0), [0, 1, 2], rank, 5.0)
     socket.create_server = beset
+    started = time.monotonic()
     try:
-        lane = join()
+        lane = tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, 5.0)["across"]
     finally:
         socket.create_server = create_server
+    assert time.monotonic() - started < 3
     wanted = [parcel_of(torch.zeros(4), peer, 0) for peer in PEERS[rank]]
     lane.exchange(0, [parcel_of(torch.full((4,), float(rank)), peer, 0) for peer in PEERS[rank]], wanted).wait()
     return "from " + " ".join(str(int(parcel.parts[0].sum()) // 4) for parcel in wanted)
