@@ -35,14 +35,13 @@ def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: 
     Once a shape has been seen, nothing but chunks is exchanged. Raises ValueError on every rank when ranks disagree,
     RuntimeError when a rank is missing and TransportError when a transfer is not done in time.
     """
-    input = input.resolve_conj().resolve_neg()  # transports move memory as it is
+    with mesh.call(lambda: input.resolve_conj().resolve_neg()) as given:  # transports move memory as it is
 
-    def call() -> torch.Tensor:
-        _agree(mesh, input, scatter_dim, gather_dim)
-        return _run(input, scatter_dim, gather_dim, mesh)
+        def call() -> torch.Tensor:
+            _agree(mesh, given, scatter_dim, gather_dim)
+            return _run(given, scatter_dim, gather_dim, mesh)
 
-    with mesh.call():
-        return mesh.attempt(call, call, input.device)
+        return mesh.attempt(call, call, given.device)
 
 
 def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:

@@ -61,10 +61,12 @@ def hooks(in_force: Callable[[], bool], note: Callable[[str], None], hook: Calla
             if mask is None:
                 mask = torch.zeros(batch * tokens, dtype=torch.bool, device=key.device)
                 mask = mask.index_fill(0, indices, True).view(batch, 1, 1, tokens)
-            if mask.shape[-1] != tokens:
+            from xfuser.core.distributed import get_ring_parallel_world_size
+
+            if get_ring_parallel_world_size() > 1:
                 raise NotImplementedError(
-                    f"a mask of {mask.shape[-1]} keys for {tokens} keys: a ring sees the keys of one rank at a time; "
-                    f"use --sp-plan with ring=1 for text that is padded"
+                    f"masked keys in a ring, which sees the {tokens} keys of one rank at a time and merges results "
+                    f"that SDPA does not give: use --sp-plan with ring=1 for text that is padded"
                 )
             note("calls with masked keys are computed by SDPA where the attention backend ignores masks")
             kwargs["attention_kwargs"] = {"attn_mask": mask}

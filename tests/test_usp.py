@@ -31,7 +31,7 @@ if version("xfuser") < "0.7":
     PADDED, WITH_A_RING, SHAPES = (), {}, 6
     del HANDED_BACK["fp8 communication"]
 # xDiT's own ring cannot run these either
-RING_REFUSES = {"causal", "backend without lse", "mask", "extra Ulysses inputs"}
+RING_REFUSES = {"causal", "backend without lse", "mask", "indices_k", "extra Ulysses inputs"}
 
 
 def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 context_parallel.py FOLDER CASE...     # FOLDER hold
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -674,11 +675,34 @@ def case_other_seeds(rank: int) -> str:
     try:
         call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
     except RuntimeError as error:
-        said = f"{error}; {difference(call(), wanted, torus)}"
+        said = str(error)
+    found = call()
     try:  # shapes that have been compared before
         call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
     except RuntimeError as error:
-        return f"{said}; {'again' if 'different inputs' in str(error) else error}"
+        again = "again" if "different inputs" in str(error) else str(error)
+    return f"{said}; {difference(found, wanted, torus)}; {again}"
+
+
+def case_a_hook_raises_on_one_rank(rank: int) -> str:
+    """In the middle of a forward; that rank goes on to the next one, which its peers must not take for theirs."""
+    model, call = flux()
+    wanted = call()
+    torus = sf_xfuser.parallelize(model, args=args())
+    call()
+
+    def raise_once(*_):
+        hook.remove()
+        raise KeyError("as it should")
+
+    if rank == 1:
+        hook = model.single_transformer_blocks[0].register_forward_pre_hook(raise_once)
+        with contextlib.suppress(KeyError):
+            call()
+    try:
+        call()
+    except RuntimeError as error:
+        return f"{'named' if 'rank 1 on' in str(error) else error}; {difference(call(), wanted, torus)}"
 
 
 def case_other_shapes(rank: int) -> None:
