@@ -226,7 +226,7 @@ class Mesh:
         """No call until ranks have met. What has something on its way is closed, so that peers fail instead of
         waiting."""
         self.failed = True
-        if self.begun or self.dirty:
+        if self.begun or self.dirty or any(lane.enqueues for lane in self.lanes.values()):
             self.dirty = True
             self._close_lanes(failed=True)
 

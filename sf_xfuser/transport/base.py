@@ -116,6 +116,8 @@ class Transport(ABC):
         self._identity = identity
 
     _identity = 0
+    enqueues = False
+    """Whether waits are enqueued on a GPU, so that a call may fail after its host has ended it."""
 
     @abstractmethod
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:

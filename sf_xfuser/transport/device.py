@@ -74,6 +74,7 @@ class DeviceWindow(OneSided):
 
     name: ClassVar[str]
     halves = 2
+    enqueues = True
     _sharing = 1  # ranks of the group on this GPU, all of which need room at once
 
     def __init__(

@@ -50,8 +50,8 @@ class TwoSided(Transport):
         self._lane = lane
         self._timeout_s = timeout_s
         self._control = control
-        self._bounds_itself = dist.get_backend(group) != "gloo"  # NCCL's watchdog does
-        self._labels = self._bounds_itself if labels is None else labels
+        self.enqueues = dist.get_backend(group) != "gloo"  # NCCL's watchdog bounds its waits
+        self._labels = self.enqueues if labels is None else labels
         self._labelled: set[tuple[str, int]] = set()  # in this call: directions and peers
         self._arrived: list[torch.Tensor] = []  # labels, int64 [1]
         self._differs: torch.Tensor | None = None  # bool []: some label of the last call did
@@ -124,7 +124,7 @@ class TwoSided(Transport):
             return
         try:
             with self._control.waiting():
-                if self._bounds_itself:
+                if self.enqueues:
                     work.wait()
                 else:
                     self._wait_for_gloo(work)
