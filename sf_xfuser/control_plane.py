@@ -36,6 +36,7 @@ from sf_xfuser.args import environment
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")  # token, position
 _LENGTH = struct.Struct("!I")
+_MOST_BYTES = 64 << 20  # of a message
 _STRANGERS = 256  # connections that have not said who they are; the oldest makes room
 _SEND_S = 2.0  # a peer that takes nothing for so long is treated as gone
 _RETRY_S = 2.0  # one attempt to reach the hub; a link that comes back is then found soon
@@ -295,10 +296,11 @@ class ControlPlane:
 
     def _listen(self, link: socket.socket) -> None:
         buffer = _Frames()
-        link.settimeout(None)
         while True:
             try:
                 data = link.recv(1 << 16)
+            except TimeoutError:  # of sends, which share it
+                continue
             except OSError:
                 data = b""
             if not data:
@@ -433,9 +435,12 @@ class _Hub:
             data = b""
         if not data:
             return self._lost(link, "is gone: its process ended", dead=True)
-        for message in self._frames[link].feed(data):
-            if link in self._ranks_of:
-                self._hear(link, self._ranks_of[link], message)
+        try:
+            for message in self._frames[link].feed(data):
+                if link in self._ranks_of:
+                    self._hear(link, self._ranks_of[link], message)
+        except ValueError:  # a rank that was interrupted while it sent
+            self._lost(link, "was interrupted in a message")
 
     def _hear(self, link: socket.socket, position: int, message: list[Any]) -> None:
         kind, *rest = message
@@ -627,6 +632,8 @@ class _Frames:
         self._data += data
         while len(self._data) >= _LENGTH.size:
             (count,) = _LENGTH.unpack_from(self._data)
+            if count > _MOST_BYTES:
+                raise ValueError(f"a message of {count} bytes")
             if len(self._data) < _LENGTH.size + count:
                 return
             body = bytes(self._data[_LENGTH.size : _LENGTH.size + count])
