@@ -31,7 +31,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(TEST_ARGS)
 
-# As test, and those marked slow: half an hour.
+# As test, and those marked slow, 55 faults on the emulated cluster among them: an hour.
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "slow or not slow" $(TEST_ARGS)
 

@@ -273,7 +273,7 @@ def case_a_transport_cannot_be_tried(rank):
     mesh, tensors = mesh_of("auto"), inputs(rank, 0)
     connect = mesh.transports["tcp"]
 
-    def fail(agreement):
+    def fail(control):
         raise TransportError("as it should")
 
     mesh.transports["tcp"] = fail
