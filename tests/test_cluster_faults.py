@@ -122,4 +122,4 @@ def test_a_scenario_that_nobody_knows_is_refused(name):
 
 def test_every_scenario_of_the_table_is_known():
     assert len({Scenario.parse(name) for name in NAMES}) == len(NAMES) >= 30
-    assert {*QUICK, *KNOWN} <= {*NAMES} and KNOWN.keys().isdisjoint(QUICK)
+    assert {*QUICK} <= {*NAMES}
