@@ -38,6 +38,9 @@ CASES = {
         )
         for rank in range(4)
     ),
+    "interrupted_while_it_fails": each("right"),
+    "interrupted_between_two_lines": ("right",) * 4,
+    "use_after_close": (r"(RuntimeError: this mesh has been closed[^,]*, and no call[^,]*(, |$)){2}",) * 4,
     "two_known_calls_in_another_order": each(
         OTHER_CALLS, "ValueError: q_tokens and kv_tokens must be the same[^|]*?", "right",
         OTHER_CALLS, "ValueError: ranks disagree on shape, dtype[^|]*?", "right",
@@ -64,6 +67,7 @@ CASES = {
     "closing_keeps_nothing": ("nothing",) * 4,
     "a_model_output": (r"\{True\}",) * 4,
     "a_model_output_of_other_shape": (r"ValueError: ranks disagree on an all-gather.*, \[8, 3\]",) * 4,
+    "a_model_output_at_another_dimension": (rf"{OTHER_CALLS}at 0[^|]*?at 1.*",) * 4,
     "labels_in_place_of_tags": (r"right, off by nan, TransportError: .*ranks .*different calls.*, right",) * 4,
 }  # fmt: skip
 

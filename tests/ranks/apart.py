@@ -28,9 +28,9 @@ TRANSPORTS = ("shm", "tcp", "two_sided")
 COUNTS = {"q_tokens": [16] * 4, "kv_tokens": [16] * 4}
 
 
-def mesh_of(transport, timeout=5.0, topology="2x2"):
+def mesh_of(transport, timeout=5.0, topology="2x2", heads=4):
     args = TorusArgs(backend="torus", topology=topology, transport=transport, timeout=timeout)
-    return build_mesh([[0, 1, 2, 3]], args, heads=4)
+    return build_mesh([[0, 1, 2, 3]], args, heads=heads)
 
 
 def qkv(rank, seed, tokens=16, dtype=torch.float32):
@@ -105,6 +105,50 @@ def case_interrupted_while_counts_are_exchanged(rank):
         return ", ".join(said)
 
     return over_each(work)
+
+
+def case_interrupted_while_it_fails(rank):
+    """Rank 1 has sent chunks when Ctrl-C comes, and again before it has told anybody: nobody takes its next call for
+    this one."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def work(transport):
+        mesh, said = mesh_of(transport, timeout=1.0, heads=2), []
+        attempt(mesh, rank, 9)
+        fail = mesh.control.fail
+        if rank == 1:
+            mesh.control.fail = interrupted
+        said.append(attempt(mesh, rank, 0, **({"attend": interrupted} if rank == 1 else {})))
+        mesh.control.fail = fail
+        if rank == 1 or said == ["right"]:  # who has not heard of it does now
+            said.append(attempt(mesh, rank, 1))
+        dist.barrier()
+        said = [attempt(mesh, rank, 2), *(text for text in said if "off" in text)]
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
+def case_interrupted_between_two_lines(rank):
+    """Of the call's own, before it has begun: the thread is not taken for another one afterwards."""
+    mesh = mesh_of("tcp", timeout=1.0)
+    attempt(mesh, rank, 9)
+    if rank == 1:
+        mesh._user[""] = threading.get_ident()
+    said = attempt(mesh, rank, 0)
+    mesh.close()
+    return said
+
+
+def case_use_after_close(rank):
+    mesh = mesh_of("tcp")
+    attempt(mesh, rank, 9)
+    dist.barrier()
+    mesh.close()
+    return f"{attempt(mesh, rank, 0)}, {attempt(mesh, rank, 1)}"
 
 
 def case_two_known_calls_in_another_order(rank):
@@ -278,6 +322,19 @@ def case_a_model_output_of_other_shape(rank):
             said.append(f"ValueError: {error}")
     mesh.close()
     return ", ".join(said)
+
+
+def case_a_model_output_at_another_dimension(rank):
+    """All parts are square, and both gathers known."""
+    mesh, part = mesh_of("shm", timeout=1.0), torch.ones(3, 3)
+    for dim in (0, 1):
+        all_gather(part, dim, mesh)
+    try:
+        said = str(all_gather(part, int(rank == 1), mesh).shape)
+    except TransportError as error:
+        said = f"TransportError: {error}"
+    mesh.close()
+    return said
 
 
 def case_labels_in_place_of_tags(rank):
