@@ -68,6 +68,16 @@ CASES = {
     "a_model_output": (r"\{True\}",) * 4,
     "a_model_output_of_other_shape": (r"ValueError: ranks disagree on an all-gather.*, \[8, 3\]",) * 4,
     "a_model_output_at_another_dimension": (rf"{OTHER_CALLS}at 0[^|]*?at 1.*",) * 4,
+    "inputs_compared_on_some_ranks_only": tuple(
+        rf"{'' if rank == 1 else r'TransportError: rank 1 on .* failed: '}KeyboardInterrupt(: )?, right"
+        for rank in range(4)
+    ),
+    "a_trial_fails": tuple(
+        rf"right, {why}, right, right, right, not known: the probe failed \(rank 1: KeyError: 'planted'\)"
+        for why in (
+            "ArithmeticError: planted" if rank == 1 else r"RuntimeError: [^,]* failed: rank 1: .*" for rank in range(4)
+        )
+    ),
     "labels_in_place_of_tags": (r"right, off by nan, TransportError: .*ranks .*different calls.*, right",) * 4,
 }  # fmt: skip
 

@@ -10,17 +10,24 @@ import signal
 import sys
 import threading
 import time
+from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import run_cases
+from diffusers import FluxTransformer2DModel
 
 from sf_xfuser.all_gather import all_gather
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
+from sf_xfuser.choice import Choice
+from sf_xfuser.context_parallel import parallelize
+from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.mesh import build_mesh
 from sf_xfuser.transport import TransportError, shm
+from sf_xfuser.xdit_layouts import XditConfig
 
 shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
 
@@ -335,6 +342,77 @@ def case_a_model_output_at_another_dimension(rank):
         said = f"TransportError: {error}"
     mesh.close()
     return said
+
+
+def case_inputs_compared_on_some_ranks_only(rank):
+    """Rank 1 is interrupted where the others go on: they compare again."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4}
+    dims = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)}
+    model = FluxTransformer2DModel(patch_size=1, in_channels=4, **sizes, **dims).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 8, 8),
+        "pooled_projections": torch.randn(1, 8),
+        "timestep": torch.ones(1),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    said = []
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        torus = parallelize(model, args=TorusArgs(backend="torus", topology="2x2", timeout=5.0))
+        gather = torus.mesh.control.gather
+
+        def interrupted(topic, value):
+            gather(topic, value)
+            torus.mesh.control.gather = gather
+            raise KeyboardInterrupt
+
+        if rank == 1:
+            torus.mesh.control.gather = interrupted
+        for _ in range(2):
+            try:
+                off = float((model(**inputs)[0] - wanted).abs().max())
+                said.append("right" if off < 1e-5 else f"off by {off:.1e}")
+            except (KeyboardInterrupt, TransportError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+            dist.barrier()
+    torus.mesh.close()
+    return ", ".join(said)
+
+
+def case_a_trial_fails(rank):
+    """--sp-backend auto: on rank 1 the probe fails, and then xDiT's own, the first time it is called."""
+    mesh, said, failures = mesh_of("shm"), [], iter([True])
+    config = XditConfig(ulysses_degree=4, ring_degree=1)
+    choice = Choice(config, [], None, [mesh], kv_ratio=Fraction(1), folder=None, log=lambda _: None)
+
+    def attend(q, k, v):
+        if rank == 1:
+            raise KeyError("planted")
+        return sdpa_attend(q, k, v)
+
+    for seed in range(5):
+        q, k, v = qkv(rank, seed)
+        torus = partial(torus_attention, q, k, v, **COUNTS)
+
+        def xdits(q=q, seed=seed):
+            if rank == 1 and next(failures, False):
+                raise ArithmeticError("planted")
+            k, v = (torch.cat(x, 2) for x in list(zip(*(qkv(r, seed) for r in range(4)), strict=True))[1:])
+            return F.scaled_dot_product_attention(q, k, v)
+
+        def run_on(mesh, together, torus=torus):
+            return torus(mesh=mesh, together=together)
+
+        try:
+            said.append(right(choice.serve(q, k, None, "kind", attend, run_on, xdits)[1], rank, seed))
+        except (RuntimeError, ArithmeticError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    said.append(next(iter(choice.clusters.values()))[1])
+    mesh.close()
+    return ", ".join(said)
 
 
 def case_labels_in_place_of_tags(rank):
