@@ -23,7 +23,7 @@ def all_gather(part: torch.Tensor, dim: int, mesh: Mesh, *, uneven: bool = False
     dim %= part.dim()
 
     def call() -> torch.Tensor:
-        return _run(part.movedim(dim, 0), _lengths(part, dim, mesh, uneven), mesh).movedim(0, dim)
+        return _run(part.movedim(dim, 0), dim, _lengths(part, dim, mesh, uneven), mesh).movedim(0, dim)
 
     with mesh.call():
         return mesh.attempt(call, call, part.device)
@@ -52,8 +52,8 @@ def _lengths(part: torch.Tensor, dim: int, mesh: Mesh, uneven: bool) -> list[int
     return lengths
 
 
-def _run(part: torch.Tensor, lengths: list[int], mesh: Mesh) -> torch.Tensor:
-    """``part`` [S, ...]; returns [all S, ...]."""
+def _run(part: torch.Tensor, dim: int, lengths: list[int], mesh: Mesh) -> torch.Tensor:
+    """``part`` [S, ...]; returns [all S, ...]. ``dim``: where S was."""
     layout, own = mesh.layout, mesh.position
     ways = layout.ulysses_degree
     ring_index = {
@@ -63,7 +63,7 @@ def _run(part: torch.Tensor, lengths: list[int], mesh: Mesh) -> torch.Tensor:
     longest, rest = max(lengths), part.shape[1:]
     table = part.new_empty(len(lengths), longest, *rest)
     table[slot[own], : len(part)].copy_(part)
-    digest = f"all-gather of {lengths} x {list(rest)}, {part.dtype}, {layout}"
+    digest = f"all-gather of {lengths} x {list(rest)} at {dim}, {part.dtype}, {layout}"
     window = mesh.begin(object(), digest)  # like no other call: even two alike must not follow each other in one half
     slot_bytes = table[0].numel() * table.element_size()
     peers = lane_peers(layout, own)

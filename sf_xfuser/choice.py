@@ -17,6 +17,7 @@ Everything that decides is the same on all ranks: what rank 0 of the group predi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -180,7 +181,9 @@ class Choice:
         self.contests: dict[Hashable, Contest] = {}
         self.served: Counter[str] = Counter()
         self.clusters: dict[Hashable, tuple[Cluster | None, str]] = {}
-        said = self._gather([meshes[0].position, facts.host.partition("/")[0], facts.machine, facts.accelerator])
+        self._session = self.mesh.control.session
+        places = [meshes[0].position, facts.host.partition("/")[0], facts.machine, facts.accelerator]
+        said = self._gather(places, "places")
         self._places = [entry[1:] for entry in sorted(said)]
         self._groups = dist.get_world_size() // len(said)
 
@@ -210,8 +213,11 @@ class Choice:
         known = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind, any_degrees)
 
         call = partial(self._call, torus=torus, xdits=xdits)
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not capturing and (self.mesh.failed or self._session != self.mesh.control.session):
+            self._forget_what_differs()
         contest = self.contests.get(known)
-        if query.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph keeps what it captures: no trial
+        if capturing:  # a graph keeps what it captures: no trial
             arm = self.arms[0]
             if contest is not None:
                 arm = contest.chosen or next(arm for arm in contest.arms if arm in self.arms)
@@ -220,20 +226,22 @@ class Choice:
             contest = self._opened(known, query, key, joint_tokens, kind, attend, any_degrees)
         while contest.chosen is None:
             arm = contest.turn
-            if not contest.times[arm] and (failure := self._warm(arm, call)):
-                self.log(f"--sp-backend auto: {arm} is left out: {failure}")
-                self._took(known, contest, inf)
+            if not contest.times[arm] and (failure := self._tried(arm, call, query.device)[1]):
+                self._left_out(known, contest, arm, failure)
                 continue
             self._synchronize(query.device)
-            turns = self._gather(arm)
+            turns = self._gather(arm, "turn")
             if len(set(turns)) > 1:  # ranks that failed at different points of a trial start over
                 del self.contests[known]
                 contest = self._opened(known, query, key, joint_tokens, kind, attend, any_degrees)
                 continue
             started = time.perf_counter()
-            out = call(arm)
-            self._synchronize(query.device)
-            self._took(known, contest, max(self._gather(time.perf_counter() - started)))
+            out, failure = self._tried(arm, call, query.device)
+            seconds = self._gather(time.perf_counter() - started, "seconds")
+            if failure:
+                self._left_out(known, contest, arm, failure)
+                continue
+            self._took(known, contest, max(seconds))
             return self._count(arm), out
         return self._count(contest.chosen), call(contest.chosen)
 
@@ -252,18 +260,39 @@ class Choice:
         if contest.chosen is not None:
             self.log(f"--sp-backend auto: {_spelled(known)}: {contest}")
 
-    def _warm(self, arm: str, call: Callable[[str], object]) -> str:
-        """A call whose result nobody uses: connections, buffers and kernels are made by it. Why it failed, on any rank,
-        where that may be: xDiT in degrees that nobody asked for (a backend may not merge what its ring passes on)."""
-        if arm not in self.others:
-            call(arm)
-            return ""
+    def _left_out(self, known: Hashable, contest: Contest, arm: str, failure: str) -> None:
+        self.log(f"--sp-backend auto: {arm} is left out: {failure}")
+        self._took(known, contest, inf)
+
+    def _tried(self, arm: str, call: Callable[[str], Any], device: torch.device) -> tuple[Any, str]:
+        """(Its result, why it failed on any rank, where that may be: xDiT in degrees that nobody asked for, since a
+        backend may not merge what its ring passes on). Torus itself tells all ranks of a failure. Collective."""
+        if arm in self.ways:
+            out = call(arm)
+            self._synchronize(device)
+            return out, ""
+        failed: Exception | None = None
+        out = None
         try:
-            call(arm)
-            failure = ""
+            out = call(arm)
+            self._synchronize(device)
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        return next((text for text in self._gather(failure) if text), "")
+            failed = error
+        said = self._gather(failed and f"{type(failed).__name__}: {failed}", "a call of xDiT's")
+        reasons = [f"rank {rank}: {text}" for rank, text in zip(self.mesh.members, said, strict=True) if text]
+        if reasons and arm not in self.others:
+            raise failed or RuntimeError(f"--sp-backend auto: {arm} failed: {'; '.join(reasons)}")
+        return out, "; ".join(reasons)
+
+    def _forget_what_differs(self) -> None:
+        """After a failure that ranks may have met at different points. Collective."""
+        mine = {str(known): contest.state() for known, contest in self.contests.items()}
+        mine |= {str(at): said for at, (_, said) in self.clusters.items()}
+        told = self._gather(mine, "what is known")
+        self._session = self.mesh.control.session
+        same = {name for name, state in mine.items() if all(each.get(name) == state for each in told)}
+        self.contests = {known: contest for known, contest in self.contests.items() if str(known) in same}
+        self.clusters = {at: found for at, found in self.clusters.items() if str(at) in same}
 
     @property
     def settled(self) -> bool:
@@ -381,13 +410,27 @@ class Choice:
             configs=(self.own, *self.others.values()),
         )
         started = time.perf_counter()
+
+        step = itertools.count()
+
+        def gather(value: Any, failed: str = "") -> list[Any]:
+            said = self._gather([failed, value], f"probe {next(step)}")
+            reasons = [f"rank {rank}: {text}" for rank, (text, _) in zip(self.mesh.members, said, strict=True) if text]
+            if reasons:
+                raise _ProbeFailed("; ".join(reasons))
+            return [value for _, value in said]
+
         try:
-            cluster, failed = probe.measure(self.mesh, order, self._gather), ""
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            cluster, failed = None, f"{type(error).__name__}: {error}"
-        failures = [text for text in self._gather(failed) if text]
-        if cluster is None or failures:
-            return None, f"not known: the probe failed ({(failures or [failed])[0]})"
+            try:
+                cluster = probe.measure(self.mesh, order, gather)
+                gather(None)
+            except _ProbeFailed:
+                raise
+            except Exception as error:
+                gather(None, f"{type(error).__name__}: {error}")  # the others are at a gather, or come to one
+                raise
+        except _ProbeFailed as failure:
+            return None, f"not known: the probe failed ({failure})"
         took = f"measured in {time.perf_counter() - started:.1f} s"
         if path is None:
             return cluster, took
@@ -395,16 +438,20 @@ class Choice:
 
     def _from_first(self, make: Callable[[], Any]) -> Any:
         """What the rank at position 0 makes of it. Collective."""
-        return self._gather(make() if self.mesh.position == 0 else None)[0]
+        return self._gather(make() if self.mesh.position == 0 else None, "rank 0's")[0]
 
-    def _gather(self, value: Any) -> list[Any]:
-        """By position. Collective."""
+    def _gather(self, value: Any, what: str) -> list[Any]:
+        """By position. Collective. ``what``: ranks that are at another one are not taken for this."""
         with self.mesh.call():
-            return self.mesh.control.gather("--sp-backend auto", value)
+            return self.mesh.control.gather(f"--sp-backend auto: {what}", value)
 
     def _synchronize(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+
+class _ProbeFailed(RuntimeError):
+    """On some rank; raised on all."""
 
 
 def _pattern(mesh: Mesh) -> str:

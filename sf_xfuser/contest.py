@@ -53,6 +53,10 @@ class Contest:
         """The median of its calls."""
         return statistics.median(self.times[arm]) if self.times[arm] else None
 
+    def state(self) -> str:
+        """All that decides, as text."""
+        return f"{self.arms} {self.times} {self.running} {self.chosen} {list(self._due)}"
+
     def _next_round(self) -> None:
         # Disturbances only ever add: the least says whom not to try again.
         best = {arm: min(self.times[arm]) for arm in self.running}

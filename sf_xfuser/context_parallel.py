@@ -119,7 +119,7 @@ def parallelize(
     )
     model._parallel_config = torus.config
     model.register_forward_pre_hook(torus.begin, with_kwargs=True)
-    model.register_forward_hook(torus.end)
+    model.register_forward_hook(torus.end, always_call=True)
     return torus
 
 
@@ -141,7 +141,7 @@ class TorusContextParallel(DropIn):
     _uneven: bool = False  # in this forward, a sequence was cut unevenly
     _began: bool = False  # a forward of the model runs
     on_torus: set[str] = field(default_factory=set)  # names of the attention modules that ran on torus
-    _seen: set[str] = field(default_factory=set)  # inputs, by shapes, that the ranks have compared
+    _seen: set[tuple[str, str]] = field(default_factory=set)  # session, and shapes of inputs that ranks have compared
     _hooked: list[tuple[str, torch.nn.Module, Any]] = field(default_factory=list)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -289,7 +289,7 @@ class TorusContextParallel(DropIn):
         return (), self._split_inputs(_inputs_of(self.plan.get("")), given)
 
     def end(self, model: torch.nn.Module, args: Any, output: Any) -> None:
-        """A forward of the model ends."""
+        """A forward of the model ends, or has failed."""
         self._began = False
 
     def _hook(self, planned: list[tuple[str, torch.nn.Module, Any]]) -> None:
@@ -332,13 +332,15 @@ class TorusContextParallel(DropIn):
         described = list(_described(given))
         shapes = ", ".join(f"{name} {description}" for name, description, _ in described)
         self.mesh.begin_request(f"{model}: {shapes}")
-        if shapes in self._seen and not all(x is None or x.device.type == "cpu" for *_, x in described):
+        # Where a rank did not come to the end of a comparison, it has met the others anew since, and all compare again.
+        known = (self.mesh.control.session, shapes) in self._seen and not self.mesh.failed
+        if known and not all(x is None or x.device.type == "cpu" for *_, x in described):
             return
         mine = {name: (description, values.tolist()) for name, (description, values) in _inputs_summary(given).items()}
         with self.mesh.call():
             told = self.mesh.control.gather("forward inputs", mine)
         _require_same_inputs(dict(zip(self.mesh.members, told, strict=True)))
-        self._seen.add(shapes)
+        self._seen.add((self.mesh.control.session, shapes))
 
     def _with_enough_text(self, model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """Text of fewer tokens than ranks is padded, and the padding masked, if the model takes a mask of its text: no

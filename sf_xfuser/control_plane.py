@@ -74,7 +74,9 @@ class Greeter:
                 with contextlib.suppress(OSError):
                     self._accept()
                 continue
-            said = self._begun[link]
+            said = self._begun.get(link)
+            if said is None:  # it has made room for the one before
+                continue
             try:
                 piece = link.recv(self._hello_bytes - len(said))
             except OSError:
@@ -480,7 +482,6 @@ class _Hub:
         if not self._meeting:
             self._meeting_until = time.monotonic() + timeout_s
         self._meeting[position] = link
-        self._absent.pop(position, None)
         self._dead.discard(position)  # it lives
         if len(self._meeting) == len(self._names):
             for old in list(self._running.values()):

@@ -53,7 +53,9 @@ class Mesh:
     ``groups``: those that lanes may be made of. ``number`` counts calls. ``requests`` and ``place`` (which layer the
     next call belongs to, where a caller knows) go into the identity of a call. ``failed``: the last call has, and ranks
     have to meet before the next one; ``dirty``: with something on its way, so that lanes have to be made again.
-    ``begun``: a call has come to its first chunk, and not yet to its end.
+    ``begun``: a call has come to its first chunk, and not yet to its end. The three are set before what they speak of,
+    and taken back when that is done: whatever interrupts a call in between, an exception's handling included, leaves
+    them set. ``closed``: no call may follow.
     """
 
     plan: Plan
@@ -80,10 +82,12 @@ class Mesh:
     failed: bool = False
     dirty: bool = False
     begun: bool = False
+    closed: bool = False
     _request: str = ""
     _said: tuple[str, bool] = ("has made no call yet", False)
     _refusal: ValueError | None = None
-    _busy: threading.Lock = field(default_factory=threading.Lock)
+    _user: dict[str, int] = field(default_factory=dict)  # the thread that makes a call; one operation looks and takes
+    _inside: bool = False  # it is in one
 
     def __post_init__(self) -> None:
         self.control.doing = lambda: self._said
@@ -118,7 +122,13 @@ class Mesh:
         if window is not None:
             if window.window_bytes < window.halves * nbytes:
                 self.calls.clear()
-            window.reserve(nbytes)
+                self.dirty = True  # some ranks have new memory, and others not
+            try:
+                window.reserve(nbytes)
+            except Unusable:  # nobody has
+                self.dirty = False
+                raise
+            self.dirty = False
 
     def remember(self, key: Any, agreed: Any) -> None:
         """Keep what was agreed on a call; where there is too much, the oldest goes, on every rank alike."""
@@ -170,7 +180,8 @@ class Mesh:
         Whatever is raised on this rank but not on all (``refuse``, ``Unusable``) fails the call on all of them: they
         wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
         ranks name the rank that failed first."""
-        if not self._busy.acquire(blocking=False):
+        me = threading.get_ident()
+        if self._user.setdefault("", me) != me or self._inside:
             error = RuntimeError(
                 "two threads use one mesh at the same time, and ranks cannot tell their calls apart: make all calls of "
                 "a mesh from one thread"
@@ -178,8 +189,12 @@ class Mesh:
             self._report(error)
             raise error
         try:
+            self._inside = True
+            if self.closed:
+                raise RuntimeError("this mesh has been closed, and no call may follow: make another one")
             if self.failed:
                 self._reconnect()
+            self.failed = True  # until this call has ended
             self.number += 1
             self._said = f"is in call {self.number}{self._of_request()}", True
             try:
@@ -187,16 +202,20 @@ class Mesh:
                 if (why := self.control.failure) is not None:
                     raise GroupError(why)
                 yield given
+                self.failed = False
             except BaseException as error:
                 alike = error is self._refusal or (isinstance(error, Unusable) and not self.begun)
-                if not alike:
+                if alike:
+                    self.failed = False
+                else:
                     self._fail(error)
                 raise
             finally:
                 self._said = f"is in no call; its last one was number {self.number}{self._of_request()}", False
                 self.begun = False
         finally:
-            self._busy.release()
+            self._inside = False
+            self._user.clear()
 
     def _of_request(self) -> str:
         words = f" of request {self.requests}" if self.requests else ""
@@ -256,7 +275,7 @@ class Mesh:
             if isinstance(error, GroupError):
                 raise TransportError(verdict) from error
             raise
-        self.failed = self.dirty = False
+        self.dirty = False
 
     def begin(self, call: object, digest: str) -> torch.Tensor | None:
         """Start a call: the bytes of the window in it, where there is one. ``digest``: its shapes, dtypes, tokens and
@@ -267,7 +286,7 @@ class Mesh:
         same ``call`` for them. Before any other, those who write into the window meet."""
         self._said = f"is in call {self.number}{self._of_request()}: {digest}", True
         identity = zlib.crc32(f"{self.number} {self.requests} {self._request} {self.place} {digest}".encode())
-        self.begun = True
+        self.begun = self.dirty = True
         for lane in dict.fromkeys(self.lanes.values()):
             lane.begin_call(identity)
         window = self.window
@@ -289,10 +308,11 @@ class Mesh:
             lane.drain()
         for lane in dict.fromkeys(self.lanes.values()):
             lane.poison(result)
-        self.begun = False
+        self.begun = self.dirty = False
 
     def close(self) -> None:
         """Release connections, threads, memory and process groups; idempotent. Local. No call may follow."""
+        self.closed = True
         self.control.close()
         self._close_lanes(failed=False)
         for group in self.groups:
@@ -311,10 +331,12 @@ class Mesh:
         """Make the lanes those of ``transports[transport]``. Collective between calls. Unusable where it cannot be had:
         then another one has to be used."""
         if transport != self.transport:
+            self.dirty = True
             self._close_lanes(failed=False)
             self.transport = ""
             self.lanes = self.transports[transport](self.control)
             self.transport = transport
+            self.dirty = False
 
     def choose_by(self, call: Callable[[], object], device: torch.device) -> None:
         """Make a call with each transport that there is, use the fastest, and let go of what the others held.

@@ -38,6 +38,9 @@ CASES = {
         )
         for rank in range(4)
     ),
+    "interrupted_while_it_fails": each("right"),
+    "interrupted_between_two_lines": ("right",) * 4,
+    "use_after_close": (r"(RuntimeError: this mesh has been closed[^,]*, and no call[^,]*(, |$)){2}",) * 4,
     "two_known_calls_in_another_order": each(
         OTHER_CALLS, "ValueError: q_tokens and kv_tokens must be the same[^|]*?", "right",
         OTHER_CALLS, "ValueError: ranks disagree on shape, dtype[^|]*?", "right",
@@ -64,6 +67,17 @@ CASES = {
     "closing_keeps_nothing": ("nothing",) * 4,
     "a_model_output": (r"\{True\}",) * 4,
     "a_model_output_of_other_shape": (r"ValueError: ranks disagree on an all-gather.*, \[8, 3\]",) * 4,
+    "a_model_output_at_another_dimension": (rf"{OTHER_CALLS}at 0[^|]*?at 1.*",) * 4,
+    "inputs_compared_on_some_ranks_only": tuple(
+        rf"{'' if rank == 1 else r'TransportError: rank 1 on .* failed: '}KeyboardInterrupt(: )?, right"
+        for rank in range(4)
+    ),
+    "a_trial_fails": tuple(
+        rf"right, {why}, right, right, right, not known: the probe failed \(rank 1: KeyError: 'planted'\)"
+        for why in (
+            "ArithmeticError: planted" if rank == 1 else r"RuntimeError: [^,]* failed: rank 1: .*" for rank in range(4)
+        )
+    ),
     "labels_in_place_of_tags": (r"right, off by nan, TransportError: .*ranks .*different calls.*, right",) * 4,
 }  # fmt: skip
 

@@ -307,7 +307,7 @@ def test_what_is_slow_on_one_rank_is_left_by_all(late_torus, cache):
     """The others could not know by themselves."""
     found, output = late_torus
     assert chosen_for(found, {TORUS, OWN}) == {OWN}
-    assert re.search(r"xDiT's USP \(.*?\) is left out: ArithmeticError: planted", output)
+    assert re.search(r"xDiT's USP \(.*?\) is left out: rank 2: ArithmeticError: planted", output)
     path = cache / "sf-xfuser" / "cluster-[0-9a-f]{16}.json"
     said = {text for text, _ in found["explain"]}
     for text in said:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
+from contextlib import ExitStack
 
 import pytest
 
 from sf_xfuser.agreement import bounded
+from sf_xfuser.control_plane import _STRANGERS, Greeter
 from tests.launch import reports, torchrun
 
 GONE = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"
@@ -58,3 +61,21 @@ def test_a_store_that_does_not_answer_is_not_waited_for():
     assert bounded(lambda: "value", 1.0, "waiting") == "value"
     with pytest.raises(KeyError):
         bounded(lambda: {}["missing"], 1.0, "waiting")
+
+
+def test_the_oldest_stranger_speaks_while_it_makes_room():
+    with ExitStack() as open_links, socket.create_server(("127.0.0.1", 0), backlog=_STRANGERS) as listener:
+        greeter = Greeter(listener, 4)
+        links = []
+        for _ in range(_STRANGERS):
+            links.append(open_links.enter_context(socket.create_connection(listener.getsockname())))
+            assert greeter.poll(1.0) == []
+        links.append(open_links.enter_context(socket.create_connection(listener.getsockname())))
+        links[0].sendall(b"no")
+        links[-1].sendall(b"here")
+        found = []
+        while not found:
+            found = greeter.poll(1.0)
+        assert [said for _, said in found] == [b"here"]
+        found[0][0].close()
+        greeter.close()

@@ -91,9 +91,7 @@ def test_auto_keeps_the_fastest_and_the_others_let_go_of_their_memory(monkeypatc
         mesh.close()
 
         def way(kind):
-            return lambda control: dict.fromkeys(
-                ("inside", "across"), kind(control, range(2), rank, [1 - rank], 30.0)
-            )
+            return lambda control: dict.fromkeys(("inside", "across"), kind(control, range(2), rank, [1 - rank], 30.0))
 
         mesh.transports, mesh.chosen = {kind.name: way(kind) for kind in (Slow, Absent, Fast)}, ""
         own = q[:, :, 6 * rank : 6 * rank + 6]

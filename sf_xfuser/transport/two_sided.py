@@ -64,8 +64,10 @@ class TwoSided(Transport):
         """As ``Transport.begin_call``. Raises TransportError where the call before took chunks of another."""
         super().begin_call(identity)
         self._labelled.clear()
+        if self._differs is None or _captured(self._differs):  # a capture waits for nothing: a later call asks
+            return
         differs, self._differs = self._differs, None
-        if differs is not None and bool(differs):
+        if bool(differs):
             raise OtherCall(
                 f"rank {dist.get_rank()} on {socket.gethostname()}: chunks of another call came in the last one, whose "
                 f"result is NaN (lane {self._lane}): ranks have made different calls"
@@ -109,8 +111,10 @@ class TwoSided(Transport):
         """As ``Transport.poison``; the labels of the call have been waited for with its chunks."""
         labels, self._arrived = self._arrived, []
         if labels:
-            self._differs = (torch.cat(labels) != self._identity).any()
-            result.masked_fill_(self._differs, float("nan"))
+            differs = (torch.cat(labels) != self._identity).any()
+            result.masked_fill_(differs, float("nan"))
+            if not _captured(differs):  # else nothing has been compared yet, and each replay compares
+                self._differs = differs
 
     def drain(self) -> None:
         posted, self._posted = self._posted, []
@@ -174,6 +178,11 @@ class TwoSided(Transport):
             f"rank {dist.get_rank()} on {socket.gethostname()}: {what} (lane {self._lane}, limit "
             f"{self._timeout_s:g} s): {str(error).splitlines()[0]}"
         )
+
+
+def _captured(tensor: torch.Tensor) -> bool:
+    """Whether what is done with it now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _Op = tuple[Any, str, Parcel, torch.Tensor]  # the function, its name in errors, the chunk, its tensor

@@ -10,17 +10,24 @@ import signal
 import sys
 import threading
 import time
+from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import run_cases
+from diffusers import FluxTransformer2DModel
 
 from sf_xfuser.all_gather import all_gather
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
+from sf_xfuser.choice import Choice
+from sf_xfuser.context_parallel import parallelize
+from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.mesh import build_mesh
 from sf_xfuser.transport import TransportError, shm
+from sf_xfuser.xdit_layouts import XditConfig
 
 shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
 
@@ -28,9 +35,9 @@ TRANSPORTS = ("shm", "tcp", "two_sided")
 COUNTS = {"q_tokens": [16] * 4, "kv_tokens": [16] * 4}
 
 
-def mesh_of(transport, timeout=5.0, topology="2x2"):
+def mesh_of(transport, timeout=5.0, topology="2x2", heads=4):
     args = TorusArgs(backend="torus", topology=topology, transport=transport, timeout=timeout)
-    return build_mesh([[0, 1, 2, 3]], args, heads=4)
+    return build_mesh([[0, 1, 2, 3]], args, heads=heads)
 
 
 def qkv(rank, seed, tokens=16, dtype=torch.float32):
@@ -105,6 +112,50 @@ def case_interrupted_while_counts_are_exchanged(rank):
         return ", ".join(said)
 
     return over_each(work)
+
+
+def case_interrupted_while_it_fails(rank):
+    """Rank 1 has sent chunks when Ctrl-C comes, and again before it has told anybody: nobody takes its next call for
+    this one."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def work(transport):
+        mesh, said = mesh_of(transport, timeout=1.0, heads=2), []
+        attempt(mesh, rank, 9)
+        fail = mesh.control.fail
+        if rank == 1:
+            mesh.control.fail = interrupted
+        said.append(attempt(mesh, rank, 0, **({"attend": interrupted} if rank == 1 else {})))
+        mesh.control.fail = fail
+        if rank == 1 or said == ["right"]:  # who has not heard of it does now
+            said.append(attempt(mesh, rank, 1))
+        dist.barrier()
+        said = [attempt(mesh, rank, 2), *(text for text in said if "off" in text)]
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
+def case_interrupted_between_two_lines(rank):
+    """Of the call's own, before it has begun: the thread is not taken for another one afterwards."""
+    mesh = mesh_of("tcp", timeout=1.0)
+    attempt(mesh, rank, 9)
+    if rank == 1:
+        mesh._user[""] = threading.get_ident()
+    said = attempt(mesh, rank, 0)
+    mesh.close()
+    return said
+
+
+def case_use_after_close(rank):
+    mesh = mesh_of("tcp")
+    attempt(mesh, rank, 9)
+    dist.barrier()
+    mesh.close()
+    return f"{attempt(mesh, rank, 0)}, {attempt(mesh, rank, 1)}"
 
 
 def case_two_known_calls_in_another_order(rank):
@@ -276,6 +327,90 @@ def case_a_model_output_of_other_shape(rank):
             said.append(str(list(all_gather(torch.ones(shape), 0, mesh).shape)))
         except ValueError as error:
             said.append(f"ValueError: {error}")
+    mesh.close()
+    return ", ".join(said)
+
+
+def case_a_model_output_at_another_dimension(rank):
+    """All parts are square, and both gathers known."""
+    mesh, part = mesh_of("shm", timeout=1.0), torch.ones(3, 3)
+    for dim in (0, 1):
+        all_gather(part, dim, mesh)
+    try:
+        said = str(all_gather(part, int(rank == 1), mesh).shape)
+    except TransportError as error:
+        said = f"TransportError: {error}"
+    mesh.close()
+    return said
+
+
+def case_inputs_compared_on_some_ranks_only(rank):
+    """Rank 1 is interrupted where the others go on: they compare again."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4}
+    dims = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)}
+    model = FluxTransformer2DModel(patch_size=1, in_channels=4, **sizes, **dims).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 8, 8),
+        "pooled_projections": torch.randn(1, 8),
+        "timestep": torch.ones(1),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    said = []
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        torus = parallelize(model, args=TorusArgs(backend="torus", topology="2x2", timeout=5.0))
+        gather = torus.mesh.control.gather
+
+        def interrupted(topic, value):
+            gather(topic, value)
+            torus.mesh.control.gather = gather
+            raise KeyboardInterrupt
+
+        if rank == 1:
+            torus.mesh.control.gather = interrupted
+        for _ in range(2):
+            try:
+                off = float((model(**inputs)[0] - wanted).abs().max())
+                said.append("right" if off < 1e-5 else f"off by {off:.1e}")
+            except (KeyboardInterrupt, TransportError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+            dist.barrier()
+    torus.mesh.close()
+    return ", ".join(said)
+
+
+def case_a_trial_fails(rank):
+    """--sp-backend auto: on rank 1 the probe fails, and then xDiT's own, the first time it is called."""
+    mesh, said, failures = mesh_of("shm"), [], iter([True])
+    config = XditConfig(ulysses_degree=4, ring_degree=1)
+    choice = Choice(config, [], None, [mesh], kv_ratio=Fraction(1), folder=None, log=lambda _: None)
+
+    def attend(q, k, v):
+        if rank == 1:
+            raise KeyError("planted")
+        return sdpa_attend(q, k, v)
+
+    for seed in range(5):
+        q, k, v = qkv(rank, seed)
+        torus = partial(torus_attention, q, k, v, **COUNTS)
+
+        def xdits(q=q, seed=seed):
+            if rank == 1 and next(failures, False):
+                raise ArithmeticError("planted")
+            k, v = (torch.cat(x, 2) for x in list(zip(*(qkv(r, seed) for r in range(4)), strict=True))[1:])
+            return F.scaled_dot_product_attention(q, k, v)
+
+        def run_on(mesh, together, torus=torus):
+            return torus(mesh=mesh, together=together)
+
+        try:
+            said.append(right(choice.serve(q, k, None, "kind", attend, run_on, xdits)[1], rank, seed))
+        except (RuntimeError, ArithmeticError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    said.append(next(iter(choice.clusters.values()))[1])
     mesh.close()
     return ", ".join(said)
 
