@@ -28,7 +28,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
@@ -43,6 +44,7 @@ _RETRY_S = 2.0  # one attempt to reach the hub; a link that comes back is then f
 _PROBE_S = 0.8  # for all ranks to say what they are doing
 _OWN_S = 0.3  # and then for one of them to say that it has failed by itself
 _VERDICT_S = 2.0  # for a verdict to arrive, the probe included
+_APART_S = 0.1  # by so much, ages that ranks report of the same moment may differ
 _GONE_S = 0.5  # a rank that is gone may have sent all that this one waits for: look once more after so long
 
 
@@ -129,10 +131,13 @@ class ControlPlane:
         self._changed = threading.Condition()
         self._link: socket.socket | None = None
         self._failure: str | None = None
+        self.failed_call: int | None = None
+        """The number of the call that failed, where ``failure`` is about one."""
         self._gone: dict[int, tuple[str, float]] = {}  # by position: with which words, and when that was heard
         self._answers: dict[int, list[Any]] = {}
         self._count = 0
         self._met = False
+        self._agreed = True
         self.session = ""
         """The same on all ranks, and never the same twice: of the time since they have met."""
         self._waits_since: float | None = None
@@ -148,7 +153,7 @@ class ControlPlane:
         if self._hub is not None:
             self._hub.start([host for _, host, _ in said])
         atexit.register(self.close)  # ranks that are done are not gone
-        self._meet()
+        self._meet(timeout_s, time.monotonic(), time.monotonic())
 
     # -- between calls -------------------------------------------------------------------------------------------------
 
@@ -175,11 +180,15 @@ class ControlPlane:
                 raise GroupError(self._failure)
         raise GroupError(self._unreachable(f"waited {self.timeout_s:g} s for {topic!r}"))
 
-    def reconnect(self) -> None:
+    def reconnect(self, raised: float | None, entered: float, limit_s: float | None = None) -> bool:
         """Meet all ranks again after a failure, which is forgotten. Collective. Raises GroupError where one does not
-        come within ``timeout_s``, or is gone."""
+        come within ``limit_s`` (None: ``timeout_s``), or is gone.
+
+        ``raised``: when this rank's program was told of the failure (``time.monotonic``; None: it was not),
+        ``entered``: when it came to the call for which ranks meet. Returns whether every rank came after all had been
+        told, so that their program may have agreed on where to go on."""
         self._leave()
-        self._meet()
+        return self._meet(limit_s or self.timeout_s, raised, entered)
 
     def close(self) -> None:
         """Idempotent. Local: ranks that still wait for this one are told that it has closed."""
@@ -214,11 +223,11 @@ class ControlPlane:
                 return text
         return None
 
-    def fail(self, text: str, *, own: bool, differs: bool = False) -> str:
-        """This rank's call has failed: tell all ranks. ``own``: by an error of this rank's own, not by something that
-        did not come. ``differs``: by something that belongs to another call. Returns the verdict. Local; bounded by
-        seconds."""
-        self._send(["fail", own, text, differs])
+    def fail(self, text: str, *, own: bool, differs: bool = False, number: int = 0) -> str:
+        """This rank's call of this ``number`` has failed: tell all ranks. ``own``: by an error of this rank's own, not
+        by something that did not come. ``differs``: by something that belongs to another call. Returns the verdict.
+        Local; bounded by seconds."""
+        self._send(["fail", own, text, differs, number])
         with self.waiting(), self._changed:
             self._changed.wait_for(lambda: self._failure is not None or 0 in self._gone, _VERDICT_S)
             if self._failure is not None:
@@ -238,12 +247,12 @@ class ControlPlane:
             )
             return self._failure
 
-    def _meet(self) -> None:
+    def _meet(self, limit_s: float, raised: float | None, entered: float) -> bool:
         with self._changed:
-            self._failure, self._met = None, False
+            self._failure, self.failed_call, self._met = None, None, False
             self._gone.clear()
-        deadline = time.monotonic() + self.timeout_s
-        link = self._connected(deadline)
+        deadline = time.monotonic() + limit_s
+        link = self._connected(deadline, raised, entered)
         with self._changed:
             self._link = link
         threading.Thread(target=self._listen, args=(link,), name="sf-xfuser control", daemon=True).start()
@@ -253,10 +262,10 @@ class ControlPlane:
                 max(0.0, deadline - time.monotonic()) + _VERDICT_S,
             )
             if self._met:
-                return
-        raise GroupError(self._unreachable(f"waited {self.timeout_s:g} s for all ranks to meet"))
+                return self._agreed
+        raise GroupError(self._unreachable(f"waited {limit_s:g} s for all ranks to meet"))
 
-    def _connected(self, deadline: float) -> socket.socket:
+    def _connected(self, deadline: float, raised: float | None, entered: float) -> socket.socket:
         while True:
             left = deadline - time.monotonic()
             try:
@@ -265,7 +274,9 @@ class ControlPlane:
                 link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 link.settimeout(_SEND_S)
                 link.sendall(_HELLO.pack(self._token, self._position))
-                _send_frame(link, ["meet", self.timeout_s])
+                now = time.monotonic()
+                told_s = None if raised is None else now - raised
+                _send_frame(link, ["meet", max(0.0, deadline - now), told_s, now - entered])
                 return link
             except OSError as error:
                 if isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
@@ -333,16 +344,27 @@ class ControlPlane:
                 return
             if kind == "met":
                 self._met = True
-                self.session = rest[0]
+                self.session, self._agreed = rest
                 self._count = 0
                 self._answers.clear()
             elif kind == "gathered":
                 self._answers[rest[0]] = rest[1]
             elif kind == "failed":
-                self._failure = self._failure or rest[0]
+                if self._failure is None:
+                    self._failure, self.failed_call = rest
             elif kind == "gone":
                 self._gone.setdefault(rest[0], (rest[1], time.monotonic()))
             self._changed.notify_all()
+
+
+class _Waiting(NamedTuple):
+    """A rank that waits to meet the others: until when, when its program was told of the failure, and when that came
+    to the call for which ranks meet; times of this host."""
+
+    link: socket.socket
+    until: float
+    told: float
+    entered: float
 
 
 def _nothing() -> tuple[str, bool]:
@@ -367,8 +389,7 @@ class _Hub:
         not_inherited(self._woken)
         not_inherited(self._wake)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._meeting: dict[int, socket.socket] = {}  # who waits to meet
-        self._meeting_until = 0.0
+        self._meeting: dict[int, _Waiting] = {}  # who waits to meet
         self._ranks_of: dict[socket.socket, int] = {}  # positions, of every connection
         self._frames: dict[socket.socket, _Frames] = {}
         self._running: dict[int, socket.socket] = {}  # who has met
@@ -376,6 +397,7 @@ class _Hub:
         self._dead: set[int] = set()  # those whose process ended
         self._gathers: dict[int, tuple[dict[int, list[Any]], float]] = {}
         self._verdict: str | None = None
+        self._failed_call: int | None = None  # which was reported to have failed
         self._symptoms: dict[int, str] = {}  # by position: what did not come
         self._differ = False  # a rank was sent what belongs to another call
         self._doing: dict[int, list[Any]] = {}
@@ -401,7 +423,7 @@ class _Hub:
             while not self._stopped:
                 ends = [until for _, until in self._gathers.values() if self._verdict is None]
                 ends += [self._probe_until] if self._probe_until is not None else []
-                ends += [self._meeting_until] if self._meeting else []
+                ends += [waiting.until for waiting in self._meeting.values()]
                 wait_s = max(0.0, min(ends) - time.monotonic()) if ends else None
                 for key, _ in self._selector.select(wait_s):
                     if key.fileobj is self._woken:
@@ -453,13 +475,13 @@ class _Hub:
         if self._running.get(position) is not link:
             return
         if self._verdict is not None:
-            self._tell(position, ["failed", self._verdict])
+            self._tell(position, ["failed", self._verdict, self._failed_call])
         elif kind == "gather":
             self._gather(position, *rest)
         elif kind == "doing":
             self._doing[position] = rest
         elif kind == "fail":
-            own, text, differs = rest
+            own, text, differs, self._failed_call = rest
             if own:
                 return self._judge(f"{self._names[position]} failed: {text}")
             self._symptoms[position] = text
@@ -475,35 +497,38 @@ class _Hub:
             elif everyone:  # a rank that fails by itself may still say so
                 self._probe_until = min(self._probe_until, time.monotonic() + _OWN_S)
 
-    def _meet(self, link: socket.socket, position: int, timeout_s: float) -> None:
+    def _meet(self, link: socket.socket, position: int, limit_s: float, told_s: float | None, entered_s: float) -> None:
         before = self._meeting.pop(position, None)
         if before is not None:
-            self._drop(before)
-        if not self._meeting:
-            self._meeting_until = time.monotonic() + timeout_s
-        self._meeting[position] = link
+            self._drop(before.link)
+        now = time.monotonic()
+        told = inf if told_s is None else now - told_s
+        self._meeting[position] = _Waiting(link, now + limit_s, told, now - entered_s)
         self._dead.discard(position)  # it lives
         if len(self._meeting) == len(self._names):
             for old in list(self._running.values()):
                 self._drop(old)
-            self._running, self._meeting = self._meeting, {}
+            waiting, self._meeting = self._meeting, {}
+            self._running = {at: each.link for at, each in waiting.items()}
             self._absent.clear()
-            self._verdict = self._probe_until = None
+            self._verdict = self._probe_until = self._failed_call = None
             self._gathers.clear()
             self._symptoms.clear()
             self._differ = False
             self._doing.clear()
+            last_told = max(each.told for each in waiting.values())
+            agreed = all(each.entered >= last_told - _APART_S for each in waiting.values())
             session = secrets.token_hex(8)
             for peer in list(self._running):
-                self._tell(peer, ["met", session])
+                self._tell(peer, ["met", session, agreed])
         elif self._dead:
-            self._refuse_meeting(f"{self._absent[min(self._dead)]}. Restart the job")
+            self._refuse_meeting(f"{self._absent[min(self._dead)]}. Restart the job", list(self._meeting))
 
-    def _refuse_meeting(self, text: str) -> None:
-        waiting, self._meeting = self._meeting, {}
-        for link in waiting.values():
+    def _refuse_meeting(self, text: str, positions: Sequence[int]) -> None:
+        for position in positions:
+            link = self._meeting.pop(position).link
             with contextlib.suppress(OSError):
-                _send_frame(link, ["failed", text])
+                _send_frame(link, ["failed", text, None])
             self._drop(link)
 
     def _gather(self, position: int, number: int, topic: str, value: Any, timeout_s: float) -> None:
@@ -530,7 +555,7 @@ class _Hub:
     def _lost(self, link: socket.socket, words: str, *, dead: bool = False) -> None:
         position = self._ranks_of[link]
         self._drop(link)
-        if self._meeting.get(position) is link:
+        if position in self._meeting and self._meeting[position].link is link:
             del self._meeting[position]
         if self._running.get(position) is not link:
             return
@@ -545,13 +570,13 @@ class _Hub:
         if dead:
             self._dead.add(position)
             if self._meeting:
-                self._refuse_meeting(f"{self._absent[position]}. Restart the job")
+                self._refuse_meeting(f"{self._absent[position]}. Restart the job", list(self._meeting))
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        if self._meeting and now >= self._meeting_until:
+        if late := [at for at, waiting in self._meeting.items() if now >= waiting.until]:
             absent = [name for at, name in enumerate(self._names) if at not in self._meeting]
-            self._refuse_meeting(f"{', '.join(absent)} did not come to meet again after a failed call")
+            self._refuse_meeting(f"{', '.join(absent)} did not come to meet again after a failed call", late)
         if self._verdict is not None:
             return
         if self._probe_until is not None and now >= self._probe_until:
@@ -599,7 +624,7 @@ class _Hub:
         self._verdict = verdict
         self._probe_until = None
         for peer in list(self._running):
-            self._tell(peer, ["failed", verdict])
+            self._tell(peer, ["failed", verdict, self._failed_call])
 
     def _tell(self, position: int, message: list[Any]) -> None:
         link = self._running.get(position)

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -33,7 +33,13 @@ from sf_xfuser.transport import OneSided, OtherCall, Parcel, TransportError, Unu
 _CALLS_KEPT = 64
 _TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
 
+_SOON_S = 1.0  # in which a rank whose call has failed comes to the next one, where it does not wait for others first
+
 _T = TypeVar("_T")
+
+
+class _Behind(TransportError):
+    """This rank has failed in an earlier call than others."""
 
 
 @dataclass(eq=False)
@@ -86,6 +92,7 @@ class Mesh:
     _request: str = ""
     _said: tuple[str, bool] = ("has made no call yet", False)
     _refusal: ValueError | None = None
+    _told: float | None = None  # when the program was, that the last call has failed
     _user: dict[str, int] = field(default_factory=dict)  # the thread that makes a call; one operation looks and takes
     _inside: bool = False  # it is in one
 
@@ -192,14 +199,21 @@ class Mesh:
             self._inside = True
             if self.closed:
                 raise RuntimeError("this mesh has been closed, and no call may follow: make another one")
-            if self.failed:
-                self._reconnect()
-            self.failed = True  # until this call has ended
             self.number += 1
+            entered = time.monotonic()
+            if self.failed:
+                self._reconnect(entered)
+            why = self.control.failure
+            if why is not None and not self.requests and self.control.failed_call == self.number - 1:
+                # Of the call that has ended here. A program that goes on call by call makes this one on all ranks.
+                with suppress(TransportError):
+                    self._reconnect(entered, _SOON_S)
+                    why = None
+            self.failed = True  # until this call has ended
             self._said = f"is in call {self.number}{self._of_request()}", True
             try:
                 given = check()
-                if (why := self.control.failure) is not None:
+                if (why := why or self.control.failure) is not None:
                     raise GroupError(why)
                 yield given
                 self.failed = False
@@ -228,6 +242,8 @@ class Mesh:
         own = self._is_own(error)
         verdict = self._report(error)
         self._abort()
+        if isinstance(error, GroupError) and not isinstance(error, TransportError):
+            raise TransportError(str(error)) from error  # as all ranks have it
         if not own:
             seen = str(error)
             raise TransportError(verdict if verdict in seen else f"{verdict}. Seen here: {seen}") from error
@@ -235,7 +251,8 @@ class Mesh:
     def _report(self, error: BaseException) -> str:
         own = self._is_own(error)
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return self.control.fail(words if own else str(error), own=own, differs=isinstance(error, OtherCall))
+        differs = isinstance(error, OtherCall)
+        return self.control.fail(words if own else str(error), own=own, differs=differs, number=self.number)
 
     def _is_own(self, error: BaseException) -> bool:
         """Whether it is of this rank's own making, not that something did not come."""
@@ -244,25 +261,37 @@ class Mesh:
     def _abort(self) -> None:
         """No call until ranks have met. What has something on its way is closed, so that peers fail instead of
         waiting."""
-        self.failed = True
+        self.failed, self._told = True, time.monotonic()
         if self.begun or self.dirty or any(lane.enqueues for lane in self.lanes.values()):
             self.dirty = True
             self._close_lanes(failed=True)
 
-    def _reconnect(self) -> None:
-        """Before the call that follows a failed one. Collective, as every call fails on all ranks or on none;
-        RuntimeError or TransportError where one does not come."""
+    def _reconnect(self, entered: float, limit_s: float | None = None) -> None:
+        """Before the call that follows a failed one, to which this rank came at ``entered``. Collective, as every call
+        fails on all ranks or on none; TransportError where one does not come in time."""
         try:
-            self.control.reconnect()
-            mine = [self.dirty, self.number, self.transport, self.chosen, list(self.transports)]
-            said = self.control.gather("reconnect", mine)
-            self.number = max(number for _, number, *_ in said)
+            while True:
+                agreed = self.control.reconnect(self._told if self.failed else None, entered, limit_s)
+                mine = [self.dirty, self.number, self.requests, self.transport, self.chosen, list(self.transports)]
+                said = self.control.gather("reconnect", mine)
+                numbers = [number for _, number, *_ in said]
+                if len(set(numbers)) == 1 or agreed or any(requests for _, _, requests, *_ in said):
+                    break
+                # One heard of the failure a call later than another, and their program goes on call by call.
+                if self.number < max(numbers):
+                    self.failed, self._told = True, time.monotonic()
+                    behind = [rank for rank, number in zip(self.members, numbers, strict=True) if number < max(numbers)]
+                    raise _Behind(
+                        f"rank(s) {behind} are a call behind: call {self.number} has failed on the other ranks, and "
+                        f"fails here, too, so that the next one is the same on all ranks"
+                    )
+            self.number = max(numbers)
             self.requests = 0
             self.calls.clear()
-            alike = all(each[2:] == said[0][2:] for each in said)
+            alike = all(each[3:] == said[0][3:] for each in said)
             if not alike:  # they failed while a transport was chosen
                 self.chosen = ""
-                common = [name for name in self.transports if all(name in each[4] for each in said)]
+                common = [name for name in self.transports if all(name in each[5] for each in said)]
                 self.transports = {name: self.transports[name] for name in common}
             if not alike or any(dirty for dirty, *_ in said):
                 self.dirty = True
@@ -270,7 +299,10 @@ class Mesh:
                 name = self.transport if alike and self.transport else next(iter(self.transports), "")
                 self.lanes = self.transports[name](self.control) if name else {}
                 self.transport = name
+        except _Behind:
+            raise
         except BaseException as error:
+            self.failed, self._told = True, time.monotonic()
             verdict = self._report(error)
             if isinstance(error, GroupError):
                 raise TransportError(verdict) from error

@@ -49,7 +49,7 @@ class ThreadControl:
     def hopeless(self, peers=()):
         return None
 
-    def fail(self, text, *, own, differs=False):
+    def fail(self, text, *, own, differs=False, number=0):
         return text
 
     def close(self):

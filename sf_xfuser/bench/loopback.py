@@ -31,7 +31,7 @@ class Alone:
     def hopeless(self, peers: Collection[int] = ()) -> None:
         return None
 
-    def fail(self, text: str, *, own: bool, differs: bool = False) -> str:
+    def fail(self, text: str, *, own: bool, differs: bool = False, number: int = 0) -> str:
         return text
 
     def close(self) -> None:

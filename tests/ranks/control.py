@@ -66,7 +66,7 @@ def case_first_reason_stays(rank):
     else:
         said = control.fail(f"rank {rank}: nothing came from rank 3", own=False)
     dist.barrier()
-    control.reconnect()
+    control.reconnect(time.monotonic(), time.monotonic())
     assert control.failure is None and control.gather("again", rank) == RANKS
     control.close()
     return said
