@@ -44,7 +44,6 @@ _RETRY_S = 2.0  # one attempt to reach the hub; a link that comes back is then f
 _PROBE_S = 0.8  # for all ranks to say what they are doing
 _OWN_S = 0.3  # and then for one of them to say that it has failed by itself
 _VERDICT_S = 2.0  # for a verdict to arrive, the probe included
-_APART_S = 0.1  # by so much, ages that ranks report of the same moment may differ
 _GONE_S = 0.5  # a rank that is gone may have sent all that this one waits for: look once more after so long
 
 
@@ -517,7 +516,7 @@ class _Hub:
             self._differ = False
             self._doing.clear()
             last_told = max(each.told for each in waiting.values())
-            agreed = all(each.entered >= last_told - _APART_S for each in waiting.values())
+            agreed = all(each.entered >= last_told for each in waiting.values())
             session = secrets.token_hex(8)
             for peer in list(self._running):
                 self._tell(peer, ["met", session, agreed])

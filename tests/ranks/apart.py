@@ -98,6 +98,45 @@ def case_attention_raises(rank):
     return over_each(lambda t: fails_alone(t, rank, attend=attend))
 
 
+def goes_on(transport, rank, attend):
+    """Rank 1's first call fails in its last step, when the others of a ring do not need it any more. No rank waits for
+    the others before its next calls."""
+    args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=1.0, plan="ring=4")
+    mesh = build_mesh([[0, 1, 2, 3]], args, heads=4)
+    mesh.one_host = False  # in stages
+    attempt(mesh, rank, 9)
+    pieces = []
+    said = [attempt(mesh, rank, 0, **({"attend": partial(attend, pieces)} if rank == 1 else {}))]
+    said += [attempt(mesh, rank, seed) for seed in range(1, 6)]
+    dist.barrier()
+    mesh.close()
+    wrong = [words for words in said if words.startswith("off")]
+    return f"{sum(words == 'right' for words in said) >= 3}, {said[-1]}{wrong or ''}"
+
+
+def case_goes_on_at_once(rank):
+    def attend(pieces, q, k, v):
+        pieces.append(None)
+        if len(pieces) == 4:
+            raise ZeroDivisionError("as it should")
+        return sdpa_attend(q, k, v)
+
+    return over_each(lambda t: goes_on(t, rank, attend))
+
+
+def case_goes_on_late(rank):
+    """The others have failed in the call after that by then."""
+
+    def attend(pieces, q, k, v):
+        pieces.append(None)
+        if len(pieces) == 4:
+            time.sleep(2.5)
+            raise ZeroDivisionError("as it should")
+        return sdpa_attend(q, k, v)
+
+    return over_each(lambda t: goes_on(t, rank, attend))
+
+
 def case_interrupted_while_counts_are_exchanged(rank):
     def work(transport):
         mesh = mesh_of(transport)

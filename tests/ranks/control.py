@@ -75,6 +75,7 @@ def case_first_reason_stays(rank):
 def case_who_makes_no_call(rank):
     control = plane(rank)
     control.doing = lambda: ("is in no call" if rank == 1 else "is in call 7", rank != 1)
+    control.gather("all here", None)
     said = control.failure
     if rank != 1:
         said = control.fail(f"rank {rank}: nothing came from rank {(rank + 1) % 4}", own=False)
