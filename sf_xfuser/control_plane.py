@@ -140,13 +140,17 @@ class ControlPlane:
         if position == 0:
             self._hub = _Hub(self.address, members)
             at = {"port": self._hub.port, "token": self._hub.token.hex()}
-        said = store.gather("control plane", [self.address, socket.gethostname(), at])
-        self._hub_address, self._host_of_hub, hub = said[0]
-        self._port, self._token = hub["port"], bytes.fromhex(hub["token"])
-        if self._hub is not None:
-            self._hub.start([host for _, host, _ in said])
-        atexit.register(self.close)  # ranks that are done are not gone
-        self._meet()
+        try:
+            said = store.gather("control plane", [self.address, socket.gethostname(), at])
+            self._hub_address, self._host_of_hub, hub = said[0]
+            self._port, self._token = hub["port"], bytes.fromhex(hub["token"])
+            if self._hub is not None:
+                self._hub.start([host for _, host, _ in said])
+            atexit.register(self.close)  # ranks that are done are not gone
+            self._meet()
+        except BaseException:
+            self.close()
+            raise
 
     # -- between calls -------------------------------------------------------------------------------------------------
 
@@ -388,7 +392,9 @@ class _Hub:
         self._stopped = True
         with contextlib.suppress(OSError):
             self._wake.send(b"x")
-        if self._thread.is_alive():
+        if self._thread.ident is None:  # it never ran
+            self._end()
+        elif self._thread.is_alive():
             self._thread.join(_SEND_S)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -410,12 +416,15 @@ class _Hub:
                         self._read(key.fileobj)
                 self._look_at_the_clock()
         finally:
-            for link in list(self._ranks_of):
-                self._drop(link)
-            self._greeter.close()
-            for end in (self._listener, self._woken, self._wake):
-                end.close()
-            self._selector.close()
+            self._end()
+
+    def _end(self) -> None:
+        for link in list(self._ranks_of):
+            self._drop(link)
+        self._greeter.close()
+        for end in (self._listener, self._woken, self._wake):
+            end.close()
+        self._selector.close()
 
     def _greet(self, link: socket.socket, hello: bytes) -> None:
         token, position = _HELLO.unpack(hello)

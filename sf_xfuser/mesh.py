@@ -459,31 +459,39 @@ def build_mesh(
     transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], groups)
     if args.compress != "none":
         transports.pop("nvshmem", None)
-    failure: TransportError | None = None
-    try:
-        transport, connected, refusals = _connect(transports, control)
-    except TransportError as error:
-        failure = error
-    if wanted is not None:
-        said = sorted({text for text in world.gather("lanes", failure and str(failure)) if text})
-        if said:
-            raise failure or TransportError("; ".join(said))
-    return Mesh(
+    mesh = Mesh(
         plan=plan,
         grid=grid,
         topology=topology,
         position=position,
-        lanes=connected,
+        lanes={},
         ulysses_group=ulysses[position],
         ring_group=ring[position],
         control=control,
         groups=list(groups.values()),
-        transport=transport,
+        transport="",
         transports=transports,
-        chosen="; ".join([text for text in [_why(args, len(transports)), *refusals] if text]),
         one_host=len(shared[index]) == 2,
         compression=Compression(args.compress) if args.compress != "none" else None,
     )
+    try:
+        failure: Exception | None = None
+        try:
+            mesh.transport, mesh.lanes, refusals = _connect(transports, control)
+            mesh.chosen = "; ".join([text for text in [_why(args, len(transports)), *refusals] if text])
+        except (Unusable, GroupError) as error:  # on all ranks of the group
+            failure = error
+        except Exception as error:
+            control.fail(f"{type(error).__name__}: {error}", own=not isinstance(error, TransportError))
+            failure = error
+        if wanted is not None:
+            said = sorted({text for text in world.gather("lanes", failure and str(failure)) if text})
+            if said:
+                raise failure or TransportError("; ".join(said))
+    except BaseException:
+        mesh.close()
+        raise
+    return mesh
 
 
 def _connect(transports: dict[str, Connect], control: ControlPlane) -> tuple[str, Lanes, list[str]]:

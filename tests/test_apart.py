@@ -64,6 +64,9 @@ CASES = {
         r"TransportError: as it should, right, (shm|tcp)$",
         r"TransportError: rank 2 on \S+ failed: .*as it should, right, (shm|tcp)$",
     ),
+    "one_rank_cannot_build": each(
+        "right", r"[^|,]*Error: (rank 2 on \S+ failed: OSError: )?as it should", "nothing left"
+    ),
     "closing_keeps_nothing": ("nothing",) * 4,
     "a_model_output": (r"\{True\}",) * 4,
     "a_model_output_of_other_shape": (r"ValueError: ranks disagree on an all-gather.*, \[8, 3\]",) * 4,
