@@ -189,7 +189,7 @@ class ControlPlane:
         self.doing = _nothing
         with self._changed:
             self._failure = self._failure or f"rank {self._members[self._position]} has closed its mesh"
-        self._leave()
+        self._leave(for_good=True)
         if self._hub is not None:
             self._hub.stop()
 
@@ -291,8 +291,8 @@ class ControlPlane:
         except OSError:  # the listening thread hears the same
             _hang_up(link)
 
-    def _leave(self) -> None:
-        self._send(["bye"])
+    def _leave(self, *, for_good: bool = False) -> None:
+        self._send(["bye", for_good])
         with self._changed:
             link, self._link = self._link, None
         if link is not None:
@@ -374,7 +374,7 @@ class _Hub:
         self._frames: dict[socket.socket, _Frames] = {}
         self._running: dict[int, socket.socket] = {}  # who has met
         self._absent: dict[int, str] = {}  # by position: gone, or closed, and with which words
-        self._dead: set[int] = set()  # those whose process ended
+        self._dead: set[int] = set()  # those whose process ended, or that have closed their mesh
         self._gathers: dict[int, tuple[dict[int, list[Any]], float]] = {}
         self._verdict: str | None = None
         self._symptoms: dict[int, str] = {}  # by position: what did not come
@@ -452,7 +452,9 @@ class _Hub:
         if kind == "meet":
             return self._meet(link, position, *rest)
         if kind == "bye":
-            return self._lost(link, "has closed its mesh, or failed in an earlier call")
+            (for_good,) = rest
+            words = "has closed its mesh" if for_good else "has failed in an earlier call"
+            return self._lost(link, words, dead=for_good)
         if self._running.get(position) is not link:
             return
         if self._verdict is not None:
@@ -531,6 +533,9 @@ class _Hub:
         self._drop(link)
         if self._meeting.get(position) is link:
             del self._meeting[position]
+            if dead:
+                self._absent[position] = f"{self._names[position]} {words}"
+                self._never_meets(position)
         if self._running.get(position) is not link:
             return
         del self._running[position]
@@ -542,9 +547,12 @@ class _Hub:
         if self._verdict is None and self._probe_until is not None:
             self._judge(self._culprit())
         if dead:
-            self._dead.add(position)
-            if self._meeting:
-                self._refuse_meeting(f"{self._absent[position]}. Restart the job")
+            self._never_meets(position)
+
+    def _never_meets(self, position: int) -> None:
+        self._dead.add(position)
+        if self._meeting:
+            self._refuse_meeting(f"{self._absent[position]}. Restart the job")
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
