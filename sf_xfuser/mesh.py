@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import zlib
@@ -88,6 +89,7 @@ class Mesh:
     _refusal: ValueError | None = None
     _user: dict[str, int] = field(default_factory=dict)  # the thread that makes a call; one operation looks and takes
     _inside: bool = False  # it is in one
+    _process: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
         self.control.doing = lambda: self._said
@@ -180,6 +182,11 @@ class Mesh:
         Whatever is raised on this rank but not on all (``refuse``, ``Unusable``) fails the call on all of them: they
         wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
         ranks name the rank that failed first."""
+        if os.getpid() != self._process:  # what it put into memory that ranks share would be taken for its parent's
+            raise RuntimeError(
+                f"this process was forked from rank {self.members[self.position]}, whose mesh it cannot use: make all "
+                f"calls in the process that made the mesh"
+            )
         me = threading.get_ident()
         if self._user.setdefault("", me) != me or self._inside:
             error = RuntimeError(
@@ -311,7 +318,10 @@ class Mesh:
         self.begun = self.dirty = False
 
     def close(self) -> None:
-        """Release connections, threads, memory and process groups; idempotent. Local. No call may follow."""
+        """Release connections, threads, memory and process groups; idempotent. Local. No call may follow. In a forked
+        child it does nothing: what it would end is its parent's."""
+        if os.getpid() != self._process:
+            return
         self.closed = True
         self.control.close()
         self._close_lanes(failed=False)

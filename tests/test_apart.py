@@ -40,6 +40,10 @@ CASES = {
     ),
     "interrupted_while_it_fails": each("right"),
     "interrupted_between_two_lines": ("right",) * 4,
+    "a_forked_child_uses_the_mesh": tuple(
+        " \\| ".join(rf"{t}: right{', RuntimeError: this process was forked.*' * (rank == 1)}" for t in TRANSPORTS)
+        for rank in range(4)
+    ),
     "use_after_close": (r"(RuntimeError: this mesh has been closed[^,]*, and no call[^,]*(, |$)){2}",) * 4,
     "two_known_calls_in_another_order": each(
         OTHER_CALLS, "ValueError: q_tokens and kv_tokens must be the same[^|]*?", "right",

@@ -152,6 +152,28 @@ def case_interrupted_between_two_lines(rank):
     return said
 
 
+def case_a_forked_child_uses_the_mesh(rank):
+    """Its chunks would look like those of rank 1's next call."""
+
+    def work(transport):
+        mesh = mesh_of(transport, timeout=2.0)
+        attempt(mesh, rank, 9)
+        if rank == 1:
+            read, write = os.pipe()
+            if (child := os.fork()) == 0:
+                os.write(write, attempt(mesh, rank, 5).encode())
+                mesh.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+        said = [attempt(mesh, rank, 0)]
+        if rank == 1:
+            said.append(os.read(read, 1000).decode())
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
 def case_use_after_close(rank):
     mesh = mesh_of("tcp")
     attempt(mesh, rank, 9)
