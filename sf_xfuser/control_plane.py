@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sf_xfuser.agreement import Agreement
@@ -44,6 +46,7 @@ _RETRY_S = 2.0  # one attempt to reach the hub; a link that comes back is then f
 _PROBE_S = 0.8  # for all ranks to say what they are doing
 _OWN_S = 0.3  # and then for one of them to say that it has failed by itself
 _VERDICT_S = 2.0  # for a verdict to arrive, the probe included
+_ARRIVAL_S = 0.02  # by so much later a message of another host may arrive than that of a third
 _GONE_S = 0.5  # a rank that is gone may have sent all that this one waits for: look once more after so long
 
 
@@ -146,13 +149,17 @@ class ControlPlane:
         if position == 0:
             self._hub = _Hub(self.address, members)
             at = {"port": self._hub.port, "token": self._hub.token.hex()}
-        said = store.gather("control plane", [self.address, socket.gethostname(), at])
-        self._hub_address, self._host_of_hub, hub = said[0]
-        self._port, self._token = hub["port"], bytes.fromhex(hub["token"])
-        if self._hub is not None:
-            self._hub.start([host for _, host, _ in said])
-        atexit.register(self.close)  # ranks that are done are not gone
-        self._meet(timeout_s, time.monotonic(), time.monotonic())
+        try:
+            said = store.gather("control plane", [self.address, socket.gethostname(), at])
+            self._hub_address, self._host_of_hub, hub = said[0]
+            self._port, self._token = hub["port"], bytes.fromhex(hub["token"])
+            if self._hub is not None:
+                self._hub.start([host for _, host, _ in said])
+            atexit.register(self.close)  # ranks that are done are not gone
+            self._meet(timeout_s, time.monotonic(), time.monotonic())
+        except BaseException:
+            self.close()
+            raise
 
     # -- between calls -------------------------------------------------------------------------------------------------
 
@@ -195,7 +202,7 @@ class ControlPlane:
         self.doing = _nothing
         with self._changed:
             self._failure = self._failure or f"rank {self._members[self._position]} has closed its mesh"
-        self._leave()
+        self._leave(for_good=True)
         if self._hub is not None:
             self._hub.stop()
 
@@ -275,7 +282,7 @@ class ControlPlane:
                 link.sendall(_HELLO.pack(self._token, self._position))
                 now = time.monotonic()
                 told_s = None if raised is None else now - raised
-                _send_frame(link, ["meet", max(0.0, deadline - now), told_s, now - entered])
+                _send_frame(link, ["meet", max(0.0, deadline - now), told_s, now - entered, [_boot_id(), now]])
                 return link
             except OSError as error:
                 if isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
@@ -299,8 +306,8 @@ class ControlPlane:
         except OSError:  # the listening thread hears the same
             _hang_up(link)
 
-    def _leave(self) -> None:
-        self._send(["bye"])
+    def _leave(self, *, for_good: bool = False) -> None:
+        self._send(["bye", for_good])
         with self._changed:
             link, self._link = self._link, None
         if link is not None:
@@ -366,6 +373,15 @@ class _Waiting(NamedTuple):
     entered: float
 
 
+@functools.cache
+def _boot_id() -> str:
+    """The same for processes that share ``time.monotonic``."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def _nothing() -> tuple[str, bool]:
     return "is in no call", False
 
@@ -393,7 +409,7 @@ class _Hub:
         self._frames: dict[socket.socket, _Frames] = {}
         self._running: dict[int, socket.socket] = {}  # who has met
         self._absent: dict[int, str] = {}  # by position: gone, or closed, and with which words
-        self._dead: set[int] = set()  # those whose process ended
+        self._dead: set[int] = set()  # those whose process ended, or that have closed their mesh
         self._gathers: dict[int, tuple[dict[int, list[Any]], float]] = {}
         self._verdict: str | None = None
         self._failed_call: int | None = None  # which was reported to have failed
@@ -412,7 +428,9 @@ class _Hub:
         self._stopped = True
         with contextlib.suppress(OSError):
             self._wake.send(b"x")
-        if self._thread.is_alive():
+        if self._thread.ident is None:  # it never ran
+            self._end()
+        elif self._thread.is_alive():
             self._thread.join(_SEND_S)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -434,12 +452,15 @@ class _Hub:
                         self._read(key.fileobj)
                 self._look_at_the_clock()
         finally:
-            for link in list(self._ranks_of):
-                self._drop(link)
-            self._greeter.close()
-            for end in (self._listener, self._woken, self._wake):
-                end.close()
-            self._selector.close()
+            self._end()
+
+    def _end(self) -> None:
+        for link in list(self._ranks_of):
+            self._drop(link)
+        self._greeter.close()
+        for end in (self._listener, self._woken, self._wake):
+            end.close()
+        self._selector.close()
 
     def _greet(self, link: socket.socket, hello: bytes) -> None:
         token, position = _HELLO.unpack(hello)
@@ -470,7 +491,9 @@ class _Hub:
         if kind == "meet":
             return self._meet(link, position, *rest)
         if kind == "bye":
-            return self._lost(link, "has closed its mesh, or failed in an earlier call")
+            (for_good,) = rest
+            words = "has closed its mesh" if for_good else "has failed in an earlier call"
+            return self._lost(link, words, dead=for_good)
         if self._running.get(position) is not link:
             return
         if self._verdict is not None:
@@ -496,13 +519,23 @@ class _Hub:
             elif everyone:  # a rank that fails by itself may still say so
                 self._probe_until = min(self._probe_until, time.monotonic() + _OWN_S)
 
-    def _meet(self, link: socket.socket, position: int, limit_s: float, told_s: float | None, entered_s: float) -> None:
+    def _meet(
+        self,
+        link: socket.socket,
+        position: int,
+        limit_s: float,
+        told_s: float | None,
+        entered_s: float,
+        clock: list[Any],
+    ) -> None:
         before = self._meeting.pop(position, None)
         if before is not None:
             self._drop(before.link)
         now = time.monotonic()
-        told = inf if told_s is None else now - told_s
-        self._meeting[position] = _Waiting(link, now + limit_s, told, now - entered_s)
+        boot_id, sent = clock
+        said = sent if boot_id == _boot_id() else now  # one clock, else as old as it arrives
+        told = inf if told_s is None else said - told_s - (0 if boot_id == _boot_id() else _ARRIVAL_S)
+        self._meeting[position] = _Waiting(link, now + limit_s, told, said - entered_s)
         self._dead.discard(position)  # it lives
         if len(self._meeting) == len(self._names):
             for old in list(self._running.values()):
@@ -556,6 +589,9 @@ class _Hub:
         self._drop(link)
         if position in self._meeting and self._meeting[position].link is link:
             del self._meeting[position]
+            if dead:
+                self._absent[position] = f"{self._names[position]} {words}"
+                self._never_meets(position)
         if self._running.get(position) is not link:
             return
         del self._running[position]
@@ -567,9 +603,12 @@ class _Hub:
         if self._verdict is None and self._probe_until is not None:
             self._judge(self._culprit())
         if dead:
-            self._dead.add(position)
-            if self._meeting:
-                self._refuse_meeting(f"{self._absent[position]}. Restart the job", list(self._meeting))
+            self._never_meets(position)
+
+    def _never_meets(self, position: int) -> None:
+        self._dead.add(position)
+        if self._meeting:
+            self._refuse_meeting(f"{self._absent[position]}. Restart the job", list(self._meeting))
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()

@@ -21,6 +21,7 @@ from sf_xfuser.transport import (
     Shm,
     SymmMem,
     Transport,
+    TransportError,
     TwoSided,
     device,
     nvshmem,
@@ -74,7 +75,12 @@ class Group:
 
             # NCCL's may make its communicator at once, for the device of this thread.
             on_cpus = (self.backend or dist.get_backend()) == "gloo"
-            self.handle = bounded(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+            try:
+                self.handle = bounded(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+            except RuntimeError as error:
+                if (why := control.failure) is not None:
+                    raise TransportError(why) from error
+                raise
         return self.handle
 
     def end(self) -> None:

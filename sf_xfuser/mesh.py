@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import zlib
@@ -95,6 +96,7 @@ class Mesh:
     _told: float | None = None  # when the program was, that the last call has failed
     _user: dict[str, int] = field(default_factory=dict)  # the thread that makes a call; one operation looks and takes
     _inside: bool = False  # it is in one
+    _process: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
         self.control.doing = lambda: self._said
@@ -187,6 +189,11 @@ class Mesh:
         Whatever is raised on this rank but not on all (``refuse``, ``Unusable``) fails the call on all of them: they
         wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
         ranks name the rank that failed first."""
+        if os.getpid() != self._process:  # what it put into memory that ranks share would be taken for its parent's
+            raise RuntimeError(
+                f"this process was forked from rank {self.members[self.position]}, whose mesh it cannot use: make all "
+                f"calls in the process that made the mesh"
+            )
         me = threading.get_ident()
         if self._user.setdefault("", me) != me or self._inside:
             error = RuntimeError(
@@ -343,7 +350,10 @@ class Mesh:
         self.begun = self.dirty = False
 
     def close(self) -> None:
-        """Release connections, threads, memory and process groups; idempotent. Local. No call may follow."""
+        """Release connections, threads, memory and process groups; idempotent. Local. No call may follow. In a forked
+        child it does nothing: what it would end is its parent's."""
+        if os.getpid() != self._process:
+            return
         self.closed = True
         self.control.close()
         self._close_lanes(failed=False)
@@ -491,31 +501,39 @@ def build_mesh(
     transports = {} if wanted is None else lanes.ways(wanted, seat, shared[index], groups)
     if args.compress != "none":
         transports.pop("nvshmem", None)
-    failure: TransportError | None = None
-    try:
-        transport, connected, refusals = _connect(transports, control)
-    except TransportError as error:
-        failure = error
-    if wanted is not None:
-        said = sorted({text for text in world.gather("lanes", failure and str(failure)) if text})
-        if said:
-            raise failure or TransportError("; ".join(said))
-    return Mesh(
+    mesh = Mesh(
         plan=plan,
         grid=grid,
         topology=topology,
         position=position,
-        lanes=connected,
+        lanes={},
         ulysses_group=ulysses[position],
         ring_group=ring[position],
         control=control,
         groups=list(groups.values()),
-        transport=transport,
+        transport="",
         transports=transports,
-        chosen="; ".join([text for text in [_why(args, len(transports)), *refusals] if text]),
         one_host=len(shared[index]) == 2,
         compression=Compression(args.compress) if args.compress != "none" else None,
     )
+    try:
+        failure: Exception | None = None
+        try:
+            mesh.transport, mesh.lanes, refusals = _connect(transports, control)
+            mesh.chosen = "; ".join([text for text in [_why(args, len(transports)), *refusals] if text])
+        except (Unusable, GroupError) as error:  # on all ranks of the group
+            failure = error
+        except Exception as error:
+            control.fail(f"{type(error).__name__}: {error}", own=not isinstance(error, TransportError))
+            failure = error
+        if wanted is not None:
+            said = sorted({text for text in world.gather("lanes", failure and str(failure)) if text})
+            if said:
+                raise failure or TransportError("; ".join(said))
+    except BaseException:
+        mesh.close()
+        raise
+    return mesh
 
 
 def _connect(transports: dict[str, Connect], control: ControlPlane) -> tuple[str, Lanes, list[str]]:

@@ -42,6 +42,10 @@ CASES = {
     ),
     "interrupted_while_it_fails": each("right"),
     "interrupted_between_two_lines": ("right",) * 4,
+    "a_forked_child_uses_the_mesh": tuple(
+        " \\| ".join(rf"{t}: right{', RuntimeError: this process was forked.*' * (rank == 1)}" for t in TRANSPORTS)
+        for rank in range(4)
+    ),
     "use_after_close": (r"(RuntimeError: this mesh has been closed[^,]*, and no call[^,]*(, |$)){2}",) * 4,
     "two_known_calls_in_another_order": each(
         OTHER_CALLS, "ValueError: q_tokens and kv_tokens must be the same[^|]*?", "right",
@@ -65,6 +69,9 @@ CASES = {
         *[r"TransportError: rank 2 on \S+ failed: .*as it should, right, (shm|tcp)$"] * 2,
         r"TransportError: as it should, right, (shm|tcp)$",
         r"TransportError: rank 2 on \S+ failed: .*as it should, right, (shm|tcp)$",
+    ),
+    "one_rank_cannot_build": each(
+        "right", r"[^|,]*Error: (rank 2 on \S+ failed: OSError: )?as it should", "nothing left"
     ),
     "closing_keeps_nothing": ("nothing",) * 4,
     "a_model_output": (r"\{True\}",) * 4,

@@ -5,6 +5,7 @@ Every result is compared with float64 attention over the tokens of all ranks, so
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from cases import run_cases
 from diffusers import FluxTransformer2DModel
 
+from sf_xfuser import lanes
 from sf_xfuser.all_gather import all_gather
 from sf_xfuser.args import TorusArgs
 from sf_xfuser.attention import torus_attention
@@ -189,6 +191,28 @@ def case_interrupted_between_two_lines(rank):
     return said
 
 
+def case_a_forked_child_uses_the_mesh(rank):
+    """Its chunks would look like those of rank 1's next call."""
+
+    def work(transport):
+        mesh = mesh_of(transport, timeout=2.0)
+        attempt(mesh, rank, 9)
+        if rank == 1:
+            read, write = os.pipe()
+            if (child := os.fork()) == 0:
+                os.write(write, attempt(mesh, rank, 5).encode())
+                mesh.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+        said = [attempt(mesh, rank, 0)]
+        if rank == 1:
+            said.append(os.read(read, 1000).decode())
+        mesh.close()
+        return ", ".join(said)
+
+    return over_each(work)
+
+
 def case_use_after_close(rank):
     mesh = mesh_of("tcp")
     attempt(mesh, rank, 9)
@@ -321,6 +345,34 @@ def case_one_rank_cannot_make_a_transport(rank):
     said += [attempt(mesh, rank, 1), mesh.transport if "fastest of shm" in mesh.chosen else mesh.chosen]
     mesh.close()
     return ", ".join(said)
+
+
+def case_one_rank_cannot_build(rank):
+    """A mesh, three times, whose lanes rank 2 cannot make; then it can. What is left of them afterwards."""
+
+    def fail(*_):
+        raise OSError("as it should")
+
+    def work(transport):
+        name = "_connect_groups" if transport == "two_sided" else "_connect_cpus"
+        connect, said, seen = getattr(lanes, name), [], []
+        for n in range(5):
+            setattr(lanes, name, fail if rank == 2 and n in (1, 2, 3) else connect)
+            try:
+                mesh = mesh_of(transport, timeout=1.0)
+                said.append(attempt(mesh, rank, 0))
+                dist.barrier()
+                mesh.close()
+            except (RuntimeError, OSError) as error:
+                said.append(f"{type(error).__name__}: {error}")
+            dist.barrier()
+            gc.collect()  # tracebacks hold what they saw
+            time.sleep(0.1)
+            seen.append(len(os.listdir("/proc/self/fd")))
+        more = seen[3] - seen[0]
+        return ", ".join([*dict.fromkeys(said), f"{more} descriptors more" if more > 9 else "nothing left"])
+
+    return over_each(work)
 
 
 def case_closing_keeps_nothing(rank):
