@@ -25,7 +25,7 @@ from sf_xfuser.bench import report
 from sf_xfuser.bench.arms import COMPRESSED, known_names, over
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.pipeline import SHAPES
-from sf_xfuser.bench.rank import Order, PipelineOrder, run, run_pipeline
+from sf_xfuser.bench.rank import AttentionOrder, PipelineOrder, run, run_pipeline
 
 _WIDTH = 150  # of tables, where the output is not a terminal
 # Imports of xDiT and transformers, and PyTorch's profiler and sockets, talk; a benchmark's output is its table.
@@ -105,7 +105,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.pipeline is not None:
         return _bench_pipeline(options, launched.world_size)
     arms = tuple(options.arms.split(",")) if options.arms else None
-    order = Order(
+    order = AttentionOrder(
         cases=(),
         arms=arms,
         repeat=options.repeat,
@@ -175,7 +175,7 @@ def _case(options: argparse.Namespace, cluster: str) -> Case:
 
 
 def _on_emulated_clusters(
-    options: argparse.Namespace, order: Order, cases: Sequence[Case], document: dict[str, Any]
+    options: argparse.Namespace, order: AttentionOrder, cases: Sequence[Case], document: dict[str, Any]
 ) -> int:
     """Run every case, fill the document in, show each case as it is done. 1 if some ranks failed."""
     console = Console(stderr=True)
@@ -216,7 +216,7 @@ def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document:
     return outcome.status
 
 
-def _under_torchrun(options: argparse.Namespace, order: Order, world_size: int) -> int:
+def _under_torchrun(options: argparse.Namespace, order: AttentionOrder, world_size: int) -> int:
     """This process is one rank. Rank 0 shows and stores; its status is the job's."""
     if options.grid:
         raise ValueError("--grid describes emulated clusters; under torchrun give the shape on the command line")

@@ -21,7 +21,7 @@ from sf_xfuser.cluster import Cluster
 from sf_xfuser.files import read_json
 from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import UNEVEN, make_plan
-from sf_xfuser.planner import PATTERNS, Candidate, Ranking, rank
+from sf_xfuser.planner import PATTERN_OF, RankedLayout, Ranking, rank
 from sf_xfuser.presets import PRESETS, preset
 from sf_xfuser.simulate import ITEMSIZE, CallShape, TorusArm, predict
 from sf_xfuser.xdit_layouts import XditConfig
@@ -62,7 +62,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--cluster-file", metavar="FILE", help="a cluster as JSON instead (plan --json writes one)")
     where.add_argument("--across-gbps", type=float, metavar="GBIT", help="what a machine can send, instead")
     where.add_argument("--inside-gbps", type=float, metavar="GBIT", help="what a GPU can send in its machine, instead")
-    where.add_argument("--transport", choices=tuple(PATTERNS), default="two_sided", help="what moves torus' chunks: "
+    where.add_argument("--transport", choices=tuple(PATTERN_OF), default="two_sided", help="what moves torus' chunks: "
                        "NCCL's sends and receives, or one-sided puts (nvshmem). Default: two_sided")  # fmt: skip
     what = parser.add_argument_group("model")
     what.add_argument("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a transformer's config.json")
@@ -178,7 +178,7 @@ def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int
 
 
 def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> TorusArm | XditConfig:
-    pattern, overlap = PATTERNS[options.transport], not options.no_overlap
+    pattern, overlap = PATTERN_OF[options.transport], not options.no_overlap
     text = options.sp_plan
     usp = re.fullmatch(r"ulysses=(\d+),ring=(\d+)", text)
     if usp:
@@ -303,7 +303,7 @@ def _show(ranking: Ranking, took_s: float) -> None:
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 
-def _cells(candidate: Candidate, calls: int) -> list[str]:
+def _cells(candidate: RankedLayout, calls: int) -> list[str]:
     predicted = candidate.predicted
     if predicted is not None:
         seconds, step = f"{predicted.seconds * 1e3:.2f}", f"{predicted.seconds * calls * 1e3:.1f}"
