@@ -37,12 +37,6 @@ class Chunks(NamedTuple):
     out: Sequence[torch.Tensor]
     lse: Sequence[torch.Tensor]
     results: Sequence[torch.Tensor]
-    scale: float | None
-
-    @property
-    def factor(self) -> float:
-        """Of the scores."""
-        return 1 / math.sqrt(self.q[0].shape[-1]) if self.scale is None else self.scale
 
 
 def attend_chunks_(
@@ -51,8 +45,6 @@ def attend_chunks_(
     v: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     lse: Sequence[torch.Tensor],
-    *,
-    scale: float | None = None,
 ) -> None:
     """Attend every Q chunk to all KV chunks, and to what its accumulator holds already, in place. Local; on the current
     stream.
@@ -61,12 +53,12 @@ def attend_chunks_(
     ``HEAD_SIZES``, S_i and Sk_j any, 0 included. ``out[i]`` [B,H,S_i,D] fp32 and ``lse[i]`` [B,H,S_i] fp32 (natural
     log) are the accumulator, as ``merge_`` has it: a row with ``lse = -inf`` has seen no key, whatever ``out`` holds
     there, so a new accumulator is one whose ``lse`` is filled with -inf. Any strides with D contiguous. Dense, not
-    causal; ``scale`` in place of 1/sqrt(D). Deterministic: the same lists in the same order give the same bits.
+    causal, scores times 1/sqrt(D). Deterministic: the same lists in the same order give the same bits.
 
     Raises ValueError before anything is written: shapes, dtypes, devices or lengths of lists that do not fit, strided
     D, an accumulator that shares memory with anything else.
     """
-    _attend(Chunks(q, k, v, out, lse, (), scale))
+    _attend(Chunks(q, k, v, out, lse, ()))
 
 
 def attend_chunks_into(
@@ -76,25 +68,24 @@ def attend_chunks_into(
     v: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     lse: Sequence[torch.Tensor],
-    *,
-    scale: float | None = None,
 ) -> None:
     """As ``attend_chunks_``, for the last time: the output goes to ``results[i]`` [B,H,S_i,D] in q's dtype, any strides
     with D contiguous, and the accumulator holds nothing of use afterwards; in fp32 ``results[i]`` may be ``out[i]``
     itself. Rows that have seen no key at all are 0."""
     if len(results) != len(q):
         raise ValueError(f"{len(results)} results for {len(q)} chunks of q: give one for each")
-    _attend(Chunks(q, k, v, out, lse, results, scale))
+    _attend(Chunks(q, k, v, out, lse, results))
 
 
 def attend_twin(chunks: Chunks) -> None:
     """The same in plain PyTorch: one softmax in fp32 over all keys, in which what is carried counts as one key more."""
-    q, k, v, out, lse, results, _ = chunks
+    q, k, v, out, lse, results = chunks
     for at, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
         group = q_BHSD.shape[1] // k[0].shape[1] if k else 1
         keys = [x.float().repeat_interleave(group, 1) for x in k]
         values = [x.float().repeat_interleave(group, 1) for x in v]
-        scores = [lse_BHS.unsqueeze(-1), *(q_BHSD.float() @ x.transpose(-1, -2) * chunks.factor for x in keys)]
+        q32 = q_BHSD.float() / math.sqrt(q_BHSD.shape[-1])
+        scores = [lse_BHS.unsqueeze(-1), *(q32 @ x.transpose(-1, -2) for x in keys)]
         joined = torch.cat(scores, -1)
         weights = torch.softmax(joined, -1).masked_fill(joined.amax(-1, keepdim=True) == float("-inf"), 0.0)
         carried = out_BHSD.masked_fill(lse_BHS.unsqueeze(-1) == float("-inf"), 0.0) * weights[..., :1]
@@ -110,7 +101,7 @@ def attend_twin(chunks: Chunks) -> None:
 
 def _attend(chunks: Chunks) -> None:
     if torch.compiler.is_compiling():
-        _attend_op(*(list(x) for x in chunks[:6]), chunks.scale)
+        _attend_op(*map(list, chunks))
     else:
         _run(chunks)
 
@@ -140,9 +131,8 @@ def _attend_op(
     out: list[torch.Tensor],
     lse: list[torch.Tensor],
     results: list[torch.Tensor],
-    scale: float | None,
 ) -> None:
-    _run(Chunks(q, k, v, out, lse, results, scale))
+    _run(Chunks(q, k, v, out, lse, results))
 
 
 @_attend_op.register_fake
@@ -155,14 +145,12 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 def check(chunks: Chunks) -> None:
     """Raises what ``attend_chunks_`` raises."""
-    q, k, v, out, lse, results, scale = chunks
+    q, k, v, out, lse, results = chunks
     if len(out) != len(q) or len(lse) != len(q) or len(k) != len(v):
         raise ValueError(
             f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse "
             "for each q, and a v for each k"
         )
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale {scale}: it must be above 0 and finite")
     read = _named(q=q, k=k, v=v)
     apart = [x for at, x in enumerate(results) if not is_same(x, out[at])]
     written = _named(out=out, lse=lse, results=apart)

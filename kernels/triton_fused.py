@@ -243,7 +243,7 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 def launch(chunks: Chunks) -> None:
     """As ``attend_twin``, of chunks that ``fused.check`` has passed. Enqueues one copy of the table and one kernel on
     the current stream."""
-    q, k, v, out, _, results, _ = chunks
+    q, k, v, out, _, results = chunks
     device, dtype, D = q[0].device, q[0].dtype, q[0].shape[-1]
     config = _config(device, dtype, D)
     q_rows, num_tiles = _q_rows(chunks, config.rows)
@@ -258,7 +258,7 @@ def launch(chunks: Chunks) -> None:
     aligned = all(_is_aligned(x) for x in (*q, *k, *v, *out, *results))
     attend_chunks_kernel[(num_tiles,)](
         table,
-        chunks.factor / math.log(2.0),
+        1 / (math.sqrt(D) * math.log(2.0)),
         **_constants(_TYPES[dtype], D, config, aligned=aligned, final=bool(results)),
         num_warps=config.warps,
         num_stages=config.depth,
@@ -268,7 +268,7 @@ def launch(chunks: Chunks) -> None:
 
 def _q_rows(chunks: Chunks, rows: int) -> tuple[list[list[int]], int]:
     """The table's rows for Q chunks, and how many tiles there are."""
-    q, _, _, out, lse, results, _ = chunks
+    q, _, _, out, lse, results = chunks
     found: list[list[int]] = []
     end = 0
     for at, x in enumerate(q):

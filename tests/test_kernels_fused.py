@@ -23,7 +23,6 @@ triton_fused = pytest.importorskip("sf_xfuser.kernels.triton_fused", reason="Tri
 
 NAN = float("nan")
 UNSEEN = float("-inf")
-SCALE = 0.1
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 4e-6}
 
 
@@ -34,7 +33,7 @@ def _bf16(monkeypatch):
 
 def attend(*tensors):
     """The kernel; a test changes it for one with a fault."""
-    triton_fused.launch(Chunks(*tensors, SCALE))
+    triton_fused.launch(Chunks(*tensors))
 
 
 def chunks(D, dtype, q_sizes, kv_sizes, B=2, H=2, H_kv=1):
@@ -55,7 +54,7 @@ def test_equals_the_twin(D, dtype):
     lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = UNSEEN, NAN  # what a row without keys holds is of no consequence
     lse[0][1, 0, 3] = 60.0  # far above the scores
     expected, got = [with_room(*out), with_room(*lse)], [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, [], SCALE))
+    attend_twin(Chunks(q, k, v, *expected, []))
     attend(q, k, v, *got, [])
     assert all(x.isfinite().all() for side in expected for x in side)
     torch.testing.assert_close(got, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
@@ -77,7 +76,7 @@ def test_strides_that_are_not_aligned():
     q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,))
     k = [torch.randn(2, 1, 7, 67)[..., 1:65]]
     expected = [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, [], SCALE))
+    attend_twin(Chunks(q, k, v, *expected, []))
     attend(q, k, v, out, lse, [])
     torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
 
@@ -115,8 +114,8 @@ def error_ratio(attend, name, dtype, S=19, keys=40, D=64):
     parts = [x.split((13, 0, 1, keys - 14), 2) for x in (k, v)]
     out = [torch.full(x.shape, NAN) for x in pieces[0]]
     lse = [torch.full(x.shape[:3], UNSEEN) for x in pieces[0]]
-    attend(pieces[0], *(x[:2] for x in parts), out, lse, [], D**-0.5)
-    attend(pieces[0], *(x[2:] for x in parts), out, lse, pieces[1], D**-0.5)
+    attend(pieces[0], *(x[:2] for x in parts), out, lse, [])
+    attend(pieces[0], *(x[2:] for x in parts), out, lse, pieces[1])
     return (torch.cat(pieces[1], 2).double() - exact).abs().max().item() / max(single, floor)
 
 
@@ -136,13 +135,13 @@ def test_keys_without_weight(attend):
     q, result = [q[0].abs()], torch.empty_like(q[0])
     lse[0].fill_(UNSEEN)
     k[0].fill_(UNSEEN)
-    ATTENDS[attend](q, k[:1], v[:1], out, lse, [], SCALE)
+    ATTENDS[attend](q, k[:1], v[:1], out, lse, [])
     assert (lse[0] == UNSEEN).all()
     carried = with_room(*out), with_room(*lse)
-    ATTENDS[attend](q, k[1:], v[1:], *carried, [result], SCALE)
-    exact = attention64(q[0] * SCALE * 8, k[1], v[1]).float()
+    ATTENDS[attend](q, k[1:], v[1:], *carried, [result])
+    exact = attention64(q[0], k[1], v[1]).float()
     torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
-    ATTENDS[attend](q, k, v, out, lse, [result], SCALE)
+    ATTENDS[attend](q, k, v, out, lse, [result])
     torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
 
 
@@ -196,7 +195,6 @@ BAD = {
     "shape of out": ({"out": [torch.zeros(1, 4, 3, 64)]}, r"out\[0\] has shape \(1, 4, 3, 64\)"),
     "layout of lse": ({"lse": [torch.zeros(1, 4, 4, 1)]}, r"lse\[0\] has shape \(1, 4, 4, 1\)"),
     "dtype of lse": ({"lse": [torch.zeros(1, 4, 4).half()]}, r"lse\[0\] is \(1, 4, 4\) torch.float16"),
-    "scale": ({"scale": 0.0}, r"scale 0.0: it must be above 0"),
     "dtype of results": ({"results": [torch.zeros(1, 4, 4, 64)]}, r"results\[0\] is .*float32.* but q\[0\]"),
     "number of results": ({"results": []}, r"0 results for 1 chunks of q"),
     "devices": ({"k": [q_of(1, 2, 5, 64).to("meta")]}, r"k\[0\] .* on meta and q\[0\] .* on cpu"),
@@ -243,7 +241,7 @@ def test_torch_compile_sees_operators():
 
     def twice(q, k, v, out, lse, results):
         attend_chunks_(q, k, v, out, lse)
-        attend_chunks_into(results, q, k, v, out, lse, scale=0.5)
+        attend_chunks_into(results, q, k, v, out, lse)
         return results[0] + 1
 
     def copies():
@@ -253,4 +251,4 @@ def test_torch_compile_sees_operators():
     got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*(compiled := copies()))
     assert torch.equal(got, expected)
     assert all(torch.equal(x, y) for side in zip(compiled, given, strict=True) for x, y in zip(*side, strict=True))
-    torch.library.opcheck(torch.ops.sf_xfuser.attend_chunks.default, (q, k, v, out, lse, results, None))
+    torch.library.opcheck(torch.ops.sf_xfuser.attend_chunks.default, (q, k, v, out, lse, results))
