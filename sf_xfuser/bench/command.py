@@ -154,12 +154,7 @@ def _check(options: argparse.Namespace) -> None:
     for arm in options.arms.split(",") if options.arms else ():
         if arm not in known and not arm.startswith("xdit-u"):
             raise ValueError(f"--arms: no arm is called {arm!r}; there are {known_names()}")
-    for name in ("json", "plot", "trace", "report", "markdown"):
-        path = getattr(options, name)
-        if path and path != "-" and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a folder; name a file")
+    report.require_files(options, "json", "plot", "trace", "report", "markdown")
     if options.plot or options.report:
         from sf_xfuser.bench import page
 
@@ -192,7 +187,8 @@ def _on_emulated_clusters(
             console.print(f"[bold red]not measured[/]: {missing}")
         if len(cases) > 1:
             console.print(f"{done} of {len(cases)} cases measured")
-            _store(options, document)  # a grid takes its time, and may be killed
+            if options.json != "-":
+                report.write_json(options.json, document, indent=1)  # a grid takes its time, and may be killed
     return failed
 
 
@@ -272,11 +268,8 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
 def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
     """Show and store; 1 if an arm's result was wrong or nothing was measured."""
     rows = document["rows"]
-    if options.json == "-":
-        print(json.dumps(document, indent=1))
-    else:
+    if not report.write_json(options.json, document, indent=1):
         _show(rows)
-    _store(options, document)
     if options.trace:
         Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
     if options.markdown and rows:
@@ -289,11 +282,6 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
         if options.report:
             Path(options.report).write_text(page.html(document))
     return 1 if not rows or any(row["status"] == "failed" for row in rows) else 0
-
-
-def _store(options: argparse.Namespace, document: dict[str, Any]) -> None:
-    if options.json and options.json != "-":
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -80,7 +80,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 def plan_command(options: argparse.Namespace) -> int:
     """Rank and show. 2: the request makes no sense."""
     try:
-        _check_files(options)
+        report.require_files(options, "json", "plot")
         cluster, shape, calls = _asked(options)
         started_s = time.perf_counter()
         ranking = rank(cluster, shape, calls=calls, transport=options.transport)
@@ -92,20 +92,15 @@ def plan_command(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"sf-xfuser plan: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        text = json.dumps(ranking.to_json(), indent=1)
-        if options.json == "-":
-            print(text)
-            return 0
-        Path(options.json).write_text(text + "\n")
-    _show(ranking, took_s)
+    if not report.write_json(options.json, ranking.to_json(), indent=1):
+        _show(ranking, took_s)
     return 0
 
 
 def simulate_command(options: argparse.Namespace) -> int:
     """Replay every rank and show. 2: the request makes no sense."""
     try:
-        _check_files(options)
+        report.require_files(options, "json", "plot", "trace")
         cluster, shape, _ = _asked(options)
         arm = _arm(options, cluster, shape)
         timelines = [_timeline(cluster, shape, arm)]
@@ -122,12 +117,8 @@ def simulate_command(options: argparse.Namespace) -> int:
     document = {"rows": [], "timelines": timelines}
     if options.trace:
         Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
-    if options.json:
-        text = json.dumps(document)
-        if options.json == "-":
-            print(text)
-            return 0
-        Path(options.json).write_text(text + "\n")
+    if report.write_json(options.json, document):
+        return 0
     for timeline in timelines:
         spans = [span for found in timeline["ranks"] for span in found["spans"]]
         computed = sum(s["end_s"] - s["start_s"] for s in spans if s["lane"] == "compute") / len(timeline["ranks"])
@@ -137,13 +128,6 @@ def simulate_command(options: argparse.Namespace) -> int:
 
 
 # -- what was asked ---------------------------------------------------------------------------------------------------
-
-
-def _check_files(options: argparse.Namespace) -> None:
-    for name in ("json", "plot", "trace"):
-        path = getattr(options, name, None)
-        if path and path != "-" and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {path} names no file in a folder that there is")
 
 
 def _asked(options: argparse.Namespace) -> tuple[Cluster, CallShape, int]:
