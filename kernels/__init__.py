@@ -3,7 +3,7 @@ plain PyTorch, which serves CPUs."""
 
 from sf_xfuser.kernels.attend import AttendFunction, sdpa_attend, sdpa_backend, without_weightless
 from sf_xfuser.kernels.choice import Kernel, Verdict, choose, may_fuse, why_not_fused
-from sf_xfuser.kernels.fused import Chunks, Gate, attend_chunks_, attend_chunks_into, attend_unchecked
+from sf_xfuser.kernels.fused import Chunks, attend_chunks_, attend_chunks_into, attend_unchecked
 from sf_xfuser.kernels.merge import merge_, merge_into, merge_part
 from sf_xfuser.kernels.packing import Compressed, pack, pack_compressed, place, take, unpack, unpack_compressed
 from sf_xfuser.kernels.prepare import prepare
@@ -12,7 +12,6 @@ __all__ = [
     "AttendFunction",
     "Chunks",
     "Compressed",
-    "Gate",
     "Kernel",
     "Verdict",
     "attend_chunks_",

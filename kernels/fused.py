@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,24 +28,6 @@ HEAD_SIZES = (64, 72, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
-    """Which chunks are not here yet, and how their arrival is seen.
-
-    ``flags`` int64 [n]: a chunk is here once its flag is at least ``epoch``; flags only grow. ``q``, ``kv``: for each
-    chunk of the call its flag's index, -1 for one that is here. Chunks are waited for in the order of the lists. A wait
-    ends after ``looks`` looks at the flag: then ``error``, int64 [1] and 0 before, holds that flag's index + 1, further
-    waits are given up, and rows that needed what did not come are NaN.
-    """
-
-    flags: torch.Tensor
-    epoch: int
-    error: torch.Tensor
-    q: Sequence[int]
-    kv: Sequence[int]
-    looks: int
-
-
 class Chunks(NamedTuple):
     """The arguments of one call, as ``attend_chunks_`` and ``attend_chunks_into`` describe them."""
 
@@ -56,13 +37,6 @@ class Chunks(NamedTuple):
     out: Sequence[torch.Tensor]
     lse: Sequence[torch.Tensor]
     results: Sequence[torch.Tensor]
-    scale: float | None
-    gate: Gate | None
-
-    @property
-    def factor(self) -> float:
-        """Of the scores."""
-        return 1 / math.sqrt(self.q[0].shape[-1]) if self.scale is None else self.scale
 
 
 def attend_chunks_(
@@ -71,9 +45,6 @@ def attend_chunks_(
     v: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     lse: Sequence[torch.Tensor],
-    *,
-    scale: float | None = None,
-    gate: Gate | None = None,
 ) -> None:
     """Attend every Q chunk to all KV chunks, and to what its accumulator holds already, in place. Local; on the current
     stream.
@@ -82,13 +53,12 @@ def attend_chunks_(
     ``HEAD_SIZES``, S_i and Sk_j any, 0 included. ``out[i]`` [B,H,S_i,D] fp32 and ``lse[i]`` [B,H,S_i] fp32 (natural
     log) are the accumulator, as ``merge_`` has it: a row with ``lse = -inf`` has seen no key, whatever ``out`` holds
     there, so a new accumulator is one whose ``lse`` is filled with -inf. Any strides with D contiguous. Dense, not
-    causal; ``scale`` in place of 1/sqrt(D). Deterministic: the same lists in the same order give the same bits,
-    whenever chunks came.
+    causal, scores times 1/sqrt(D). Deterministic: the same lists in the same order give the same bits.
 
     Raises ValueError before anything is written: shapes, dtypes, devices or lengths of lists that do not fit, strided
     D, an accumulator that shares memory with anything else.
     """
-    _attend(Chunks(q, k, v, out, lse, (), scale, gate))
+    _attend(Chunks(q, k, v, out, lse, ()))
 
 
 def attend_chunks_into(
@@ -98,51 +68,32 @@ def attend_chunks_into(
     v: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     lse: Sequence[torch.Tensor],
-    *,
-    scale: float | None = None,
-    gate: Gate | None = None,
 ) -> None:
     """As ``attend_chunks_``, for the last time: the output goes to ``results[i]`` [B,H,S_i,D] in q's dtype, any strides
     with D contiguous, and the accumulator holds nothing of use afterwards; in fp32 ``results[i]`` may be ``out[i]``
     itself. Rows that have seen no key at all are 0."""
     if len(results) != len(q):
         raise ValueError(f"{len(results)} results for {len(q)} chunks of q: give one for each")
-    _attend(Chunks(q, k, v, out, lse, results, scale, gate))
+    _attend(Chunks(q, k, v, out, lse, results))
 
 
 def attend_twin(chunks: Chunks) -> None:
     """The same in plain PyTorch: one softmax in fp32 over all keys, in which what is carried counts as one key more."""
-    q, k, v, out, lse, results, _, gate = chunks
-    in_time = gate is None or all([_is_here(gate, flag) for flag in gate.kv])
+    q, k, v, out, lse, results = chunks
     for at, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
-        known = in_time and (gate is None or _is_here(gate, gate.q[at]))
         group = q_BHSD.shape[1] // k[0].shape[1] if k else 1
         keys = [x.float().repeat_interleave(group, 1) for x in k]
         values = [x.float().repeat_interleave(group, 1) for x in v]
-        scores = [lse_BHS.unsqueeze(-1), *(q_BHSD.float() @ x.transpose(-1, -2) * chunks.factor for x in keys)]
+        q32 = q_BHSD.float() / math.sqrt(q_BHSD.shape[-1])
+        scores = [lse_BHS.unsqueeze(-1), *(q32 @ x.transpose(-1, -2) for x in keys)]
         joined = torch.cat(scores, -1)
         weights = torch.softmax(joined, -1).masked_fill(joined.amax(-1, keepdim=True) == float("-inf"), 0.0)
         carried = out_BHSD.masked_fill(lse_BHS.unsqueeze(-1) == float("-inf"), 0.0) * weights[..., :1]
         total = carried + weights[..., 1:] @ torch.cat(values, 2) if k else carried
         lse_BHS.copy_(torch.logsumexp(joined, -1))
         out_BHSD.copy_(total)
-        if not known:
-            out_BHSD.fill_(float("nan"))
-            lse_BHS.fill_(float("nan"))
         if results:
             results[at].copy_(out_BHSD)
-
-
-def _is_here(gate: Gate, flag: int) -> bool:
-    if flag < 0:
-        return True
-    left = gate.looks
-    while gate.flags[flag] < gate.epoch and left > 0 and gate.error == 0:
-        left -= 1
-    here = bool(gate.flags[flag] >= gate.epoch)
-    if not here and gate.error == 0:
-        gate.error.fill_(flag + 1)
-    return here
 
 
 # -- the operator ----------------------------------------------------------------------------------------------------
@@ -150,11 +101,7 @@ def _is_here(gate: Gate, flag: int) -> bool:
 
 def _attend(chunks: Chunks) -> None:
     if torch.compiler.is_compiling():
-        lists, scale, gate = [list(x) for x in chunks[:6]], chunks.scale, chunks.gate
-        if gate is None:
-            _attend_op(*lists, scale, None, None, [], [], 0, 0)
-        else:
-            _attend_op(*lists, scale, gate.flags, gate.error, list(gate.q), list(gate.kv), gate.epoch, gate.looks)
+        _attend_op(*map(list, chunks))
     else:
         _run(chunks)
 
@@ -176,7 +123,7 @@ def attend_unchecked(chunks: Chunks) -> None:
         attend_twin(chunks)
 
 
-@torch.library.custom_op("sf_xfuser::attend_chunks", mutates_args=("out", "lse", "results", "error"))
+@torch.library.custom_op("sf_xfuser::attend_chunks", mutates_args=("out", "lse", "results"))
 def _attend_op(
     q: list[torch.Tensor],
     k: list[torch.Tensor],
@@ -184,18 +131,8 @@ def _attend_op(
     out: list[torch.Tensor],
     lse: list[torch.Tensor],
     results: list[torch.Tensor],
-    scale: float | None,
-    flags: torch.Tensor | None,
-    error: torch.Tensor | None,
-    q_flags: list[int],
-    kv_flags: list[int],
-    epoch: int,
-    looks: int,
 ) -> None:
-    gate = None
-    if flags is not None and error is not None:
-        gate = Gate(flags=flags, epoch=epoch, error=error, q=q_flags, kv=kv_flags, looks=looks)
-    _run(Chunks(q, k, v, out, lse, results, scale, gate))
+    _run(Chunks(q, k, v, out, lse, results))
 
 
 @_attend_op.register_fake
@@ -208,14 +145,12 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 def check(chunks: Chunks) -> None:
     """Raises what ``attend_chunks_`` raises."""
-    q, k, v, out, lse, results, scale, gate = chunks
+    q, k, v, out, lse, results = chunks
     if len(out) != len(q) or len(lse) != len(q) or len(k) != len(v):
         raise ValueError(
             f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse "
             "for each q, and a v for each k"
         )
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale {scale}: it must be above 0 and finite")
     read = _named(q=q, k=k, v=v)
     apart = [x for at, x in enumerate(results) if not is_same(x, out[at])]
     written = _named(out=out, lse=lse, results=apart)
@@ -235,10 +170,6 @@ def check(chunks: Chunks) -> None:
         if x.dtype != q[at].dtype:
             raise ValueError(f"results[{at}] is {described(x)}, but q[{at}] is {described(q[at])}: give one dtype")
     require_rows(_named(q=q, k=k, v=v, out=out, results=results))
-    if gate is not None:
-        _check_gate(gate, len(q), len(k))
-        read["flags"] = gate.flags
-        written["error"] = gate.error
     if q:
         require_together(read | written)
     require_apart(written, read)
@@ -269,22 +200,6 @@ def _check_chunks(q: Sequence[torch.Tensor], k: Sequence[torch.Tensor], v: Seque
             f"q[0] {tuple(q[0].shape)} has {q[0].shape[1]} heads, no multiple of the {k[0].shape[1]} of k[0] "
             f"{tuple(k[0].shape)}"
         )
-
-
-def _check_gate(gate: Gate, num_q: int, num_kv: int) -> None:
-    for name, x in (("flags", gate.flags), ("error", gate.error)):
-        if x.dim() != 1 or x.dtype != torch.int64 or not x.is_contiguous():
-            raise ValueError(f"{name} is {described(x)}: it must be one contiguous dimension of torch.int64")
-    require_shape("error", gate.error, (1,), "a gate")
-    num_flags = gate.flags.shape[0]
-    for name, indices, number in (("q", gate.q, num_q), ("kv", gate.kv, num_kv)):
-        if len(indices) != number or any(not -1 <= x < num_flags for x in indices):
-            raise ValueError(
-                f"the gate's {name} is {list(indices)}: give {number} flags, one for each chunk, from 0 to "
-                f"{num_flags - 1}, or -1"
-            )
-    if gate.looks < 1:
-        raise ValueError(f"the gate's looks is {gate.looks}: give at least 1")
 
 
 def _named(**lists: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,9 +7,6 @@ the twin in plain PyTorch.
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import torch
 
 from sf_xfuser.kernels.checks import (
@@ -22,17 +19,12 @@ from sf_xfuser.kernels.checks import (
     runs_kernel,
 )
 
-_NATURAL = {"e": 1.0, "2": math.log(2.0)}
-"""By base of a log-sum-exp: what turns it into one of base e."""
 
-
-def merge_(
-    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, base: Literal["e", "2"] = "e"
-) -> None:
+def merge_(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
     """Merge ``(new_out, new_lse)`` into ``(out, lse)`` in place. Local; on the current stream.
 
     ``out`` [B,H,S,D] and ``lse`` [B,H,S] (natural log) are the accumulator, both fp32 or both fp64, any strides with D
-    contiguous; ``new_out`` [B,H,S,D] any float dtype, ``new_lse`` [B,H,S], its logarithm to ``base``. The result is
+    contiguous; ``new_out`` [B,H,S,D] any float dtype, ``new_lse`` [B,H,S], its natural log. The result is
     ``(1-w)*out + w*new_out`` with ``w = sigmoid(new_lse - lse)``, and ``logaddexp(lse, new_lse)``. The lesser of the
     two weights is computed and the other is one minus it, so they add up to one whatever the rounding of the
     log-sum-exps: that keeps many merges as exact as one softmax. Values near overflow stay finite and infinite ones
@@ -43,21 +35,16 @@ def merge_(
     Raises ValueError before anything is written: shapes or devices that do not fit, strided D, an accumulator that is
     neither fp32 nor fp64, a partial result that shares memory with it.
     """
-    (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, None, base)
+    (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, None)
 
 
 def merge_into(
-    result: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    new_out: torch.Tensor,
-    new_lse: torch.Tensor,
-    base: Literal["e", "2"] = "e",
+    result: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor
 ) -> None:
     """As ``merge_``, for the last time: the merged output goes to ``result`` [B,H,S,D], any float dtype and any strides
     with D contiguous, and the accumulator holds nothing of use afterwards. ``result`` may be ``out`` itself, nothing
     else that shares memory with the others."""
-    (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, result, base)
+    (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, result)
 
 
 def merge_part(
@@ -68,21 +55,14 @@ def merge_part(
     checks take 18."""
     fits = new_lse.dtype is lse.dtype and new_out.shape == out.shape and new_lse.shape == lse.shape
     if not fits or new_out.stride(3) != 1:
-        check(out, lse, new_out, new_lse, result, "e")
-    _run(out, lse, new_out, new_lse, result, "e")
+        check(out, lse, new_out, new_lse, result)
+    _run(out, lse, new_out, new_lse, result)
 
 
 def merge_twin(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    new_out: torch.Tensor,
-    new_lse: torch.Tensor,
-    result: torch.Tensor | None,
-    base: str,
+    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
     """``merge_``, or with a ``result`` ``merge_into``, in plain PyTorch."""
-    if base != "e":
-        new_lse = new_lse * _NATURAL[base]
     unseen = new_lse == float("-inf")
     ratio = torch.exp(-(new_lse - lse).abs())
     lesser = (ratio / (1 + ratio)).masked_fill_(unseen, 0.0)  # also where both are -inf and the difference is NaN
@@ -104,48 +84,33 @@ def merge_twin(
 
 
 def _merge(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    new_out: torch.Tensor,
-    new_lse: torch.Tensor,
-    result: torch.Tensor | None,
-    base: str,
+    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
-    check(out, lse, new_out, new_lse, result, base)
-    _run(out, lse, new_out, new_lse, result, base)
+    check(out, lse, new_out, new_lse, result)
+    _run(out, lse, new_out, new_lse, result)
 
 
 def _run(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    new_out: torch.Tensor,
-    new_lse: torch.Tensor,
-    result: torch.Tensor | None,
-    base: str,
+    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
     if runs_kernel(out):
         from sf_xfuser.kernels.triton_merge import launch
 
-        launch(out, lse, new_out, new_lse, result, _NATURAL[base])
+        launch(out, lse, new_out, new_lse, result)
     else:
-        merge_twin(out, lse, new_out, new_lse, result, base)
+        merge_twin(out, lse, new_out, new_lse, result)
 
 
 _merge_op = torch.library.custom_op("sf_xfuser::merge", _merge, mutates_args=("out", "lse", "result"))
 
 
 @_merge_op.register_fake
-def _(out, lse, new_out, new_lse, result, base):  # type: ignore[no-untyped-def]
+def _(out, lse, new_out, new_lse, result):  # type: ignore[no-untyped-def]
     return None
 
 
 def check(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    new_out: torch.Tensor,
-    new_lse: torch.Tensor,
-    result: torch.Tensor | None,
-    base: str,
+    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
     """Raises what ``merge_`` raises."""
     if out.dim() != 4 or out.dtype not in (torch.float32, torch.float64):
@@ -162,8 +127,6 @@ def check(
         require_shape(name, x, shape, f"out {shape}")
         if not x.is_floating_point():
             raise ValueError(f"{name} is {described(x)}: it must be floating point")
-    if base not in _NATURAL:
-        raise ValueError(f"base {base!r} of new_lse is not known: give one of {', '.join(_NATURAL)}")
     require_rows(rows)
     lses = {"lse": lse, "new_lse": new_lse}
     require_together(rows | lses)

@@ -44,7 +44,6 @@ def merge_kernel(
     result_b,
     result_h,
     result_s,
-    natural: tl.constexpr,  # times the partial log-sum-exp: one of base e
     final: tl.constexpr,  # write the output to ``result``, and the accumulator no more
     step: tl.constexpr,  # elements; strides of out, new_out and result are given in steps
     D: tl.constexpr,
@@ -74,7 +73,7 @@ def merge_kernel(
     here_rows = here[:, None] & (d < D)
 
     old_lse = tl.load(lse + s * lse_s, mask=here, other=0.0)
-    part_lse = tl.load(new_lse + s * new_lse_s, mask=here, other=0.0) * natural
+    part_lse = tl.load(new_lse + s * new_lse_s, mask=here, other=0.0)
     seen = part_lse != float("-inf")
     known = (old_lse != float("-inf")) | (part_lse == float("-inf"))  # else what ``out`` holds is of no consequence
     old = tl.load(out + s[:, None] * out_s + d, mask=here_rows & known[:, None], other=0.0)
@@ -102,7 +101,6 @@ def launch(
     new_out: torch.Tensor,
     new_lse: torch.Tensor,
     result: torch.Tensor | None,
-    natural: float,
 ) -> None:
     """As ``merge_twin``, of tensors that ``merge.check`` has passed. Enqueues one kernel on the current stream."""
     B, H, S, D = out.shape
@@ -118,7 +116,7 @@ def launch(
     ]
     merge_kernel[(triton.cdiv(S, block_s) * B * H,)](
         *(out, lse, new_out, new_lse, target, S, H, B * H, *strides),
-        *(natural, result is not None, step, D, block_d, block_s),
+        *(result is not None, step, D, block_d, block_s),
     )
 
 
@@ -141,7 +139,6 @@ def shipped() -> list[Shipped]:
                     types={"out": "*fp32", "lse": "*fp32", "new_out": "*bf16", "new_lse": "*fp32"}
                     | {"result": "*bf16" if final else "*fp32"},
                     constants={
-                        "natural": 1.0,
                         "final": final,
                         "step": math.gcd(D, _LARGEST_STEP),
                         "D": D,

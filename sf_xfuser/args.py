@@ -36,6 +36,12 @@ UNTESTED_VARIABLE = "SF_XFUSER_ALLOW_UNTESTED"
 QUEUES_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
+def parse_grid(text: object) -> tuple[int, int] | None:
+    """``"NxM"`` as (machines, ranks per machine); None for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", text) if isinstance(text, str) else None
+    return (int(match[1]), int(match[2])) if match else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusArgs:
     """What the user asked for. Raises ValueError for a value that no plan could mean.
@@ -66,7 +72,7 @@ class TorusArgs:
         if self.backend is not None:
             self._require_one_of("backend", BACKENDS)
         self.explicit_plan()
-        if not isinstance(self.topology, str) or not re.fullmatch(f"auto|{_COUNT}[xX]{_COUNT}", self.topology):
+        if self.topology != "auto" and not all(parse_grid(self.topology) or [0]):
             raise ValueError(
                 f"--sp-topology must be 'auto' or NxM (for instance 4x8), got {_SHORT.repr(self.topology)}"
             )

@@ -274,7 +274,7 @@ class _Run:
         outs, lses = zip(*map(self.buffers.accumulator, runs), strict=True)
         if first:
             self.buffers.accumulator(rows)[1].fill_(float("-inf"))
-        attend_unchecked(Chunks(queries, [k], [v], outs, lses, [result for _, result in outcome], None, None))
+        attend_unchecked(Chunks(queries, [k], [v], outs, lses, [result for _, result in outcome]))
 
     def _collect(self) -> torch.Tensor:
         """The heads that other ranks attended of this rank's own tokens join those that are in the result already;

@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="check this installation",
-        description="Versions, hooks, accelerators, transports, topology and environment traps. "
-        "Exit status 0 when xDiT can run with --sp-backend here, 1 when not.",
+        description="Versions, hooks, accelerators, transports, topology and environment traps: a line each, with all "
+        "that is wrong. Exit status 0 when xDiT can run with --sp-backend here, 1 when not.",
     )
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--verbose", action="store_true", help="print every finding, such as every hook")
+    doctor.add_argument("--json", action="store_true", help="print every finding as JSON")
     bench = commands.add_parser(
         "bench",
         help="compare sequence-parallel methods, on GPUs or on an emulated cluster",
@@ -121,13 +122,14 @@ def _doctor(options: argparse.Namespace) -> int:
         print(doctor.to_json(findings))
         return 0 if usable else 1
     console = Console()
-    table = Table(title="sf-xfuser doctor", show_lines=False)
-    for column in ("section", "what", "status", "detail"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
-        style = _STYLE[finding.status]
-        table.add_row(finding.section, finding.name, f"[{style}]{finding.status}[/]", finding.detail)
-    console.print(table)
+    if options.verbose:
+        table = Table(*(Column(name, overflow="fold") for name in ("section", "what", "status", "detail")))
+        for finding in findings:
+            table.add_row(finding.section, finding.name, finding.status, finding.detail, style=_STYLE[finding.status])
+        console.print(table)
+    else:
+        for status, line in doctor.summary(findings):
+            console.print(line, style=_STYLE[status], markup=False, highlight=False, soft_wrap=True)
     console.print("[bold green]usable[/]" if usable else "[bold red]not usable: see the failures above[/]")
     return 0 if usable else 1
 

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -58,6 +59,32 @@ def usable(findings: list[Finding]) -> bool:
     return not any(finding.status == "fail" for finding in findings)
 
 
+def summary(findings: list[Finding]) -> list[tuple[Status, str]]:
+    """A line for each section, and below it one for each finding that warns or fails."""
+    lines: list[tuple[Status, str]] = []
+    for section in dict.fromkeys(finding.section for finding in findings):
+        found = [finding for finding in findings if finding.section == section]
+        fine = [finding for finding in found if finding.status == "ok"]
+        rest = [finding for finding in found if finding.status == "info"]
+        wrong = [finding for finding in found if finding.status in ("warn", "fail")]
+        if section == "versions":
+            said = [f"{finding.name} {finding.detail}" for finding in fine]
+        elif section == "hooks":
+            said = [f"{len(fine)} of {len(found)} applied", *_counted(finding.detail for finding in rest)]
+        elif section == "transports":
+            said = [f"{len(fine)} of {len(found)} available ({', '.join(finding.name for finding in fine)})"]
+        else:
+            said = _counted(finding.detail for finding in fine or rest)
+        status: Status = "ok" if fine else "info"
+        lines.append((status, f"{section}: {', '.join(said) or 'see below'}"))
+        lines += [(finding.status, f"  {finding.status}: {finding.name}: {finding.detail}") for finding in wrong]
+    return lines
+
+
+def _counted(details: Iterable[str]) -> list[str]:
+    return [detail if count == 1 else f"{count} x {detail}" for detail, count in Counter(details).items()]
+
+
 def to_json(findings: list[Finding]) -> str:
     return json.dumps({"usable": usable(findings), "findings": [asdict(finding) for finding in findings]}, indent=2)
 
@@ -95,8 +122,10 @@ def _hooks() -> Iterator[Finding]:
             why=f"{hook.why}; goes when {hook.remove_when}",
         )
     problem = plugin.unsupported()
-    checked = f"hooks were checked on xfuser {plugin.CHECKED_VERSION}"
-    yield Finding(section="hooks", name="xfuser version", status="fail" if problem else "ok", detail=problem or checked)
+    checked = f"xfuser {plugin.CHECKED_VERSION}"
+    yield Finding(
+        section="versions", name="hooks checked on", status="fail" if problem else "ok", detail=problem or checked
+    )
 
 
 def _accelerators() -> Iterator[Finding]:
@@ -165,5 +194,5 @@ def _environment() -> Iterator[Finding]:
         detail = f"{name} {text} (for --sp-transport nvshmem)"
         yield Finding(section="environment", name=name, status="warn", detail=detail)
     if not sprung and not found:
-        detail = f"none of {len(_TRAPS)} known ones is set"
+        detail = f"none of {len(_TRAPS)} known traps is set"
         yield Finding(section="environment", name="traps", status="ok", detail=detail)

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sf_xfuser.args import environment
+from sf_xfuser.args import environment, parse_grid
 
 _MTU = 9000
 _STOP_S = 5.0  # from SIGTERM to SIGKILL
@@ -90,13 +90,13 @@ class ClusterSpec:
     @classmethod
     def parse(cls, cluster: str, inter_rate: str | None = None, inter_delay: str | None = None) -> ClusterSpec:
         """From command-line text: ``"4x2"``, ``"2.5gbit"`` (bits per second), ``"0.2ms"``."""
-        shape = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", cluster)
-        if shape is None:
+        grid = parse_grid(cluster)
+        if grid is None:
             raise ValueError(f"--cluster must be machines x ranks per machine (for instance 4x2), got {cluster!r}")
         rate = _parse("--inter-rate", inter_rate, {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}, "100mbit")
         return cls(
-            num_machines=int(shape[1]),
-            ranks_per_machine=int(shape[2]),
+            num_machines=grid[0],
+            ranks_per_machine=grid[1],
             inter_rate_bps=None if rate is None else round(rate),
             inter_delay_s=_parse("--inter-delay", inter_delay, {"us": 1e-6, "ms": 1e-3, "s": 1.0}, "0.2ms") or 0.0,
         )
@@ -157,13 +157,12 @@ def run(
     grace_s: float = 15.0,
     prefix: bool = False,
     env: Mapping[str, str] | None = None,
-    output: BinaryIO | int | None = None,
 ) -> Outcome:
     """Run ``argv`` on every rank of an emulated cluster and wait for its end. Nothing outlives the call.
 
     Ranks inherit this process's environment and working directory, plus ``env``, plus torchrun's variables (RANK,
     LOCAL_RANK, WORLD_SIZE, GROUP_RANK, MASTER_ADDR, ...). Machine ``i`` is host ``machine{i}``. Standard input is
-    empty. ``output`` takes both output streams of all ranks (None: inherited); ``prefix`` marks lines with their rank.
+    empty. ``prefix`` marks lines of output with their rank.
 
     The first rank that fails is reported on stderr; the others get ``grace_s`` seconds to fail by themselves, then
     SIGTERM, then SIGKILL. After ``timeout_s`` all ranks are ended so. Raises EmulationError where the cluster cannot be
@@ -181,8 +180,6 @@ def run(
             holder = subprocess.Popen(
                 [*namespaces, sys.executable, "-m", "sf_xfuser.emulate", str(holders_end.fileno()), json.dumps(order)],
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=None if output is None else subprocess.STDOUT,
                 pass_fds=(holders_end.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which then ends the ranks in order
             )

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,21 @@ def read_json(path: str | Path) -> Any:
         return json.loads(read_text(path))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def transformer_configs(model: str) -> Iterator[Path]:
+    """The files that may configure the transformer of ``model``, a folder or a hub id in the local cache; the likeliest
+    first. No network."""
+    folder = Path(model)
+    is_folder = os.path.isdir(folder)  # False where a name is too long or a folder closed, which Path.is_dir raises
+    for name in ("transformer/config.json", "config.json"):
+        found: Any = folder / name
+        if not is_folder:
+            try:
+                from huggingface_hub import try_to_load_from_cache
+
+                found = try_to_load_from_cache(model, name)
+            except (ImportError, ValueError):  # not installed, or the text is no hub id
+                return
+        if isinstance(found, str | Path) and os.path.isfile(found):
+            yield Path(found)

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, prod
-from pathlib import Path
 from typing import Any
 
 from sf_xfuser import args as sp_args
 from sf_xfuser.args import XDIT_BACKENDS, TorusArgs
-from sf_xfuser.files import read_json
+from sf_xfuser.files import read_json, transformer_configs
 from sf_xfuser.plan import EVEN, UNEVEN, make_plan
 from sf_xfuser.topology import Topology
 
@@ -41,15 +40,12 @@ def read_model_facts(model: str) -> ModelFacts | None:
 
     Reads ``transformer/config.json``, or the folder's own ``config.json`` if it is a transformer's. No network.
     """
-    for name in ("transformer/config.json", "config.json"):
-        path = _find(model, name)
-        if path is None:
-            continue
+    for path in transformer_configs(model):
         try:
-            config = read_json(path)
+            facts = facts_of_config(read_json(path), str(path))
         except (OSError, ValueError):
             continue
-        if (facts := facts_of_config(config, str(path))) is not None:
+        if facts is not None:
             return facts
     return None
 
@@ -67,19 +63,6 @@ def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
     """As :func:`read_model_facts`; ``settings`` are those of a model in the runner's registry, with its hub id."""
     name = getattr(settings, "model_name", None)
     return read_model_facts(model) or (read_model_facts(str(name)) if name else None)
-
-
-def _find(model: str, name: str) -> Path | None:
-    folder = Path(model)
-    if os.path.isdir(folder):  # False where a name is too long or a folder closed, which Path.is_dir raises
-        return folder / name if os.path.isfile(folder / name) else None
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, name)
-    except (ImportError, ValueError):  # not installed, or the text is no hub id
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
@@ -214,9 +197,8 @@ def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> 
     explicit = given.explicit_plan()
     if explicit is not None:
         return max(1, others * prod(explicit.values()) // num_nodes)
-    if given.topology != "auto":
-        machines, ranks = (int(part) for part in given.topology.lower().split("x"))
-        return max(1, machines * ranks // num_nodes)
+    if grid := sp_args.parse_grid(given.topology):
+        return max(1, prod(grid) // num_nodes)
     import torch
 
     devices = torch.cuda.device_count() or os.cpu_count() or 1

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from sf_xfuser.files import read_json
+from sf_xfuser.files import read_json, transformer_configs
 from sf_xfuser.simulate import CallShape
 
 
@@ -32,7 +32,6 @@ class Model:
     text_tokens: int
     batch: int = 1
     passes: int = 1
-    kv_heads: int | None = None
     pads_frames: bool = False
 
     @property
@@ -80,7 +79,7 @@ class Model:
         return CallShape(
             seq_len=tokens + (self.text_tokens if split else 0),
             heads=self.heads,
-            kv_heads=self.kv_heads or self.heads,
+            kv_heads=self.heads,
             head_dim=self.head_dim,
             batch=self.batch,
             dtype=dtype,
@@ -117,14 +116,22 @@ MODELS = {
 }
 
 
+_FAMILIES = {
+    "FluxTransformer2DModel": "flux",
+    "HunyuanVideoTransformer3DModel": "hunyuanvideo",
+    "CogVideoXTransformer3DModel": "cogvideox1.5",
+    "WanTransformer3DModel": "wan",
+}
+"""By class of a transformer: the model that has what its configuration does not say."""
+
+
 def find_model(name: str) -> Model:
-    """A name of ``MODELS``, or a transformer's ``config.json`` (or its folder, or the model's). Raises ValueError."""
+    """A name of ``MODELS``, a transformer's ``config.json``, or a model as of ``files.transformer_configs``. Raises
+    ValueError."""
     if name in MODELS:
         return MODELS[name]
-    path = Path(name)
-    if os.path.isdir(path):  # False where a name is too long or a folder closed, which Path.is_dir raises
-        path = next((p for p in (path / "transformer/config.json", path / "config.json") if os.path.isfile(p)), path)
-    if not os.path.isfile(path):
+    path = name if os.path.isfile(name) else next(transformer_configs(name), None)
+    if path is None:
         raise ValueError(f"--model {name} is neither one of {', '.join(MODELS)} nor a transformer's config.json")
     try:
         config = read_json(path)
@@ -136,19 +143,40 @@ def find_model(name: str) -> Model:
 def _from_config(path: str, config: Any) -> Model:
     if not isinstance(config, Mapping):
         raise ValueError(f"--model {path} holds no configuration but {type(config).__name__}")
-    families = {
-        "FluxTransformer2DModel": _flux,
-        "HunyuanVideoTransformer3DModel": _hunyuanvideo,
-        "CogVideoXTransformer3DModel": _cogvideox,
-        "WanTransformer3DModel": _wan,
-    }
     kind = config.get("_class_name")
-    if kind not in families:
+    if kind not in _FAMILIES:
         raise ValueError(
-            f"--model {path} describes {kind or 'no class (it has no _class_name)'}; known are {', '.join(families)}. "
+            f"--model {path} describes {kind or 'no class (it has no _class_name)'}; known are {', '.join(_FAMILIES)}. "
             f"For others give --heads, --head-dim and --seq-len"
         )
-    return families[kind](path, config)
+    base = MODELS[_FAMILIES[kind]]
+    number = partial(_number, path, config)
+    patch, vae, text_tokens = base.patch, base.vae, base.text_tokens
+    if base.name == "wan":
+        given = config.get("patch_size")
+        if not (isinstance(given, list) and len(given) == 3 and all(isinstance(x, int) and x > 0 for x in given)):
+            raise ValueError(f"--model {path} lacks patch_size as [frames, height, width], got {given!r}")
+        patch = (given[0], given[1], given[2])
+    elif base.name != "flux":
+        is_cogvideox = base.name == "cogvideox1.5"
+        side = number("patch_size")
+        patch = (1 if is_cogvideox and not config.get("patch_size_t") else number("patch_size_t"), side, side)
+        if is_cogvideox:
+            vae = (number("temporal_compression_ratio", 4), vae[1])
+            text_tokens = number("max_text_seq_length", 226)
+    heads, head_dim, layers = (number(x) for x in ("num_attention_heads", "attention_head_dim", "num_layers"))
+    if base.name in ("flux", "hunyuanvideo"):
+        layers += number("num_single_layers")
+    return replace(
+        base,
+        name=path,
+        heads=heads,
+        head_dim=head_dim,
+        layers=layers,
+        patch=patch,
+        vae=vae,
+        text_tokens=text_tokens,
+    )
 
 
 def _number(path: str, config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -158,59 +186,3 @@ def _number(path: str, config: Mapping[str, Any], name: str, default: int | None
         said = f"lacks {name}" if value is None else f"has {name}={value!r}, which is no count"
         raise ValueError(f"--model {path} {said}; it must be a transformer's whole config.json")
     return value
-
-
-def _flux(path: str, config: Mapping[str, Any]) -> Model:
-    return Model(
-        name=path,
-        heads=_number(path, config, "num_attention_heads"),
-        head_dim=_number(path, config, "attention_head_dim"),
-        layers=_number(path, config, "num_layers") + _number(path, config, "num_single_layers"),
-        patch=(1, 2, 2),
-        vae=(1, 8),
-        text_tokens=512,
-    )
-
-
-def _hunyuanvideo(path: str, config: Mapping[str, Any]) -> Model:
-    patch = _number(path, config, "patch_size")
-    return Model(
-        name=path,
-        heads=_number(path, config, "num_attention_heads"),
-        head_dim=_number(path, config, "attention_head_dim"),
-        layers=_number(path, config, "num_layers") + _number(path, config, "num_single_layers"),
-        patch=(_number(path, config, "patch_size_t"), patch, patch),
-        vae=(4, 8),
-        text_tokens=256,
-    )
-
-
-def _cogvideox(path: str, config: Mapping[str, Any]) -> Model:
-    patch = _number(path, config, "patch_size")
-    return Model(
-        name=path,
-        heads=_number(path, config, "num_attention_heads"),
-        head_dim=_number(path, config, "attention_head_dim"),
-        layers=_number(path, config, "num_layers"),
-        patch=(_number(path, config, "patch_size_t", 1) if config.get("patch_size_t") else 1, patch, patch),
-        vae=(_number(path, config, "temporal_compression_ratio", 4), 8),
-        text_tokens=_number(path, config, "max_text_seq_length", 226),
-        batch=2,
-        pads_frames=True,
-    )
-
-
-def _wan(path: str, config: Mapping[str, Any]) -> Model:
-    patch = config.get("patch_size")
-    if not (isinstance(patch, list) and len(patch) == 3 and all(isinstance(x, int) and x > 0 for x in patch)):
-        raise ValueError(f"--model {path} lacks patch_size as [frames, height, width], got {patch!r}")
-    return Model(
-        name=path,
-        heads=_number(path, config, "num_attention_heads"),
-        head_dim=_number(path, config, "attention_head_dim"),
-        layers=_number(path, config, "num_layers"),
-        patch=(patch[0], patch[1], patch[2]),
-        vae=(4, 8),
-        text_tokens=0,
-        passes=2,
-    )

@@ -122,7 +122,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class LayoutOption:
     """One layout that was looked at; ``rejected`` is empty for the chosen one."""
 
     layout: Layout
@@ -143,7 +143,7 @@ class Plan:
     rule: str
     reason: str
     heads: int | None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[LayoutOption, ...] = ()
 
     def __str__(self) -> str:
         layout = self.layout
@@ -339,7 +339,7 @@ def _explain(
     kv_ratio: Fraction,
     chosen: Layout,
     max_imbalance: Fraction,
-) -> tuple[Candidate, ...]:
+) -> tuple[LayoutOption, ...]:
     best = chosen.egress(kv_ratio)
     candidates = []
     for layout in legal_layouts(num_machines, ranks_per_machine, None):
@@ -354,7 +354,7 @@ def _explain(
             rejected = "fewer bytes between machines, but not what the rule takes"
         else:
             rejected = "same bytes between machines, not the rule's Ulysses degree"
-        candidates.append(Candidate(layout=layout, egress=egress, rejected=rejected))
+        candidates.append(LayoutOption(layout=layout, egress=egress, rejected=rejected))
     return tuple(candidates)
 
 

@@ -19,7 +19,7 @@ from sf_xfuser.plan import UNEVEN, Layout, legal_layouts, paper_layout
 from sf_xfuser.simulate import CallShape, Prediction, TorusArm, bound, predict
 from sf_xfuser.xdit_layouts import XditConfig, arm_name, egress, legal_configs
 
-PATTERNS = {"two_sided": "message", "one_sided": "put"}
+PATTERN_OF = {"two_sided": "message", "one_sided": "put"}
 """Kinds of transport, and what the simulator calls them."""
 
 _NEAR = 1.02  # times as long, or as many bytes: not worth a word
@@ -27,7 +27,7 @@ _ALL, _FEW, _CLEARLY = 64, 2, 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class RankedLayout:
     """One way to run the call. ``predicted`` is None where it was not replayed, and ``bound_s`` where the layout is not
     legal. ``across_bytes`` leave the machine that sends most in one call. ``flags``: what to launch with."""
 
@@ -49,10 +49,10 @@ class Ranking:
     cluster: Cluster
     shape: CallShape
     calls: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[RankedLayout, ...]
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> RankedLayout:
         return self.candidates[0]
 
     def to_json(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Ranking:
 
 
 def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str = "two_sided") -> Ranking:
-    """Torus Attention in every layout, over a kind of transport (``PATTERNS``), and xDiT's USP at every pair of
+    """Torus Attention in every layout, over a kind of transport (``PATTERN_OF``), and xDiT's USP at every pair of
     degrees, with the rotation that it runs (all-gather). Raises ValueError where there are more ranks than tokens."""
     n, m = cluster.num_machines, cluster.ranks_per_machine
     if shape.seq_len < cluster.world_size:
@@ -87,7 +87,7 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
     paper = paper_layout(n, m, divisible)
     legal = list(legal_layouts(n, m, divisible, UNEVEN))
     arms: list[tuple[str, TorusArm | XditConfig]] = [
-        ("torus", TorusArm(layout=layout, pattern=PATTERNS[transport])) for layout in legal
+        ("torus", TorusArm(layout=layout, pattern=PATTERN_OF[transport])) for layout in legal
     ]
     own = gcd(m, divisible)
     arms += [
@@ -96,8 +96,8 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
         if config.rotation == "allgather"
     ]
     bounds = [(bound(cluster, shape, arm), number, name, arm) for number, (name, arm) in enumerate(arms)]
-    replayed: list[Candidate] = []
-    left: list[Candidate] = []
+    replayed: list[RankedLayout] = []
+    left: list[RankedLayout] = []
     fastest = float("inf")
     for bound_s, _, name, arm in sorted(bounds, key=lambda entry: entry[:2]):
         predicted = None
@@ -106,7 +106,7 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
             predicted = predict(cluster, shape, arm)
             fastest = min(fastest, predicted.seconds)
         elements = float(arm.layout.egress(ratio)) if isinstance(arm, TorusArm) else egress(arm, n, m, float(ratio))
-        candidate = Candidate(
+        candidate = RankedLayout(
             name=name,
             layout=str(arm),
             flags=_flags(arm, transport),
@@ -129,9 +129,9 @@ def _flags(arm: TorusArm | XditConfig, transport: str) -> str:
     return f"--sp-backend torus --sp-plan {arm.layout.flag}{over}"
 
 
-def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Candidate:
+def _illegal(layout: Layout, divisible: int, shape: CallShape) -> RankedLayout:
     heads = f"{shape.heads} heads" if divisible == shape.heads else f"{shape.heads} heads, {shape.kv_heads} of KV,"
-    return Candidate(
+    return RankedLayout(
         name="torus",
         layout=str(layout),
         flags="",
@@ -143,13 +143,13 @@ def _illegal(layout: Layout, divisible: int, shape: CallShape) -> Candidate:
     )
 
 
-def _explained(replayed: Sequence[Candidate], left: Sequence[Candidate]) -> Iterable[Candidate]:
+def _explained(replayed: Sequence[RankedLayout], left: Sequence[RankedLayout]) -> Iterable[RankedLayout]:
     best = replayed[0]
     for candidate in (*replayed, *left):
         yield replace(candidate, verdict="taken: the fastest" if candidate is best else _why_not(candidate, best))
 
 
-def _why_not(candidate: Candidate, best: Candidate) -> str:
+def _why_not(candidate: RankedLayout, best: RankedLayout) -> str:
     """What makes the difference to the best one: bytes, the wire's time that nothing covers, or compute."""
     assert best.predicted is not None and candidate.across_bytes is not None and best.across_bytes is not None
     words = []

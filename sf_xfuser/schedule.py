@@ -66,16 +66,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Into how many parts chunks from other machines are cut: queries, KV, and the KV of the last slab. ``together``:
-    attend everything in one call, where no transfer is worth covering; nothing is cut then."""
+    """Into how many parts KV from other machines is cut, and that of the last slab. ``together``: attend everything in
+    one call, where no transfer is worth covering; nothing is cut then."""
 
-    q: int = 1
     kv: int = 1
     last_kv: int = 1
     together: bool = False
 
     def __post_init__(self) -> None:
-        if self.together and (self.q, self.kv, self.last_kv) != (1, 1, 1):
+        if self.together and (self.kv, self.last_kv) != (1, 1):
             raise ValueError(f"{self}: what is attended together is not cut")
 
 
@@ -164,21 +163,18 @@ class _Builder:
         self.rounds: dict[Lane, int] = {"inside": 0, "across": 0}
         self.together = cut.together
         # Parts by machine offset: what starts on the own machine is not cut, the last machine's KV most finely.
-        q_parts = [1] + [cut.q] * (layout.torus - 1)
         kv_parts = ([1] + [cut.kv] * (layout.torus - 2) + [cut.last_kv])[: layout.torus]
-        # queries[i][part] and slabs[k][part][block]: the U pieces that arrive together, own u first; keys that are all
+        # queries[i] and slabs[k][part][block]: the U pieces that arrive together, own u first; keys that are all
         # attended together lie in the order of the sequence.
-        self.queries = [
-            [self._pieces(i, 0, 0, part, parts) for part in range(parts)] for i, parts in enumerate(q_parts)
-        ]
-        self.remote = _flat(part for machine in self.queries[1:] for part in machine)
+        self.queries = [self._pieces(i, 0, 0, 0, 1) for i in range(layout.torus)]
+        self.remote = _flat(self.queries[1:])
         self.slabs = [
             [[self._block(i, j_x, j_i, part, parts) for j_i in range(layout.ring_inside)] for part in range(parts)]
             for i, parts in enumerate(kv_parts)
             for j_x in range(layout.ring_across)
         ]
         self.arrivals: list[tuple[Tensor, int, int]] = []  # (tensor, machine offset or slab, part), in order
-        self.arrivals += [("q", i, part) for i in range(1, layout.torus) for part in range(cut.q)]
+        self.arrivals += [("q", i, 0) for i in range(1, layout.torus)]
         self.arrivals += [("kv", k, part) for k in range(1, len(self.slabs)) for part in range(len(self.slabs[k]))]
         # What is passed on is posted while its slab is still held.
         self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
@@ -206,7 +202,7 @@ class _Builder:
         return Schedule(
             layout=self.layout,
             position=self.own,
-            queries=_flat(_flat(self.queries)),
+            queries=_flat(self.queries),
             remote=() if self.together else self.remote,
             slabs=slabs,
             steps=tuple(self._marked_last()),
@@ -222,9 +218,9 @@ class _Builder:
                 self._post_ring_inside(k, 0, block)
         keys = tuple(sorted(_flat(self._keys(k) for k in range(len(self.slabs)))))  # JOINT comes first
         keys = (*keys[1:], keys[0]) if self.joint == "rear" else keys
-        self.steps.append(Attend(_flat(_flat(self.queries)), keys, 0))
+        self.steps.append(Attend(_flat(self.queries), keys, 0))
         for i in range(1, self.layout.torus):
-            self._push_across(i, 0)
+            self._push_across(i)
         if self.layout.ulysses > 1:
             self._push_inside()
         return keys
@@ -232,8 +228,8 @@ class _Builder:
     def _stages(self) -> None:
         self._own_slab()
         for i in range(1, self.layout.torus):
-            self._post_across(arriving=i * len(self.queries[i]) - 1)
-            self._attend(_flat(self.queries[i]), 0)
+            self._post_across(arriving=i - 1)
+            self._attend(self.queries[i], 0)
         if self.layout.torus == 1:
             self._pull_kv_for_own_machine()
         else:
@@ -243,7 +239,7 @@ class _Builder:
 
     def _own_slab(self) -> None:
         """Stage 0: the own chunk at once, then the other chunks of the machine as they arrive."""
-        machine = self.queries[0][0]
+        machine = self.queries[0]
         own, others = machine[:1], machine[1:]
         only = len(self.slabs) == 1
         self._post_across(arriving=-1)
@@ -277,11 +273,11 @@ class _Builder:
         if final:
             self._finish_own_machine(k, 0, block)
         else:
-            self._attend(self.queries[0][0], k, 0, block)
+            self._attend(self.queries[0], k, 0, block)
 
     def _finish_own_machine(self, k: int, part: int | None = None, block: int | None = None) -> None:
         """The last keys for the queries of the own machine: the others' outputs leave as soon as they are final."""
-        machine = self.queries[0][0]
+        machine = self.queries[0]
         own, others = machine[:1], machine[1:]
         if others:
             self._attend(others, k, part, block)
@@ -289,10 +285,10 @@ class _Builder:
         self._attend(own, k, part, block)
 
     def _pull_kv(self) -> None:
-        machine = self.queries[0][0]
+        machine = self.queries[0]
         last_slab = len(self.slabs) - 1
         deferred = range(max(1, last_slab - DEFERRED_SLABS + 1), last_slab + 1)
-        arriving = (self.layout.torus - 1) * len(self.queries[1]) - 1
+        arriving = self.layout.torus - 2
         for k in range(1, len(self.slabs)):
             for part, blocks in enumerate(self.slabs[k]):
                 arriving += 1
@@ -310,11 +306,10 @@ class _Builder:
         self._finish_own_machine(deferred[-1])
 
     def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
-        """The last keys for the queries of other machines: each O part leaves as soon as it is final."""
+        """The last keys for the queries of other machines: each O chunk leaves as soon as it is final."""
         for i in range(1, self.layout.torus):
-            for q_part, queries in enumerate(self.queries[i]):
-                self._attend(queries, k, part, block)
-                self._push_across(i, q_part)
+            self._attend(self.queries[i], k, part, block)
+            self._push_across(i)
 
     def _attend(
         self,
@@ -357,7 +352,7 @@ class _Builder:
 
     def _post_local_inputs(self) -> None:
         """Q, K and V chunks between the U ranks of one machine that share a ring coordinate."""
-        peers = [piece.source for piece in self.queries[0][0][1:]]
+        peers = [piece.source for piece in self.queries[0][1:]]
         self._exchange(
             "inside",
             (Message(x, (Piece(self.own),), peer) for peer in peers for x in _INPUTS),
@@ -386,7 +381,7 @@ class _Builder:
 
     def _pull_chunks(self, tensor: Tensor, i: int, part: int) -> None:
         """Ulysses across machines: send to machine t+i, receive from machine t-i."""
-        arriving = self.queries[i][part] if tensor == "q" else self.slabs[i * self.layout.ring_across][part][0]
+        arriving = self.queries[i] if tensor == "q" else self.slabs[i * self.layout.ring_across][part][0]
         own = Piece(self.own, part, arriving[0].parts)
         self._exchange(
             "across",
@@ -420,18 +415,17 @@ class _Builder:
             (Message("kv", self.slabs[k][part][block + 1], before),),
         )
 
-    def _push_across(self, i: int, part: int) -> None:
-        """Return a final part of O to machine t-i; receive the same part from t+i."""
-        pieces = self.queries[i][part]
+    def _push_across(self, i: int) -> None:
+        """Return a final chunk of O to machine t-i; receive one from t+i."""
         self._exchange(
             "across",
-            (Message("o", (piece,), piece.source) for piece in pieces),
-            (Message("o", (Piece(self.own, part, pieces[0].parts),), holder) for holder in self._ahead(i)),
+            (Message("o", (piece,), piece.source) for piece in self.queries[i]),
+            (Message("o", (Piece(self.own),), holder) for holder in self._ahead(i)),
         )
 
     def _push_inside(self) -> None:
         """Return final outputs to the other ranks of the own machine."""
-        others = self.queries[0][0][1:]
+        others = self.queries[0][1:]
         self._exchange(
             "inside",
             (Message("o", (piece,), piece.source) for piece in others),

@@ -6,16 +6,15 @@ never raises; deciding is pure (fakes for tests are ordinary values); nothing he
 
 from __future__ import annotations
 
-import re
 import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import gcd
+from math import gcd, prod
 from pathlib import Path
 
-from sf_xfuser.args import launch_environment
+from sf_xfuser.args import launch_environment, parse_grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +54,15 @@ class Topology:
     @classmethod
     def parse(cls, text: str, world_size: int) -> Topology:
         """``"NxM"``: N machines of M consecutive ranks. Raises ValueError unless N*M is ``world_size``."""
-        match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
-        if match is None:
+        grid = parse_grid(text)
+        if grid is None:
             raise ValueError(f"--sp-topology must be 'auto' or 'NxM' (machines x ranks per machine), got {text!r}")
-        num_machines, ranks_per_machine = int(match[1]), int(match[2])
-        if num_machines * ranks_per_machine != world_size:
+        if prod(grid) != world_size:
             raise ValueError(
-                f"--sp-topology {text} describes {num_machines * ranks_per_machine} ranks, but the job has "
-                f"{world_size}: give machines x ranks per machine with that product, or 'auto'"
+                f"--sp-topology {text} describes {prod(grid)} ranks, but the job has {world_size}: give machines x "
+                "ranks per machine with that product, or 'auto'"
             )
-        return cls.uniform(num_machines, ranks_per_machine, source=f"--sp-topology {text}")
+        return cls.uniform(*grid, source=f"--sp-topology {text}")
 
     @classmethod
     def from_facts(cls, facts: Sequence[RankFacts]) -> Topology:
@@ -94,7 +92,7 @@ class Topology:
             note = (
                 f"unequal machines (machines x ranks: {spelled}) are used as {len(rows)} equal ones of {size} rank(s)"
             )
-        return MachineGrid(rows=rows, num_physical=len(covered), note=note)
+        return MachineGrid(rows=rows, note=note)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +100,6 @@ class MachineGrid:
     """One sequence-parallel group as N equal machines (``rows``) of M global ranks each."""
 
     rows: tuple[tuple[int, ...], ...]
-    num_physical: int
     note: str = ""
 
     @property

@@ -20,14 +20,12 @@ class XditConfig:
     ``rotation`` is how a ring moves KV: ``"allgather"`` (PyTorch's default, so xDiT's) or ``"alltoall"``, hop by hop;
     it says nothing where ``ring_degree`` is 1. ``placement`` ``"xdit"`` puts Ulysses on neighbouring ranks and Ring
     across, as xDiT does; ``"machines-first"`` is the mapping alone: Ulysses across machines, Ring inside, no overlap.
-    ``combine_qkv`` sends Q, K and V in one all-to-all, as xDiT's Flux does and most of its models do not.
     """
 
     ulysses_degree: int
     ring_degree: int
     rotation: Rotation = "allgather"
     placement: Placement = "xdit"
-    combine_qkv: bool = False
 
     def __post_init__(self) -> None:
         if self.ulysses_degree < 1 or self.ring_degree < 1:
@@ -55,7 +53,6 @@ class XditConfig:
         parts = [f"ulysses={self.ulysses_degree} ring={self.ring_degree}"]
         parts += [self.rotation] if self.ring_degree > 1 else []
         parts += [self.placement] if self.placement != "xdit" else []
-        parts += ["combined"] if self.combine_qkv else []
         return " ".join(parts)
 
 
@@ -66,7 +63,6 @@ def legal_configs(
     kv_heads: int | None = None,
     *,
     placement: Placement = "xdit",
-    combine_qkv: bool = False,
 ) -> list[XditConfig]:
     """Every pair of degrees that xDiT can run, with both rotations where there is a ring. Pure.
 
@@ -91,7 +87,6 @@ def legal_configs(
                     ring_degree=world_size // u,
                     rotation=rotation,
                     placement=placement,
-                    combine_qkv=combine_qkv,
                 )
             )
     return configs

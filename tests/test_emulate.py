@@ -345,12 +345,11 @@ def test_the_first_status_wins_and_grace_is_used(clean, tmp_path):
 
 
 @needs_namespaces
-def test_the_time_out_ends_ranks_that_ignore_sigterm(clean, tmp_path):
-    with (tmp_path / "log").open("wb") as log:
-        outcome = emulate.run(spec("1x2"), python(WAIT, tmp_path, "stubborn"), timeout_s=1.5, output=log)
+def test_the_time_out_ends_ranks_that_ignore_sigterm(clean, tmp_path, capfd):
+    outcome = emulate.run(spec("1x2"), python(WAIT, tmp_path, "stubborn"), timeout_s=1.5)
     assert outcome.status == 124
     assert ["SIGKILL" in failure.what for failure in outcome.failures] == [True, True]
-    assert "the time-out of 1.5 s is over" in (tmp_path / "log").read_text()
+    assert "the time-out of 1.5 s is over" in capfd.readouterr().err
 
 
 @needs_namespaces

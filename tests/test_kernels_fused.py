@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from types import ModuleType
 
 import pytest
 import torch
 
 from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, Gate, attend_twin
+from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, attend_twin
 from tests.kernel_cases import (
     ADVERSARIAL,
     attention64,
@@ -25,7 +23,6 @@ triton_fused = pytest.importorskip("sf_xfuser.kernels.triton_fused", reason="Tri
 
 NAN = float("nan")
 UNSEEN = float("-inf")
-SCALE = 0.1
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 4e-6}
 
 
@@ -34,9 +31,9 @@ def _bf16(monkeypatch):
     interpret_bf16(monkeypatch)
 
 
-def attend(*tensors, gate=None):
+def attend(*tensors):
     """The kernel; a test changes it for one with a fault."""
-    triton_fused.launch(Chunks(*tensors, SCALE, gate))
+    triton_fused.launch(Chunks(*tensors))
 
 
 def chunks(D, dtype, q_sizes, kv_sizes, B=2, H=2, H_kv=1):
@@ -57,7 +54,7 @@ def test_equals_the_twin(D, dtype):
     lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = UNSEEN, NAN  # what a row without keys holds is of no consequence
     lse[0][1, 0, 3] = 60.0  # far above the scores
     expected, got = [with_room(*out), with_room(*lse)], [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
+    attend_twin(Chunks(q, k, v, *expected, []))
     attend(q, k, v, *got, [])
     assert all(x.isfinite().all() for side in expected for x in side)
     torch.testing.assert_close(got, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
@@ -79,7 +76,7 @@ def test_strides_that_are_not_aligned():
     q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,))
     k = [torch.randn(2, 1, 7, 67)[..., 1:65]]
     expected = [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
+    attend_twin(Chunks(q, k, v, *expected, []))
     attend(q, k, v, out, lse, [])
     torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
 
@@ -98,8 +95,8 @@ def test_without_keys_what_is_carried_stays(kv_sizes):
 
 
 ATTENDS = {
-    "kernel": lambda *arguments: triton_fused.launch(Chunks(*arguments, None)),
-    "twin": lambda *arguments: attend_twin(Chunks(*arguments, None)),
+    "kernel": lambda *arguments: triton_fused.launch(Chunks(*arguments)),
+    "twin": lambda *arguments: attend_twin(Chunks(*arguments)),
 }
 
 
@@ -117,8 +114,8 @@ def error_ratio(attend, name, dtype, S=19, keys=40, D=64):
     parts = [x.split((13, 0, 1, keys - 14), 2) for x in (k, v)]
     out = [torch.full(x.shape, NAN) for x in pieces[0]]
     lse = [torch.full(x.shape[:3], UNSEEN) for x in pieces[0]]
-    attend(pieces[0], *(x[:2] for x in parts), out, lse, [], D**-0.5)
-    attend(pieces[0], *(x[2:] for x in parts), out, lse, pieces[1], D**-0.5)
+    attend(pieces[0], *(x[:2] for x in parts), out, lse, [])
+    attend(pieces[0], *(x[2:] for x in parts), out, lse, pieces[1])
     return (torch.cat(pieces[1], 2).double() - exact).abs().max().item() / max(single, floor)
 
 
@@ -138,85 +135,14 @@ def test_keys_without_weight(attend):
     q, result = [q[0].abs()], torch.empty_like(q[0])
     lse[0].fill_(UNSEEN)
     k[0].fill_(UNSEEN)
-    ATTENDS[attend](q, k[:1], v[:1], out, lse, [], SCALE)
+    ATTENDS[attend](q, k[:1], v[:1], out, lse, [])
     assert (lse[0] == UNSEEN).all()
     carried = with_room(*out), with_room(*lse)
-    ATTENDS[attend](q, k[1:], v[1:], *carried, [result], SCALE)
-    exact = attention64(q[0] * SCALE * 8, k[1], v[1]).float()
+    ATTENDS[attend](q, k[1:], v[1:], *carried, [result])
+    exact = attention64(q[0], k[1], v[1]).float()
     torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
-    ATTENDS[attend](q, k, v, out, lse, [result], SCALE)
+    ATTENDS[attend](q, k, v, out, lse, [result])
     torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
-
-
-# -- with a gate -----------------------------------------------------------------------------------------------------
-
-
-def gate(here, q=(2, -1), kv=(-1, 0, -1, 1), looks=3, epoch=5):
-    flags = torch.tensor([epoch + at if x else epoch - 1 for at, x in enumerate(here)])
-    return Gate(flags=flags, epoch=epoch, error=torch.zeros(1, dtype=torch.int64), q=q, kv=kv, looks=looks)
-
-
-@pytest.mark.parametrize("final", [False, True])
-def test_chunks_that_are_here_are_attended(final):
-    torch.manual_seed(3)
-    q, k, v, out, lse = chunks(72, torch.float32, (65, 7), (5, 40, 0, 33), H=1)  # more tiles than programs
-    expected = [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
-    results = [torch.full_like(x, NAN) for x in q] if final else []
-    given = gate((True, True, True))
-    attend(q, k, v, out, lse, results, gate=given)
-    assert given.error == 0
-    got = [results, lse] if final else [out, lse]
-    torch.testing.assert_close(got[0], expected[0], rtol=4e-6, atol=4e-6)
-    if not final:
-        torch.testing.assert_close(lse, expected[1], rtol=4e-6, atol=4e-6)
-
-
-@pytest.mark.parametrize("side", ["kernel", "twin"])
-@pytest.mark.parametrize("missing", [0, 1, 2])
-def test_a_wait_that_ends_says_so_and_leaves_no_number(side, missing):
-    q, k, v, out, lse = chunks(64, torch.float32, (33, 7), (5, 40, 0, 33), H=1)
-    results = [torch.zeros_like(x) for x in q]
-    given = gate([at != missing for at in range(3)])
-    if side == "kernel":
-        attend(q, k, v, out, lse, results, gate=given)
-    else:
-        attend_twin(Chunks(q, k, v, out, lse, results, SCALE, given))
-    assert given.error == missing + 1
-    lost = results[:1] if missing == 2 else results
-    assert all(x.isnan().all() for x in lost)
-    assert missing != 2 or results[1].isfinite().all()
-
-
-@pytest.mark.parametrize("side", ["kernel", "twin"])
-def test_what_arrives_meanwhile_is_attended(side, first_after_s=0.2):
-    """Chunks hold NaN until their flag is up; the flags turn while the launch waits."""
-    torch.manual_seed(4)
-    q, k, v, out, lse = chunks(64, torch.float32, (33, 7), (5, 40, 0, 33), H=1)
-    expected = [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, [], SCALE, None))
-    given = gate((False, False, False), looks=1 << 40)
-    late = [(q[0], 2), (k[1], 0), (k[3], 1)]
-    kept = [x.clone() for x, _ in late]
-    for x, _ in late:
-        x.fill_(NAN)
-
-    def arrive():
-        time.sleep(first_after_s)
-        for (x, flag), data in zip(late, kept, strict=True):
-            time.sleep(0.2)
-            x.copy_(data)
-            given.flags[flag] = given.epoch
-
-    thread = threading.Thread(target=arrive)
-    thread.start()
-    if side == "kernel":
-        attend(q, k, v, out, lse, [], gate=given)
-    else:
-        attend_twin(Chunks(q, k, v, out, lse, [], SCALE, given))
-    thread.join()
-    assert given.error == 0
-    torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
 
 
 # -- faults and bad input --------------------------------------------------------------------------------------------
@@ -239,12 +165,6 @@ FAULTS = {
     "one chunk for all": ("keys = kv_chunks + kv * _ROW", "keys = kv_chunks"),
     "result misplaced": ("tl.store(at + (rows + d2)", "tl.store(at + (rows + d2 + 1)"),
 }  # fmt: skip
-GATE_FAULTS = {
-    "does not wait": ("(seen < epoch) & (left > 0)", "(seen < epoch) & (left > 1 << 50)"),
-    "stages not carried": ("mask=is_row, other=float(\"-inf\")) / _LN2",
-                           "mask=is_row & (stage == 0), other=float(\"-inf\")) / _LN2"),
-    "arrival forgotten": ("in_time = _here(table, tl.load(this_stage + 2))", "in_time = True"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -255,14 +175,6 @@ def test_a_planted_fault_is_seen(fault, monkeypatch):
     with pytest.raises(AssertionError):
         test_equals_the_twin(72, torch.float32)
         test_keys_without_weight("kernel")
-
-
-@pytest.mark.parametrize("fault", GATE_FAULTS)
-def test_a_planted_fault_of_the_gate_is_seen(fault, monkeypatch):
-    faulty: ModuleType = mutated(triton_fused, *GATE_FAULTS[fault])
-    monkeypatch.setattr(sys.modules[__name__], "triton_fused", faulty)
-    with pytest.raises(AssertionError):
-        test_what_arrives_meanwhile_is_attended("kernel", first_after_s=3.0)  # the interpreter may be as slow
 
 
 def q_of(*shape, dtype=torch.bfloat16):
@@ -283,12 +195,9 @@ BAD = {
     "shape of out": ({"out": [torch.zeros(1, 4, 3, 64)]}, r"out\[0\] has shape \(1, 4, 3, 64\)"),
     "layout of lse": ({"lse": [torch.zeros(1, 4, 4, 1)]}, r"lse\[0\] has shape \(1, 4, 4, 1\)"),
     "dtype of lse": ({"lse": [torch.zeros(1, 4, 4).half()]}, r"lse\[0\] is \(1, 4, 4\) torch.float16"),
-    "scale": ({"scale": 0.0}, r"scale 0.0: it must be above 0"),
     "dtype of results": ({"results": [torch.zeros(1, 4, 4, 64)]}, r"results\[0\] is .*float32.* but q\[0\]"),
     "number of results": ({"results": []}, r"0 results for 1 chunks of q"),
     "devices": ({"k": [q_of(1, 2, 5, 64).to("meta")]}, r"k\[0\] .* on meta and q\[0\] .* on cpu"),
-    "gate's flags": ({"gate": gate((True,), q=[1], kv=[0])}, r"the gate's q is \[1\]: give 1 flags"),
-    "gate's looks": ({"gate": gate((True,), q=[0], kv=[0], looks=0)}, r"the gate's looks is 0"),
 }  # fmt: skip
 
 
@@ -332,7 +241,7 @@ def test_torch_compile_sees_operators():
 
     def twice(q, k, v, out, lse, results):
         attend_chunks_(q, k, v, out, lse)
-        attend_chunks_into(results, q, k, v, out, lse, scale=0.5)
+        attend_chunks_into(results, q, k, v, out, lse)
         return results[0] + 1
 
     def copies():
@@ -342,6 +251,4 @@ def test_torch_compile_sees_operators():
     got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*(compiled := copies()))
     assert torch.equal(got, expected)
     assert all(torch.equal(x, y) for side in zip(compiled, given, strict=True) for x, y in zip(*side, strict=True))
-    opened = gate((True,), q=[-1, 0], kv=[0, -1])
-    arguments = (q, k, v, out, lse, results, None, opened.flags, opened.error, [-1, 0], [0, -1], 5, 3)
-    torch.library.opcheck(torch.ops.sf_xfuser.attend_chunks.default, arguments)
+    torch.library.opcheck(torch.ops.sf_xfuser.attend_chunks.default, (q, k, v, out, lse, results))

@@ -34,8 +34,8 @@ def partial(B, H, S, D, dtype, layout, padding=0):
 
 @pytest.mark.parametrize("D", [16, 72, 96])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("layout", "padding", "base"), [("BHSD", 0, "e"), ("BSHD", 27, "2")])
-def test_equals_the_twin(D, dtype, layout, padding, base):
+@pytest.mark.parametrize(("layout", "padding"), [("BHSD", 0), ("BSHD", 27)])
+def test_equals_the_twin(D, dtype, layout, padding):
     S = 37  # of no block size a multiple
     torch.manual_seed(D)
     out, lse = accumulator(B, H, S, D)
@@ -44,10 +44,9 @@ def test_equals_the_twin(D, dtype, layout, padding, base):
     lse[0, 1, 7] = new_lse[0, 1, 7] = float("-inf")
     out[0, 0, 5] = new_out[1, 2, 6] = NAN  # what a row without keys holds is of no consequence
     new_out, new_lse = with_room(new_out, new_lse)
-    natural = {"e": 1.0, "2": math.log(2.0)}[base]
     expected, got = with_room(out, lse), with_room(out, lse)
-    merge_twin(*expected, new_out, new_lse, None, base)
-    triton_merge.launch(*got, new_out, new_lse, None, natural)
+    merge_twin(*expected, new_out, new_lse, None)
+    triton_merge.launch(*got, new_out, new_lse, None)
     assert expected[0].isfinite().all()
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
     assert room_is_untouched(*got)
@@ -57,7 +56,7 @@ def test_equals_the_twin(D, dtype, layout, padding, base):
     (whole,) = with_room(torch.full((B, S, H + 2, D), 7.0, dtype=dtype))
     result = whole[:, :, 1 : H + 1].transpose(1, 2)
     before = with_room(out, lse)
-    triton_merge.launch(*before, new_out, new_lse, result, natural)
+    triton_merge.launch(*before, new_out, new_lse, result)
     torch.testing.assert_close(result, expected[0].to(dtype), rtol=2e-6, atol=torch.finfo(dtype).eps * 4)
     assert torch.equal(whole[:, :, 0], torch.full_like(whole[:, :, 0], 7.0)) and (whole[:, :, -1] == 7.0).all()
     torch.testing.assert_close(before[0], out, rtol=0, atol=0, equal_nan=True)
@@ -69,8 +68,8 @@ def test_shapes_at_the_edge(shape):
     out, lse = accumulator(*shape)
     new_out, new_lse = partial(*shape, torch.float32, "BHSD")
     expected, got = with_room(out, lse), with_room(out, lse)
-    merge_twin(*expected, new_out, new_lse, None, "e")
-    triton_merge.launch(*got, new_out, new_lse, None, 1.0)
+    merge_twin(*expected, new_out, new_lse, None)
+    triton_merge.launch(*got, new_out, new_lse, None)
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
@@ -92,8 +91,8 @@ def merged(merge, q, k, v, cuts):
 
 
 MERGES = {
-    "kernel": lambda *tensors: triton_merge.launch(*tensors, 1.0),
-    "twin": lambda *tensors: merge_twin(*tensors, "e"),
+    "kernel": lambda *tensors: triton_merge.launch(*tensors),
+    "twin": merge_twin,
 }
 
 
@@ -177,7 +176,6 @@ FAULTS = {
     "no end": ("here = s < num_tokens - first", "here = s < BLOCK_S"),
     "what an empty accumulator holds counts": ("here_rows & known[:, None]", "here_rows"),
     "rows without keys count": ('seen = part_lse != float("-inf")', "seen = part_lse == part_lse"),
-    "base 2 as base e": ("other=0.0) * natural", "other=0.0)"),
     "heads mixed up": ("h = (sequence % num_heads)", "h = (sequence // num_heads)"),
     "last merge misplaced": ("result += b * result_b + h * result_h", "result += b * result_b"),
 }
@@ -189,7 +187,7 @@ def test_a_planted_fault_is_seen(fault, monkeypatch):
     faulty: ModuleType = mutated(triton_merge, *FAULTS[fault])
     monkeypatch.setattr(sys.modules[__name__], "triton_merge", faulty)
     with pytest.raises(AssertionError):
-        for layout in (("BHSD", 0, "e"), ("BSHD", 27, "2")):
+        for layout in (("BHSD", 0), ("BSHD", 27)):
             test_equals_the_twin(64, torch.float32, *layout)
 
 
@@ -204,7 +202,6 @@ BAD = {
     "aliasing": (lambda t: t | {"new_out": t["out"]}, r"out \(1, 2, 4, 8\) is written, but new_out"),
     "aliasing lse": (lambda t: t | {"new_lse": t["lse"]}, r"lse \(1, 2, 4\) is written, but new_lse"),
     "aliasing result": (lambda t: t | {"result": t["new_out"]}, r"result \(1, 2, 4, 8\) is written, but new_out"),
-    "base": (lambda t: t | {"base": "10"}, r"base '10' of new_lse is not known"),
     "devices": (lambda t: t | {"new_out": t["new_out"].to("meta")}, r"new_out .* on meta and out .* on cpu"),
 }
 
@@ -225,7 +222,7 @@ def test_the_result_may_be_the_accumulator():
     expected, last, kernel = with_room(out, lse), with_room(out, lse), with_room(out, lse)
     merge_(*expected, *new)
     merge_into(last[0], *last, *new)
-    triton_merge.launch(*kernel, *new, kernel[0], 1.0)
+    triton_merge.launch(*kernel, *new, kernel[0])
     assert torch.equal(last[0], expected[0])
     torch.testing.assert_close(kernel[0], expected[0], rtol=2e-6, atol=2e-6)
     with pytest.raises(ValueError, match=r"out .* is written, but result"):  # in the same memory, but not the same
@@ -262,14 +259,14 @@ def test_torch_compile_sees_operators():
 
     def twice(out, lse, new_out, new_lse, result):
         merge_(out, lse, new_out, new_lse)
-        merge_into(result, out, lse, new_out, new_lse, base="2")
+        merge_into(result, out, lse, new_out, new_lse)
         return result + 1
 
     expected = twice(*(given := with_room(out, lse, new_out, new_lse, result)))
     compiled = with_room(out, lse, new_out, new_lse, result)
     got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*compiled)
     assert torch.equal(got, expected) and all(map(torch.equal, compiled, given))
-    torch.library.opcheck(torch.ops.sf_xfuser.merge.default, (out, lse, new_out, new_lse, result, "e"))
+    torch.library.opcheck(torch.ops.sf_xfuser.merge.default, (out, lse, new_out, new_lse, result))
 
 
 @pytest.mark.parametrize(

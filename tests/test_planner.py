@@ -330,7 +330,7 @@ def test_plots_and_timelines(capsys, tmp_path):
         ([*BY_HAND, "--across-gbps", "nan"], "rate between machines must be a finite number above 0, got nan"),
         ([*BY_HAND, "--inside-gbps", "-3"], "rate inside machines must be a finite number above 0, got -3"),
         ([*BY_HAND, "--machines", "0"], "--machines must be 1 to 4096, got 0"),
-        ([*BY_HAND, "--json", "/nowhere/at/all.json"], "names no file in a folder that there is"),
+        ([*BY_HAND, "--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
     ],
 )  # fmt: skip
 def test_what_is_refused(capsys, arguments, message):

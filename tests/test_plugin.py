@@ -412,7 +412,7 @@ def test_unmodified_examples_show_the_flags():
     assert "--sp-backend" in run([sys.executable, str(script), "--help"]).output
 
 
-def test_doctor():
+def test_doctor(capsys, monkeypatch):
     import json
 
     from sf_xfuser import cli, doctor
@@ -427,7 +427,18 @@ def test_doctor():
     assert by_name["NCCL_P2P_DISABLE"]["status"] == "warn"
     assert by_name["two_sided over gloo"]["detail"] == "available"
     failing = doctor.Finding(section="s", name="n", status="fail", detail="d")
-    assert not doctor.usable([failing]) and cli.main(["doctor"]) == 0
+    assert not doctor.usable([failing]) and doctor.summary([failing]) == [
+        ("info", "s: see below"),
+        ("fail", "  fail: n: d"),
+    ]
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    hooks = [finding for finding in report["findings"] if finding["section"] == "hooks"]
+    assert any(line.startswith("hooks: ") and f" of {len(hooks)} applied" in line for line in lines)
+    assert any(line.startswith("  warn: NCCL_P2P_DISABLE: ") for line in lines) and len(lines) < 12
+    assert cli.main(["doctor", "--verbose"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > len(report["findings"])
 
 
 def test_doctor_of_a_user_without_a_home(monkeypatch):

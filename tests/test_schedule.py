@@ -26,7 +26,7 @@ from sf_xfuser.schedule import (
 )
 
 SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
-CUTS = [Cut(q=q, kv=kv, last_kv=last_kv) for q, kv, last_kv in product((1, 2, 3), repeat=3)]
+CUTS = [Cut(kv=kv, last_kv=last_kv) for kv, last_kv in product((1, 2, 3), repeat=2)]
 CUTS += [Cut(together=True)]
 
 layouts = st.builds(
@@ -336,7 +336,7 @@ def test_every_small_layout(joint):
 
 
 @pytest.mark.parametrize(
-    "cut", CUTS, ids=lambda cut: f"q{cut.q} kv{cut.kv} last{cut.last_kv} {'together' if cut.together else ''}"
+    "cut", CUTS, ids=lambda cut: f"kv{cut.kv} last{cut.last_kv} {'together' if cut.together else ''}"
 )
 def test_every_cut(cut):
     """Three machines that split heads, two rings across: there are slabs of every kind."""
@@ -377,12 +377,12 @@ def test_parts_cover_the_tokens_of_their_source(tokens, parts):
 
 
 def test_the_parts_are_those_of_the_cut():
-    """What starts on the own machine is whole; queries, KV and the last machine's KV come in as many parts as given."""
+    """Queries and what starts on the own machine are whole; other KV comes in as many parts as given."""
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=2)
-    s = build_schedule(layout, 5, cut=Cut(q=2, kv=3, last_kv=5))
+    s = build_schedule(layout, 5, cut=Cut(kv=3, last_kv=5))
     parts = [{piece.parts for piece in slab} for slab in s.slabs]
     assert parts == [{1}, {3}, {3}, {5}]
-    assert [piece.parts for piece in s.queries] == [1, 1] + [2] * 12
+    assert {piece.parts for piece in s.queries} == {1}
 
 
 @settings(max_examples=60)
@@ -408,24 +408,24 @@ def test_the_paper_example_pulls_in_rotation():
     """4 machines x 8, T=4 U=2 R=4: machine order is t-1, t-2, t-3 in and t+1, t+2, t+3 out; O goes back in order."""
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=4)
     w = layout.position(1, 0, 0, 2)
-    for cut in (Cut(), Cut(q=2, kv=2, last_kv=2)):
+    for cut in (Cut(), Cut(kv=2, last_kv=2)):
         across = exchanges(build_schedule(layout, w, cut=cut), "across")
         assert all(len({(m.tensor, *m.pieces[0][1:]) for m in step.sends}) == 1 for step in across)
         order = [(step.sends[0].tensor, step.sends[0].pieces[0].part) for step in across]
-        parts = range(cut.q)
-        assert order == [(x, part) for x in ("q", "kv", "o") for _ in range(3) for part in parts]
+        parts = {"q": 1, "kv": cut.kv, "o": 1}
+        assert order == [(x, part) for x in parts for _ in range(3) for part in range(parts[x])]
         for of, senders, receivers in (("q", [0, 3, 2], [2, 3, 0]), ("kv", [0, 3, 2], [2, 3, 0])):
-            rounds = [step for step in across if step.sends[0].tensor == of][:: cut.q]
+            rounds = [step for step in across if step.sends[0].tensor == of][:: parts[of]]
             assert [{layout.machine(m.peer) for m in step.receives} for step in rounds] == [{x} for x in senders]
             assert [{layout.machine(m.peer) for m in step.sends} for step in rounds] == [{x} for x in receivers]
-        pushes = [step for step in across if step.sends[0].tensor == "o"][:: cut.q]
+        pushes = [step for step in across if step.sends[0].tensor == "o"]
         assert [{layout.machine(m.peer) for m in step.sends} for step in pushes] == [{0}, {3}, {2}]
         assert [{layout.machine(m.peer) for m in step.receives} for step in pushes] == [{2}, {3}, {0}]
 
 
-@pytest.mark.parametrize("cut", [Cut(), Cut(q=2, kv=2, last_kv=3)], ids=["whole", "cut"])
+@pytest.mark.parametrize("cut", [Cut(), Cut(kv=2, last_kv=3)], ids=["whole", "cut"])
 def test_transfers_are_in_flight_while_chunks_are_attended(cut):
-    """Every machine's chunk is on its way at least one Attend before it is needed; O leaves part by part, with an
+    """Every machine's chunk is on its way at least one Attend before it is needed; O leaves chunk by chunk, with an
     Attend between any two, and before the attention that only this rank waits for."""
     layout = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=2)
     for w in range(layout.world_size):
@@ -439,7 +439,7 @@ def test_transfers_are_in_flight_while_chunks_are_attended(cut):
             )
             assert any(isinstance(x, Attend) for x in s.steps[at:used]), f"round {step.round} is not overlapped"
         pushes = [at for at, step in enumerate(s.steps) if isinstance(step, Exchange) and is_push(step)]
-        assert len(pushes) == 3 * cut.q
+        assert len(pushes) == 3
         assert all(any(isinstance(x, Attend) for x in s.steps[a:b]) for a, b in pairwise(pushes))
         final = s.steps[-1]
         assert isinstance(final, Attend) and final.queries == (Piece(w),) and final.keys_last

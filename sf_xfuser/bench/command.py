@@ -25,7 +25,7 @@ from sf_xfuser.bench import report
 from sf_xfuser.bench.arms import COMPRESSED, known_names, over
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.pipeline import SHAPES
-from sf_xfuser.bench.rank import Order, PipelineOrder, run, run_pipeline
+from sf_xfuser.bench.rank import AttentionOrder, PipelineOrder, run, run_pipeline
 
 _WIDTH = 150  # of tables, where the output is not a terminal
 # Imports of xDiT and transformers, and PyTorch's profiler and sockets, talk; a benchmark's output is its table.
@@ -105,7 +105,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.pipeline is not None:
         return _bench_pipeline(options, launched.world_size)
     arms = tuple(options.arms.split(",")) if options.arms else None
-    order = Order(
+    order = AttentionOrder(
         cases=(),
         arms=arms,
         repeat=options.repeat,
@@ -154,12 +154,7 @@ def _check(options: argparse.Namespace) -> None:
     for arm in options.arms.split(",") if options.arms else ():
         if arm not in known and not arm.startswith("xdit-u"):
             raise ValueError(f"--arms: no arm is called {arm!r}; there are {known_names()}")
-    for name in ("json", "plot", "trace", "report", "markdown"):
-        path = getattr(options, name)
-        if path and path != "-" and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a folder; name a file")
+    report.require_files(options, "json", "plot", "trace", "report", "markdown")
     if options.plot or options.report:
         from sf_xfuser.bench import page
 
@@ -175,7 +170,7 @@ def _case(options: argparse.Namespace, cluster: str) -> Case:
 
 
 def _on_emulated_clusters(
-    options: argparse.Namespace, order: Order, cases: Sequence[Case], document: dict[str, Any]
+    options: argparse.Namespace, order: AttentionOrder, cases: Sequence[Case], document: dict[str, Any]
 ) -> int:
     """Run every case, fill the document in, show each case as it is done. 1 if some ranks failed."""
     console = Console(stderr=True)
@@ -192,7 +187,8 @@ def _on_emulated_clusters(
             console.print(f"[bold red]not measured[/]: {missing}")
         if len(cases) > 1:
             console.print(f"{done} of {len(cases)} cases measured")
-            _store(options, document)  # a grid takes its time, and may be killed
+            if options.json != "-":
+                report.write_json(options.json, document, indent=1)  # a grid takes its time, and may be killed
     return failed
 
 
@@ -216,7 +212,7 @@ def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document:
     return outcome.status
 
 
-def _under_torchrun(options: argparse.Namespace, order: Order, world_size: int) -> int:
+def _under_torchrun(options: argparse.Namespace, order: AttentionOrder, world_size: int) -> int:
     """This process is one rank. Rank 0 shows and stores; its status is the job's."""
     if options.grid:
         raise ValueError("--grid describes emulated clusters; under torchrun give the shape on the command line")
@@ -272,11 +268,8 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
 def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
     """Show and store; 1 if an arm's result was wrong or nothing was measured."""
     rows = document["rows"]
-    if options.json == "-":
-        print(json.dumps(document, indent=1))
-    else:
+    if not report.write_json(options.json, document, indent=1):
         _show(rows)
-    _store(options, document)
     if options.trace:
         Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
     if options.markdown and rows:
@@ -289,11 +282,6 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
         if options.report:
             Path(options.report).write_text(page.html(document))
     return 1 if not rows or any(row["status"] == "failed" for row in rows) else 0
-
-
-def _store(options: argparse.Namespace, document: dict[str, Any]) -> None:
-    if options.json and options.json != "-":
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ from sf_xfuser.files import read_json
 from sf_xfuser.launch import read_model_facts
 from sf_xfuser.mesh import build_mesh, gather_topology
 from sf_xfuser.plan import UNEVEN, make_plan
-from sf_xfuser.xdit_layouts import XditConfig, legal_configs
+from sf_xfuser.xdit_layouts import legal_configs
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)
@@ -48,22 +48,20 @@ class PipelineOptions:
 
     ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: what its pipeline is asked for
     (height, width, num_frames, guidance_scale); the model's ``small_input.json`` or its own defaults where empty.
-    ``topology`` and ``plan`` are ``--sp-topology`` and ``--sp-plan`` of the torus arm. ``configs`` are the xDiT arms;
-    None takes xDiT's own layout with both rotations. ``compress``: formats of ``--sp-compress``, an arm each.
+    ``topology`` and ``plan`` are ``--sp-topology`` and ``--sp-plan`` of the torus arm. xDiT's arms are its own
+    layout with both rotations. ``compress``: formats of ``--sp-compress``, an arm each.
     ``rounds`` calls of ``steps`` steps are timed per arm, after one that is not. ``dtype`` names a torch dtype.
     """
 
     model: str
     topology: str = "auto"
     plan: str = "auto"
-    configs: tuple[XditConfig, ...] | None = None
     compress: tuple[str, ...] = ()
     size: Mapping[str, Any] = field(default_factory=dict)
     text_length: int = 256
     steps: int = 3
     rounds: int = 2
     dtype: str = "float32"
-    attention_backend: str | None = None
     seed: int = 42
     timeout: float = 300.0
 
@@ -155,11 +153,9 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     world_size = dist.get_world_size()
     grid = gather_topology(flags, Agreement.of_world(options.timeout), world_size).fold(range(world_size))
     shape = grid.num_machines, grid.ranks_per_machine
-    configs = options.configs
-    if configs is None:
-        own = make_plan(*shape, heads=facts.heads, kv_heads=facts.kv_heads, rule="usp").layout
-        legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
-        configs = tuple(config for config in legal if config.ulysses_degree == own.ulysses_degree)
+    own = make_plan(*shape, heads=facts.heads, kv_heads=facts.kv_heads, rule="usp").layout
+    legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
+    configs = [config for config in legal if config.ulysses_degree == own.ulysses_degree]
     torus = make_plan(
         *shape,
         heads=facts.heads,
@@ -350,7 +346,7 @@ def _start(options: PipelineOptions) -> Any:
     if runtime_state.runtime_state_is_initialized():
         raise RuntimeError("xDiT is set up in this process already; measure pipelines in a process of their own")
     init_distributed_environment()
-    xfuser_args = xFuserArgs(model=options.model, attention_backend=options.attention_backend)
+    xfuser_args = xFuserArgs(model=options.model)
     engine_config, _ = xfuser_args.create_config()
     engine_config.runtime_config.dtype = getattr(torch, options.dtype)
     return engine_config

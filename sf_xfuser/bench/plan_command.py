@@ -21,7 +21,7 @@ from sf_xfuser.cluster import Cluster
 from sf_xfuser.files import read_json
 from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import UNEVEN, make_plan
-from sf_xfuser.planner import PATTERNS, Candidate, Ranking, rank
+from sf_xfuser.planner import PATTERN_OF, RankedLayout, Ranking, rank
 from sf_xfuser.presets import PRESETS, preset
 from sf_xfuser.simulate import ITEMSIZE, CallShape, TorusArm, predict
 from sf_xfuser.xdit_layouts import XditConfig
@@ -62,7 +62,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--cluster-file", metavar="FILE", help="a cluster as JSON instead (plan --json writes one)")
     where.add_argument("--across-gbps", type=float, metavar="GBIT", help="what a machine can send, instead")
     where.add_argument("--inside-gbps", type=float, metavar="GBIT", help="what a GPU can send in its machine, instead")
-    where.add_argument("--transport", choices=tuple(PATTERNS), default="two_sided", help="what moves torus' chunks: "
+    where.add_argument("--transport", choices=tuple(PATTERN_OF), default="two_sided", help="what moves torus' chunks: "
                        "NCCL's sends and receives, or one-sided puts (nvshmem). Default: two_sided")  # fmt: skip
     what = parser.add_argument_group("model")
     what.add_argument("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a transformer's config.json")
@@ -80,7 +80,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 def plan_command(options: argparse.Namespace) -> int:
     """Rank and show. 2: the request makes no sense."""
     try:
-        _check_files(options)
+        report.require_files(options, "json", "plot")
         cluster, shape, calls = _asked(options)
         started_s = time.perf_counter()
         ranking = rank(cluster, shape, calls=calls, transport=options.transport)
@@ -92,20 +92,15 @@ def plan_command(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"sf-xfuser plan: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        text = json.dumps(ranking.to_json(), indent=1)
-        if options.json == "-":
-            print(text)
-            return 0
-        Path(options.json).write_text(text + "\n")
-    _show(ranking, took_s)
+    if not report.write_json(options.json, ranking.to_json(), indent=1):
+        _show(ranking, took_s)
     return 0
 
 
 def simulate_command(options: argparse.Namespace) -> int:
     """Replay every rank and show. 2: the request makes no sense."""
     try:
-        _check_files(options)
+        report.require_files(options, "json", "plot", "trace")
         cluster, shape, _ = _asked(options)
         arm = _arm(options, cluster, shape)
         timelines = [_timeline(cluster, shape, arm)]
@@ -122,12 +117,8 @@ def simulate_command(options: argparse.Namespace) -> int:
     document = {"rows": [], "timelines": timelines}
     if options.trace:
         Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
-    if options.json:
-        text = json.dumps(document)
-        if options.json == "-":
-            print(text)
-            return 0
-        Path(options.json).write_text(text + "\n")
+    if report.write_json(options.json, document):
+        return 0
     for timeline in timelines:
         spans = [span for found in timeline["ranks"] for span in found["spans"]]
         computed = sum(s["end_s"] - s["start_s"] for s in spans if s["lane"] == "compute") / len(timeline["ranks"])
@@ -137,13 +128,6 @@ def simulate_command(options: argparse.Namespace) -> int:
 
 
 # -- what was asked ---------------------------------------------------------------------------------------------------
-
-
-def _check_files(options: argparse.Namespace) -> None:
-    for name in ("json", "plot", "trace"):
-        path = getattr(options, name, None)
-        if path and path != "-" and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {path} names no file in a folder that there is")
 
 
 def _asked(options: argparse.Namespace) -> tuple[Cluster, CallShape, int]:
@@ -178,7 +162,7 @@ def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int
 
 
 def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> TorusArm | XditConfig:
-    pattern, overlap = PATTERNS[options.transport], not options.no_overlap
+    pattern, overlap = PATTERN_OF[options.transport], not options.no_overlap
     text = options.sp_plan
     usp = re.fullmatch(r"ulysses=(\d+),ring=(\d+)", text)
     if usp:
@@ -303,7 +287,7 @@ def _show(ranking: Ranking, took_s: float) -> None:
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 
-def _cells(candidate: Candidate, calls: int) -> list[str]:
+def _cells(candidate: RankedLayout, calls: int) -> list[str]:
     predicted = candidate.predicted
     if predicted is not None:
         seconds, step = f"{predicted.seconds * 1e3:.2f}", f"{predicted.seconds * calls * 1e3:.1f}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sf_xfuser.bench.page import Panel, save
 from sf_xfuser.cluster import Cluster
 from sf_xfuser.plan import paper_layout
-from sf_xfuser.planner import PATTERNS, Ranking, rank
+from sf_xfuser.planner import PATTERN_OF, Ranking, rank
 from sf_xfuser.simulate import CallShape, TorusArm, predict
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, floa
 
     return {
         "torus, best layout": fastest(lambda name: name == "torus"),
-        "torus, paper's rule": predict(cluster, shape, TorusArm(layout=paper, pattern=PATTERNS[transport])).seconds,
+        "torus, paper's rule": predict(cluster, shape, TorusArm(layout=paper, pattern=PATTERN_OF[transport])).seconds,
         "xDiT's USP": fastest(lambda name: name.startswith("usp-")),
         "xDiT's best": fastest(lambda name: name != "torus"),
     }

@@ -39,7 +39,7 @@ from sf_xfuser.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class AttentionOrder:
     """What the ranks are to do. ``arms``: names, None for all. ``repeat`` timed calls of each arm after ``warmup``
     untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count. ``predict``: measure
     the cluster first and say what each arm should take."""
@@ -58,13 +58,13 @@ class Order:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Order:
+    def from_json(cls, text: str) -> AttentionOrder:
         values = json.loads(text)
         arms = values.pop("arms")
         return cls(cases=tuple(Case(**c) for c in values.pop("cases")), arms=arms and tuple(arms), **values)
 
 
-def run(order: Order, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
+def run(order: AttentionOrder, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
     """Measure every case. Collective over the job; on rank 0 ``done(rows, timelines)`` follows each case.
 
     Rows and timelines are those of ``report``. Sets up torch.distributed. Raises what the ranks raise.
@@ -93,7 +93,7 @@ def run(order: Order, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]
 class _Measurement:
     """One case on one rank."""
 
-    def __init__(self, order: Order, case: Case, control: dist.ProcessGroup, cuda: bool) -> None:
+    def __init__(self, order: AttentionOrder, case: Case, control: dist.ProcessGroup, cuda: bool) -> None:
         self.order, self.case, self.control = order, case, control
         self.rank = dist.get_rank()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -443,7 +443,7 @@ def main() -> None:
         if found := run_pipeline(PipelineOrder(**json.loads(path.read_text()))):
             done(found, [])
     else:
-        run(Order.from_json(path.read_text()), done)
+        run(AttentionOrder.from_json(path.read_text()), done)
 
 
 if __name__ == "__main__":

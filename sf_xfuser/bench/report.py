@@ -9,10 +9,12 @@ shows as an en dash. MB is 10^6 bytes.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
@@ -420,3 +422,26 @@ def _largest_peak_ratio(subjects: Mapping[str, Row], others: Mapping[str, Row | 
 
 def _at(item: Mapping[str, Any] | None) -> str:
     return DASH if item is None else f"{times(item['ratio'])} ({item['case']})"
+
+
+# -- files that a command line names -----------------------------------------------------------------------------------
+
+
+def require_files(options: object, *names: str) -> None:
+    """Raises ValueError where one of these options names a folder, or a file in a folder that does not exist."""
+    for name in names:
+        path = getattr(options, name)
+        if path and path != "-" and not (folder := Path(path).absolute().parent).is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {folder}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{name} {path} is a folder; name a file")
+
+
+def write_json(path: str | None, document: object, indent: int | None = None) -> bool:
+    """Write ``document`` to ``path``; None: nowhere. Whether that is ``-``, standard output."""
+    text = json.dumps(document, indent=indent) if path else ""
+    if path == "-":
+        print(text)
+    elif path:
+        Path(path).write_text(text + "\n")
+    return path == "-"

@@ -42,14 +42,14 @@ class XditArm:
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``call_usp`` as ``config`` says."""
         with self.selected():
-            return call_usp(query, key, value, combine_qkv=self.config.combine_qkv)
+            return call_usp(query, key, value)
 
     def selected(self) -> AbstractContextManager[None]:
         """Inside, xDiT is laid out as ``config`` says, for whatever of xDiT's is called; then as it was. Local."""
         return self.groups.selected(self.config)
 
 
-def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, combine_qkv: bool = False) -> torch.Tensor:
+def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention of this rank's tokens on everybody's, not causal: [B, H, S, D] in (KV may have fewer heads), out. By
     xDiT's own USP, also where the plugin is in its place.
 
@@ -60,9 +60,7 @@ def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, com
     kv_repeat = query.shape[1] // key.shape[1]
     compact_kv = {"kv_head_repeat": kv_repeat} if kv_repeat > 1 else {}  # xDiT before 0.7 has no such parameter
     xdits_own = inspect.unwrap(usp.USP)
-    out: torch.Tensor = xdits_own(
-        query, key, value, dropout_p=0.0, is_causal=False, combine_qkv_a2a=combine_qkv, **compact_kv
-    )
+    out: torch.Tensor = xdits_own(query, key, value, dropout_p=0.0, is_causal=False, **compact_kv)
     return out
 
 
@@ -71,24 +69,23 @@ def open_arms(
     *,
     ranks_per_machine: int,
     members: Sequence[int] | None = None,
-    attention_backend: str | None = None,
 ) -> dict[XditConfig, XditArm]:
     """The arms of ``configs``, which share process groups. Collective over the world; the same arguments everywhere.
 
     Starts xDiT where it is not started: torch.distributed if need be, xDiT's groups, its runtime state. That asks
-    for an attention backend whose partial results can be merged; ``attention_backend`` names one, None leaves the
-    choice to xDiT (RuntimeError where it takes one that cannot). ``members[p]`` is the rank at machine-major position
+    for an attention backend whose partial results can be merged (RuntimeError where xDiT takes one that cannot).
+    ``members[p]`` is the rank at machine-major position
     ``p``, for ``"machines-first"``; the default is rank ``p``.
     """
     plugin.enable()  # on a machine without an accelerator xDiT cannot even be imported otherwise
-    _start_xdit(attention_backend)
+    _start_xdit()
     groups = XditGroups(range(dist.get_world_size()) if members is None else members, ranks_per_machine)
     for config in configs:
         groups.make(config)
     return {config: XditArm(config, groups) for config in configs}
 
 
-def _start_xdit(attention_backend: str | None) -> None:
+def _start_xdit() -> None:
     from xfuser import xFuserArgs
     from xfuser.core.distributed import init_distributed_environment, runtime_state
 
@@ -96,7 +93,7 @@ def _start_xdit(attention_backend: str | None) -> None:
         return
     init_distributed_environment()  # xDiT's world group; torch.distributed too where it is not initialised
     # Ring over all ranks: xDiT then refuses attention backends that no ring could merge.
-    args = xFuserArgs(model="none", ring_degree=dist.get_world_size(), attention_backend=attention_backend)
+    args = xFuserArgs(model="none", ring_degree=dist.get_world_size())
     engine_config, _ = args.create_config()
     # The base class is what attention needs; the others want a pipeline.
     runtime_state._RUNTIME = runtime_state.RuntimeState(engine_config)

@@ -43,8 +43,7 @@ class Usp(ReplayedArm):
         config, shape, work = self.config, self.shape, self.work
         rank_bytes = shape.nbytes / self.cluster.world_size
         if config.ulysses_degree > 1:
-            inputs = (("q", shape.nbytes), ("k", self.kv_bytes), ("v", self.kv_bytes))
-            for name, nbytes in (("qkv", shape.nbytes + 2 * self.kv_bytes),) if config.combine_qkv else inputs:
+            for name, nbytes in (("q", shape.nbytes), ("k", self.kv_bytes), ("v", self.kv_bytes)):
                 replay.work(number, work.copy(nbytes / self.cluster.world_size), "copy", fills=False)
                 yield from self._collective(replay, number, name, "exchange", self.exchanged, nbytes)
                 replay.work(number, work.copy(nbytes / self.cluster.world_size), "copy", fills=False)

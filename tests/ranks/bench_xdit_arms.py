@@ -21,13 +21,11 @@ def main() -> None:
     assert available() is None, available()
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    combined = legal_configs(world_size, RANKS_PER_MACHINE, 8, combine_qkv=True)
     by_shape = {
         shape: [*legal_configs(world_size, RANKS_PER_MACHINE, *shape),
                 *legal_configs(world_size, RANKS_PER_MACHINE, *shape, placement="machines-first")]
         for shape in SHAPES
     }  # fmt: skip
-    by_shape[8, 8] += combined
     configs = list(dict.fromkeys(config for configs in by_shape.values() for config in configs))
     arms = open_arms(configs, ranks_per_machine=RANKS_PER_MACHINE)
     check_groups(arms)

@@ -1,10 +1,10 @@
-"""The fused chunk attention kernel on a GPU, every head size and dtype, against its twin; then with flags that turn."""
+"""The fused chunk attention kernel on a GPU, every head size and dtype, against its twin."""
 
 from __future__ import annotations
 
 import torch
 
-from sf_xfuser.kernels import Gate, attend_chunks_, attend_chunks_into
+from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES, Chunks, attend_twin
 
 
@@ -27,35 +27,13 @@ def main() -> None:
             q, k, v, out, lse = chunks(D, dtype)
             results = [torch.full_like(x, float("nan")) for x in q]
             (expected, expected_lse), got = copies(out, lse), copies(out, lse)
-            attend_twin(Chunks(q, k, v, expected, expected_lse, [], D**-0.5, None))
+            attend_twin(Chunks(q, k, v, expected, expected_lse, []))
             attend_chunks_(q, k, v, *got)
             attend_chunks_into(results, q, k, v, out, lse)
             rounding = 8 * torch.finfo(dtype).eps
             torch.testing.assert_close(got, [expected, expected_lse], rtol=rounding, atol=rounding)
             torch.testing.assert_close(results, [x.to(dtype) for x in expected], rtol=rounding, atol=rounding)
-    arrivals()
     print("the same as the twin")
-
-
-def arrivals() -> None:
-    """The flags turn, from another stream, once the launch waits; then one that never does."""
-    q, k, v, out, lse = chunks(128, torch.bfloat16)
-    (expected, expected_lse), alone, lost = copies(out, lse), copies(out, lse), copies(out, lse)
-    attend_twin(Chunks(q, k, v, expected, expected_lse, [], 128**-0.5, None))
-    flags, error = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (3, 1))
-    one = torch.ones(3, dtype=torch.int64).pin_memory()
-    gate = Gate(flags=flags, epoch=1, error=error, q=[0, -1, -1], kv=[-1, 1, 2], looks=1 << 24)
-    torch.cuda.synchronize()
-    attend_chunks_(q, k, v, *alone, gate=gate)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for at in range(3):
-            flags[at : at + 1].copy_(one[at : at + 1], non_blocking=True)  # by a copy engine
-    torch.cuda.synchronize()
-    assert error.item() == 0
-    torch.testing.assert_close(alone, [expected, expected_lse], rtol=0.05, atol=0.05)
-    never = Gate(flags=flags, epoch=2, error=error, q=[-1, -1, -1], kv=[-1, 1, -1], looks=1000)
-    attend_chunks_(q, k, v, *lost, gate=never)
-    assert error.item() == 2 and all(x.isnan().all() for x in lost[0])
 
 
 if __name__ == "__main__":
