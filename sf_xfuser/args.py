@@ -12,7 +12,6 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
@@ -161,8 +160,8 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
             default=None,
             help="How attention runs across the ranks of a sequence-parallel group: torus = Torus Attention (Ulysses "
             "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code with the degrees filled "
-            "in; auto = whichever of torus and usp is predicted and, in the first calls of each shape, measured to be "
-            "faster. Without this flag xDiT is untouched.",
+            "in; auto = whichever of torus and usp is faster in the first calls of each shape. Without this flag xDiT "
+            "is untouched.",
         )
     add(
         "plan",
@@ -273,14 +272,6 @@ def set_defaults(values: Mapping[str, str]) -> None:
     """Set those environment names that are not set."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
-
-
-def cache_folder() -> Path | None:
-    """Where what was measured once is kept, for this user; None for one without a home, as in some containers."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sf-xfuser"
-    except RuntimeError:
-        return None
 
 
 def autoload_wanted() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -52,7 +51,7 @@ _TRAPS = {
 
 def examine() -> list[Finding]:
     """All findings. Imports torch and xfuser; opens no connection and starts no process group."""
-    return [*_versions(), *_hooks(), *_accelerators(), *_transports(), *_topology(), *_kept(), *_environment()]
+    return [*_versions(), *_hooks(), *_accelerators(), *_transports(), *_topology(), *_environment()]
 
 
 def usable(findings: list[Finding]) -> bool:
@@ -170,17 +169,6 @@ def _topology() -> Iterator[Finding]:
     launched = sp_args.launch_environment()
     world = f"{launched.world_size} ranks" if launched.world_size else "not started by a launcher"
     yield Finding(section="topology", name="launcher", status="info", detail=world)
-
-
-def _kept() -> Iterator[Finding]:
-    """The clusters that ``--sp-backend auto`` has measured."""
-    folder = sp_args.cache_folder()
-    if folder is None:
-        detail = "none is kept: this user has no home directory; set XDG_CACHE_HOME to keep them"
-    else:
-        count = len(list(folder.glob("cluster-*.json"))) if os.path.isdir(folder) else 0
-        detail = f"{count} in {folder}; remove one to have it measured again"
-    yield Finding(section="topology", name="clusters measured", status="info", detail=detail)
 
 
 def _environment() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Reads small files that a user or a cache names. Whatever lies there, reading ends: a pipe is not waited for, and a
+"""Reads small files that a user names. Whatever lies there, reading ends: a pipe is not waited for, and a
 file of any size or nesting is an error like one that is missing."""
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,10 +29,10 @@ from sf_xfuser.simulate import MERGE_BYTES, CallShape, TorusArm, predict
 from sf_xfuser.xdit_groups import XditGroups
 from sf_xfuser.xdit_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
 
-_TRIES = 3
+_TRIES, _TRY_S = 3, 0.2  # how often a piece is timed, and for how long each time
+_TRANSFER_S = 0.1  # calls with nothing computed are made to take longer than this
 _ATTEND_S = 0.04  # a large attention call takes longer than this
 _MOST_TOKENS = 1 << 15  # of such a call
-_MOST_BYTES = 1 << 28  # that a collective may leave behind
 _SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
 
 Gather = Callable[[Any], list[Any]]
@@ -42,28 +42,16 @@ Gather = Callable[[Any], list[Any]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``. ``seq_len``: of the
-    calls to come, where known, so that transfers are measured at their size (None: of about ``transfer_s`` each).
-    ``try_s``: how long a piece is repeated, three times. ``across_gbps``: what a machine can send, where known (None:
-    the fastest pattern seen). ``configs``: the layouts of xDiT's that are to be predicted (None: all)."""
+    calls to come, at whose size collectives are measured. ``across_gbps``: what a machine can send, where known (None:
+    the fastest pattern seen)."""
 
     attend: AttendFunction
     heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    seq_len: int | None = None
-    transfer_s: float = 0.1
-    try_s: float = 0.2
+    seq_len: int
     across_gbps: float | None = None
-    configs: Sequence[XditConfig] | None = None
-
-    def uses(self, pattern: str, config: XditConfig) -> bool:
-        """Whether one of ``configs`` makes this collective, on groups as large as those of ``config``."""
-        if self.configs is None:
-            return True
-        if pattern == "exchange":
-            return any(one.ulysses_degree == config.ulysses_degree for one in self.configs)
-        return any((one.ring_degree, one.rotation) == (config.ring_degree, pattern) for one in self.configs)
 
     def flop(self, tokens: int) -> float:
         """Of one attention call of so many queries and keys."""
@@ -153,7 +141,7 @@ class _Probe:
         """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
         difference; ``alone``: on one rank, while the others wait."""
         first = self.tried(call, 1, alone)  # makes buffers and connections warm
-        times = max(1, min(64, round(self.order.try_s / first.seconds)))
+        times = max(1, min(64, round(_TRY_S / first.seconds)))
         tries = [self.tried(call, times, alone) for _ in range(_TRIES)]
         pick = min if fastest else statistics.median
         return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))
@@ -210,9 +198,7 @@ class _Probe:
     def _link(self, slots: float | None, *, inside: bool) -> Link:
         """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
         seen: list[tuple[str, int, float, float, float]] = []  # pattern, members, start_s, Gbit/s, takes
-        every = list(self._patterns(inside=inside))
-        wanted = [x for x in every if self.order.uses(*x)]
-        for pattern, config in wanted or every[:1]:  # one at least, for the link's rate
+        for pattern, config in self._patterns(inside=inside):
             sent = sent_by_ulysses(config, *self.grid) if pattern == "exchange" else sent_by_a_hop(config, *self.grid)
             groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
             members = len(groups[0])
@@ -266,21 +252,11 @@ class _Probe:
         def of(numel: int) -> Callable[[], None]:
             return partial(run, torch.zeros(numel, dtype=dtype, device=self.order.device))
 
-        dtype, seq_len = self.order.dtype, self.order.seq_len
-
+        dtype = self.order.dtype
         small = self._timed(of(64 * size))
-        numel = size << 12
-        if seq_len is not None:  # a ring moves K and V at once
-            tensors = 1 if pattern == "exchange" else 2
-            numel = tensors * math.ceil(seq_len / self.world_size) * self.order.heads * self.order.head_dim
-            numel = math.ceil(numel / size) * size
-        held = dtype.itemsize * (size if pattern == "allgather" else 1)  # bytes of the result for each element sent
-        most = _MOST_BYTES // held // size * size
-        while seq_len is None and numel < most:
-            wanted = self.order.transfer_s / max(self.tried(of(numel), 1).seconds, 1e-6)
-            if wanted < 2:
-                break
-            numel = min(most, numel * min(16, math.ceil(wanted)))
+        tensors = 1 if pattern == "exchange" else 2  # a ring moves K and V at once
+        numel = tensors * math.ceil(self.order.seq_len / self.world_size) * self.order.heads * self.order.head_dim
+        numel = math.ceil(numel / size) * size
         return small, self._timed(of(numel)), numel * dtype.itemsize
 
     # -- the schedule's transfers -------------------------------------------------------------------------------------
@@ -291,7 +267,7 @@ class _Probe:
         least = 4 * self.world_size
         small = self._timed(self._exchange(least))
         tokens = 4 * least
-        while tokens < 1 << 17 and self.tried(self._exchange(tokens), 1).seconds < 2 * self.order.transfer_s:
+        while tokens < 1 << 17 and self.tried(self._exchange(tokens), 1).seconds < 2 * _TRANSFER_S:
             tokens *= 4
         large = self._timed(self._exchange(tokens))
         return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})

@@ -160,7 +160,7 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
     asked = given
     if given.backend in XDIT_BACKENDS:
         asked = replace(given, plan="usp")
-    elif given.backend == "auto":  # xDiT's own layout is one of the arms; what is handed back runs as without us
+    elif given.backend == "auto":  # xDiT's own layout is a candidate; what falls back to it runs as without us
         asked = TorusArgs(backend="usp", plan="usp", topology=given.topology, timeout=given.timeout)
     mesh = build_mesh(
         group_ranks,
@@ -172,25 +172,24 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
         backend=backend,
         max_imbalance=launch.max_imbalance(given),
     )
-    choice = _arms(mesh, group_ranks, backend, given) if given.backend == "auto" else None
+    choice = _candidates(mesh, group_ranks, backend, given) if given.backend == "auto" else None
     _use(mesh, choice, given)
     return mesh.ulysses_group, mesh.ring_group
 
 
-def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusArgs) -> Choice:
+def _candidates(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusArgs) -> Choice:
     """Those of ``--sp-backend auto``: xDiT's own on ``mesh``, and Torus Attention on meshes of its own. Collective over
     the world."""
-    from sf_xfuser.choice import Choice, layouts, other_degrees
+    from sf_xfuser.choice import Choice, flat_ulysses, layouts
     from sf_xfuser.mesh import build_mesh
     from sf_xfuser.xdit_groups import XditGroups
     from sf_xfuser.xdit_layouts import XditConfig
 
     model = current.model
-    n, m = mesh.layout.num_machines, mesh.layout.ranks_per_machine
     own = XditConfig(ulysses_degree=mesh.layout.ulysses_degree, ring_degree=mesh.layout.ring_degree)
     heads, kv_heads = (model.heads, model.kv_heads) if model else (None, None)
     grids = {(g.num_machines, g.ranks_per_machine) for g in map(mesh.topology.fold, group_ranks)}
-    plans, others = [given.plan], other_degrees(own, n, m, heads, kv_heads)
+    plans = [given.plan]
     if len(grids) == 1:  # else each group plans its own
         found = layouts(*grids.pop(), heads, kv_heads, own.ulysses_degree, given)
         plans = [layout.flag for layout in found]
@@ -208,11 +207,10 @@ def _arms(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: TorusAr
     ]
     return Choice(
         own,
-        others,
-        XditGroups(mesh.members, m, backend),
+        flat_ulysses(own, heads, kv_heads),
+        XditGroups(mesh.members, mesh.layout.ranks_per_machine, backend),
         meshes,
         kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),
-        folder=sp_args.cache_folder(),
         log=log,
     )
 
@@ -253,7 +251,7 @@ def _use(mesh: Mesh, choice: Choice | None, given: TorusArgs) -> None:
     if xdits:
         runs = f"xDiT's own attention (--sp-backend {given.backend} is xDiT's own)"
     elif choice is not None:
-        runs = f"the fastest of {', '.join(choice.arms)}, as predicted and as the first calls of each shape go"
+        runs = f"the fastest of {', '.join(choice.candidates)}, by the first calls of each shape"
     log(f"--sp-backend {given.backend}: {runs}; {mesh}")
 
 

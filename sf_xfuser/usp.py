@@ -58,7 +58,7 @@ class TorusUSP(DropIn):
     host: Host
     ring_degree: int
     choice: Choice | None = None
-    """Which of several meshes serves a call, or ``original``; None: ``mesh`` serves all."""
+    """Which of several meshes runs a call, or ``original``; None: ``mesh`` runs all."""
     check: bool = False
     """Compare the first call of each shape with ``original``."""
     checked: dict[Any, float] = field(default_factory=dict)
@@ -136,10 +136,9 @@ class TorusUSP(DropIn):
         if self.choice is None:
             out = torus()
         else:
-            attend = as_attend_function(self.host.raw_attention(name))
-            unpadded = valid is None  # a ring of xDiT's counts keys wrongly where some are padding
-            arm, out = self.choice.serve(rows, key, keys, name, attend, torus, xdits, any_degrees=unpadded)
-            if arm not in self.choice.ways:
+            kind = name if valid is None else f"{name} with padded keys"
+            candidate, out = self.choice.serve(rows, key, keys, kind, torus, xdits)
+            if candidate not in self.choice.ways:
                 return out
         if self.check:
             joint = (joint_strategy or None, None if keys is None else keys.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from sf_xfuser.bench import ablation, report
 from sf_xfuser.cli import main
 from sf_xfuser.cluster import Cluster, Link, Way
+from sf_xfuser.files import LARGEST_CHARACTERS
 from sf_xfuser.models import MODELS, find_model
 from sf_xfuser.plan import Layout, legal_layouts, paper_layout
 from sf_xfuser.planner import rank
@@ -373,6 +375,30 @@ def test_clusters_that_make_no_sense(tmp_path):
             Cluster.load(path)
     with pytest.raises(ValueError, match=r"describes no cluster: No such file"):
         Cluster.load(tmp_path / "none.json")
+    path.write_text(json.dumps(good | {"across": {**good["across"], "ways": [["put", float("inf"), {}]]}}))
+    with pytest.raises(ValueError, match="describes no cluster: across: cannot convert float infinity"):
+        Cluster.load(path)
+
+
+BROKEN = ["", '{"cluster": {"na', "[]", '{"cluster": {}}', "\x00\xff", "[" * 100_000, "9" * 5000]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_file_that_holds_no_cluster(tmp_path, text):
+    (path := tmp_path / "cluster.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="describes no cluster: "):
+        Cluster.load(path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """A pipe without a writer would be waited for, a device never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="describes no cluster: not a regular file"):
+            Cluster.load(path)
+    (tmp_path / "large").write_text(" " * (LARGEST_CHARACTERS + 1))
+    with pytest.raises(ValueError, match="more than 67108864 characters"):
+        Cluster.load(tmp_path / "large")
 
 
 def test_every_preset_says_where_its_figures_come_from():

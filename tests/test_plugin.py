@@ -441,25 +441,6 @@ def test_doctor(capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) > len(report["findings"])
 
 
-def test_doctor_of_a_user_without_a_home(monkeypatch):
-    """A container with a numeric user: no HOME, and none of this number in the list of users."""
-    import pwd
-
-    from sf_xfuser import args, doctor
-
-    def unknown(uid):
-        raise KeyError(f"getpwuid(): uid not found: {uid}")
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
-        monkeypatch.delenv(name, raising=False)
-    assert args.cache_folder() is None
-    found = {finding.name: finding.detail for finding in doctor.examine()}
-    assert "set XDG_CACHE_HOME" in found["clusters measured"]
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/1/root/" + "long" * 100)  # neither to be read nor to be named
-    assert next(doctor._kept()).detail.startswith("0 in /proc/1/root/")
-
-
 def test_doctor_checks_the_environment_of_nvshmem(monkeypatch):
     """As on one of AWS's machines, with NVSHMEM installed."""
     from sf_xfuser import doctor

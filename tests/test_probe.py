@@ -14,10 +14,11 @@ from sf_xfuser.cluster import PATTERNS, Cluster, Compute, Link, Way
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.plan import Layout
 from sf_xfuser.simulate import CallShape, TorusArm, predict
-from sf_xfuser.xdit_layouts import XditConfig
 
 LAYOUT = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=1)
-ORDER = probe.Order(attend=sdpa_attend, heads=8, head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
+ORDER = probe.Order(
+    attend=sdpa_attend, heads=8, head_dim=64, dtype=torch.float32, device=torch.device("cpu"), seq_len=4096
+)
 
 
 def a_cluster(put: Way, slots: float | None) -> Cluster:
@@ -83,25 +84,10 @@ def test_the_pace_beside_other_calls_scales_what_computes():
     assert "0.33x of that pace" in found.sources[-1]
 
 
-@pytest.mark.parametrize(
-    ("configs", "across", "inside"),
-    [
-        ([XditConfig(ulysses_degree=2, ring_degree=4)], [("allgather", 4)], [("exchange", 2)]),
-        # Nothing of it stays inside machines, whose links still need a rate.
-        ([XditConfig(ulysses_degree=8, ring_degree=1)], [("exchange", 8)], [("exchange", 2)]),
-        (
-            None,
-            [("exchange", 4), ("exchange", 8)]
-            + [(rotation, size) for size in (2, 4, 8) for rotation in ("allgather", "alltoall")],
-            [("exchange", 2)],
-        ),
-    ],
-    ids=["usp", "ulysses", "all"],
-)
-def test_only_the_collectives_of_what_is_to_be_predicted_are_measured(configs, across, inside, monkeypatch):
-    """4 x 2. ``auto`` predicts one layout of xDiT's, and its first call waits for the probe."""
+def test_each_collective_of_xdits_is_measured_on_the_link_that_it_uses(monkeypatch):
+    """4 x 2."""
     x = torch.zeros(1, 8, 8, 64)
-    found = probe._Probe(OneRank(LAYOUT, x, x, x, Loopback(x.device)).mesh, replace(ORDER, configs=configs), list)
+    found = probe._Probe(OneRank(LAYOUT, x, x, x, Loopback(x.device)).mesh, ORDER, list)
     seen = []
 
     def collective(pattern, members):
@@ -110,7 +96,8 @@ def test_only_the_collectives_of_what_is_to_be_predicted_are_measured(configs, a
 
     monkeypatch.setattr(found._groups, "mine", lambda groups, ranks: len(groups[0]))
     monkeypatch.setattr(found, "_collective", collective)
-    for is_inside, wanted in ((False, across), (True, inside)):
+    rings = [(rotation, size) for size in (2, 4, 8) for rotation in ("allgather", "alltoall")]
+    for is_inside, wanted in ((False, [("exchange", 4), ("exchange", 8), *rings]), (True, [("exchange", 2)])):
         link = found._link(2.0, inside=is_inside)
         assert sorted(seen) == sorted(wanted)
         assert {pattern for pattern, _, _ in link.ways} >= set(PATTERNS) - {"put", "message"} and link.rank_gbps > 0

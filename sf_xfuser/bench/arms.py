@@ -14,7 +14,7 @@ from sf_xfuser.attention import torus_attention
 from sf_xfuser.bench import xdit_arms
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.xdit_arms import call_usp
-from sf_xfuser.choice import Choice, layouts, other_degrees
+from sf_xfuser.choice import Choice, flat_ulysses, layouts
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.mesh import Mesh, build_mesh
 from sf_xfuser.plan import UNEVEN, Layout, head_ranges
@@ -41,7 +41,7 @@ class Arm:
     ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
     ``mesh`` is set where the arm can be traced, ``replayed`` where it can be predicted (``simulate.predict`` takes it).
     ``relative_error``: of the result as root mean squares, that is right for an arm that compresses; None: as much as
-    rounding makes. ``choice``: of the arm that takes the fastest of others, once its first calls have settled it.
+    rounding makes. ``choice``: of the arm that runs what its first calls select.
     """
 
     name: str
@@ -177,7 +177,7 @@ def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: A
 
 
 def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
-    """What ``--sp-backend auto`` takes of xDiT's own layout and torus; meshes and a probe of its own, no file."""
+    """What ``--sp-backend auto`` selects of xDiT's own code and torus, on meshes of its own."""
     text = "the fastest of torus and xDiT's own"
     if (reason := _no_xdit(case)) is not None:
         return Arm(name=AUTO, description=text, family="ours", reason=reason)
@@ -191,11 +191,10 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
     meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in further)]
     choice = Choice(
         own,
-        other_degrees(own, case.num_machines, m, case.heads, kv_heads),
+        flat_ulysses(own, case.heads, kv_heads),
         xdits.groups,
         meshes,
         kv_ratio=Fraction(kv_heads, case.heads),
-        folder=None,
         log=lambda message: None,
     )
 
@@ -206,7 +205,7 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Arm:
             return _torus(case, mesh, together, attend)(*tensors)
 
         with xdits.selected():
-            return choice.serve(query, key, None, "registered attention", attend, torus, lambda: call_usp(*tensors))[1]
+            return choice.serve(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
 
     return Arm(name=AUTO, description=text, family="ours", call=call, choice=choice)
 

@@ -120,7 +120,7 @@ class _Measurement:
             for arm in runnable:
                 advance(f"{arm.name}: checking")
                 self._gate(arm)
-                while arm.choice is not None and not arm.choice.settled:  # its first calls measure
+                while arm.choice is not None and not arm.choice.settled:  # its trial
                     self._call(arm)
             for arm in runnable:
                 if not self.samples[arm.name].failure:

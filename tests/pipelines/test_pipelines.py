@@ -128,8 +128,7 @@ def finished(request, model_folder, tmp_path_factory):
             for name, case in cases.items()
         }  # fmt: skip
         (folder / "cases.json").write_text(json.dumps(argv))
-        env = {"XDG_CACHE_HOME": str(folder)}  # where --sp-backend auto keeps what it measures
-        output = torchrun("run_pipelines.py", folder / "cases.json", nproc=4, timeout=400, env=env).output
+        output = torchrun("run_pipelines.py", folder / "cases.json", nproc=4, timeout=400).output
         for name, rank, outcome, explained in re.findall(r"@<([^|]*)\|(\d)\|(.*?)\|(.*?)>@", output, re.DOTALL):
             cases[name].outcome[int(rank)] = outcome
             cases[name].explained = explained

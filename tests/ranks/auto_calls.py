@@ -1,7 +1,7 @@
 """Rank side of test_choice.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
 
-Prints ``@@case|rank|value@@``: for each shape the largest difference from xDiT's own and the arms that served, in turn;
-for calls that torus cannot serve, why; and all that ``explain()`` says.
+Prints ``@@case|rank|value@@``: for each shape the largest difference from xDiT's own and the candidates that ran, in
+turn; for calls that torus cannot compute, why; and all that ``explain()`` says.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def tensors(tokens: int, seed: int | None = None) -> list[torch.Tensor]:
     return [torch.randn(B, tokens, H, D, generator=make).transpose(1, 2) for _ in range(3)]
 
 
-def slow_on_rank_2(arms: str, seconds: float) -> None:
-    """There the calls of arms whose names hold one of ``arms``, which commas separate, take so much longer."""
+def slow_on_rank_2(parts: str, seconds: float) -> None:
+    """There the calls of candidates whose names hold one of ``parts``, which commas separate, take so much longer."""
     call = choice.Choice._call
 
-    def slowed(self, arm, **ways):
-        time.sleep(seconds if dist.get_rank() == 2 and any(part in arm for part in arms.split(",")) else 0.0)
-        return call(self, arm, **ways)
+    def slowed(self, name, **ways):
+        out = call(self, name, **ways)  # first: other ranks wait for nothing
+        time.sleep(seconds if dist.get_rank() == 2 and any(part in name for part in parts.split(",")) else 0.0)
+        return out
 
     choice.Choice._call = slowed
 
@@ -49,13 +50,26 @@ def others_broken_on_rank_2() -> None:
     """There xDiT fails in other degrees than its own."""
     call = choice.Choice._call
 
-    def broken(self, arm, **ways):
-        out = call(self, arm, **ways)
-        if arm in self.others and dist.get_rank() == 2:
+    def broken(self, name, **ways):
+        out = call(self, name, **ways)
+        if name in self.others and dist.get_rank() == 2:
             raise ArithmeticError("planted")
         return out
 
     choice.Choice._call = broken
+
+
+def behind_on_rank_2() -> None:
+    """There the time of a trial's first call is not taken, as if the rank had been interrupted before it was."""
+    took, missed = choice.Choice._took, []
+
+    def miss(self, known, seconds):
+        if dist.get_rank() == 2 and known not in missed:
+            missed.append(known)
+        else:
+            took(self, known, seconds)
+
+    choice.Choice._took = miss
 
 
 def apart() -> None:
@@ -77,6 +91,9 @@ def main() -> None:
     if "--broken" in sys.argv:
         sys.argv.remove("--broken")
         others_broken_on_rank_2()
+    if "--behind" in sys.argv:
+        sys.argv.remove("--behind")
+        behind_on_rank_2()
     joint = "--joint" in sys.argv
     if joint:
         sys.argv.remove("--joint")
@@ -94,13 +111,13 @@ def main() -> None:
         text = dict(zip(("joint_query", "joint_key", "joint_value"), tensors(5, seed=99), strict=True))
         with_text = {**text, "joint_strategy": "rear"} if joint else {}
         expected = usp.USP.__wrapped__(q, k, v, **with_text)
-        worst, served = 0.0, []
+        worst, ran = 0.0, []
         for _ in range(CALLS):
-            before = session.current.choice.served.copy()
+            before = session.current.choice.calls.copy()
             worst = max(worst, (usp.USP(q, k, v, **with_text) - expected).abs().max().item())
-            served += [arm for arm, n in session.current.choice.served.items() if n > before[arm]]
-        print(f"@@{name}|{rank}|{worst}|{' then '.join(served)}@@", flush=True)
-    with contextlib.suppress(Exception):  # torus cannot serve it, and xDiT's own ring cannot either
+            ran += [one for one, n in session.current.choice.calls.items() if n > before[one]]
+        print(f"@@{name}|{rank}|{worst}|{' then '.join(ran)}@@", flush=True)
+    with contextlib.suppress(Exception):  # torus cannot compute it, and xDiT's own ring cannot either
         usp.USP(*tensors(12), is_causal=True)
     if get_runtime_state().parallel_config.ring_degree == 1:  # xDiT's own ring needs a log-sum-exp, too
         get_runtime_state().set_attention_backend(AttentionBackendType.SDPA)
