@@ -157,12 +157,13 @@ def run(
     grace_s: float = 15.0,
     prefix: bool = False,
     env: Mapping[str, str] | None = None,
+    output: BinaryIO | int | None = None,
 ) -> Outcome:
     """Run ``argv`` on every rank of an emulated cluster and wait for its end. Nothing outlives the call.
 
     Ranks inherit this process's environment and working directory, plus ``env``, plus torchrun's variables (RANK,
     LOCAL_RANK, WORLD_SIZE, GROUP_RANK, MASTER_ADDR, ...). Machine ``i`` is host ``machine{i}``. Standard input is
-    empty. ``prefix`` marks lines of output with their rank.
+    empty. ``output`` takes both output streams of all ranks (None: inherited); ``prefix`` marks lines with their rank.
 
     The first rank that fails is reported on stderr; the others get ``grace_s`` seconds to fail by themselves, then
     SIGTERM, then SIGKILL. After ``timeout_s`` all ranks are ended so. Raises EmulationError where the cluster cannot be
@@ -180,6 +181,8 @@ def run(
             holder = subprocess.Popen(
                 [*namespaces, sys.executable, "-m", "sf_xfuser.emulate", str(holders_end.fileno()), json.dumps(order)],
                 stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
                 pass_fds=(holders_end.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which then ends the ranks in order
             )
