@@ -58,12 +58,13 @@ def hooks(in_force: Callable[[], bool], note: Callable[[str], None], hook: Calla
                 found: tuple[torch.Tensor, torch.Tensor | None] = function(query, key, value, *args, **kwargs)
                 return found
             batch, tokens = key.shape[0], key.shape[2]
-            if mask is None:
-                mask = torch.zeros(batch * tokens, dtype=torch.bool, device=key.device)
-                mask = mask.index_fill(0, indices, True).view(batch, 1, 1, tokens)
             from xfuser.core.distributed import get_ring_parallel_world_size
 
-            if get_ring_parallel_world_size() > 1:
+            of_others = mask is None and get_ring_parallel_world_size() > 1  # what the indices count
+            if mask is None and not of_others:
+                mask = torch.zeros(batch * tokens, dtype=torch.bool, device=key.device)
+                mask = mask.index_fill(0, indices, True).view(batch, 1, 1, tokens)
+            if of_others or mask.shape[-1] != tokens:
                 raise NotImplementedError(
                     f"masked keys in a ring, which sees the {tokens} keys of one rank at a time and merges results "
                     f"that SDPA does not give: use --sp-plan with ring=1 for text that is padded"

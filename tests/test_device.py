@@ -88,7 +88,7 @@ def test_auto_keeps_the_fastest_and_the_others_let_go_of_their_memory(monkeypatc
 
     def work(rank):
         mesh = make[rank]()
-        mesh.close()
+        mesh.window.close()
 
         def way(kind):
             return lambda control: dict.fromkeys(("inside", "across"), kind(control, range(2), rank, [1 - rank], 30.0))

@@ -12,6 +12,7 @@ the error that is due, or something is left in /dev/shm.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -96,7 +97,12 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
         told = {"error": str(error), "after_s": time.time() - struck}
         (folder / f"{rank}.json").write_text(json.dumps(told))
     if how == "stop":
-        assert torch.equal(call(), wanted)
+        for _ in range(3):  # a rank that was a call behind raises once more
+            with contextlib.suppress(TransportError):
+                assert torch.equal(call(), wanted)
+                break
+        else:
+            return 4
         (folder / f"{rank}.json").write_text(json.dumps({**told, "again": "equal"}))
     return 3
 
