@@ -18,7 +18,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import secrets
@@ -30,11 +29,11 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from math import inf
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sf_xfuser.agreement import Agreement
 from sf_xfuser.args import environment
+from sf_xfuser.topology import boot_id
 
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")  # token, position
@@ -282,7 +281,7 @@ class ControlPlane:
                 link.sendall(_HELLO.pack(self._token, self._position))
                 now = time.monotonic()
                 told_s = None if raised is None else now - raised
-                _send_frame(link, ["meet", max(0.0, deadline - now), told_s, now - entered, [_boot_id(), now]])
+                _send_frame(link, ["meet", max(0.0, deadline - now), told_s, now - entered, [boot_id(), now]])
                 return link
             except OSError as error:
                 if isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
@@ -371,15 +370,6 @@ class _Waiting(NamedTuple):
     until: float
     told: float
     entered: float
-
-
-@functools.cache
-def _boot_id() -> str:
-    """The same for processes that share ``time.monotonic``."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _nothing() -> tuple[str, bool]:
@@ -532,9 +522,10 @@ class _Hub:
         if before is not None:
             self._drop(before.link)
         now = time.monotonic()
-        boot_id, sent = clock
-        said = sent if boot_id == _boot_id() else now  # one clock, else as old as it arrives
-        told = inf if told_s is None else said - told_s - (0 if boot_id == _boot_id() else _ARRIVAL_S)
+        boot, sent = clock
+        one_clock = boot == boot_id()  # processes of one kernel share time.monotonic
+        said = sent if one_clock else now  # else as old as it arrives
+        told = inf if told_s is None else said - told_s - (0 if one_clock else _ARRIVAL_S)
         self._meeting[position] = _Waiting(link, now + limit_s, told, said - entered_s)
         self._dead.discard(position)  # it lives
         if len(self._meeting) == len(self._names):

@@ -119,7 +119,7 @@ class MachineGrid:
 def probe() -> RankFacts:
     """Facts about this process. Local; never raises: what cannot be learnt is left out."""
     launched = launch_environment()
-    host = f"{socket.gethostname()}/{_boot_id()}"
+    host = f"{socket.gethostname()}/{boot_id()}"
     accelerator, domain = _probe_gpu(launched.local_rank or 0)
     return RankFacts(
         machine=launched.machine or domain or host,
@@ -130,7 +130,7 @@ def probe() -> RankFacts:
     )
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
