@@ -12,8 +12,8 @@ PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Supported versions of xDiT, each tested in an environment of its own: .venv-xfuser-VERSION.
 VERSIONS := 0.5.0 0.6.0 0.7.0
-VERSION_TESTS := tests/test_plugin.py tests/test_usp.py tests/test_all_to_all.py tests/test_launchers.py \
-    tests/pipelines/test_pipelines.py
+VERSION_TESTS := tests/integration/test_plugin.py tests/integration/test_usp.py tests/distributed/test_all_to_all.py tests/integration/test_launchers.py \
+    tests/integration/test_pipelines.py
 
 .PHONY: demo test test-all test-versions test-upstream lint bench kernels-table clean
 .DEFAULT_GOAL := test

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from sf_xfuser.plan import UNEVEN, make_plan
+from sf_xfuser.layout.plan import UNEVEN, make_plan
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """3. An xDiT script for Flux with nothing but the flag: this file does not know sf-xfuser.
 
-    python -m sf_xfuser.tiny_models flux out/tiny-flux
+    python -m sf_xfuser.bench.tiny_models flux out/tiny-flux
     torchrun --nproc-per-node 4 examples/03_flux_with_the_flag.py --model out/tiny-flux --prompt "a red chair" \
         --height 128 --width 128 --num_inference_steps 4 --out out/example3 --sp-backend torus --sp-topology 2x2
 

@@ -1,6 +1,6 @@
 """4. ``enable()`` by hand: a diffusers script that builds xDiT's configuration itself and parses no xDiT flag.
 
-python -m sf_xfuser.tiny_models wan out/tiny-wan
+python -m sf_xfuser.bench.tiny_models wan out/tiny-wan
 SF_XFUSER_AUTOLOAD=0 torchrun --nproc-per-node 4 examples/04_enable_by_hand.py out/tiny-wan
 """
 

@@ -11,7 +11,7 @@ python=${PYTHON:-python}
 port=${PORT:-29517}
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT INT TERM
 
-[ -d out/tiny-flux ] || $python -m sf_xfuser.tiny_models flux out/tiny-flux
+[ -d out/tiny-flux ] || $python -m sf_xfuser.bench.tiny_models flux out/tiny-flux
 export OMP_NUM_THREADS=1
 for node in 0 1; do
     $python -m torch.distributed.run --nnodes 2 --node-rank "$node" --nproc-per-node 2 \

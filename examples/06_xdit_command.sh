@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 mkdir -p out/example6 && cd out/example6
 
-[ -d black-forest-labs/FLUX.1-dev ] || $python -m sf_xfuser.tiny_models flux black-forest-labs/FLUX.1-dev
+[ -d black-forest-labs/FLUX.1-dev ] || $python -m sf_xfuser.bench.tiny_models flux black-forest-labs/FLUX.1-dev
 OMP_NUM_THREADS=1 "${XDIT:-xdit}" --master_port "${PORT:-29571}" --model FLUX.1-dev --prompt "a red chair" --seed 1 \
     --height 128 --width 128 --num_inference_steps 1 --max_sequence_length 16 --num_iterations 1 --output_directory . \
     --sp-backend torus --sp-topology 2x2

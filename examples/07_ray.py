@@ -1,7 +1,7 @@
 """7. xDiT on Ray workers: they parse no command line, and get the flag in the configuration that is sent to them.
 
     pip install ray
-    python -m sf_xfuser.tiny_models flux out/tiny-flux
+    python -m sf_xfuser.bench.tiny_models flux out/tiny-flux
     python examples/07_ray.py --model out/tiny-flux --prompt "a red chair" --height 128 --width 128 \
         --num_inference_steps 2 --use_ray --ray_world_size 4 --out out/example7.pt --sp-backend torus --sp-topology 2x2
 

@@ -1,7 +1,7 @@
 """8. xDiT's HTTP service (entrypoints/launch.py of the xfuser wheel, as it is) with the flag, unknown to its parser.
 
     pip install ray fastapi uvicorn
-    python -m sf_xfuser.tiny_models flux out/FLUX.1-dev
+    python -m sf_xfuser.bench.tiny_models flux out/FLUX.1-dev
     python examples/08_http_service.py --model_path out/FLUX.1-dev --world_size 4 --sp-backend torus --sp-topology 2x2
 
 and, when it says that it listens:

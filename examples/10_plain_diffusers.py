@@ -1,6 +1,6 @@
 """10. A plain diffusers pipeline over several ranks, without xDiT: one call, ``sf_xfuser.parallelize``.
 
-python -m sf_xfuser.tiny_models flux out/tiny-flux
+python -m sf_xfuser.bench.tiny_models flux out/tiny-flux
 torchrun --nproc-per-node 4 examples/10_plain_diffusers.py out/tiny-flux
 """
 

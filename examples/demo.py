@@ -25,8 +25,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.launch import read_model_facts
-from sf_xfuser.plan import Plan, make_plan
+from sf_xfuser.integrations.xdit.degrees import read_model_facts
+from sf_xfuser.layout.plan import Plan, make_plan
 
 SCRIPT = Path(__file__).with_name("03_flux_with_the_flag.py")
 MACHINES, RANKS_PER_MACHINE = 2, 2
@@ -60,13 +60,13 @@ def main() -> int:
     usp = make_plan(MACHINES, RANKS_PER_MACHINE, heads=facts.heads, rule="usp")
     torus = make_plan(MACHINES, RANKS_PER_MACHINE, heads=facts.heads)
     degrees = ["--ulysses_degree", usp.layout.ulysses_degree, "--ring_degree", usp.layout.ring_degree]
-    arms: dict[str, tuple[list[object], Plan | None]] = {
+    variants: dict[str, tuple[list[object], Plan | None]] = {
         "single process": ([sys.executable, __file__, "--single", *shared(options, "single")], None),
         "xDiT USP": (launch(options, "usp", *degrees), usp),
         "torus": (launch(options, "torus", "--sp-backend", "torus", "--sp-topology", f"{MACHINES}x2"), torus),
     }
     rows = []
-    for name, (command, plan) in arms.items():
+    for name, (command, plan) in variants.items():
         folder = options.out / str(command[command.index("--out") + 1]).rpartition("/")[2]
         for stale in folder.glob("*"):
             stale.unlink()
@@ -86,7 +86,7 @@ def small_model(out: Path, console: Console) -> Path:
     """A Flux of a few layers with random weights, large enough that attention takes a visible part of a step."""
     folder = out / "model"
     with console.status("making a small Flux model ..."):
-        command = [sys.executable, "-m", "sf_xfuser.tiny_models", "flux", folder, "--heads", 8, "--head-dim", 32]
+        command = [sys.executable, "-m", "sf_xfuser.bench.tiny_models", "flux", folder, "--heads", 8, "--head-dim", 32]
         run([*command, "--layers", 4], out / "model.log")
     return folder
 
@@ -98,7 +98,7 @@ def shared(options: argparse.Namespace, name: str) -> list[object]:
 
 
 def launch(options: argparse.Namespace, name: str, *flags: object) -> list[object]:
-    """One torchrun line; the arms differ in ``flags`` only."""
+    """One torchrun line; the variants differ in ``flags`` only."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", SCRIPT,
         "--model", options.model, "--prompt", options.prompt, "--height", options.size, "--width", options.size,
@@ -162,7 +162,7 @@ def figures(name: str, folder: Path, options: argparse.Namespace, plan: Plan | N
     ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
     steps = sorted(max(times) for times in zip(*(rank["step_seconds"] for rank in ranks), strict=True))
     return {
-        "arm": name,
+        "variant": name,
         "degrees": f"{x.torus} x {x.ulysses} x {x.ring_degree}" if (x := plan and plan.layout) else "-",
         "folder": str(folder),
         "seconds_per_step": steps[len(steps) // 2] if steps else None,
@@ -191,7 +191,7 @@ def compare(rows: list[dict], out: Path) -> None:
 def show(rows: list[dict], options: argparse.Namespace) -> None:
     console = Console()
     table = Table(title=f'Flux, {options.size} px, {options.steps} steps, fp32: "{options.prompt}"')
-    table.add_column("arm")
+    table.add_column("variant")
     table.add_column("torus x ulysses\nx ring", justify="center")
     for column in ("max abs\ndifference", "seconds\nper step", "MB across\nmachines",
                    "peak MB\nper rank"):  # fmt: skip
@@ -199,7 +199,7 @@ def show(rows: list[dict], options: argparse.Namespace) -> None:
     for row in rows:
         step = row["seconds_per_step"]
         table.add_row(
-            row["arm"],
+            row["variant"],
             row["degrees"],
             f"{row['max_abs_difference']:.1e}",
             "-" if step is None else f"{step:.3f}",

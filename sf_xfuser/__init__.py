@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sf_xfuser.args import TorusArgs
-    from sf_xfuser.attention import torus_attention
-    from sf_xfuser.context_parallel import parallelize
-    from sf_xfuser.long_context import LongContextAttention, set_seq_parallel_pg
-    from sf_xfuser.mesh import Mesh, build_mesh
-    from sf_xfuser.plugin import disable, enable
-    from sf_xfuser.session import explain
+    from sf_xfuser.config import TorusArgs
+    from sf_xfuser.torus.attention import torus_attention
+    from sf_xfuser.integrations.diffusers import parallelize
+    from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
+    from sf_xfuser.torus.mesh import Mesh, build_mesh
+    from sf_xfuser.integrations.xdit.plugin import disable, enable
+    from sf_xfuser.integrations.xdit.session import explain
 
 _HOME = {
     "TorusArgs": "args",

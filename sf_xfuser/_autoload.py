@@ -1,4 +1,4 @@
-"""PyTorch calls :func:`arm` at the end of ``import torch`` (entry-point group ``torch.backends``).
+"""PyTorch calls :func:`variant` at the end of ``import torch`` (entry-point group ``torch.backends``).
 
 Whatever happens here must not break ``import torch`` for programs that have nothing to do with xDiT: nothing but the
 standard library is imported before ``xfuser`` is, and no error escapes.
@@ -11,10 +11,10 @@ import warnings
 from typing import Any
 
 
-def arm() -> None:
+def variant() -> None:
     """Enable the plugin when ``xfuser`` starts being imported. Never raises; ``SF_XFUSER_AUTOLOAD=0`` turns it off."""
     try:
-        from sf_xfuser.args import autoload_wanted
+        from sf_xfuser.config import autoload_wanted
 
         if not autoload_wanted():
             return
@@ -37,7 +37,7 @@ class _FirstImport:
 
 def _enable() -> None:
     try:
-        from sf_xfuser import plugin
+        from sf_xfuser.integrations.xdit import plugin
 
         plugin.enable()
     except Exception as error:

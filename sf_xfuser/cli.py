@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from sf_xfuser import __version__, emulate
+from sf_xfuser import __version__
+from sf_xfuser.bench import emulate
 
 _STYLE = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from sf_xfuser import args as sp_args
-from sf_xfuser import topology
+from sf_xfuser import config as sp_args
+from sf_xfuser.layout import topology
 from sf_xfuser.transport import nvshmem, shm, symm_mem
 
 Status = Literal["ok", "info", "warn", "fail"]
@@ -105,7 +105,7 @@ def _versions() -> Iterator[Finding]:
 def _hooks() -> Iterator[Finding]:
     if importlib.util.find_spec("xfuser") is None:
         return
-    from sf_xfuser import plugin
+    from sf_xfuser.integrations.xdit import plugin
 
     plugin.enable()
     broken = plugin.import_hooked_modules()
@@ -130,7 +130,7 @@ def _hooks() -> Iterator[Finding]:
 def _accelerators() -> Iterator[Finding]:
     import torch
 
-    from sf_xfuser import platform_cpu
+    from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
 
     if platform_cpu.needed():
         detail = f"none (torch {torch.__version__}): the CPU platform runs xDiT on CPU ranks over gloo"

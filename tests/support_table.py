@@ -12,7 +12,7 @@ from tests.ranks.model_table import HEIGHT, MODELS, SIZES, But
 START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"
 README = Path(__file__).parents[1] / "README.md"
 
-# What tests/pipelines/ runs whole, by family, where it is not a wrapper of the rows.
+# What tests/integration/ runs whole, by family, where it is not a wrapper of the rows.
 PIPELINES = {"flux": "Flux (pipeline)", "sd3": "SD3 (pipeline)", "cogvideox": "CogVideoX (pipeline)"}
 
 

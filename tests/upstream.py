@@ -87,7 +87,7 @@ REFUSAL = "--sp-backend torus: the number of attention heads is not known"
 
 @dataclass
 class Result:
-    """One test: arm -> passed, failed or skipped; why it was not passed; calls that torus served."""
+    """One test: variant -> passed, failed or skipped; why it was not passed; calls that torus served."""
 
     name: str
     outcome: dict[str, str] = field(default_factory=dict)
@@ -105,11 +105,11 @@ class Result:
 
 
 def suite(
-    checkout: Path, arm: str, chosen: Sequence[str], results: dict[str, Result], topology: str | None = None
+    checkout: Path, variant: str, chosen: Sequence[str], results: dict[str, Result], topology: str | None = None
 ) -> None:
     """pytest over ``chosen``, against the installed xfuser; with ``topology``: over a file of ``SPAWNING``."""
     left_out = () if topology else (*(given.path for given in XDIT), *SPAWNING)
-    env = environment(arm, "upstream" if topology else "site", topology)
+    env = environment(variant, "upstream" if topology else "site", topology)
     with tempfile.TemporaryDirectory() as folder:  # not in the checkout, whose xfuser would come before the installed
         report = Path(folder) / "report.xml"
         pytest = [sys.executable, "-m", "pytest", "-c", str(checkout / "pytest.ini"), "--rootdir", str(checkout)]
@@ -128,7 +128,7 @@ def suite(
                 scope = case.get("classname", "").rpartition(".")[2]
                 name = "::".join((path, *([scope] if scope[:1].isupper() else []), case.get("name", "")))
             result = results.setdefault(name, Result(name))
-            result.outcome[arm] = "passed" if problem is None else PROBLEMS[problem.tag]
+            result.outcome[variant] = "passed" if problem is None else PROBLEMS[problem.tag]
             if problem is not None:
                 result.why = reason(message if name != path else problem.text or "")
             note_served(result, output)
@@ -149,12 +149,12 @@ def reason(text: str) -> str:
     return f"{meaning} (`{line}`)" if meaning else line
 
 
-def program(checkout: Path, given: Program, arm: str, results: dict[str, Result]) -> None:
+def program(checkout: Path, given: Program, variant: str, results: dict[str, Result]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = checkout / given.path
-        env = environment(arm, "upstream", "2x2")
+        env = environment(variant, "upstream", "2x2")
         env["PYTHONPATH"] += f"{os.pathsep}{path.parent}"
-        if arm == "torus" and given in YUNCHANG:  # two lines change, as README says
+        if variant == "torus" and given in YUNCHANG:  # two lines change, as README says
             path = Path(folder) / path.name
             text = (checkout / given.path).read_text()
             names = "import LongContextAttention, set_seq_parallel_pg"
@@ -166,17 +166,17 @@ def program(checkout: Path, given: Program, arm: str, results: dict[str, Result]
         except AssertionError as still_running:
             finished = Finished(1, f"TimeoutError: {still_running}")
     result = results.setdefault(given.name, Result(given.name))
-    result.outcome[arm] = "failed" if finished.returncode else "passed"
+    result.outcome[variant] = "failed" if finished.returncode else "passed"
     if finished.returncode:
         result.why = reason(finished.output)
     note_served(result, finished.output)
 
 
-def environment(arm: str, site: str, topology: str | None) -> dict[str, str]:
-    """``site``: the folder of ``ranks/`` whose sitecustomize prepares each process of this arm."""
-    if arm == "without the flag":
+def environment(variant: str, site: str, topology: str | None) -> dict[str, str]:
+    """``site``: the folder of ``ranks/`` whose sitecustomize prepares each process of this variant."""
+    if variant == "without the flag":
         return {"PYTHONPATH": str(RANKS / "upstream")} if site == "upstream" else {}
-    if arm == "no plugin":
+    if variant == "no plugin":
         return {"PYTHONPATH": str(RANKS / site), "SF_XFUSER_AUTOLOAD": "0"}
     given = {"SF_XFUSER_ARGS": json.dumps({"backend": "torus", "topology": topology or "auto", "strict": True})}
     return {**given, "PYTHONPATH": str(RANKS / "upstream")} if site == "upstream" else given
@@ -190,14 +190,14 @@ def note_served(result: Result, output: str) -> None:
 
 def run_all(checkout: Path, spawning: Mapping[str, str], programs: Sequence[Program]) -> dict[str, Result]:
     results: dict[str, Result] = {}
-    for arm in ("without the flag", "torus"):
+    for variant in ("without the flag", "torus"):
         if spawning:
-            suite(checkout, arm, ["tests"], results)
+            suite(checkout, variant, ["tests"], results)
         for path, topology in spawning.items():
-            suite(checkout, arm, [path], results, topology)
+            suite(checkout, variant, [path], results, topology)
         for given in programs:
-            if arm != "torus" or given.torus:
-                program(checkout, given, arm, results)
+            if variant != "torus" or given.torus:
+                program(checkout, given, variant, results)
     without_the_plugin(checkout, spawning, programs, results)
     return results
 
@@ -229,7 +229,7 @@ def report(found: dict[str, dict[str, Result]]) -> str:
             files.setdefault(result.name.partition("::")[0], []).append(result)
         lines += ["| tests | pass without the flag | pass with torus | do not |", "|---|---|---|---|"]
         for file, of_file in sorted(files.items()):
-            passed = [sum(r.outcome.get(arm) == "passed" for r in of_file) for arm in ("without the flag", "torus")]
+            passed = [sum(r.outcome.get(variant) == "passed" for r in of_file) for variant in ("without the flag", "torus")]
             served = "".join(f" ({r.served} calls served)" for r in of_file if r.served)
             cells = [
                 str(passed[0]),

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.lanes import lane_peers
-from sf_xfuser.mesh import Mesh
-from sf_xfuser.plan import make_plan
-from sf_xfuser.topology import Topology
-from sf_xfuser.transport import SymmMem, device
+from sf_xfuser.torus.links import link_peers
+from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.layout.plan import make_plan
+from sf_xfuser.layout.topology import Topology
+from sf_xfuser.transport import device
+from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 
 class Meeting:
@@ -31,7 +32,7 @@ class Meeting:
 
 
 class ThreadControl:
-    """As ``sf_xfuser.control_plane.ControlPlane``, between threads."""
+    """As ``sf_xfuser.transport.control_plane.ControlPlane``, between threads."""
 
     failure = None
 
@@ -84,14 +85,14 @@ def meshes(machines: int, ranks_per_machine: int, heads: int, timeout_s: float =
 
     def mesh(rank: int) -> Mesh:
         control: Any = ThreadControl(meeting, rank)
-        peers = [peer for lane in lane_peers(plan.layout, rank).values() for peer in lane]
-        lane = Virtual(control, range(world), rank, peers, timeout_s, where)
+        peers = [peer for link in link_peers(plan.layout, rank).values() for peer in link]
+        link = Virtual(control, range(world), rank, peers, timeout_s, where)
         return Mesh(
             plan=plan,
             grid=topology.fold(range(world)),
             topology=topology,
             position=rank,
-            lanes={"inside": lane, "across": lane},
+            links={"inside": link, "across": link},
             ulysses_group=None,  # type: ignore[arg-type]
             ring_group=None,  # type: ignore[arg-type]
             control=control,

@@ -1,1 +1,1 @@
-"""A/B measurements of attention calls and denoising steps: arms that alternate inside one process group."""
+"""A/B measurements of attention calls and denoising steps: variants that alternate inside one process group."""

@@ -19,11 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from sf_xfuser.cluster import Cluster, Link, Way
-from sf_xfuser.plan import paper_layout
-from sf_xfuser.presets import preset
-from sf_xfuser.simulate import CallShape, TorusArm, predict
-from sf_xfuser.xdit_layouts import XditConfig
+from sf_xfuser.simulator.cluster import Cluster, Link, Way
+from sf_xfuser.layout.plan import paper_layout
+from sf_xfuser.simulator.presets import preset
+from sf_xfuser.simulator import CallShape, TorusVariant, predict
+from sf_xfuser.layout.usp_layouts import XditConfig
 
 VARIANTS = ("mapping alone", "+ Torus (NCCL)", "+ one-sided")
 
@@ -78,14 +78,14 @@ def ratios(cluster: Cluster, workload: Workload) -> tuple[float, ...]:
     hidden = shape.heads * shape.head_dim
     others_s = 24.0 * hidden**2 * shape.seq_len / sized.world_size / (cluster.compute.linear_tflops * 1e12)
     usp, *ours = (
-        predict(sized, shape, arm).seconds + others_s
-        for arm in (
+        predict(sized, shape, variant).seconds + others_s
+        for variant in (
             XditConfig(ulysses_degree=m, ring_degree=n),
             XditConfig(
                 ulysses_degree=layout.ulysses_degree, ring_degree=layout.ring_degree, placement="machines-first"
             ),
-            TorusArm(layout=layout, pattern="message"),
-            TorusArm(layout=layout, pattern="put"),
+            TorusVariant(layout=layout, pattern="message"),
+            TorusVariant(layout=layout, pattern="put"),
         )
     )
     return tuple(usp / seconds for seconds in ours)

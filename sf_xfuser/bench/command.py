@@ -19,10 +19,11 @@ from typing import Any
 
 from rich.console import Console
 
-from sf_xfuser import __version__, emulate
-from sf_xfuser.args import TorusArgs, launch_environment, set_defaults
+from sf_xfuser import __version__
+from sf_xfuser.bench import emulate
+from sf_xfuser.config import TorusArgs, launch_environment, set_defaults
 from sf_xfuser.bench import report
-from sf_xfuser.bench.arms import COMPRESSED, known_names, over
+from sf_xfuser.bench.variants import COMPRESSED, known_names, over
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.pipeline import SHAPES
 from sf_xfuser.bench.rank import AttentionOrder, PipelineOrder, run, run_pipeline
@@ -57,19 +58,19 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--head-dim", type=int, default=64, help="Default: 64")
     what.add_argument("--batch", type=int, default=1, help="Default: 1")
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="Default: float32")
-    what.add_argument("--plan", default="auto", help="layout of the torus arms, as --sp-plan. Default: auto")
-    what.add_argument("--arms", metavar="A,B", help=f"only these arms: {known_names()}. Default: all that are legal, "
+    what.add_argument("--plan", default="auto", help="layout of the torus variants, as --sp-plan. Default: auto")
+    what.add_argument("--variants", metavar="A,B", help=f"only these variants: {known_names()}. Default: all that are legal, "
                       "torus over its default transport; auto where it is named. With --pipeline: torus-fp8 and "
                       "torus-int8, besides the others")  # fmt: skip
     what.add_argument("--pipeline", metavar="MODEL", help="whole denoising steps through xDiT instead of attention "
                       "calls: flux, hunyuanvideo, cogvideox, or a diffusers folder")  # fmt: skip
     what.add_argument("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")
     how = parser.add_argument_group("how")
-    how.add_argument("--repeat", type=int, default=7, help="timed calls of each arm. Default: 7")
+    how.add_argument("--repeat", type=int, default=7, help="timed calls of each variant. Default: 7")
     how.add_argument("--warmup", type=int, default=2, help="untimed calls before, besides the first. Default: 2")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--predict", action="store_true", help="measure the cluster first (some seconds) and say what the "
-                     "simulator predicts for each arm")  # fmt: skip
+                     "simulator predicts for each variant")  # fmt: skip
     how.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="longest wait. Default: 300")
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="rows and timelines; - for standard output instead of tables")
@@ -80,7 +81,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_command(options: argparse.Namespace) -> int:
-    """Measure and show. 0: every arm that could run gave the right result; 1: one did not, or a rank failed; 2: the
+    """Measure and show. 0: every variant that could run gave the right result; 1: one did not, or a rank failed; 2: the
     request makes no sense here; 130: Ctrl-C."""
     try:
         return _bench(options)
@@ -104,10 +105,10 @@ def _bench(options: argparse.Namespace) -> int:
         raise ValueError("--cluster and its rates emulate a cluster; they mean nothing under torchrun")
     if options.pipeline is not None:
         return _bench_pipeline(options, launched.world_size)
-    arms = tuple(options.arms.split(",")) if options.arms else None
+    variants = tuple(options.variants.split(",")) if options.variants else None
     order = AttentionOrder(
         cases=(),
-        arms=arms,
+        variants=variants,
         repeat=options.repeat,
         warmup=options.warmup,
         seed=options.seed,
@@ -144,16 +145,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--pipeline must be {', '.join(SHAPES)} or a diffusers folder, got {options.pipeline!r}")
     TorusArgs(plan=options.plan)
     known = set(known_names().split(", "))
-    if options.pipeline and options.arms:
+    if options.pipeline and options.variants:
         known = {over(name) for name in COMPRESSED}
-        if not set(options.arms.split(",")) <= known:
+        if not set(options.variants.split(",")) <= known:
             raise ValueError(
-                f"--arms {options.arms}: with --pipeline it adds arms to torus and xDiT's USP; there are "
+                f"--variants {options.variants}: with --pipeline it adds variants to torus and xDiT's USP; there are "
                 f"{', '.join(sorted(known))}"
             )
-    for arm in options.arms.split(",") if options.arms else ():
-        if arm not in known and not arm.startswith("xdit-u"):
-            raise ValueError(f"--arms: no arm is called {arm!r}; there are {known_names()}")
+    for variant in options.variants.split(",") if options.variants else ():
+        if variant not in known and not variant.startswith("xdit-u"):
+            raise ValueError(f"--variants: no variant is called {variant!r}; there are {known_names()}")
     report.require_files(options, "json", "plot", "trace", "report", "markdown")
     if options.plot or options.report:
         from sf_xfuser.bench import page
@@ -247,7 +248,7 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
         dtype=options.dtype,
         seed=options.seed,
         timeout_s=options.timeout,
-        compress=[name for name in COMPRESSED if over(name) in (options.arms or "").split(",")],
+        compress=[name for name in COMPRESSED if over(name) in (options.variants or "").split(",")],
     )
     if world_size is not None:
         set_defaults(_QUIET)
@@ -266,7 +267,7 @@ def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
 
 
 def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
-    """Show and store; 1 if an arm's result was wrong or nothing was measured."""
+    """Show and store; 1 if a variant's result was wrong or nothing was measured."""
     rows = document["rows"]
     if not report.write_json(options.json, document, indent=1):
         _show(rows)
@@ -291,7 +292,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     cases = report.by_case(rows)
     for of_case in cases.values():
         console.print(report.table(of_case))
-        torus = report.arm_row(of_case, report.SUBJECT)
+        torus = report.variant_row(of_case, report.SUBJECT)
         if torus is not None and torus.get("wire_bytes") and len(cases) == 1:
             console.print(report.matrix_table(torus))
     if len(cases) > 1:

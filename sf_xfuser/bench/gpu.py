@@ -4,7 +4,7 @@
 attention library on the same queries and keys. (b) ``fused``: the fused kernel's rate against that library's. (c)
 ``bandwidth``: merge and packing against a copy on the device. (d) ``enqueue``: the host's time for one call of 4
 machines x 8 ranks. And ``pieces``, from which ``--write-table`` writes the table that chooses between library and fused
-kernel. Every row has the attention library's own time from the same run. Arms alternate on fresh random inputs, with
+kernel. Every row has the attention library's own time from the same run. Variants alternate on fresh random inputs, with
 caches flushed between; each result is checked against float64 before it is timed.
 """
 
@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.attention import torus_attention
+from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.bench.command import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.kernels import (
@@ -45,9 +45,9 @@ from sf_xfuser.kernels.attend import SDPA
 from sf_xfuser.kernels.choice import TABLE, Measured, architecture, write_table
 from sf_xfuser.kernels.fused import HEAD_SIZES
 from sf_xfuser.kernels.packing import Compressed, Format
-from sf_xfuser.plan import Layout
+from sf_xfuser.layout.plan import Layout
 
-Arms = dict[str, Callable[[], object]]
+Variants = dict[str, Callable[[], object]]
 Row = dict[str, Any]
 
 GOALS = {"chunking": 1.03, "fused": 1 / 0.75, "bandwidth": 1 / 0.85}
@@ -122,18 +122,18 @@ class Bench:
         B, H, S, D = shape
         return torch.randn(B, S, H, D, device=self.device).to(dtype).transpose(1, 2)
 
-    def us(self, arms: Arms) -> dict[str, list[float]]:
-        """Microseconds on the device, of ``repeat`` runs of each arm after ``warmup``; arms take turns."""
-        return self._alternate(arms, self._device_us)
+    def us(self, variants: Variants) -> dict[str, list[float]]:
+        """Microseconds on the device, of ``repeat`` runs of each variant after ``warmup``; variants take turns."""
+        return self._alternate(variants, self._device_us)
 
-    def host_us(self, arms: Arms) -> dict[str, list[float]]:
+    def host_us(self, variants: Variants) -> dict[str, list[float]]:
         """The same of the host, until all is enqueued."""
-        return self._alternate(arms, self._host_us)
+        return self._alternate(variants, self._host_us)
 
-    def _alternate(self, arms: Arms, measure: Callable[[Callable[[], object]], float]) -> dict[str, list[float]]:
-        taken: dict[str, list[float]] = {name: [] for name in arms}
+    def _alternate(self, variants: Variants, measure: Callable[[Callable[[], object]], float]) -> dict[str, list[float]]:
+        taken: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(self.warmup + self.repeat):
-            for name, work in arms.items():
+            for name, work in variants.items():
                 us = measure(work)
                 if number >= self.warmup:
                     taken[name].append(us)
@@ -158,8 +158,8 @@ class Bench:
         work()
         return 1e6 * (time.perf_counter() - started_s)
 
-    def add(self, part: str, arm: str, us: Sequence[float], **more: Any) -> None:
-        self.rows.append({"part": part, "arm": arm, **summary(us), **more})
+    def add(self, part: str, variant: str, us: Sequence[float], **more: Any) -> None:
+        self.rows.append({"part": part, "variant": variant, **summary(us), **more})
 
 
 def summary(us: Sequence[float]) -> Row:
@@ -235,30 +235,30 @@ def chunking(bench: Bench) -> None:
         share = q[:, rank.heads], k[:, rank.heads], v[:, rank.heads]
         whole = libraries(*share)
         library, _ = sdpa_attend(*share)
-        arms: Arms = dict(whole)
+        variants: Variants = dict(whole)
         errors = {}
         for kernel in ("library", "fused"):
-            arms[f"torus, {kernel}"] = work = partial(call, rank, kernel)
+            variants[f"torus, {kernel}"] = work = partial(call, rank, kernel)
             got = torch.full_like(library, float("nan"))
             with poisoned():
                 for rows, out in rank.outputs(work()):
                     got[:, :, rows] = out
             errors[kernel] = require_exact(f"chunking, {kernel}, D={D}", got, library, *share)
-        us = bench.us(arms)
+        us = bench.us(variants)
         name, library_us = fastest(us, list(whole))
         flops = 4 * share[0].shape[1] * L * L * D
-        for arm, taken in us.items():
+        for variant, taken in us.items():
             bench.add(
                 "chunking",
-                arm,
+                variant,
                 taken,
                 what=f"L={L} H={H} D={D} T=4",
                 library=name,
                 library_us=library_us,
                 ratio=statistics.median(taken) / library_us,
-                goal=GOALS["chunking"] if arm == "torus, library" else None,
+                goal=GOALS["chunking"] if variant == "torus, library" else None,
                 rate_tflops=flops / statistics.median(taken) / 1e6,
-                error=errors.get(arm.removeprefix("torus, ")),
+                error=errors.get(variant.removeprefix("torus, ")),
             )
 
 
@@ -276,32 +276,32 @@ def fused(bench: Bench) -> None:
         q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
         whole = libraries(q, k, v)
         library, _ = sdpa_attend(q, k, v)
-        arms: Arms = dict(whole)
+        variants: Variants = dict(whole)
         errors = {}
         for parts in (1, 4):
             lists = [list(x.chunk(parts, 2)) for x in (q, k, v)]
             result = torch.full_like(q, float("nan"))
             out = [torch.full(x.shape, float("nan"), device=bench.device) for x in lists[0]]
             lse = [torch.full(x.shape[:3], float("-inf"), device=bench.device) for x in lists[0]]
-            arm = f"fused, {parts} x {parts} chunks"
-            arms[arm] = work = partial(attend_chunks_into, list(result.chunk(parts, 2)), *lists, out, lse)
+            variant = f"fused, {parts} x {parts} chunks"
+            variants[variant] = work = partial(attend_chunks_into, list(result.chunk(parts, 2)), *lists, out, lse)
             work()
-            errors[arm] = require_exact(f"{arm}, D={D}", result, library, q, k, v)
-        us = bench.us(arms)
+            errors[variant] = require_exact(f"{variant}, D={D}", result, library, q, k, v)
+        us = bench.us(variants)
         name, library_us = fastest(us, list(whole))
-        for arm, taken in us.items():
+        for variant, taken in us.items():
             median_us = statistics.median(taken)
             bench.add(
                 "fused",
-                arm,
+                variant,
                 taken,
                 what=f"L={L} H={H} D={D}",
                 library=name,
                 library_us=library_us,
                 ratio=median_us / library_us,
-                goal=GOALS["fused"] if arm in errors and D == 128 else None,
+                goal=GOALS["fused"] if variant in errors and D == 128 else None,
                 rate_tflops=4 * H * L * L * D / median_us / 1e6,
-                error=errors.get(arm),
+                error=errors.get(variant),
             )
 
 
@@ -316,11 +316,11 @@ def bandwidth(bench: Bench) -> None:
         whole = libraries(q, k, v)
         new_out, new_lse = sdpa_attend(q, k, v)
         works = _merges(bench, new_out, new_lse) | _packings(bench, q, k, v)
-        arms: Arms = {name: work for name, (work, _) in works.items()}
+        variants: Variants = {name: work for name, (work, _) in works.items()}
         for name, (_, nbytes) in works.items():
             source = torch.randint(255, (nbytes // 2,), dtype=torch.uint8, device=bench.device)
-            arms[f"copy for {name}"] = partial(torch.empty_like(source).copy_, source)
-        us = bench.us(arms | whole)
+            variants[f"copy for {name}"] = partial(torch.empty_like(source).copy_, source)
+        us = bench.us(variants | whole)
         library, library_us = fastest(us, list(whole))
         for name, (_, nbytes) in works.items():
             copy_us, median_us = (statistics.median(us[each]) for each in (f"copy for {name}", name))
@@ -408,18 +408,18 @@ def enqueue(bench: Bench) -> None:
     q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=4)
     peers = range(1, layout.world_size)
-    lane = StreamLoopback(layout.world_size, 0, peers, bench.device) if bench.on_gpu else Loopback(bench.device)
-    rank = OneRank(layout, q, k, v, lane)
+    link = StreamLoopback(layout.world_size, 0, peers, bench.device) if bench.on_gpu else Loopback(bench.device)
+    rank = OneRank(layout, q, k, v, link)
     own_rows = sdpa_attend(rank.own[0], k, v)[0]
     rank.fill(own_rows)
     whole = libraries(rank.own[0], k, v)
-    arms: Arms = dict(whole)
+    variants: Variants = dict(whole)
     errors = {}
     for kernel in ("library", "fused"):
-        arms[f"torus, {kernel}"] = work = partial(call, rank, kernel)
+        variants[f"torus, {kernel}"] = work = partial(call, rank, kernel)
         with poisoned():
             errors[kernel] = require_exact(f"enqueue, {kernel}", work(), own_rows, rank.own[0], k, v)
-    us = bench.host_us(arms)
+    us = bench.host_us(variants)
     name, library_us = fastest(us, list(whole))
     for kernel in ("library", "fused"):
         taken = us[f"torus, {kernel}"]
@@ -464,8 +464,8 @@ def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int
         new_out, new_lse = attend()
         merge_(out, lse, new_out, new_lse)
 
-    arms: Arms = {name: partial(and_merge, attend) for name, attend in whole.items()}
-    us = bench.us(arms | {"fused": partial(attend_chunks_, [q], [k], [v], [out], [lse])})
+    variants: Variants = {name: partial(and_merge, attend) for name, attend in whole.items()}
+    us = bench.us(variants | {"fused": partial(attend_chunks_, [q], [k], [v], [out], [lse])})
     fused_us = statistics.median(us["fused"])
     for name in whole:
         library_us = statistics.median(us[name])
@@ -503,7 +503,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 
 
 def table(rows: Sequence[Row]) -> Table:
-    made = Table("part", "arm", "what", "median, us", "library, us", "compared with", "rate", "goal")
+    made = Table("part", "variant", "what", "median, us", "library, us", "compared with", "rate", "goal")
     for row in rows:
         rate = f"{row['rate_tflops']:.0f} TFLOP/s" if "rate_tflops" in row else ""
         rate = f"{row['rate_gbps']:.0f} GB/s" if "rate_gbps" in row else rate
@@ -511,7 +511,7 @@ def table(rows: Sequence[Row]) -> Table:
         met = "" if goal is None else f"<= {goal:.2f}x: {'met' if row['ratio'] <= goal else 'missed'}"
         against = {"bandwidth": "a copy", "enqueue": f"{ENQUEUE_US:.0f} us"}.get(row["part"], row["library"])
         library = f"{row['library']} {row['library_us']:.4g}"
-        cells = row["part"], row["arm"], row["what"], f"{row['median_us']:.4g}", library
+        cells = row["part"], row["variant"], row["what"], f"{row['median_us']:.4g}", library
         made.add_row(*cells, f"{row['ratio']:.3f}x {against}", rate, met)
     return made
 
@@ -519,7 +519,7 @@ def table(rows: Sequence[Row]) -> Table:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.gpu", description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
-    parser.add_argument("--repeat", type=int, default=21, help="timed runs of each arm. Default: 21")
+    parser.add_argument("--repeat", type=int, default=21, help="timed runs of each variant. Default: 21")
     parser.add_argument("--warmup", type=int, default=5, help="untimed runs before. Default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows, as docs/results/ has them")
     parser.add_argument(

@@ -20,10 +20,10 @@ from types import MappingProxyType
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.args import AUTOLOAD_VARIABLE, with_environment
+from sf_xfuser.config import AUTOLOAD_VARIABLE, with_environment
 
-#: What each arm's processes have in their environment besides ours.
-ARMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+#: What each variant's processes have in their environment besides ours.
+VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "on": MappingProxyType({AUTOLOAD_VARIABLE: "1"}),
         "off": MappingProxyType({AUTOLOAD_VARIABLE: "0"}),
@@ -41,43 +41,43 @@ if not torch.accelerator.is_available():
     torch.version.cuda, torch.backends.mps.is_available = "13.0", lambda: True
 __import__("xfuser")
 seconds = time.perf_counter() - started
-print(f"{seconds} {'sf_xfuser.plugin' in sys.modules}")
+print(f"{seconds} {'sf_xfuser.integrations.xdit.plugin' in sys.modules}")
 """
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    """Seconds of each process, by arm; one more round, which fills the page cache, is left out. Raises RuntimeError
+    """Seconds of each process, by variant; one more round, which fills the page cache, is left out. Raises RuntimeError
     where xDiT cannot be imported, or the plugin is there where it should not be."""
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for number in range(rounds + 1):
-        for arm in list(ARMS)[:: 1 if number % 2 == 0 else -1]:
-            seconds = _import_once(arm)
+        for variant in list(VARIANTS)[:: 1 if number % 2 == 0 else -1]:
+            seconds = _import_once(variant)
             if number:
-                times[arm].append(seconds)
+                times[variant].append(seconds)
     return times
 
 
-def _import_once(arm: str) -> float:
+def _import_once(variant: str) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", _IMPORT], env=with_environment(ARMS[arm]), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _IMPORT], env=with_environment(VARIANTS[variant]), capture_output=True, text=True, timeout=300
     )
     if done.returncode:
-        raise RuntimeError(f"xfuser cannot be imported with the plugin {arm}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"xfuser cannot be imported with the plugin {variant}:\n{done.stderr[-2000:]}")
     seconds, loaded = done.stdout.split()[-2:]
-    if (loaded == "True") != (arm == "on"):
-        raise RuntimeError(f"with the plugin {arm}, sf_xfuser.plugin in sys.modules is {loaded}")
+    if (loaded == "True") != (variant == "on"):
+        raise RuntimeError(f"with the plugin {variant}, sf_xfuser.integrations.xdit.plugin in sys.modules is {loaded}")
     return float(seconds)
 
 
 def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median with the plugin over that of each other arm."""
-    median = {arm: statistics.median(of_arm) for arm, of_arm in times.items()}
-    return {arm: median["on"] / seconds for arm, seconds in median.items() if arm != "on"}
+    """The median with the plugin over that of each other variant."""
+    median = {variant: statistics.median(of_variant) for variant, of_variant in times.items()}
+    return {variant: median["on"] / seconds for variant, seconds in median.items() if variant != "on"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.imports", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="processes of each arm. Default: 15")
+    parser.add_argument("--rounds", type=int, default=15, help="processes of each variant. Default: 15")
     parser.add_argument("--json", type=Path, help="also write every time to this file")
     options = parser.parse_args(argv)
     if options.rounds < 1:
@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = measure(options.rounds)
     over = ratios(times)
     table = Table("plugin", "median s", "quickest s", "on / this")
-    for arm, of_arm in times.items():
-        ratio = f"{over[arm]:.3f}" if arm in over else ""
-        table.add_row(arm, f"{statistics.median(of_arm):.3f}", f"{min(of_arm):.3f}", ratio)
+    for variant, of_variant in times.items():
+        ratio = f"{over[variant]:.3f}" if variant in over else ""
+        table.add_row(variant, f"{statistics.median(of_variant):.3f}", f"{min(of_variant):.3f}", ratio)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     if options.json:
         options.json.write_text(json.dumps({"seconds": times, "ratios": over}, indent=1) + "\n")

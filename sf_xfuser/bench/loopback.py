@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.call import Call, agree
-from sf_xfuser.mesh import Mesh
-from sf_xfuser.plan import Layout, Plan
-from sf_xfuser.schedule import Exchange, Message, Piece
-from sf_xfuser.topology import Topology
-from sf_xfuser.transport import OneSided, Parcel, SymmMem, Ticket, window_view
-from sf_xfuser.transport.device import DeviceWindow
+from sf_xfuser.torus.call import Call, agree
+from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.layout.plan import Layout, Plan
+from sf_xfuser.layout.schedule import Exchange, Message, Piece
+from sf_xfuser.layout.topology import Topology
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, window_view
+from sf_xfuser.transport.gpu.symm_mem import SymmMem
+from sf_xfuser.transport.gpu.device import DeviceWindow
 
 
 class Alone:
@@ -114,7 +115,7 @@ class OneRank:
     """Position 0 of ``layout``, with tokens spread evenly: the ranks' tokens follow each other by position."""
 
     def __init__(
-        self, layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lane: Loopback | StreamLoopback
+        self, layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, link: Loopback | StreamLoopback
     ) -> None:
         """``q``, ``k``, ``v`` [B, H, L, D]: those of all ranks."""
         ranks = layout.world_size
@@ -123,13 +124,13 @@ class OneRank:
         topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
         nobody: Any = None  # no process groups: a mesh of one rank exchanges nothing through them
         control: Any = Alone(ranks)
-        self.lane = lane
+        self.link = link
         self.mesh = Mesh(
             plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank alone", heads=q.shape[1]),
             grid=topology.fold(range(ranks)),
             topology=topology,
             position=0,
-            lanes={"inside": lane, "across": lane},
+            links={"inside": link, "across": link},
             ulysses_group=nobody,
             ring_group=nobody,
             control=control,
@@ -153,7 +154,7 @@ class OneRank:
     def fill(self, out: torch.Tensor) -> None:
         """Put into the window what the peers would send; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
         places = self._call.places[0]
-        for window in (places.window_bytes and self.lane.windows()) or []:
+        for window in (places.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
                 offset, pitch = places.landing(message)
                 chunk = self._chunk(message, out)
@@ -176,9 +177,9 @@ class OneRank:
     def outputs(self, result: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Every output that this rank attended in the last call, as rows among all tokens and [B, H, S, D]: its own out
         of ``result``, the others as they were sent over a ``Loopback``."""
-        assert isinstance(self.lane, Loopback)
+        assert isinstance(self.link, Loopback)
         yield slice(0, self.tokens), result[:, self.heads]
-        for message, parcel in zip(self._messages("sends"), self.lane.sent, strict=True):
+        for message, parcel in zip(self._messages("sends"), self.link.sent, strict=True):
             if message.tensor == "o":
                 yield self._rows(message.pieces[0]), parcel.parts[0].permute(1, 2, 0, 3)
 

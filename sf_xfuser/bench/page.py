@@ -72,7 +72,7 @@ class Panel:
 
 
 def plot(document: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Time per arm of each case (of many cases: the ratios) above the first timeline. The suffix says the file type."""
+    """Time per variant of each case (of many cases: the ratios) above the first timeline. The suffix says the file type."""
     cases = report.by_case(document["rows"])
     if not cases:
         raise ValueError("nothing to plot: the document has no rows")
@@ -107,7 +107,7 @@ def save(panels: Sequence[Panel], to: str | PathLike[str] | IO[str], file_type: 
 
 
 def bars_panel(rows: Sequence[Row]) -> Panel:
-    """Median time per arm of one case, split into attention and what is not covered by it."""
+    """Median time per variant of one case, split into attention and what is not covered by it."""
 
     def draw(axes: Axes) -> None:
         seconds, binder = report.bound(rows)
@@ -137,7 +137,7 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
             whole = report.number(row.get("attention_s")) is None
             keys |= {"whole call": "other"} if whole else {"attention": "compute", "exposed": "wait"}
         _legend(axes, {name: _COLOURS[colour] for name, colour in keys.items()})
-        axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+        axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         axes.set(xlim=(0, limit * 1.22), ylim=(len(rows) - 0.4, -0.6), xlabel="ms per call, median and spread")
         axes.set_title(rows[0]["case"]["id"], loc="left", fontweight="bold")
 
@@ -145,16 +145,16 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
 
 
 def ratio_panel(rows: Sequence[Row]) -> Panel:
-    """How many times faster the subject is than USP and than the best xDiT arm, case by case."""
+    """How many times faster the subject is than USP and than the best xDiT variant, case by case."""
     cases = report.by_case(rows)
 
     def draw(axes: Axes) -> None:
         kinds = {"vs USP": ("ratio_to_usp", "compute"), "vs best xDiT": ("ratio_to_best_xdit", "q")}
         ratios: list[tuple[float | None, float]] = []
         for y, of_case in enumerate(cases.values()):
-            row = report.arm_row(of_case, report.SUBJECT)
+            row = report.variant_row(of_case, report.SUBJECT)
             if row is None or not report.succeeded(row):
-                text = f"no {report.SUBJECT} arm" if row is None else report.refusal(row)
+                text = f"no {report.SUBJECT} variant" if row is None else report.refusal(row)
                 _label(axes, 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
             for offset, (key, colour) in zip((-0.2, 0.2), kinds.values(), strict=True):
@@ -176,20 +176,20 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
 def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
     """One call: what each rank computes, waits for and has on the wire, coloured by tensor."""
     ranks: list[Mapping[str, Any]] = sorted(timeline["ranks"], key=lambda rank: (rank["machine"], rank["rank"]))
-    used = {span["lane"] for rank in ranks for span in rank["spans"]}
-    lanes = ["compute", *(lane for lane in ("inside", "across") if lane in used)]
+    used = {span["link"] for rank in ranks for span in rank["spans"]}
+    links = ["compute", *(link for link in ("inside", "across") if link in used)]
 
     def draw(axes: Axes) -> None:
         colours: set[str] = set()
         for n, rank in enumerate(ranks):
-            for m, lane in enumerate(lanes):
-                y = n * (len(lanes) + 0.5) + m
-                if lane == "compute":
-                    _draw_spans(axes, [span for span in rank["spans"] if span["lane"] == "wait"], y, colours)
-                _draw_spans(axes, [span for span in rank["spans"] if span["lane"] == lane], y, colours)
-        height = len(lanes) + 0.5
-        labels = [f"rank {rank['rank']}  {lane}" if not m else lane for rank in ranks for m, lane in enumerate(lanes)]
-        axes.set_yticks([n * height + m for n in range(len(ranks)) for m in range(len(lanes))], labels, fontsize=7)
+            for m, link in enumerate(links):
+                y = n * (len(links) + 0.5) + m
+                if link == "compute":
+                    _draw_spans(axes, [span for span in rank["spans"] if span["link"] == "wait"], y, colours)
+                _draw_spans(axes, [span for span in rank["spans"] if span["link"] == link], y, colours)
+        height = len(links) + 0.5
+        labels = [f"rank {rank['rank']}  {link}" if not m else link for rank in ranks for m, link in enumerate(links)]
+        axes.set_yticks([n * height + m for n in range(len(ranks)) for m in range(len(links))], labels, fontsize=7)
         for machine in dict.fromkeys(rank["machine"] for rank in ranks):
             mine = [n for n, rank in enumerate(ranks) if rank["machine"] == machine]
             top, bottom = mine[0] * height - 0.75, (mine[-1] + 1) * height - 0.75
@@ -201,19 +201,19 @@ def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
         axes.set(xlim=(0, duration * 1e3), ylim=(max(len(ranks), 1) * height - 0.75, -0.75), xlabel="ms")
         names = {"wait": "waits", "other": "other tensors"}
         _legend(axes, {names.get(key, key): colour for key, colour in _COLOURS.items() if key in colours}, left=1.03)
-        axes.set_title(f"one call of {timeline['arm']}, {timeline['case']}", loc="left", fontweight="bold")
+        axes.set_title(f"one call of {timeline['variant']}, {timeline['case']}", loc="left", fontweight="bold")
 
-    return Panel(1.1 + 0.15 * len(ranks) * (len(lanes) + 0.5), draw)
+    return Panel(1.1 + 0.15 * len(ranks) * (len(links) + 0.5), draw)
 
 
 def _draw_spans(axes: Axes, spans: list[Mapping[str, Any]], y: float, colours: set[str]) -> None:
-    """Spans of one lane around ``y``, overlapping ones on thinner sub-lanes; adds what it drew to ``colours``."""
-    split = report.sub_lanes(spans)
+    """Spans of one link around ``y``, overlapping ones on thinner sub-links; adds what it drew to ``colours``."""
+    split = report.sub_links(spans)
     height = 0.84 / max(len(split), 1)
-    for n, lane in enumerate(split):
-        kinds = [_kind(span) for span in lane]
+    for n, link in enumerate(split):
+        kinds = [_kind(span) for span in link]
         for kind in dict.fromkeys(kinds):
-            parts = [span for span, its in zip(lane, kinds, strict=True) if its == kind]
+            parts = [span for span, its in zip(link, kinds, strict=True) if its == kind]
             bars = [(span["start_s"] * 1e3, (span["end_s"] - span["start_s"]) * 1e3) for span in parts]
             place = (y - 0.42 + n * height, height)
             axes.broken_barh(bars, place, facecolors=_COLOURS[kind], edgecolor="white", linewidth=0.3)
@@ -221,8 +221,8 @@ def _draw_spans(axes: Axes, spans: list[Mapping[str, Any]], y: float, colours: s
 
 
 def _kind(span: Mapping[str, Any]) -> str:
-    if span["lane"] in ("compute", "wait"):
-        return str(span["lane"])
+    if span["link"] in ("compute", "wait"):
+        return str(span["link"])
     tensor = str(span["name"]).split(" ")[0].lower()
     return tensor if tensor in ("q", "k", "v", "kv", "o") else "other"
 
@@ -301,28 +301,28 @@ def _case(rows: Sequence[Row], timelines: Sequence[Mapping[str, Any]], figures: 
     facts = {key: value for key, value in rows[0]["case"].items() if key != "id"}
     best = report.contender(rows)
     body = [f"<p>{_facts(facts)}</p>", f"<p>{escape(report.bound_text(rows))}</p>"]
-    body.append(_table(report.COLUMNS, (_arm(row, row is best) for row in rows)))
+    body.append(_table(report.COLUMNS, (_variant(row, row is best) for row in rows)))
     body.append(figures.add(bars_panel(rows)))
     for timeline in timelines:
-        title = f"Timeline of one call of {timeline['arm']}"
+        title = f"Timeline of one call of {timeline['variant']}"
         body.append(_section(title, figures.add(timeline_panel(timeline)), opened=True))
-    compared = (report.arm_row(rows, report.SUBJECT), report.usp_row(rows))
+    compared = (report.variant_row(rows, report.SUBJECT), report.usp_row(rows))
     for row in compared:
         if row is not None and report.succeeded(row) and len(row.get("wire_bytes") or ()) > 1:
-            body.append(_section(f"MB between machines, {row['arm']}", _heat_table(row["wire_bytes"]), opened=False))
+            body.append(_section(f"MB between machines, {row['variant']}", _heat_table(row["wire_bytes"]), opened=False))
     return "\n".join(body)
 
 
-def _arm(row: Row, best: bool) -> str:
+def _variant(row: Row, best: bool) -> str:
     about = f"<small>{escape(row['description'])}</small>" if row.get("description") else ""
-    arm = f"<td>{escape(row['arm'])}{about}</td>"
+    variant = f"<td>{escape(row['variant'])}{about}</td>"
     if not report.succeeded(row):
         kind = "refused" if row.get("status") == "skipped" else "refused failed"
         span = len(report.COLUMNS) - 1
-        return f'<tr class="{kind}">{arm}<td class="text" colspan="{span}">{escape(report.refusal(row))}</td></tr>'
+        return f'<tr class="{kind}">{variant}<td class="text" colspan="{span}">{escape(report.refusal(row))}</td></tr>'
     layout, *values = report.cells(row)[1:]
     rest = f'<td class="text">{escape(layout)}</td>' + "".join(f"<td>{escape(text)}</td>" for text in values)
-    return f'<tr class="best">{arm}{rest}</tr>' if best else f"<tr>{arm}{rest}</tr>"
+    return f'<tr class="best">{variant}{rest}</tr>' if best else f"<tr>{variant}{rest}</tr>"
 
 
 def _heat_table(matrix: Sequence[Sequence[Any]]) -> str:

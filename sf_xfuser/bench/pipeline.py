@@ -1,11 +1,11 @@
-"""Whole denoising steps through real pipelines, as arms of an A/B run: ``sf-xfuser bench --pipeline``.
+"""Whole denoising steps through real pipelines, as variants of an A/B run: ``sf-xfuser bench --pipeline``.
 
-Each rank loads one pipeline, as xDiT's runner does, under ``--sp-backend torus``, and every arm runs that pipeline in
-the same process group. An arm is two settings around a call: which attention xDiT's models reach under the name
-``USP`` (what the plugin put there, or xDiT's own), and for xDiT's own, the layout (``XditArm.selected``). Nothing else
+Each rank loads one pipeline, as xDiT's runner does, under ``--sp-backend torus``, and every variant runs that pipeline in
+the same process group. A variant is two settings around a call: which attention xDiT's models reach under the name
+``USP`` (what the plugin put there, or xDiT's own), and for xDiT's own, the layout (``XditVariant.selected``). Nothing else
 differs: weights, prompt, noise, local attention, gathering of the result.
 
-The reference is plain diffusers on rank 0 alone, before the others start. Every call of every arm is compared with it.
+The reference is plain diffusers on rank 0 alone, before the others start. Every call of every variant is compared with it.
 
 Importing this module needs no xfuser and no diffusers.
 """
@@ -28,15 +28,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser import plugin, session
-from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.bench.xdit_arms import attention_timer, open_arms
+from sf_xfuser.integrations.xdit import plugin
+from sf_xfuser.integrations.xdit import session
+from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.bench.usp_variants import attention_timer, open_variants
 from sf_xfuser.files import read_json
-from sf_xfuser.launch import read_model_facts
-from sf_xfuser.mesh import build_mesh, gather_topology
-from sf_xfuser.plan import UNEVEN, make_plan
-from sf_xfuser.xdit_layouts import legal_configs
+from sf_xfuser.integrations.xdit.degrees import read_model_facts
+from sf_xfuser.torus.mesh import build_mesh, gather_topology
+from sf_xfuser.layout.plan import UNEVEN, make_plan
+from sf_xfuser.layout.usp_layouts import legal_configs
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)
@@ -48,9 +49,9 @@ class PipelineOptions:
 
     ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: what its pipeline is asked for
     (height, width, num_frames, guidance_scale); the model's ``small_input.json`` or its own defaults where empty.
-    ``topology`` and ``plan`` are ``--sp-topology`` and ``--sp-plan`` of the torus arm. xDiT's arms are its own
-    layout with both rotations. ``compress``: formats of ``--sp-compress``, an arm each.
-    ``rounds`` calls of ``steps`` steps are timed per arm, after one that is not. ``dtype`` names a torch dtype.
+    ``topology`` and ``plan`` are ``--sp-topology`` and ``--sp-plan`` of the torus variant. xDiT's variants are its own
+    layout with both rotations. ``compress``: formats of ``--sp-compress``, a variant each.
+    ``rounds`` calls of ``steps`` steps are timed per variant, after one that is not. ``dtype`` names a torch dtype.
     """
 
     model: str
@@ -110,7 +111,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 def make_model(name: str, folder: str | Path) -> Path:
     """Save the model of ``SHAPES[name]`` under ``folder``. Needs diffusers; local, deterministic."""
-    from sf_xfuser.tiny_models import save_tiny_model
+    from sf_xfuser.bench.tiny_models import save_tiny_model
 
     shape = SHAPES[name]
     return save_tiny_model(
@@ -124,13 +125,13 @@ def make_model(name: str, folder: str | Path) -> Path:
 
 
 def measure(options: PipelineOptions) -> list[dict[str, Any]]:
-    """Run every arm: one record each, the same on every rank. Collective over the world.
+    """Run every variant: one record each, the same on every rank. Collective over the world.
 
-    A record: ``arm`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
+    A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
     ``times_s`` (every timed step, as long as it took on the slowest rank), ``attention_s`` (the part of each spent in
     local attention kernels, likewise), ``first_call_s`` (the untimed first call, text encoding included),
     ``max_abs_error`` (of the final latents against ``"single"``, the largest of all calls and ranks) and ``psnr_db``
-    (peak signal-to-noise ratio of the final latents against ``"torus"``, for arms that compress; None where they are
+    (peak signal-to-noise ratio of the final latents against ``"torus"``, for variants that compress; None where they are
     the same bits). ``"single"`` is timed in one call, alone.
 
     Sets xDiT up for this process, so it wants a process in which xDiT is not set up. Raises ValueError for a model
@@ -164,9 +165,9 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
         explicit=flags.explicit_plan(),
         max_imbalance=UNEVEN,
     )
-    arms = [_Arm("torus", str(torus.layout), nullcontext)]
-    for config, xdit in open_arms(configs, ranks_per_machine=shape[1], members=grid.members).items():
-        arms.append(_Arm(str(config), str(config), functools.partial(_xdit, xdit.selected)))
+    variants = [_Variant("torus", str(torus.layout), nullcontext)]
+    for config, xdit in open_variants(configs, ranks_per_machine=shape[1], members=grid.members).items():
+        variants.append(_Variant(str(config), str(config), functools.partial(_xdit, xdit.selected)))
     for name in options.compress:
         mesh = build_mesh(
             [range(world_size)],
@@ -175,22 +176,22 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
             kv_heads=facts.kv_heads,
             max_imbalance=UNEVEN,
         )
-        arms.append(
-            _Arm(f"torus-{name}", str(mesh.layout), functools.partial(session.torus_over, mesh), compresses=True)
+        variants.append(
+            _Variant(f"torus-{name}", str(mesh.layout), functools.partial(session.torus_over, mesh), compresses=True)
         )
-    uncompressed, *others = [(arm, arm.call(pipeline, options, wanted, timed=False)) for arm in arms]
-    for arm, latents in others:
-        if arm.compresses:
-            arm.psnr_db = _psnr_db(latents, uncompressed[1])
+    uncompressed, *others = [(variant, variant.call(pipeline, options, wanted, timed=False)) for variant in variants]
+    for variant, latents in others:
+        if variant.compresses:
+            variant.psnr_db = _psnr_db(latents, uncompressed[1])
     if _served_by_torus() == 0:
         raise RuntimeError(f"torus has served no attention call of this pipeline:\n{session.explain()}")
     for number in range(options.rounds):
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            arm.call(pipeline, options, wanted, timed=True)
-    return [*records, *(arm.record() for arm in arms)]
+        for variant in variants if number % 2 == 0 else reversed(variants):
+            variant.call(pipeline, options, wanted, timed=True)
+    return [*records, *(variant.record() for variant in variants)]
 
 
-# ---- arms --------------------------------------------------------------------------------------------------------
+# ---- variants --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -201,7 +202,7 @@ def _xdit(layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
 
 
 @dataclass
-class _Arm:
+class _Variant:
     name: str
     layout: str
     settings: Callable[[], AbstractContextManager[None]]
@@ -240,7 +241,7 @@ class _Arm:
 
     def record(self) -> dict[str, Any]:
         return {
-            "arm": self.name,
+            "variant": self.name,
             "layout": self.layout,
             "times_s": self.times_s,
             "attention_s": self.attention_s,
@@ -261,8 +262,8 @@ def _single(options: PipelineOptions) -> dict[str, Any]:
         latents, call_s, steps = _denoise(pipeline.to(_device()), options, lambda: 0.0)
         assert latents is not None, "plain diffusers returns its latents"
         times_s = [step[0] for step in steps]
-        arm = _Arm("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
-        record = [{**arm.record(), "latents": latents.cpu().float()}]
+        variant = _Variant("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
+        record = [{**variant.record(), "latents": latents.cpu().float()}]
     dist.broadcast_object_list(record, src=0, group=_cpu_group())
     found: dict[str, Any] = record[0]
     return found

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sf_xfuser.bench import report
-from sf_xfuser.cluster import Cluster
+from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.files import read_json
-from sf_xfuser.models import MODELS, find_model
-from sf_xfuser.plan import UNEVEN, make_plan
-from sf_xfuser.planner import PATTERN_OF, RankedLayout, Ranking, rank
-from sf_xfuser.presets import PRESETS, preset
-from sf_xfuser.simulate import ITEMSIZE, CallShape, TorusArm, predict
-from sf_xfuser.xdit_layouts import XditConfig
+from sf_xfuser.simulator.models import MODELS, find_model
+from sf_xfuser.layout.plan import UNEVEN, make_plan
+from sf_xfuser.simulator.planner import PATTERN_OF, RankedLayout, Ranking, rank
+from sf_xfuser.simulator.presets import PRESETS, preset
+from sf_xfuser.simulator import ITEMSIZE, CallShape, TorusVariant, predict
+from sf_xfuser.layout.usp_layouts import XditConfig
 
 _WIDTH = 170  # of tables that no terminal shows
 _MEASURED, _PREDICTED = "measured", "predicted"
@@ -47,7 +47,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--no-overlap", action="store_true", help="torus, each transfer waited for at once")
     what.add_argument("--measured", metavar="FILE", help="a trace or document of sf-xfuser bench (--trace, --json), to "
                       "lay beside the prediction")  # fmt: skip
-    what.add_argument("--measured-arm", default=report.SUBJECT, metavar="ARM", help="whose timeline. Default: torus")
+    what.add_argument("--measured-variant", default=report.SUBJECT, metavar="VARIANT", help="whose timeline. Default: torus")
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="the timelines as JSON; - for standard output")
     out.add_argument("--plot", metavar="FILE", help="the timelines as a picture (png, svg, pdf)")
@@ -102,10 +102,10 @@ def simulate_command(options: argparse.Namespace) -> int:
     try:
         report.require_files(options, "json", "plot", "trace")
         cluster, shape, _ = _asked(options)
-        arm = _arm(options, cluster, shape)
-        timelines = [_timeline(cluster, shape, arm)]
+        variant = _variant(options, cluster, shape)
+        timelines = [_timeline(cluster, shape, variant)]
         if options.measured:
-            timelines.insert(0, _measured(options.measured, options.measured_arm, cluster))
+            timelines.insert(0, _measured(options.measured, options.measured_variant, cluster))
         if options.plot:
             from sf_xfuser.bench import page
 
@@ -121,9 +121,9 @@ def simulate_command(options: argparse.Namespace) -> int:
         return 0
     for timeline in timelines:
         spans = [span for found in timeline["ranks"] for span in found["spans"]]
-        computed = sum(s["end_s"] - s["start_s"] for s in spans if s["lane"] == "compute") / len(timeline["ranks"])
+        computed = sum(s["end_s"] - s["start_s"] for s in spans if s["link"] == "compute") / len(timeline["ranks"])
         said = f"{timeline['duration_s'] * 1e3:.2f} ms, of which a rank computes {computed * 1e3:.2f} ms on average"
-        print(f"{timeline['arm']}, {timeline['case']}: {said}")
+        print(f"{timeline['variant']}, {timeline['case']}: {said}")
     return 0
 
 
@@ -161,7 +161,7 @@ def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int
     return model.call(world_size, options.height, options.width, options.frames, options.dtype), model.calls
 
 
-def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> TorusArm | XditConfig:
+def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> TorusVariant | XditConfig:
     pattern, overlap = PATTERN_OF[options.transport], not options.no_overlap
     text = options.sp_plan
     usp = re.fullmatch(r"ulysses=(\d+),ring=(\d+)", text)
@@ -186,28 +186,28 @@ def _arm(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> Tor
     explicit = re.fullmatch(r"torus=(\d+),ulysses=(\d+),ring=(\d+)", text)
     if explicit:
         degrees = dict(zip(("torus", "ulysses", "ring"), map(int, explicit.groups()), strict=True))
-        return TorusArm(layout=planned(explicit=degrees).layout, pattern=pattern, overlap=overlap)
+        return TorusVariant(layout=planned(explicit=degrees).layout, pattern=pattern, overlap=overlap)
     if text not in ("auto", "paper"):
         raise ValueError(
             f"--sp-plan must be best, auto, paper, torus=T,ulysses=U,ring=R or ulysses=U,ring=R, got {text!r}"
         )
-    return TorusArm(layout=planned(rule=text).layout, pattern=pattern, overlap=overlap)
+    return TorusVariant(layout=planned(rule=text).layout, pattern=pattern, overlap=overlap)
 
 
-def _timeline(cluster: Cluster, shape: CallShape, arm: TorusArm | XditConfig) -> dict[str, Any]:
-    predicted = predict(cluster, shape, arm, every_rank=True)
+def _timeline(cluster: Cluster, shape: CallShape, variant: TorusVariant | XditConfig) -> dict[str, Any]:
+    predicted = predict(cluster, shape, variant, every_rank=True)
     assert predicted.timeline is not None
     grid = f"{cluster.num_machines}x{cluster.ranks_per_machine}"
     kv = "" if shape.kv_heads == shape.heads else f"/{shape.kv_heads}"
     case = f"{cluster.name} {grid} L{shape.seq_len} H{shape.heads}{kv} D{shape.head_dim} {shape.dtype}"
-    return {"case": case, "arm": f"{_PREDICTED} {arm}", **predicted.timeline}
+    return {"case": case, "variant": f"{_PREDICTED} {variant}", **predicted.timeline}
 
 
 # -- a measured timeline beside it ------------------------------------------------------------------------------------
 
 
-def _measured(path: str, arm: str, cluster: Cluster) -> dict[str, Any]:
-    """The first timeline of ``arm`` in a bench document or Chrome trace, renamed. Raises ValueError."""
+def _measured(path: str, variant: str, cluster: Cluster) -> dict[str, Any]:
+    """The first timeline of ``variant`` in a bench document or Chrome trace, renamed. Raises ValueError."""
     try:
         document = read_json(path)
     except OSError as error:
@@ -216,16 +216,16 @@ def _measured(path: str, arm: str, cluster: Cluster) -> dict[str, Any]:
         raise ValueError(f"--measured {path} is not JSON: {error}") from None
     try:
         found = _from_trace(document["traceEvents"]) if "traceEvents" in document else document["timelines"]
-        mine = [timeline for timeline in found if timeline["arm"] == arm]
+        mine = [timeline for timeline in found if timeline["variant"] == variant]
         ranks = mine[0]["ranks"] if mine else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"--measured {path} is no trace or document of sf-xfuser bench ({error!r})") from None
     if not mine:
-        arms = ", ".join(sorted({str(timeline["arm"]) for timeline in found})) or "no timeline at all"
-        raise ValueError(f"--measured {path} has no timeline of {arm}; it has {arms}")
+        variants = ", ".join(sorted({str(timeline["variant"]) for timeline in found})) or "no timeline at all"
+        raise ValueError(f"--measured {path} has no timeline of {variant}; it has {variants}")
     if len(ranks) != cluster.world_size:
         raise ValueError(f"--measured {path} has {len(ranks)} ranks, the cluster {cluster.world_size}")
-    return {**mine[0], "arm": f"{_MEASURED} {arm}"}
+    return {**mine[0], "variant": f"{_MEASURED} {variant}"}
 
 
 def _from_trace(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -236,12 +236,12 @@ def _from_trace(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         if event["ph"] != "X":
             continue
-        arm, machine, case = re.fullmatch(r"(.*) machine (\d+): (.*)", names["process_name", event["pid"], 0]).groups()  # type: ignore[union-attr]
+        variant, machine, case = re.fullmatch(r"(.*) machine (\d+): (.*)", names["process_name", event["pid"], 0]).groups()  # type: ignore[union-attr]
         number = int(re.match(r"rank (\d+) ", names["thread_name", event["pid"], event["tid"]])[1])  # type: ignore[index]
-        timeline = timelines.setdefault((arm, case), {"case": case, "arm": arm, "duration_s": 0.0, "ranks": {}})
+        timeline = timelines.setdefault((variant, case), {"case": case, "variant": variant, "duration_s": 0.0, "ranks": {}})
         mine = timeline["ranks"].setdefault(number, {"rank": number, "machine": int(machine), "spans": []})
         start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
-        span = {"lane": event["cat"], "name": event["name"], "start_s": start, "end_s": end}
+        span = {"link": event["cat"], "name": event["name"], "start_s": start, "end_s": end}
         mine["spans"].append({**span, "bytes": event["args"].get("bytes", 0)})
         timeline["duration_s"] = max(timeline["duration_s"], end)
     return [{**t, "ranks": [t["ranks"][n] for n in sorted(t["ranks"])]} for t in timelines.values()]
@@ -256,7 +256,7 @@ def _overlaid(measured: Mapping[str, Any], predicted: Mapping[str, Any]) -> dict
         for found in timeline["ranks"]
     ]
     longest = max(measured["duration_s"], predicted["duration_s"])
-    return {"case": measured["case"], "arm": f"{measured['arm']} and {predicted['arm']}", "duration_s": longest,
+    return {"case": measured["case"], "variant": f"{measured['variant']} and {predicted['variant']}", "duration_s": longest,
             "ranks": ranks}  # fmt: skip
 
 

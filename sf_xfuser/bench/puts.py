@@ -19,9 +19,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.agreement import Agreement
-from sf_xfuser.control_plane import ControlPlane
-from sf_xfuser.transport import Parcel, Shm
+from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.base import Parcel
+from sf_xfuser.transport.cpu.shm import Shm
 
 SIZES = tuple(1 << n for n in range(12, 23, 2))
 _WARMUP = 3
@@ -30,10 +31,10 @@ _WARMUP = 3
 def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) -> list[dict[str, Any]]:
     """One row per size: medians in seconds per chunk over ``repeat`` rounds of each kind. Collective over two ranks."""
     rank = dist.get_rank()
-    lane = Shm(
+    link = Shm(
         ControlPlane(Agreement.of_world(timeout_s), [0, 1], rank, timeout_s), [0, 1], rank, [1 - rank], timeout_s
     )
-    lane.reserve(chunks * max(sizes))
+    link.reserve(chunks * max(sizes))
     rows = []
     for size in sizes:
         source = torch.ones(chunks, size, dtype=torch.uint8)
@@ -42,12 +43,12 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
         seconds: dict[str, list[float]] = {"put": [], "copy": []}
         for number in range(repeat + _WARMUP):
             for kind, times in seconds.items():
-                window = lane.begin()
+                window = link.begin()
                 if rank == 0:
-                    lane.exchange(0, [], [Parcel((nothing,), source.dtype, 1, 0)]).wait()  # rank 1 is ready
+                    link.exchange(0, [], [Parcel((nothing,), source.dtype, 1, 0)]).wait()  # rank 1 is ready
                     started = time.perf_counter()
                     if kind == "put":
-                        lane.exchange(1, parcels, [])
+                        link.exchange(1, parcels, [])
                     else:
                         for n in range(chunks):
                             own[n].copy_(source[n])
@@ -55,17 +56,17 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
                     if number >= _WARMUP:
                         times.append((ended - started) / chunks)
                     if kind == "copy":
-                        lane.exchange(1, [Parcel((nothing,), source.dtype, 1, n) for n in range(chunks)], [])
+                        link.exchange(1, [Parcel((nothing,), source.dtype, 1, n) for n in range(chunks)], [])
                 else:
-                    lane.exchange(0, [Parcel((nothing,), source.dtype, 0, 0)], [])
-                    lane.exchange(1, [], [Parcel((window,), source.dtype, 0, n) for n in range(chunks)]).wait()
+                    link.exchange(0, [Parcel((nothing,), source.dtype, 0, 0)], [])
+                    link.exchange(1, [], [Parcel((window,), source.dtype, 0, n) for n in range(chunks)]).wait()
                     if kind == "put":
                         assert bool(window[: chunks * size].all()), "the chunks are not there"
                     window[: chunks * size] = 0
         if rank == 0:
             medians = {f"{kind}_s": statistics.median(times) for kind, times in seconds.items()}
             rows.append({"bytes": size, "chunks": chunks, **medians, "ratio": medians["put_s"] / medians["copy_s"]})
-    lane.close()
+    link.close()
     return rows
 
 

@@ -25,27 +25,29 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from sf_xfuser import emulate, plugin, probe
-from sf_xfuser.args import launch_environment
-from sf_xfuser.bench import xdit_arms
-from sf_xfuser.bench.arms import ALONE, SINGLE, Arm, open_arms, traced
+from sf_xfuser.bench import emulate
+from sf_xfuser.integrations.xdit import plugin
+from sf_xfuser.bench import calibrate as probe
+from sf_xfuser.config import launch_environment
+from sf_xfuser.bench import xdit_variants
+from sf_xfuser.bench.variants import ALONE, SINGLE, Variant, open_variants, traced
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows, pipeline_rows
-from sf_xfuser.cluster import Cluster
+from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.simulate import CallShape, predict
-from sf_xfuser.trace import Trace
+from sf_xfuser.simulator import CallShape, predict
+from sf_xfuser.torus.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOrder:
-    """What the ranks are to do. ``arms``: names, None for all. ``repeat`` timed calls of each arm after ``warmup``
+    """What the ranks are to do. ``variants``: names, None for all. ``repeat`` timed calls of each variant after ``warmup``
     untimed ones. ``emulated``: ranks are on an emulated cluster, whose links they shape and count. ``predict``: measure
-    the cluster first and say what each arm should take."""
+    the cluster first and say what each variant should take."""
 
     cases: tuple[Case, ...]
-    arms: tuple[str, ...] | None = None
+    variants: tuple[str, ...] | None = None
     repeat: int = 7
     warmup: int = 2
     seed: int = 0
@@ -60,8 +62,8 @@ class AttentionOrder:
     @classmethod
     def from_json(cls, text: str) -> AttentionOrder:
         values = json.loads(text)
-        arms = values.pop("arms")
-        return cls(cases=tuple(Case(**c) for c in values.pop("cases")), arms=arms and tuple(arms), **values)
+        variants = values.pop("variants")
+        return cls(cases=tuple(Case(**c) for c in values.pop("cases")), variants=variants and tuple(variants), **values)
 
 
 def run(order: AttentionOrder, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
@@ -72,7 +74,7 @@ def run(order: AttentionOrder, done: Callable[[list[dict[str, Any]], list[dict[s
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device((launch_environment().local_rank or 0) % torch.cuda.device_count())
-    if xdit_arms.available() is None:
+    if xdit_variants.available() is None:
         plugin.enable()  # before the first group: on a CPU all of them then share one event loop
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=order.timeout_s))
     try:
@@ -101,8 +103,8 @@ class _Measurement:
             if launch_environment().local_rank == 0:
                 emulate.shape(case.inter_rate_bps)
             dist.barrier(control)
-        self.arms = open_arms(case, order.topology, order.timeout_s, order.arms)
-        self.samples = {arm.name: Sample() for arm in self.arms}
+        self.variants = open_variants(case, order.topology, order.timeout_s, order.variants)
+        self.samples = {variant.name: Sample() for variant in self.variants}
         shards = [self._shard(rank) for rank in range(case.world_size)]
         self.inputs = tuple(x.to(self.device) for x in shards[self.rank])
         self.keys, self.values = (torch.cat([shard[n] for shard in shards], dim=2) for n in (1, 2))
@@ -111,58 +113,58 @@ class _Measurement:
 
     def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         pace = self._probe() if self.order.predict else None
-        runnable = [arm for arm in self.arms if arm.call is not None or arm.name == SINGLE]
+        runnable = [variant for variant in self.variants if variant.call is not None or variant.name == SINGLE]
         total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
         with ExitStack() as stack:
-            if xdit_arms.available() is None:
-                stack.enter_context(xdit_arms.attention_timer(self._kernel_ran))
+            if xdit_variants.available() is None:
+                stack.enter_context(xdit_variants.attention_timer(self._kernel_ran))
             advance = stack.enter_context(self._progress(total))
-            for arm in runnable:
-                advance(f"{arm.name}: checking")
-                self._gate(arm)
-                while arm.choice is not None and not arm.choice.settled:  # its trial
-                    self._call(arm)
-            for arm in runnable:
-                if not self.samples[arm.name].failure:
-                    advance(f"{arm.name}: memory and timeline")
-                    self._observe(arm)
-            passed = [arm for arm in runnable if not self.samples[arm.name].failure]
+            for variant in runnable:
+                advance(f"{variant.name}: checking")
+                self._gate(variant)
+                while variant.choice is not None and not variant.choice.settled:  # its trial
+                    self._call(variant)
+            for variant in runnable:
+                if not self.samples[variant.name].failure:
+                    advance(f"{variant.name}: memory and timeline")
+                    self._observe(variant)
+            passed = [variant for variant in runnable if not self.samples[variant.name].failure]
             for number in range(self.order.warmup + self.order.repeat):
                 if pace is not None:
                     pace.sample()
                 shift = number % len(passed) if passed else 0
-                for arm in (*passed[shift:], *passed[:shift]):
-                    advance(f"{arm.name}: call {number + 1}")
-                    if arm.name == SINGLE and number >= 2:
+                for variant in (*passed[shift:], *passed[:shift]):
+                    advance(f"{variant.name}: call {number + 1}")
+                    if variant.name == SINGLE and number >= 2:
                         continue  # a whole computation on one rank: two calls are enough for a reference
-                    self._time(arm, timed=number >= self.order.warmup or arm.name == SINGLE)
+                    self._time(variant, timed=number >= self.order.warmup or variant.name == SINGLE)
         if pace is not None:
             self._predict(pace.cluster())
         if self.rank != 0:
             return [], []
         timelines = [s.timeline for s in reversed(self.samples.values()) if s.timeline is not None]
         return attention_rows(
-            self.case, self.arms, self.samples, on_gpu=self.device.type == "cuda"
+            self.case, self.variants, self.samples, on_gpu=self.device.type == "cuda"
         ), timelines  # torus first
 
     def close(self) -> None:
-        for arm in self.arms:
-            if arm.mesh is not None:
-                arm.mesh.close()
-            if arm.choice is not None:
-                arm.choice.close()
+        for variant in self.variants:
+            if variant.mesh is not None:
+                variant.mesh.close()
+            if variant.choice is not None:
+                variant.choice.close()
 
     # -- measurements ----------------------------------------------------------------------------------------------
 
     def _probe(self) -> probe.Pace:
         """Measure the cluster, in pieces."""
         case = self.case
-        mesh = next((arm.mesh for arm in self.arms if arm.mesh is not None and arm.name == SUBJECT), None)
+        mesh = next((variant.mesh for variant in self.variants if variant.mesh is not None and variant.name == SUBJECT), None)
         if mesh is None:
-            raise ValueError(f"--predict measures over the lanes of the arm {SUBJECT}, which is not among the arms")
+            raise ValueError(f"--predict measures over the links of the variant {SUBJECT}, which is not among the variants")
         rate_bps = case.inter_rate_bps if self.order.emulated else None
         order = probe.Order(
-            attend=sdpa_attend if xdit_arms.available() else xdit_arms.registered_attention(),
+            attend=sdpa_attend if xdit_variants.available() else xdit_variants.registered_attention(),
             heads=case.heads,
             head_dim=case.head_dim,
             dtype=getattr(torch, case.dtype),
@@ -173,7 +175,7 @@ class _Measurement:
         return probe.Pace(probe.measure(mesh, order, self._gather), mesh, order, self._gather)
 
     def _predict(self, cluster: Cluster) -> None:
-        """Ask the simulator what each arm takes on it."""
+        """Ask the simulator what each variant takes on it."""
         case = self.case
         shape = CallShape(
             seq_len=case.seq_len,
@@ -183,25 +185,25 @@ class _Measurement:
             batch=case.batch,
             dtype=case.dtype,
         )
-        for arm in self.arms:
-            if arm.replayed is not None and arm.call is not None:
-                self.samples[arm.name].predicted_s = predict(cluster, shape, arm.replayed).seconds
+        for variant in self.variants:
+            if variant.replayed is not None and variant.call is not None:
+                self.samples[variant.name].predicted_s = predict(cluster, shape, variant.replayed).seconds
         self.samples[ALONE].cluster = cluster.to_json()
 
-    def _gate(self, arm: Arm) -> None:
+    def _gate(self, variant: Variant) -> None:
         """First call, and whether its result is the single process's."""
-        sample = self.samples[arm.name]
+        sample = self.samples[variant.name]
         started = time.perf_counter()
-        out = self._call(arm)
+        out = self._call(variant)
         self._synchronize()
         took = time.perf_counter() - started
         errors = [0.0, 0.0, 0.0]
-        if arm.name not in (SINGLE, ALONE):
+        if variant.name not in (SINGLE, ALONE):
             error = (out.float().cpu() - self._expected).abs()
             errors = [x.item() for x in (error.max(), error.square().mean(), self._expected.square().mean())]
         reports = self._gather([took, *errors])
         sample.first_call_s = max(r[0] for r in reports)
-        if arm.name in (SINGLE, ALONE):
+        if variant.name in (SINGLE, ALONE):
             return
         finite = all(math.isfinite(x) for r in reports for x in r)
         if not finite:
@@ -210,10 +212,10 @@ class _Measurement:
         sample.max_abs_error = max(r[1] for r in reports)
         sample.rms_error = math.sqrt(statistics.fmean(r[2] for r in reports))
         allowed = TOLERANCE[self.case.dtype]
-        if arm.relative_error is not None:
+        if variant.relative_error is not None:
             relative = sample.rms_error / math.sqrt(statistics.fmean(r[3] for r in reports))
-            if relative > arm.relative_error:
-                sample.failure = f"wrong result: differs by {relative:.1%} ({arm.relative_error:.0%} allowed)"
+            if relative > variant.relative_error:
+                sample.failure = f"wrong result: differs by {relative:.1%} ({variant.relative_error:.0%} allowed)"
         elif sample.max_abs_error > allowed:
             seen = f"{sample.max_abs_error:.2e}"
             sample.failure = f"wrong result: differs by {seen} from one process ({allowed:g} allowed)"
@@ -229,30 +231,30 @@ class _Measurement:
         repeat = self.case.heads // self.keys.shape[1]
         return tuple(x.to(self.device).repeat_interleave(repeat, dim=1) for x in (self.keys, self.values))
 
-    def _observe(self, arm: Arm) -> None:
+    def _observe(self, variant: Variant) -> None:
         """One call each, not timed: activation memory at its peak, and what happens when."""
-        if arm.name == SINGLE:
+        if variant.name == SINGLE:
             return
-        sample = self.samples[arm.name]
+        sample = self.samples[variant.name]
         self._barrier()
         with _peak_memory(self.device) as peak:
-            self._call(arm)
-        window = arm.mesh.window if arm.mesh is not None else None  # memory that PyTorch's allocator does not see
+            self._call(variant)
+        window = variant.mesh.window if variant.mesh is not None else None  # memory that PyTorch's allocator does not see
         sample.peak_bytes = self._gather(peak[0] + (window.window_bytes if window is not None else 0))
         trace = Trace()
-        self._recording = trace if arm.mesh is None else None
-        traced(arm, trace)
+        self._recording = trace if variant.mesh is None else None
+        traced(variant, trace)
         self._barrier()
         start = time.perf_counter()
-        self._call(arm)
+        self._call(variant)
         self._synchronize()
         duration = time.perf_counter() - start
-        traced(arm, None)
+        traced(variant, None)
         self._recording = None
         ranks = self._gather({"duration_s": duration, "spans": trace.finished(start)})
         sample.timeline = {
             "case": self.case.id,
-            "arm": arm.name,
+            "variant": variant.name,
             "duration_s": max(r["duration_s"] for r in ranks),
             "ranks": [
                 {"rank": rank, "machine": rank // self.case.ranks_per_machine, "spans": report["spans"]}
@@ -260,21 +262,21 @@ class _Measurement:
             ],
         }
 
-    def _time(self, arm: Arm, timed: bool) -> None:
-        sample = self.samples[arm.name]
+    def _time(self, variant: Variant, timed: bool) -> None:
+        sample = self.samples[variant.name]
         before = self._sent()  # before any rank starts: a chunk leaves without being asked for
         self._barrier()
         self.spent = 0.0
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
-            self._call(arm)
+            self._call(variant)
             end.record()
             end.synchronize()
             took = start.elapsed_time(end) / 1e3
         else:
             started = time.perf_counter()
-            self._call(arm)
+            self._call(variant)
             took = time.perf_counter() - started
         reports = self._gather([took, self.spent])
         after = self._sent()
@@ -287,14 +289,14 @@ class _Measurement:
                     [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(before, after, strict=True)]
                 )
 
-    def _call(self, arm: Arm) -> torch.Tensor:
-        if arm.name == SINGLE:
+    def _call(self, variant: Variant) -> torch.Tensor:
+        if variant.name == SINGLE:
             if self.rank != 0:
                 return self.inputs[0]
             assert self.queries is not None
             return self._timed_kernel(self.queries.to(self.device), *self._every_key_and_value())
-        assert arm.call is not None
-        out: torch.Tensor = arm.call(*self.inputs)
+        assert variant.call is not None
+        out: torch.Tensor = variant.call(*self.inputs)
         return out
 
     def _timed_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -371,7 +373,7 @@ def run_pipeline(order: PipelineOrder) -> list[dict[str, Any]]:
     """Rows of whole denoising steps, on rank 0. Collective over the job. Raises ValueError for an unknown model."""
     from sf_xfuser.bench.pipeline import SHAPES, PipelineOptions, make_model, measure
 
-    missing = xdit_arms.available()
+    missing = xdit_variants.available()
     if missing is not None:
         raise ValueError(f"--pipeline runs xDiT's pipelines: {missing}")
     with ExitStack() as stack:

@@ -1,9 +1,9 @@
 """A bench document as tables, a summary and a Chrome trace. Reads plain JSON data; measures nothing.
 
-A document holds ``rows`` (one per case and arm) and ``timelines`` (spans of one call). Arms are whatever the rows name,
+A document holds ``rows`` (one per case and variant) and ``timelines`` (spans of one call). Variants are whatever the rows name,
 in the rows' order; only ``torus`` (the subject), ``usp-*`` and ``ulysses`` (what it is compared with) have a meaning.
 The dB beside an error are the peak signal-to-noise ratio of latents against those of the run without compression.
-``ratio_to_usp`` of a row is against the faster ``usp-*`` arm of its case. A value that is missing, null or not finite
+``ratio_to_usp`` of a row is against the faster ``usp-*`` variant of its case. A value that is missing, null or not finite
 shows as an en dash. MB is 10^6 bytes.
 """
 
@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 SUBJECT = "torus"
 DASH = "–"
 COLUMNS = (
-    *("arm", "layout", "median ms", "spread ms", "first ms", "exposed ms", "peak MB", "out MB"),
+    *("variant", "layout", "median ms", "spread ms", "first ms", "exposed ms", "peak MB", "out MB"),
     *("max error", "eff. %", "vs USP", "vs best xDiT"),
 )
 GRID_COLUMNS = (
@@ -86,13 +86,13 @@ def contender(rows: Iterable[Row]) -> Row | None:
     return fastest(row for row in rows if row.get("family") != "reference")
 
 
-def arm_row(rows: Iterable[Row], arm: str) -> Row | None:
-    return next((row for row in rows if row["arm"] == arm), None)
+def variant_row(rows: Iterable[Row], variant: str) -> Row | None:
+    return next((row for row in rows if row["variant"] == variant), None)
 
 
 def usp_row(rows: Iterable[Row]) -> Row | None:
-    """The faster of xDiT's USP arms."""
-    return fastest(row for row in rows if row["arm"].startswith("usp-"))
+    """The faster of xDiT's USP variants."""
+    return fastest(row for row in rows if row["variant"].startswith("usp-"))
 
 
 def best_xdit_row(rows: Iterable[Row]) -> Row | None:
@@ -123,7 +123,7 @@ def bytes_out(row: Row) -> float | None:
 
 def bound(rows: Sequence[Row]) -> tuple[float | None, str]:
     """``(seconds, "compute" or "wire")`` of a case: the subject's bound, else that of the first row that has one."""
-    for row in sorted(rows, key=lambda row: row["arm"] != SUBJECT):
+    for row in sorted(rows, key=lambda row: row["variant"] != SUBJECT):
         seconds = number(row.get("bound_s"))
         if succeeded(row) and seconds is not None:
             compute, wire = number(row.get("bound_compute_s")), number(row.get("bound_wire_s"))
@@ -142,7 +142,7 @@ def cells(row: Row) -> list[str]:
     error, psnr_db = number(row.get("max_abs_error")), number(row.get("psnr_db"))
     noise = "" if psnr_db is None else f" ({psnr_db:.1f} dB)"
     return [
-        row["arm"],
+        row["variant"],
         row.get("layout") or DASH,
         shown(row.get("median_s"), 1e3),
         DASH if low is None or high is None else f"{shown(low, 1e3)}..{shown(high, 1e3)}",
@@ -158,9 +158,9 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """All arms of one case, the fastest highlighted; an arm without numbers shows why in place of its layout."""
+    """All variants of one case, the fastest highlighted; a variant without numbers shows why in place of its layout."""
     best = contender(rows)
-    lines = [cells(row) if succeeded(row) else [row["arm"], refusal(row)] for row in rows]
+    lines = [cells(row) if succeeded(row) else [row["variant"], refusal(row)] for row in rows]
     styles = ["bold green" if row is best else _STYLES.get(row.get("status", ""), "red") for row in rows]
     title = rows[0]["case"]["id"] if rows else ""
     return _table(COLUMNS, lines, left=2, styles=styles, title=title, caption=bound_text(rows))
@@ -169,7 +169,7 @@ def table(rows: Sequence[Row]) -> Table:
 def matrix_table(row: Row) -> Table:
     """Measured MB per call from each machine (line) to each machine (column)."""
     matrix = row.get("wire_bytes") or []
-    title = f"{row['arm']}: MB from machine (line) to machine (column)"
+    title = f"{row['variant']}: MB from machine (line) to machine (column)"
     lines = [[str(machine), *(shown(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)]
     return _table(["", *map(str, range(len(matrix)))], lines, left=1, title=title)
 
@@ -178,7 +178,7 @@ def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
     """One line per case, with one text per name in ``GRID_COLUMNS``."""
     lines = []
     for case, of_case in by_case(rows).items():
-        subject, usp, xdit = arm_row(of_case, SUBJECT), usp_row(of_case) or {}, best_xdit_row(of_case) or {}
+        subject, usp, xdit = variant_row(of_case, SUBJECT), usp_row(of_case) or {}, best_xdit_row(of_case) or {}
         measured = subject if subject is not None and succeeded(subject) else {}
         absent = DASH if subject is None else str(subject.get("status", "failed"))
         lines.append(
@@ -186,7 +186,7 @@ def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
                 case,
                 shown(measured.get("median_s"), 1e3) if measured else absent,
                 shown(usp.get("median_s"), 1e3),
-                xdit.get("arm", DASH),
+                xdit.get("variant", DASH),
                 shown(xdit.get("median_s"), 1e3),
                 times(measured.get("ratio_to_usp")),
                 times(measured.get("ratio_to_best_xdit")),
@@ -198,7 +198,7 @@ def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
 
 
 def grid_table(rows: Iterable[Row]) -> Table:
-    """One line per case: the subject against USP and against the best xDiT arm."""
+    """One line per case: the subject against USP and against the best xDiT variant."""
     return _table(GRID_COLUMNS, grid_cells(rows), left=1)
 
 
@@ -215,18 +215,18 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     ``cases`` all of them, ``without_torus`` ids of those where it gave no numbers, ``median_efficiency``;
     ``vs_usp``, ``vs_best_xdit``: ``cases`` compared, ``geometric_mean``, ``best`` and ``worst`` ``{case, ratio}``,
     ``slower`` list of those below 1; ``peak_vs_usp`` (the faster one), ``peak_vs_ulysses``: ``{case, ratio}`` of the
-    case with the largest ratio of peak memory; ``wire_deviation``: ``{case, arm, deviation}`` of the row whose measured
+    case with the largest ratio of peak memory; ``wire_deviation``: ``{case, variant, deviation}`` of the row whose measured
     bytes lie farthest from the formula, relative to it, positive for more.
     """
     cases = by_case(rows)
-    subjects = {case: row for case, of in cases.items() if (row := arm_row(of, SUBJECT)) is not None and succeeded(row)}
+    subjects = {case: row for case, of in cases.items() if (row := variant_row(of, SUBJECT)) is not None and succeeded(row)}
     efficiencies = [value for row in subjects.values() if (value := number(row.get("efficiency"))) is not None]
     deviations: list[dict[str, Any]] = []
     for row in rows:
         formula, measured = number(row.get("formula_bytes")), bytes_out(row)
         if succeeded(row) and formula and measured is not None:
             deviation = measured / formula - 1
-            deviations.append({"case": row["case"]["id"], "arm": row["arm"], "deviation": deviation})
+            deviations.append({"case": row["case"]["id"], "variant": row["variant"], "deviation": deviation})
     return {
         "cases": len(cases),
         "without_torus": [case for case in cases if case not in subjects],
@@ -234,7 +234,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "vs_usp": _ratios(subjects, "ratio_to_usp"),
         "vs_best_xdit": _ratios(subjects, "ratio_to_best_xdit"),
         "peak_vs_usp": _largest_peak_ratio(subjects, {case: usp_row(of) for case, of in cases.items()}),
-        "peak_vs_ulysses": _largest_peak_ratio(subjects, {case: arm_row(of, "ulysses") for case, of in cases.items()}),
+        "peak_vs_ulysses": _largest_peak_ratio(subjects, {case: variant_row(of, "ulysses") for case, of in cases.items()}),
         "wire_deviation": max(deviations, key=lambda item: abs(item["deviation"]), default=None),
     }
 
@@ -253,7 +253,7 @@ def summary_cells(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"vs {other}, slower in", f"{len(ratios['slower'])} of {ratios['cases']}: {slower}"),
         ]
     deviation = summary["wire_deviation"]
-    by = deviation and f"{deviation['deviation']:+.2%} ({deviation['arm']}, {deviation['case']})"
+    by = deviation and f"{deviation['deviation']:+.2%} ({deviation['variant']}, {deviation['case']})"
     return [
         *lines,
         ("median efficiency", shown(summary["median_efficiency"], 1e2, " %")),
@@ -271,32 +271,32 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
     """How near the simulator's times are to the measured ones, as JSON data; None where nothing was predicted.
 
-    ``arms`` compared, in all cases; ``median_off`` of abs(predicted / measured - 1); ``worst`` ``{case, arm, ratio}``,
-    the ratio farthest from 1; ``pairs`` of arms of one case whose measured medians differ by more than 10 %, and
-    ``wrong_order``: ``{case, arms, ratio}`` (slower, faster, measured) of those that are predicted the other way.
+    ``variants`` compared, in all cases; ``median_off`` of abs(predicted / measured - 1); ``worst`` ``{case, variant, ratio}``,
+    the ratio farthest from 1; ``pairs`` of variants of one case whose measured medians differ by more than 10 %, and
+    ``wrong_order``: ``{case, variants, ratio}`` (slower, faster, measured) of those that are predicted the other way.
     """
     found: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
     pairs = 0
     for case, of_case in by_case(rows).items():
         known = [
-            (row["arm"], median, predicted)
+            (row["variant"], median, predicted)
             for row in of_case
             if succeeded(row)
             and (median := number(row.get("median_s")))
             and (predicted := number(row.get("predicted_s")))
         ]
-        found += [{"case": case, "arm": arm, "ratio": predicted / median} for arm, median, predicted in known]
+        found += [{"case": case, "variant": variant, "ratio": predicted / median} for variant, median, predicted in known]
         for one, other in combinations(known, 2):
-            fast, slow = sorted((one, other), key=lambda arm: arm[1])
+            fast, slow = sorted((one, other), key=lambda variant: variant[1])
             if slow[1] > fast[1] * 1.1:
                 pairs += 1
                 if slow[2] <= fast[2]:
-                    wrong.append({"case": case, "arms": [slow[0], fast[0]], "ratio": slow[1] / fast[1]})
+                    wrong.append({"case": case, "variants": [slow[0], fast[0]], "ratio": slow[1] / fast[1]})
     if not found:
         return None
     return {
-        "arms": len(found),
+        "variants": len(found),
         "median_off": statistics.median(abs(item["ratio"] - 1) for item in found),
         "worst": max(found, key=lambda item: abs(item["ratio"] - 1)),
         "pairs": pairs,
@@ -305,13 +305,13 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
 
 
 def prediction_table(rows: Sequence[Row]) -> Table | None:
-    """Predicted beside measured times of all arms and cases; None where nothing was predicted."""
+    """Predicted beside measured times of all variants and cases; None where nothing was predicted."""
     summed = predictions(rows)
     if summed is None:
         return None
     lines = [
         [
-            row["arm"],
+            row["variant"],
             row["case"]["id"],
             shown(row["median_s"], 1e3),
             shown(row["predicted_s"], 1e3),
@@ -322,28 +322,28 @@ def prediction_table(rows: Sequence[Row]) -> Table | None:
     ]
     worst, wrong = summed["worst"], summed["wrong_order"]
     caption = (
-        f"off by {shown(summed['median_off'], 1e2, ' %')} at the median of {summed['arms']}, at worst "
-        f"{times(worst['ratio'])} ({worst['arm']}, {worst['case']}); order wrong in {len(wrong)} of {summed['pairs']} "
+        f"off by {shown(summed['median_off'], 1e2, ' %')} at the median of {summed['variants']}, at worst "
+        f"{times(worst['ratio'])} ({worst['variant']}, {worst['case']}); order wrong in {len(wrong)} of {summed['pairs']} "
         f"pairs that differ by over 10 %"
     )
-    return _table(("arm", "case", "measured ms", "predicted ms", "ratio"), lines, left=2, caption=caption)
+    return _table(("variant", "case", "measured ms", "predicted ms", "ratio"), lines, left=2, caption=caption)
 
 
-def sub_lanes(spans: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def sub_links(spans: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Spans dealt out so that those of one list follow one another without overlap; as few lists as that takes."""
-    lanes: list[list[Mapping[str, Any]]] = []
+    links: list[list[Mapping[str, Any]]] = []
     for span in sorted(spans, key=lambda span: (span["start_s"], span["end_s"])):
-        free = next((lane for lane in lanes if lane[-1]["end_s"] <= span["start_s"]), None)
+        free = next((link for link in links if link[-1]["end_s"] <= span["start_s"]), None)
         if free is None:
-            lanes.append([span])
+            links.append([span])
         else:
             free.append(span)
-    return lanes
+    return links
 
 
 def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
     """All timelines in Chrome's trace format, which Perfetto opens. A process is a machine of one call; a thread is a
-    lane of one rank, or several where spans of the lane overlap."""
+    link of one rank, or several where spans of the link overlap."""
     events: list[dict[str, Any]] = []
     num_processes = 0
 
@@ -356,14 +356,14 @@ def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
         for machine in sorted({rank["machine"] for rank in timeline["ranks"]}):
             num_processes += 1
             pid, tid = num_processes, 0
-            name("process", pid, tid, f"{timeline['arm']} machine {machine}: {timeline['case']}")
+            name("process", pid, tid, f"{timeline['variant']} machine {machine}: {timeline['case']}")
             for rank in timeline["ranks"]:
                 if rank["machine"] != machine:
                     continue
-                for lane in dict.fromkeys(span["lane"] for span in rank["spans"]):
-                    for n, spans in enumerate(sub_lanes(span for span in rank["spans"] if span["lane"] == lane)):
+                for link in dict.fromkeys(span["link"] for span in rank["spans"]):
+                    for n, spans in enumerate(sub_links(span for span in rank["spans"] if span["link"] == link)):
                         tid += 1
-                        name("thread", pid, tid, f"rank {rank['rank']} {lane}" + (f" {n + 1}" if n else ""))
+                        name("thread", pid, tid, f"rank {rank['rank']} {link}" + (f" {n + 1}" if n else ""))
                         events += (_complete_event(span, pid, tid) for span in spans)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -371,7 +371,7 @@ def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
 def _complete_event(span: Mapping[str, Any], pid: int, tid: int) -> dict[str, Any]:
     """In microseconds, rounded to the nanosecond so that the end of one span is never past the start of the next."""
     start, end = round(span["start_s"] * 1e6, 3), round(span["end_s"] * 1e6, 3)
-    event = {"ph": "X", "name": span["name"], "cat": span["lane"], "pid": pid, "tid": tid}
+    event = {"ph": "X", "name": span["name"], "cat": span["link"], "pid": pid, "tid": tid}
     return {**event, "ts": start, "dur": round(end - start, 3), "args": {"bytes": span.get("bytes", 0)}}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sf_xfuser.bench.arms import ALONE, SINGLE, Arm
+from sf_xfuser.bench.variants import ALONE, SINGLE, Variant
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import best_xdit_row, usp_row
 
@@ -20,7 +20,7 @@ PSNR_DB = 40.0
 
 @dataclass
 class Sample:
-    """One arm's figures on rank 0. ``times_s``, ``attention_s``, ``exposed_s``, ``wire`` (bytes from machine to
+    """One variant's figures on rank 0. ``times_s``, ``attention_s``, ``exposed_s``, ``wire`` (bytes from machine to
     machine): one entry per timed call. ``predicted_s`` is the simulator's, ``cluster`` the probe's, where asked for."""
 
     times_s: list[float] = field(default_factory=list)
@@ -38,16 +38,16 @@ class Sample:
 
 
 def attention_rows(
-    case: Case, arms: Sequence[Arm], samples: Mapping[str, Sample], *, on_gpu: bool
+    case: Case, variants: Sequence[Variant], samples: Mapping[str, Sample], *, on_gpu: bool
 ) -> list[dict[str, Any]]:
-    """One row per arm. ``on_gpu``: the host's clock only sees launches, so the time in attention is that of the arm
+    """One row per variant. ``on_gpu``: the host's clock only sees launches, so the time in attention is that of the variant
     with nothing to exchange, and what a call takes longer is exposed communication."""
     alone = samples[ALONE].times_s if ALONE in samples else []
     compute_s = statistics.median(alone) if alone else None
     rows = []
-    for arm in arms:
-        sample = samples[arm.name]
-        description, layout = arm.said
+    for variant in variants:
+        sample = samples[variant.name]
+        description, layout = variant.said
         timed = _times(sample.times_s)
         median_s = timed["median_s"]
         attention_s = statistics.median(sample.attention_s) if sample.attention_s else None
@@ -55,20 +55,20 @@ def attention_rows(
         if on_gpu and median_s is not None and compute_s is not None:
             attention_s, exposed_s = compute_s, median_s - compute_s
         wire_s = None
-        if arm.formula_bytes is not None and case.inter_rate_bps is not None:
-            wire_s = arm.formula_bytes * 8 / case.inter_rate_bps
+        if variant.formula_bytes is not None and case.inter_rate_bps is not None:
+            wire_s = variant.formula_bytes * 8 / case.inter_rate_bps
         bound_s = None
-        if compute_s is not None and median_s is not None and arm.name not in (SINGLE, ALONE):
+        if compute_s is not None and median_s is not None and variant.name not in (SINGLE, ALONE):
             bound_s = max(compute_s, wire_s or 0.0)
         rows.append(
             _row(
                 kind="attention",
                 case=case.to_json(),
-                arm=arm.name,
+                variant=variant.name,
                 description=description,
-                family=arm.family,
+                family=variant.family,
                 status="failed" if sample.failure else "ok" if sample.times_s else "skipped",
-                reason=sample.failure or arm.reason,
+                reason=sample.failure or variant.reason,
                 layout=layout,
                 **timed,
                 first_call_s=sample.first_call_s,
@@ -76,7 +76,7 @@ def attention_rows(
                 exposed_s=exposed_s,
                 peak_bytes=sample.peak_bytes,
                 wire_bytes=_mean(sample.wire),
-                formula_bytes=arm.formula_bytes,
+                formula_bytes=variant.formula_bytes,
                 max_abs_error=sample.max_abs_error,
                 rms_error=sample.rms_error,
                 bound_s=bound_s,
@@ -94,10 +94,10 @@ def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping
     """One row per record of ``pipeline.measure``: seconds per denoising step."""
     rows = []
     for record in records:
-        name = SINGLE if record["arm"] == "single" else record["arm"]
+        name = SINGLE if record["variant"] == "single" else record["variant"]
         ours = name.startswith("torus")
         if name != SINGLE and not ours:
-            name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["arm"]), "ulysses")
+            name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["variant"]), "ulysses")
         psnr_db = record.get("psnr_db")
         wrong = ""
         if psnr_db is not None:
@@ -109,7 +109,7 @@ def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping
             _row(
                 kind="pipeline",
                 case=dict(case),
-                arm=name,
+                variant=name,
                 description="seconds per denoising step",
                 family="reference" if name == SINGLE else "ours" if ours else "xdit",
                 status="failed" if wrong else "ok",
@@ -127,7 +127,7 @@ def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping
 
 # Every row has all of them, in this order; None where nothing was measured.
 _FIELDS = (
-    *("kind", "case", "arm", "description", "family", "status", "reason", "layout"),
+    *("kind", "case", "variant", "description", "family", "status", "reason", "layout"),
     *("times_s", "median_s", "min_s", "max_s", "q1_s", "q3_s", "first_call_s", "attention_s", "exposed_s"),
     *("peak_bytes", "wire_bytes", "formula_bytes", "max_abs_error", "rms_error", "psnr_db"),
     *("bound_s", "bound_compute_s", "bound_wire_s", "efficiency", "predicted_s", "cluster"),

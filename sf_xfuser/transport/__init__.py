@@ -1,4 +1,4 @@
-"""Moves chunks between the ranks of a lane. Knows peers and bytes; knows nothing of heads or attention."""
+"""Moves chunks between the ranks of a link. Knows peers and bytes; knows nothing of heads or attention."""
 
 from sf_xfuser.transport.base import (
     OneSided,
@@ -10,10 +10,10 @@ from sf_xfuser.transport.base import (
     Unusable,
     window_view,
 )
-from sf_xfuser.transport.device import captures
-from sf_xfuser.transport.nvshmem import Nvshmem
-from sf_xfuser.transport.shm import Shm
-from sf_xfuser.transport.symm_mem import SymmMem
+from sf_xfuser.transport.gpu.device import captures
+from sf_xfuser.transport.gpu.nvshmem import Nvshmem
+from sf_xfuser.transport.cpu.shm import Shm
+from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.two_sided import TwoSided
 
 __all__ = [

@@ -102,11 +102,11 @@ class Ticket(ABC):
 
 
 class Transport(ABC):
-    """One lane of one sequence-parallel group."""
+    """One link of one sequence-parallel group."""
 
     @property
     def one_sided(self) -> OneSided | None:
-        """This lane, where its chunks are written into windows."""
+        """This link, where its chunks are written into windows."""
         return None
 
     def begin_call(self, identity: int) -> None:
@@ -138,11 +138,11 @@ class Transport(ABC):
         receivers hear of nothing."""
 
     def close(self) -> None:  # noqa: B027  (nothing to close is a legal implementation)
-        """Let go of what the lane holds; idempotent. Local. No exchange may follow."""
+        """Let go of what the link holds; idempotent. Local. No exchange may follow."""
 
 
 class OneSided(Transport):
-    """Senders write into a window of the receiver, at ``Parcel.offset``, and raise a flag. One object serves all lanes
+    """Senders write into a window of the receiver, at ``Parcel.offset``, and raise a flag. One object serves all links
     of a group that move chunks that way, since they share the window."""
 
     @property

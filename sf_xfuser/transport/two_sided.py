@@ -14,17 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.control_plane import ControlPlane
+from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.base import OtherCall, Parcel, Ticket, Transport, TransportError
 
 _LOOK_S = 0.05  # how often a waiting rank looks whether the call has failed elsewhere
 
 
 class TwoSided(Transport):
-    """``group``: the lane's process group, among whose ranks are the peers; ``members[w]`` is the global rank at
-    position ``w``. ``lane`` is for messages only.
+    """``group``: the link's process group, among whose ranks are the peers; ``members[w]`` is the global rank at
+    position ``w``. ``link`` is for messages only.
 
-    NCCL runs a lane's rounds in order on its own stream. gloo moves data on a thread of its own as soon as both ends
+    NCCL runs a link's rounds in order on its own stream. gloo moves data on a thread of its own as soon as both ends
     have posted, and whatever is posted shares the wire.
 
     **The call's identity.** gloo matches messages by a tag, which carries it: what belongs to another call is never
@@ -38,7 +38,7 @@ class TwoSided(Transport):
         self,
         group: dist.ProcessGroup,
         members: Sequence[int],
-        lane: str,
+        link: str,
         timeout_s: float,
         control: ControlPlane,
         *,
@@ -47,7 +47,7 @@ class TwoSided(Transport):
         """``labels``: beside chunks, in place of tags; None: unless the backend is gloo."""
         self._group = group
         self._ranks = members
-        self._lane = lane
+        self._link = link
         self._timeout_s = timeout_s
         self._control = control
         self.enqueues = dist.get_backend(group) != "gloo"  # NCCL's watchdog bounds its waits
@@ -70,7 +70,7 @@ class TwoSided(Transport):
         if bool(differs):
             raise OtherCall(
                 f"rank {dist.get_rank()} on {socket.gethostname()}: chunks of another call came in the last one, whose "
-                f"result is NaN (lane {self._lane}): ranks have made different calls"
+                f"result is NaN (link {self._link}): ranks have made different calls"
             )
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
@@ -168,14 +168,14 @@ class TwoSided(Transport):
             self._waited_for.put(error)
 
     def close(self) -> None:
-        """As ``Transport.close``. The process group stays; ``lanes.Group`` ends it."""
+        """As ``Transport.close``. The process group stays; ``links.Group`` ends it."""
         self._posted.clear()
         self._arrived.clear()
         self._to_wait_for.put(None)
 
     def _failure(self, what: str, error: Exception) -> TransportError:
         return TransportError(
-            f"rank {dist.get_rank()} on {socket.gethostname()}: {what} (lane {self._lane}, limit "
+            f"rank {dist.get_rank()} on {socket.gethostname()}: {what} (link {self._link}, limit "
             f"{self._timeout_s:g} s): {str(error).splitlines()[0]}"
         )
 

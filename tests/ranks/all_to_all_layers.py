@@ -158,8 +158,8 @@ def main() -> None:
             say(name, f"{'same error' if error == its_error else error} | {how}")
         else:
             say(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
-    lanes = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser tcp")})
-    say("lanes", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {lanes}")
+    links = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser tcp")})
+    say("links", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {links}")
     dist.barrier()
     sf_xfuser.disable()
     assert all_to_all.all_to_all_4D is yunchang.comm.all_to_all_4D is hooked.__wrapped__ is not hooked

@@ -20,16 +20,17 @@ import torch.nn.functional as F
 from cases import run_cases
 from diffusers import FluxTransformer2DModel
 
-from sf_xfuser import lanes
-from sf_xfuser.all_gather import all_gather
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.choice import Choice
-from sf_xfuser.context_parallel import parallelize
+from sf_xfuser.torus import links as links
+from sf_xfuser.torus.all_gather import all_gather
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.autotune.selector import Choice
+from sf_xfuser.integrations.diffusers import parallelize
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.mesh import build_mesh
-from sf_xfuser.transport import TransportError, shm
-from sf_xfuser.xdit_layouts import XditConfig
+from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.transport import shm
+from sf_xfuser.transport.base import TransportError
+from sf_xfuser.layout.usp_layouts import XditConfig
 
 shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
 
@@ -272,7 +273,7 @@ def case_another_request(rank):
     return over_each(work)
 
 
-def case_requests_without_lanes(rank):
+def case_requests_without_links(rank):
     """--sp-backend usp: xDiT's own collectives carry nothing of ours."""
     mesh = build_mesh([[0, 1, 2, 3]], TorusArgs(backend="usp", topology="2x2", timeout=5.0), heads=4)
     said = []
@@ -348,16 +349,16 @@ def case_one_rank_cannot_make_a_transport(rank):
 
 
 def case_one_rank_cannot_build(rank):
-    """A mesh, three times, whose lanes rank 2 cannot make; then it can. What is left of them afterwards."""
+    """A mesh, three times, whose links rank 2 cannot make; then it can. What is left of them afterwards."""
 
     def fail(*_):
         raise OSError("as it should")
 
     def work(transport):
         name = "_connect_groups" if transport == "two_sided" else "_connect_cpus"
-        connect, said, seen = getattr(lanes, name), [], []
+        connect, said, seen = getattr(links, name), [], []
         for n in range(5):
-            setattr(lanes, name, fail if rank == 2 and n in (1, 2, 3) else connect)
+            setattr(links, name, fail if rank == 2 and n in (1, 2, 3) else connect)
             try:
                 mesh = mesh_of(transport, timeout=1.0)
                 said.append(attempt(mesh, rank, 0))
@@ -503,8 +504,8 @@ def case_a_trial_fails(rank):
 def case_labels_in_place_of_tags(rank):
     """As over NCCL, which has no tags: chunks of the same sizes that belong to another call."""
     mesh = mesh_of("two_sided")
-    for lane in mesh.lanes.values():
-        lane._labels = True
+    for link in mesh.links.values():
+        link._labels = True
     said = [attempt(mesh, rank, 9)]
     mesh.place = "here" if rank != 3 else "there"
     said += [attempt(mesh, rank, 0), attempt(mesh, rank, 1)]

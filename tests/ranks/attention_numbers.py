@@ -10,10 +10,10 @@ import torch.distributed as dist
 from attention_accuracy import attention64
 from cases import run_cases
 
-from sf_xfuser import schedule
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.mesh import Mesh, build_mesh
+from sf_xfuser.layout import schedule
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import Mesh, build_mesh
 
 TOKENS, INF = 12, float("inf")
 meshes: list[Mesh] = []

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.mesh import build_mesh
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import build_mesh
 
 
 def qkv(heads=4, tokens=8, kv_heads=None, dtype=torch.float32, dim=16):

@@ -1,4 +1,4 @@
-"""Rank side of test_choice.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
+"""Rank side of test_selector.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
 
 Prints ``@@case|rank|value@@``: for each shape the largest difference from xDiT's own and the candidates that ran, in
 turn; for calls that torus cannot compute, why; and all that ``explain()`` says.
@@ -19,7 +19,8 @@ from xfuser.core.distributed.attention_backend import AttentionBackendType
 from xfuser.model_executor.layers import usp
 
 import sf_xfuser
-from sf_xfuser import choice, session
+from sf_xfuser.autotune import selector as choice
+from sf_xfuser.integrations.xdit import session
 
 B, H, D, CALLS = 1, 8, 16, 32
 

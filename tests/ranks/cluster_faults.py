@@ -54,8 +54,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser import TorusArgs, build_mesh, emulate, kernels, torus_attention
-from sf_xfuser.emulate import ClusterSpec
+from sf_xfuser import TorusArgs, build_mesh, kernels, torus_attention
+from sf_xfuser.bench import emulate
+from sf_xfuser.bench.emulate import ClusterSpec
 
 WORLD = 4
 TIMEOUT_S = 6.0

@@ -14,23 +14,23 @@ import torch
 import torch.distributed as dist
 from attention_accuracy import attention64, spread
 
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.mesh import build_mesh
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import build_mesh
 
 D = 64
 
 
 def counted(mesh):
-    """Bytes of all parcels that this mesh's lane between machines is given."""
-    lane = mesh.lanes["across"]
-    exchange, sent = lane.exchange, [0]
+    """Bytes of all parcels that this mesh's link between machines is given."""
+    link = mesh.links["across"]
+    exchange, sent = link.exchange, [0]
 
     def counting(round, sends, receives):
         sent[0] += sum(parcel.nbytes for parcel in sends)
         return exchange(round, sends, receives)
 
-    lane.exchange = counting
+    link.exchange = counting
     return sent
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     for name, case in json.loads(sys.argv[1]).items():
         topology, plan, transport, format, dtype, H, H_kv, joint = case
         args = TorusArgs(backend="torus", plan=plan, topology=topology, transport=transport, timeout=60)
-        without_shm = replace(args, transport="tcp" if transport == "auto" else transport)  # whose lanes are one object
+        without_shm = replace(args, transport="tcp" if transport == "auto" else transport)  # whose links are one object
         plain, mesh = (build_mesh([list(range(world))], x) for x in (without_shm, replace(args, compress=format)))
         make = torch.Generator().manual_seed(3)
         tokens = spread(90, world)

@@ -1,4 +1,4 @@
-"""Rank side of test_context_parallel.py: plain diffusers models, whole in this process and then over 2 x 2 ranks.
+"""Rank side of test_diffusers.py: plain diffusers models, whole in this process and then over 2 x 2 ranks.
 
 torchrun --nproc-per-node 4 context_parallel.py FOLDER CASE...     # FOLDER holds the tiny models flux and wan
 """
@@ -37,7 +37,7 @@ from peft import LoraConfig
 from run_pipeline import PROMPT, SEED, STEPS, small_input  # the directory of a script is on its path
 
 import sf_xfuser
-from sf_xfuser.context_parallel import TorusContextParallel, as_attend_function
+from sf_xfuser.integrations.diffusers import TorusContextParallel, as_attend_function
 from sf_xfuser.kernels import sdpa_attend
 
 FOLDER = Path(sys.argv[1])

@@ -9,10 +9,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.mesh import build_mesh
-from sf_xfuser.transport import TransportError
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.transport.base import TransportError
 
 
 def main() -> None:

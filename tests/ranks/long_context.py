@@ -98,7 +98,7 @@ def case_yunchangs_own(rank: int) -> str:
     import yunchang
     from yunchang.kernels import AttnType, attention
 
-    from sf_xfuser.platform_cpu import flash_attention
+    from sf_xfuser.integrations.xdit.cpu_platform import flash_attention
 
     attention._scaled_dot_product_flash_attention = flash_attention  # PyTorch has no CPU kernel of that name
     results = []

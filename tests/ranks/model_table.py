@@ -17,7 +17,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 
-from sf_xfuser.tiny_models import image_vae, unit_gain
+from sf_xfuser.bench.tiny_models import image_vae, unit_gain
 
 HEADS, HEAD_DIM = 8, 16
 WIDTH = HEADS * HEAD_DIM

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser import lanes
-from sf_xfuser.all_to_all import all_to_all_4d
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.mesh import build_mesh
-from sf_xfuser.transport import Parcel, TransportError, nvshmem
+from sf_xfuser.torus import links as links
+from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.transport import nvshmem
+from sf_xfuser.transport.base import Parcel, TransportError
 
 TRANSPORT = sys.argv[1]
 EPOCHS = int(os.environ.get("GPU_EPOCHS", "2000"))
@@ -38,22 +39,22 @@ def delay(wait):
         time.sleep(wait.random() * 5e-3)
 
 
-def everyone(lane, call, chunks, wait):
+def everyone(link, call, chunks, wait):
     """Each rank sends ``chunks[peer]`` [n, 2] (a strided column of it) to each peer; what has come, by peer."""
     rank = dist.get_rank()
     delay(wait)
-    window, nbytes = lane.begin(), {peer: x[:, 0].numel() * x.element_size() for peer, x in enumerate(chunks)}
+    window, nbytes = link.begin(), {peer: x[:, 0].numel() * x.element_size() for peer, x in enumerate(chunks)}
     others = [peer for peer in range(len(chunks)) if peer != rank]
     offset = max(nbytes.values())
     sends = [Parcel((chunks[peer][:, 0],), chunks[peer].dtype, peer, 0, rank * offset) for peer in others]
     receives = [
         Parcel((window[peer * offset : peer * offset + nbytes[peer]],), torch.uint8, peer, 0) for peer in others
     ]
-    ticket = lane.exchange(call, sends, receives)
+    ticket = link.exchange(call, sends, receives)
     delay(wait)
     ticket.wait()
     came = {parcel.peer: parcel.parts[0].clone() for parcel in receives}
-    lane.drain()
+    link.drain()
     return came
 
 
@@ -76,7 +77,7 @@ def case_the_same_bits_as_gloo(rank):
                     assert torch.equal(found.cpu(), wanted.chunk(world)[peer]), (run, dtype, call, peer)
         if run == 1:
             mesh.window.close()
-            lanes.let_go(mesh.control, mesh.members, mesh.position, used="nothing")
+            links.let_go(mesh.control, mesh.members, mesh.position, used="nothing")
         mesh.close()
     return "equal"
 
@@ -133,39 +134,39 @@ def case_a_capture_is_refused(rank):
 def case_a_lost_peer(rank):
     """The last of the cases: the group is of no use afterwards."""
     mesh = mesh_of(timeout=3.0)
-    lane = mesh.window
-    lane.begin()
+    link = mesh.window
+    link.begin()
     if rank == 0:
         time.sleep(10)
         return "silent"
     result = torch.ones(4, device="cuda")
-    lane.exchange(4, [], [Parcel((result,), torch.float32, 0, 0)]).wait()
-    lane.drain()
-    lane.poison(result)
+    link.exchange(4, [], [Parcel((result,), torch.float32, 0, 0)]).wait()
+    link.drain()
+    link.poison(result)
     torch.cuda.current_stream().synchronize()
     assert result.isnan().all()
-    lane.begin()
+    link.begin()
 
 
 def case_rows(rank):
     """Put with flag and back between ranks 0 and 1, against a copy on the device: the time of one, its bandwidth."""
-    lane = mesh_of().window
+    link = mesh_of().window
     for exponent in range(12, 28, 3):
         nbytes, times = 1 << exponent, []
-        lane.reserve(nbytes)
+        link.reserve(nbytes)
         chunk = torch.ones(nbytes, dtype=torch.uint8, device="cuda")
         for call in range(30):
             torch.cuda.synchronize()
             dist.barrier()
             started = time.perf_counter()
-            lane.begin()
+            link.begin()
             if rank < 2:
                 send, due = Parcel((chunk,), torch.uint8, 1 - rank, 0), Parcel((chunk,), torch.uint8, 1 - rank, 0)
                 if rank == 1:
-                    lane.exchange(0, [], [due]).wait()
-                ticket = lane.exchange(1, [send], [due] if rank == 0 else [])
+                    link.exchange(0, [], [due]).wait()
+                ticket = link.exchange(1, [send], [due] if rank == 0 else [])
                 ticket.wait()
-            lane.drain()
+            link.drain()
             torch.cuda.synchronize()
             if call >= 10:
                 times.append(time.perf_counter() - started)
@@ -183,7 +184,7 @@ def case_rows(rank):
                 f"{nbytes / put / 1e9:.2f} GB/s; a copy {copy * 1e6:.1f} us, {nbytes / copy / 1e9:.2f} GB/s",
                 flush=True,
             )
-    lane.close()
+    link.close()
     return "measured"
 
 

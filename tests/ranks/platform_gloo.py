@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
-from sf_xfuser.platform_cpu.gloo import _Works
+from sf_xfuser.integrations.xdit.cpu_platform.gloo import _Works
 
 dist.init_process_group("gloo")
 RANK, SIZE = dist.get_rank(), dist.get_world_size()

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from sf_xfuser.hooks import _ABSENT
+from sf_xfuser.integrations.hooks import _ABSENT
 
 if "cuda-build" in sys.argv[1:]:
     torch.version.cuda = "13.0"
@@ -23,7 +23,7 @@ from sitecustomize import HOOK_SET  # isort: skip  (already imported by the inte
 KEEPS_STAND_IN = "xfuser.core.sparge_attention.block_mask"
 # Left out: the ring package (does not import with yunchang 0.6.4 on any platform), and Ray.
 SKIPPED = ("xfuser.core.long_ctx_attention.ring", "xfuser.ray")
-PLATFORM = os.path.dirname(os.path.realpath(sys.modules["sf_xfuser.platform_cpu"].__file__))
+PLATFORM = os.path.dirname(os.path.realpath(sys.modules["sf_xfuser.integrations.xdit.cpu_platform"].__file__))
 
 
 def import_all(package):
@@ -45,7 +45,7 @@ def from_platform(value):
     """Whether ``value`` was made by platform_cpu: its code, its class, or an instance of its class."""
     kind = value if inspect.isclass(value) else type(value)
     code = getattr(inspect.unwrap(value, stop=lambda f: hasattr(f, "__code__")), "__code__", None)
-    return kind.__module__.startswith("sf_xfuser.platform_cpu") or (
+    return kind.__module__.startswith("sf_xfuser.integrations.xdit.cpu_platform") or (
         code is not None and os.path.dirname(os.path.realpath(code.co_filename)) == PLATFORM
     )
 

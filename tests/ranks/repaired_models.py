@@ -18,7 +18,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 
-from sf_xfuser.tiny_models import image_vae, unit_gain
+from sf_xfuser.bench.tiny_models import image_vae, unit_gain
 
 HEADS = {"num_attention_heads": 8, "attention_head_dim": 16}
 TEXT = 32  # width of text embeddings

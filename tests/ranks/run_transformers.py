@@ -36,7 +36,8 @@ from xfuser.core.distributed import (
 )
 from xfuser.model_executor.layers.usp import attention
 
-from sf_xfuser import repairs, session
+from sf_xfuser.integrations.xdit import repairs
+from sf_xfuser.integrations.xdit import session
 
 
 @dataclass

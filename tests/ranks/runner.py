@@ -21,7 +21,7 @@ from xfuser.config import FlexibleArgumentParser
 from xfuser.runner import xFuserModelRunner
 
 import sf_xfuser
-from sf_xfuser.mesh import Mesh
+from sf_xfuser.torus.mesh import Mesh
 
 
 def run_case(name: str, argv: list[str]) -> None:

@@ -15,13 +15,16 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser import kernels, lanes
-from sf_xfuser.agreement import Agreement
-from sf_xfuser.args import TorusArgs
-from sf_xfuser.attention import torus_attention
-from sf_xfuser.control_plane import ControlPlane
-from sf_xfuser.mesh import build_mesh
-from sf_xfuser.transport import Parcel, Shm, TransportError, shm
+from sf_xfuser import kernels
+from sf_xfuser.torus import links as links
+from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.transport import shm
+from sf_xfuser.transport.base import Parcel, TransportError
+from sf_xfuser.transport.cpu.shm import Shm
 
 shm._PREFIX = "sf-xfuser_ranks-"  # apart from jobs that come and go meanwhile
 
@@ -83,11 +86,11 @@ def case_chaos(rank):
 def case_shapes_that_change_in_a_single_half(rank):
     """As between machines that share nothing: shared memory inside, TCP across. Before an output is read its sender may
     have gone on to a call whose chunks lie elsewhere."""
-    shared, lanes.shared_lanes = lanes.shared_lanes, lambda *_: ["inside"]
+    shared, links.shared_links = links.shared_links, lambda *_: ["inside"]
     try:
         mesh = mesh_of("auto")
     finally:
-        lanes.shared_lanes = shared
+        links.shared_links = shared
     mesh.one_host = False
     mesh.use("shm inside, tcp across")
     mesh.chosen = "the one with a single half"
@@ -165,18 +168,18 @@ def case_only_the_user_may_open_it(rank):
 
     shm._Segment.create = look
     try:
-        lane = transport()
+        link = transport()
     finally:
         shm._Segment.create = create
-    lane.close()
+    link.close()
     return " ".join(modes)
 
 
 def case_no_name_is_left(rank):
-    lane = transport()
+    link = transport()
     dist.barrier()
     names = [name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)]
-    lane.close()
+    link.close()
     return f"names: {names}"
 
 
@@ -206,13 +209,13 @@ def case_what_the_dead_left_is_removed(rank):
 
 
 def case_nothing_comes(rank):
-    lane = transport(timeout_s=1.0)
-    lane.begin()
+    link = transport(timeout_s=1.0)
+    link.begin()
     if rank == 3:
         dist.barrier()
         return "silent"
     try:
-        lane.exchange(5, [], [byte(3)]).wait()
+        link.exchange(5, [], [byte(3)]).wait()
     finally:
         dist.barrier()
     return "went unnoticed"
@@ -220,14 +223,14 @@ def case_nothing_comes(rank):
 
 def case_one_gives_up(rank):
     """Rank 0 waits in vain for rank 3; the others, who wait for rank 0, hear of it long before their own time-out."""
-    lane = transport(timeout_s=1.0 if rank == 0 else 30.0)
-    lane.begin()
+    link = transport(timeout_s=1.0 if rank == 0 else 30.0)
+    link.begin()
     started = time.monotonic()
     if rank == 3:
         dist.barrier()
         return "silent"
     try:
-        lane.exchange(0, [], [byte(3 if rank == 0 else 0)]).wait()
+        link.exchange(0, [], [byte(3 if rank == 0 else 0)]).wait()
     finally:
         assert time.monotonic() - started < 5
         dist.barrier()
@@ -236,15 +239,15 @@ def case_one_gives_up(rank):
 
 def case_one_is_ahead(rank):
     """Rank 3 has made calls alone: its flags say more than any of this call's can."""
-    lane = transport(timeout_s=1.0)
+    link = transport(timeout_s=1.0)
     for _ in range(3 if rank == 3 else 1):
-        lane.begin()
+        link.begin()
         if rank == 3:
-            lane.exchange(0, [byte(peer) for peer in range(3)], [])
+            link.exchange(0, [byte(peer) for peer in range(3)], [])
     dist.barrier()
     if rank == 3:
         return "silent"
-    lane.exchange(0, [], [byte(3)]).wait()
+    link.exchange(0, [], [byte(3)]).wait()
     return "went unnoticed"
 
 
@@ -288,23 +291,23 @@ def case_a_transport_cannot_be_tried(rank):
 
 
 def case_use_after_close(rank):
-    lane = transport()
-    lane.close()
-    lane.close()
-    lane.begin()
+    link = transport()
+    link.close()
+    link.close()
+    link.begin()
     return "went unnoticed"
 
 
 def case_different_windows(rank):
-    lane = transport()
-    lane.reserve(1 << 20 if rank == 2 else 1 << 22)
+    link = transport()
+    link.reserve(1 << 20 if rank == 2 else 1 << 22)
     return "went unnoticed"
 
 
 def case_too_little_memory(rank):
-    lane = transport()
+    link = transport()
     free = os.statvfs("/dev/shm")
-    lane.reserve(free.f_bavail * free.f_frsize)
+    link.reserve(free.f_bavail * free.f_frsize)
     return "went unnoticed"
 
 
@@ -347,7 +350,7 @@ def case_auto_chooses_again(rank):
 
 
 def case_auto_does_without_any_memory(rank):
-    """Which rank 2 says when lanes are first made."""
+    """Which rank 2 says when links are first made."""
     return with_memory_of(0, rank, tokens=8)
 
 

@@ -17,8 +17,8 @@ from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_ran
 from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 from xfuser.model_executor.layers import usp
 
-import sf_xfuser.usp
-from sf_xfuser import session
+import sf_xfuser.integrations.xdit.usp
+from sf_xfuser.integrations.xdit import session
 
 B, H, D = 2, 8, 16
 JOINT = 5
@@ -121,7 +121,7 @@ def swap_two_rows(torus_attention):
 def main() -> None:
     if "--wrong" in sys.argv:
         sys.argv.remove("--wrong")
-        sf_xfuser.usp.torus_attention = swap_two_rows(sf_xfuser.usp.torus_attention)
+        sf_xfuser.integrations.xdit.usp.torus_attention = swap_two_rows(sf_xfuser.integrations.xdit.usp.torus_attention)
     apart = "--apart" in sys.argv
     if apart:
         sys.argv.remove("--apart")

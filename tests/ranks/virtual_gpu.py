@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from sf_xfuser.attention import torus_attention
+from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.kernels import may_fuse, prepare
 from tests import virtual
 

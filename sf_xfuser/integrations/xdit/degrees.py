@@ -1,0 +1,215 @@
+"""Between the launch line and xDiT's arguments: head counts of the model, degrees, number of processes.
+
+Works on xDiT's argument object by its attribute names; imports nothing of xDiT.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, prod
+from typing import Any
+
+from sf_xfuser import config as sp_args
+from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.files import read_json, transformer_configs
+from sf_xfuser.layout.plan import EVEN, UNEVEN, make_plan
+from sf_xfuser.layout.topology import Topology
+
+# Names that diffusers' transformer configs use, most specific first.
+_HEADS = ("num_attention_heads", "n_heads", "num_heads")
+_KV_HEADS = ("num_kv_heads", "num_key_value_heads", "num_key_value_attention_heads", "n_kv_heads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """``heads``: query heads of the transformer; ``kv_heads`` equals it without grouped-query attention.
+    ``transformer``: the name of its class, where its configuration gives it."""
+
+    heads: int
+    kv_heads: int
+    source: str
+    transformer: str = ""
+
+
+def read_model_facts(model: str) -> ModelFacts | None:
+    """Facts of ``model`` (a folder or a hub id that is in the local cache); None where they cannot be known.
+
+    Reads ``transformer/config.json``, or the folder's own ``config.json`` if it is a transformer's. No network.
+    """
+    for path in transformer_configs(model):
+        try:
+            facts = facts_of_config(read_json(path), str(path))
+        except (OSError, ValueError):
+            continue
+        if facts is not None:
+            return facts
+    return None
+
+
+def facts_of_config(config: Any, source: str) -> ModelFacts | None:
+    """Facts of a transformer's configuration; None where it names no heads."""
+    heads = _first(config, _HEADS) if isinstance(config, Mapping) else None
+    if heads is None:
+        return None
+    kv_heads = _first(config, _KV_HEADS) or heads
+    return ModelFacts(heads=heads, kv_heads=kv_heads, source=source, transformer=str(config.get("_class_name", "")))
+
+
+def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
+    """As :func:`read_model_facts`; ``settings`` are those of a model in the runner's registry, with its hub id."""
+    name = getattr(settings, "model_name", None)
+    return read_model_facts(model) or (read_model_facts(str(name)) if name else None)
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    found = (config.get(name) for name in names)
+    return next((x for x in found if isinstance(x, int) and not isinstance(x, bool) and x > 0), None)
+
+
+def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -> str | None:
+    """Write ulysses_degree and ring_degree onto ``xfuser_args`` where none were given; check them where they were.
+
+    Returns what was planned, for the log. Does nothing while the number of processes is not known yet (xDiT's
+    create_config comes later and asks again). Raises ValueError.
+    """
+    world_size = _world_size(xfuser_args)
+    if world_size is None:
+        return None
+    sp_size = _sequence_parallel_size(xfuser_args, world_size)
+    ulysses, ring = xfuser_args.ulysses_degree or 1, xfuser_args.ring_degree or 1
+    if ulysses * ring > 1 or sp_size == 1:
+        _check_degrees(given, model, ulysses, ring, sp_size, world_size)
+        return None
+    if given.backend in ("ulysses", "ring"):
+        ulysses, ring = (sp_size, 1) if given.backend == "ulysses" else (1, sp_size)
+        planned = f"all {sp_size} ranks"
+    else:
+        stride = xfuser_args.tensor_parallel_degree  # xDiT's rank order: tensor parallel first, then sequence parallel
+        grid = _launched_topology(given, world_size).fold(range(0, stride * sp_size, stride))
+        try:
+            plan = make_plan(
+                grid.num_machines,
+                grid.ranks_per_machine,
+                heads=model.heads if model else None,
+                kv_heads=model.kv_heads if model else None,
+                rule="usp" if given.backend in ("usp", "auto") else given.rule,
+                explicit=None if given.backend == "auto" else given.explicit_plan(),  # auto: it is torus's alone
+                max_imbalance=max_imbalance(given),
+            )
+        except ValueError as error:
+            unknown = "" if model else f" (no transformer/config.json found for --model {xfuser_args.model})"
+            raise ValueError(f"--sp-backend {given.backend}: {error}{unknown}") from None
+        ulysses, ring = plan.even.ulysses_degree, plan.even.ring_degree
+        planned = str(plan)
+    xfuser_args.ulysses_degree, xfuser_args.ring_degree = ulysses, ring
+    return f"planned ulysses_degree={ulysses}, ring_degree={ring}: {planned}"
+
+
+def max_imbalance(given: TorusArgs) -> Fraction:
+    """How unevenly the layout in which xDiT is set up may split heads; under ``auto`` that is xDiT's own."""
+    return EVEN if given.backend in (*XDIT_BACKENDS, "auto") else UNEVEN
+
+
+def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
+    """Ranks that the other degrees leave for one sequence-parallel group."""
+    if xfuser_args.vae_parallel_size > 0:
+        raise ValueError(
+            f"--sp-backend does not work with --vae_parallel_size {xfuser_args.vae_parallel_size}: ranks of a separate "
+            f"VAE do not take part in making process groups; use --use_parallel_vae alone"
+        )
+    others = prod(
+        (
+            xfuser_args.tensor_parallel_degree,
+            xfuser_args.data_parallel_degree,
+            xfuser_args.pipefusion_parallel_degree,
+            2 if xfuser_args.use_cfg_parallel else 1,
+        )
+    )
+    if world_size % others:
+        raise ValueError(
+            f"data, CFG, pipefusion and tensor parallel degrees multiply to {others}, which does not divide the "
+            f"{world_size} processes"
+        )
+    return world_size // int(others)
+
+
+def _check_degrees(
+    given: TorusArgs, model: ModelFacts | None, ulysses: int, ring: int, sp_size: int, world_size: int
+) -> None:
+    if ulysses * ring != sp_size:
+        raise ValueError(
+            f"ulysses_degree={ulysses} x ring_degree={ring} = {ulysses * ring}, but {world_size} processes leave "
+            f"{sp_size} for sequence parallelism: give degrees with that product, or none and let --sp-plan choose"
+        )
+    if (given.backend == "ulysses" and ring > 1) or (given.backend == "ring" and ulysses > 1):
+        raise ValueError(
+            f"--sp-backend {given.backend} excludes ulysses_degree={ulysses}, ring_degree={ring}; use --sp-backend usp "
+            f"or torus, or leave the degrees out"
+        )
+    explicit = given.explicit_plan()
+    if explicit is not None and sp_size > 1:
+        ways = explicit["torus"] * explicit["ulysses"]
+        even = gcd(ways, model.heads, model.kv_heads) if model else ways  # xDiT's own code splits heads evenly
+        if ulysses not in (even, ways):  # to ``ways``, xDiT pads the heads of some models
+            raise ValueError(
+                f"--sp-plan {given.plan} means ulysses_degree={even} and ring_degree={sp_size // even}, but "
+                f"ulysses_degree={ulysses} and ring_degree={ring} were given: leave one of them out"
+            )
+
+
+def _world_size(xfuser_args: Any) -> int | None:
+    import torch.distributed as dist
+
+    if xfuser_args.use_ray:
+        return int(xfuser_args.ray_world_size)
+    if dist.is_initialized():
+        return int(dist.get_world_size())
+    return sp_args.launch_environment().world_size
+
+
+def _launched_topology(given: TorusArgs, world_size: int) -> Topology:
+    """What the launcher says about machines. Only degrees are taken from it; the mesh gathers the real hosts."""
+    if given.topology != "auto":
+        return Topology.parse(given.topology, world_size)
+    per_machine = sp_args.launch_environment().local_world_size or world_size
+    if world_size % per_machine:
+        per_machine = world_size
+    return Topology.uniform(world_size // per_machine, per_machine, source="launcher")
+
+
+def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> int:
+    """Processes per node for the ``xdit`` command. ``original`` is xDiT's count, the product of the degrees given.
+
+    Without ulysses and ring degrees it is what --sp-plan or --sp-topology name, else every device of this machine.
+    """
+    given, rest = sp_args.extract(args)
+    others = original(rest)
+    names = {arg.partition("=")[0].replace("_", "-") for arg in rest}
+    if given is None or names & {"--ulysses-degree", "--ring-degree"}:
+        return others
+    if "--use-cfg-parallel" in rest:
+        others *= 2  # xDiT counts the underscored spelling only
+    num_nodes = _flag_value(sys.argv, "--nnodes")
+    explicit = given.explicit_plan()
+    if explicit is not None:
+        return max(1, others * prod(explicit.values()) // num_nodes)
+    if grid := sp_args.parse_grid(given.topology):
+        return max(1, prod(grid) // num_nodes)
+    import torch
+
+    devices = torch.cuda.device_count() or os.cpu_count() or 1
+    unit = others if others % num_nodes else others // num_nodes
+    return max(unit, devices - devices % unit)
+
+
+def _flag_value(argv: Sequence[str], name: str) -> int:
+    for index, arg in enumerate(argv):
+        key, separator, value = arg.partition("=")
+        if key == name:
+            text = value if separator else (argv[index + 1] if index + 1 < len(argv) else "")
+            return int(text) if text.isdecimal() and int(text) > 0 else 1
+    return 1

@@ -1,0 +1,162 @@
+"""xDiT's own ways to lay out one attention call: degrees, placement, groups, and the bytes they move. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+from sf_xfuser.layout.plan import split_degree
+
+Rotation = Literal["allgather", "alltoall"]
+Placement = Literal["xdit", "machines-first"]
+Groups = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XditConfig:
+    """How xDiT is launched: ``--ulysses_degree``, ``--ring_degree``, and what has no flag.
+
+    ``rotation`` is how a ring moves KV: ``"allgather"`` (PyTorch's default, so xDiT's) or ``"alltoall"``, hop by hop;
+    it says nothing where ``ring_degree`` is 1. ``placement`` ``"xdit"`` puts Ulysses on neighbouring ranks and Ring
+    across, as xDiT does; ``"machines-first"`` is the mapping alone: Ulysses across machines, Ring inside, no overlap.
+    """
+
+    ulysses_degree: int
+    ring_degree: int
+    rotation: Rotation = "allgather"
+    placement: Placement = "xdit"
+
+    def __post_init__(self) -> None:
+        if self.ulysses_degree < 1 or self.ring_degree < 1:
+            raise ValueError(f"degrees must be at least 1: ulysses={self.ulysses_degree}, ring={self.ring_degree}")
+        if self.rotation not in get_args(Rotation) or self.placement not in get_args(Placement):
+            raise ValueError(
+                f"rotation {self.rotation!r} must be one of {get_args(Rotation)}, placement {self.placement!r} one "
+                f"of {get_args(Placement)}"
+            )
+
+    def groups(self, num_machines: int, ranks_per_machine: int) -> tuple[Groups, Groups]:
+        """Every Ulysses group and every Ring group, as machine-major positions. Pure."""
+        world_size = num_machines * ranks_per_machine
+        if self.ulysses_degree * self.ring_degree != world_size:
+            raise ValueError(f"{self} describes {self.ulysses_degree * self.ring_degree} ranks, not {world_size}")
+        if self.placement == "xdit":
+            u = self.ulysses_degree
+            ulysses = [tuple(range(first, first + u)) for first in range(0, world_size, u)]
+            return ulysses, [tuple(range(first, world_size, u)) for first in range(u)]
+        layout = split_degree(num_machines, ranks_per_machine, self.ulysses_degree)
+        positions = range(world_size)
+        return sorted({layout.ulysses_group(p) for p in positions}), sorted({layout.ring_group(p) for p in positions})
+
+    def __str__(self) -> str:
+        parts = [f"ulysses={self.ulysses_degree} ring={self.ring_degree}"]
+        parts += [self.rotation] if self.ring_degree > 1 else []
+        parts += [self.placement] if self.placement != "xdit" else []
+        return " ".join(parts)
+
+
+def legal_configs(
+    world_size: int,
+    ranks_per_machine: int,
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    placement: Placement = "xdit",
+) -> list[XditConfig]:
+    """Every pair of degrees that xDiT can run, with both rotations where there is a ring. Pure.
+
+    Ulysses must divide the query heads and, because xDiT splits compact KV, the KV heads. ``"machines-first"`` gives
+    those configurations alone whose groups differ from xDiT's own, so that no variant appears twice.
+    """
+    if world_size % ranks_per_machine:
+        raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")
+    grid = world_size // ranks_per_machine, ranks_per_machine
+    configs = []
+    for u in range(world_size, 0, -1):
+        if world_size % u or heads % u or (kv_heads or heads) % u:
+            continue
+        own = XditConfig(ulysses_degree=u, ring_degree=world_size // u)
+        placed = XditConfig(ulysses_degree=u, ring_degree=world_size // u, placement=placement)
+        if placement != "xdit" and placed.groups(*grid) == own.groups(*grid):
+            continue
+        for rotation in get_args(Rotation)[: 1 if u == world_size else None]:
+            configs.append(
+                XditConfig(
+                    ulysses_degree=u,
+                    ring_degree=world_size // u,
+                    rotation=rotation,
+                    placement=placement,
+                )
+            )
+    return configs
+
+
+def variant_name(config: XditConfig, own_ulysses: int) -> str:
+    """What an A/B run calls this configuration. ``own_ulysses``: the Ulysses degree of xDiT's own layout."""
+    rotation = config.rotation if config.ring_degree > 1 else ""
+    if config.placement == "machines-first":
+        return f"mapping-{rotation}" if rotation else "mapping"
+    if config.ulysses_degree == own_ulysses:
+        return f"usp-{rotation or 'ulysses'}"
+    if not rotation:
+        return "ulysses"
+    if config.ulysses_degree == 1:
+        return f"ring-{rotation}"
+    return f"xdit-u{config.ulysses_degree}r{config.ring_degree}-{rotation}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What each rank sends inside its machine and to others: bytes, or parts of ``B*L*H*D``."""
+
+    inside: tuple[float, ...]
+    across: tuple[float, ...]
+
+    def out_of_a_machine(self, ranks_per_machine: int) -> float:
+        """Of the machine that sends most."""
+        firsts = range(0, len(self.across), ranks_per_machine)
+        return max(sum(self.across[first : first + ranks_per_machine]) for first in firsts)
+
+
+@lru_cache
+def sent_by_ulysses(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Sent:
+    """One tensor with all heads: each rank holds 1/W of it and sends each other member that member's heads."""
+    share = 1 / (config.ulysses_degree * num_machines * ranks_per_machine)
+    ulysses, _ = config.groups(num_machines, ranks_per_machine)
+    inside, across = [0.0] * num_machines * ranks_per_machine, [0.0] * num_machines * ranks_per_machine
+    for group in ulysses:
+        for rank in group:
+            near = sum(other // ranks_per_machine == rank // ranks_per_machine for other in group)
+            inside[rank], across[rank] = (near - 1) * share, (len(group) - near) * share
+    return Sent(tuple(inside), tuple(across))
+
+
+@lru_cache
+def sent_by_a_hop(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Sent:
+    """One tensor: each rank passes its 1/W to the next member of its ring. An all-gather is R - 1 of these."""
+    share = 1 / (num_machines * ranks_per_machine)
+    _, rings = config.groups(num_machines, ranks_per_machine)
+    inside, across = [0.0] * num_machines * ranks_per_machine, [0.0] * num_machines * ranks_per_machine
+    for group in rings if config.ring_degree > 1 else ():
+        for rank, following in zip(group, (*group[1:], group[0]), strict=True):
+            near = following // ranks_per_machine == rank // ranks_per_machine
+            (inside if near else across)[rank] = share
+    return Sent(tuple(inside), tuple(across))
+
+
+def sent_in_a_call(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> Sent:
+    """Q, K, V and O through Ulysses, K and V through the ring, before which xDiT repeats KV heads that several query
+    heads share; ``kv_ratio`` = H_kv/H."""
+    exchanged = sent_by_ulysses(config, num_machines, ranks_per_machine)
+    passed_on = sent_by_a_hop(config, num_machines, ranks_per_machine)
+    tensors, hops = 2 + 2 * kv_ratio, 2 * (config.ring_degree - 1)
+    return Sent(
+        tuple(tensors * a + hops * b for a, b in zip(exchanged.inside, passed_on.inside, strict=True)),
+        tuple(tensors * a + hops * b for a, b in zip(exchanged.across, passed_on.across, strict=True)),
+    )
+
+
+def egress(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> float:
+    """Elements that leave the machine that sends most in one call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H."""
+    return sent_in_a_call(config, num_machines, ranks_per_machine, kv_ratio).out_of_a_machine(ranks_per_machine)

@@ -1,0 +1,196 @@
+"""What the ranks of a group agree on before an attention call: shapes, dtypes, and who holds how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.layout.memory_map import Places, Sizes
+from sf_xfuser.layout.plan import head_ranges
+from sf_xfuser.layout.schedule import Message, Schedule, build_schedule, choose_cut
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One agreed call shape, and what does not change from one such call to the next. ``places[w]``: where pieces lie
+    on the rank at position ``w``, for this rank and, where chunks are written into windows, for all. ``digest``: all
+    that ranks have to agree on, as text.
+    ``head_groups[w]``: which one that rank attends. ``views``: of the window, by the address at which that lies."""
+
+    digest: str
+    schedule: Schedule
+    sizes: Sizes
+    places: Mapping[int, Places]
+    head_groups: Sequence[int]
+    kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
+    grouped: bool  # each local KV head serves as many query heads as any other, those that follow each other
+    views: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    _landings: dict[Message, tuple[int, int | None]] = field(default_factory=dict)
+
+    def landing(self, message: Message) -> tuple[int, int | None]:
+        """Where the peer receives a message of this rank, in its window: offset and pitch."""
+        found = self._landings.get(message)
+        if found is None:
+            received = Message(message.tensor, message.pieces, self.schedule.position)
+            found = self._landings[message] = self.places[message.peer].landing(received)
+        return found
+
+
+def agree(
+    mesh: Mesh,
+    tensors: Sequence[torch.Tensor | None],
+    joint_strategy: str | None,
+    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    together: bool,
+) -> Call:
+    """The call that all ranks make; ``tensors`` are query, key, value, joint key and joint value of this one."""
+    given = joint_strategy, together
+    shapes = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), given)
+    known: Call | None = mesh.calls.get((shapes, counts))
+    if known is not None:
+        return known
+    error = _shape_error(mesh, tensors, joint_strategy, counts)
+    described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
+    said = {"error": error, "tensors": described, "given": given, "counts": counts}
+    reports = mesh.control.gather("attention call", said)
+    if refusal := _refusal(mesh, reports):
+        mesh.refuse(refusal)
+    assert tensors[0] is not None  # a missing query is a TypeError of the caller's
+    seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
+    if (shapes, seen) not in mesh.calls:
+        mesh.remember((shapes, seen), _make_call(mesh, reports, seen, joint_strategy, together, tensors[0]))
+    agreed: Call = mesh.calls[shapes, seen]
+    return agreed
+
+
+def _shape_error(
+    mesh: Mesh,
+    tensors: Sequence[torch.Tensor | None],
+    joint_strategy: str | None,
+    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+) -> str | None:
+    """What is wrong with this rank's arguments, seen from this rank alone."""
+    query, key, value, joint_key, joint_value = tensors
+    assert query is not None and key is not None and value is not None
+    names = ("query", "key", "value", "joint_key", "joint_value")
+    for name, x in zip(names, tensors, strict=True):
+        if x is None:
+            continue
+        if x.dim() != 4:
+            return f"{name} must have 4 dimensions [batch, heads, tokens, head size], got shape {tuple(x.shape)}"
+        if x.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            return f"{name} is {x.dtype}, but must be one of {allowed}: convert it"
+        if (x.dtype, x.device) != (query.dtype, query.device):
+            return f"{name} is {x.dtype} on {x.device}, but query is {query.dtype} on {query.device}; give all alike"
+        if (x.shape[0], x.shape[3]) != (query.shape[0], query.shape[3]):
+            shapes = f"{name} {tuple(x.shape)} and query {tuple(query.shape)}"
+            return f"{shapes} differ in batch or head size: give both the same [batch, heads, tokens, head size]"
+    if mesh.compression is not None and query.dtype == torch.float64:
+        return "--sp-compress takes float16, bfloat16 or float32, got float64: convert the tensors or leave it out"
+    if key.shape != value.shape:
+        return f"key and value must have the same shape, got {tuple(key.shape)} and {tuple(value.shape)}"
+    if counts is not None and any(len(tokens) != mesh.layout.world_size for tokens in counts):
+        return f"q_tokens and kv_tokens need one count for each of {mesh.layout.world_size} positions, got {counts}"
+    if counts is not None and (counts[0][mesh.position], counts[1][mesh.position]) != (query.shape[2], key.shape[2]):
+        held = f"do not say {query.shape[2]} and {key.shape[2]} for this rank"
+        return f"q_tokens and kv_tokens {counts} {held}: give what each rank holds, or leave both out"
+    heads, kv_heads, ways = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
+    if kv_heads == 0 or heads % kv_heads:
+        return f"{heads} query heads are not a multiple of {kv_heads} key heads: give key heads that divide them"
+    if heads < ways:
+        split = f"torus={mesh.layout.torus} x ulysses={mesh.layout.ulysses} ranks"
+        return f"{heads} heads cannot be split over {split}: take a --sp-plan with torus x ulysses of at most {heads}"
+    if (joint_key is None) != (joint_value is None) or (joint_key is None) != (joint_strategy is None):
+        return "joint_key, joint_value and joint_strategy go together: give all three or none"
+    if joint_strategy not in (None, "front", "rear"):
+        return f"joint_strategy must be 'front' or 'rear', got {joint_strategy!r}"
+    if joint_key is None or joint_value is None:
+        return None
+    if joint_key.shape != joint_value.shape or joint_key.shape[1] != kv_heads:
+        shapes = f"{tuple(joint_key.shape)} and {tuple(joint_value.shape)}"
+        return f"joint_key and joint_value must have one shape with {kv_heads} heads, as key has, got {shapes}"
+    return None
+
+
+def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
+    """Why this call cannot run, worded alike on every rank; None if it can."""
+    errors = [f"rank {mesh.members[w]}: {r['error']}" for w, r in enumerate(reports) if r["error"]]
+    if errors:
+        return "; ".join(errors)
+
+    def common(report: dict[str, Any]) -> Any:  # all but the token counts of query, key and value
+        return [
+            [x[0][:2] + (x[0][2:] if index > 2 else x[0][3:]), *x[1:]] if x else None
+            for index, x in enumerate(report["tensors"])
+        ], report["given"]
+
+    counts = [r["counts"] for r in reports]
+    if any(each != counts[0] for each in counts):
+        seen = "; ".join(f"rank {mesh.members[w]}: {each}" for w, each in enumerate(counts))
+        return f"q_tokens and kv_tokens must be the same on all ranks (or left out on all), got {seen}"
+    if any(common(r) != common(reports[0]) for r in reports):
+        seen = "; ".join(
+            f"rank {mesh.members[w]}: {r['tensors']} joint {r['given'][0]}, together {r['given'][1]}"
+            for w, r in enumerate(reports)
+        )
+        return f"ranks disagree on shape, dtype, joint tokens or stages (only token counts may differ): {seen}"
+    if not sum(r["tensors"][1][0][2] for r in reports) + (reports[0]["tensors"][3] or [[0, 0, 0]])[0][2]:
+        return "no rank holds any key: there is nothing to attend to"
+    return None
+
+
+def _make_call(
+    mesh: Mesh,
+    reports: list[dict[str, Any]],
+    counts: tuple[tuple[int, ...], tuple[int, ...]],
+    joint_strategy: Any,
+    together: bool,
+    query: torch.Tensor,
+) -> Call:
+    ways = mesh.layout.ulysses_degree
+    heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
+    repeat = heads // kv_heads
+    q_heads, kv_ranges = head_ranges(heads, kv_heads, ways)
+    head_groups = [mesh.layout.head_group(w) for w in range(mesh.layout.world_size)]
+    group = head_groups[mesh.position]
+    kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
+    each, left = divmod(len(kv_of_q), kv_ranges[group][1] - kv_ranges[group][0])
+    sizes = Sizes(
+        batch=query.shape[0],
+        head_size=query.shape[3],
+        itemsize=query.element_size(),
+        q_tokens=counts[0],
+        kv_tokens=counts[1],
+        joint_tokens=reports[0]["tensors"][3][0][2] if joint_strategy else 0,
+        q_heads=q_heads,
+        kv_heads=kv_ranges,
+    )
+    at_once = mesh.one_host and query.device.type == "cpu"  # no wire is slow
+    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, together=together or at_once)
+    positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
+    schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
+    places = {w: Places(s, sizes, mesh.window_links, head_major=at_once) for w, s in schedules.items()}
+    mesh.reserve(max(place.window_bytes for place in places.values()))
+    joint = f", {sizes.joint_tokens} joint tokens in {joint_strategy}" if joint_strategy else ""
+    return Call(
+        digest=f"attention of {heads} heads ({kv_heads} of keys) of size {sizes.head_size}, batch {sizes.batch}, "
+        f"{query.dtype}, over {_spelled(counts[0])} queries and {_spelled(counts[1])} keys{joint}, {mesh.layout}, "
+        f"{cut}",
+        schedule=schedules[mesh.position],
+        sizes=sizes,
+        places=places,
+        head_groups=head_groups,
+        kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
+        grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
+    )
+
+
+def _spelled(tokens: Sequence[int]) -> str:
+    return f"{len(tokens)} x {tokens[0]}" if len(set(tokens)) == 1 else "+".join(map(str, tokens))

@@ -1,0 +1,168 @@
+"""The flag under every way to start xDiT, on CPU ranks: the xdit command, torchrun with one and two nodes, Ray, HTTP.
+
+Each runs the example of its number in examples/.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from sf_xfuser.integrations.xdit import plugin
+from sf_xfuser.bench.tiny_models import save_tiny_model
+from tests.launch import run
+from tests.ranks.run_pipeline import PROMPT, SEED
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    return save_tiny_model("flux", tmp_path_factory.mktemp("launchers") / "FLUX.1-dev")
+
+
+def test_xdit_command_without_degrees():
+    """examples/06_xdit_command.sh: the number of processes comes from --sp-topology, the degrees from the plan, the
+    heads from the registry."""
+    env = {"PYTHON": sys.executable, "XDIT": str(Path(sys.executable).with_name("xdit")), "PORT": "29573"}
+    finished = run(["bash", str(EXAMPLES / "06_xdit_command.sh")], env=env)
+    assert "Torus Attention; 2 machine(s) x 2 rank(s): torus=2 ulysses=2 ring=1" in finished.output
+    (picture,) = re.findall(r"picture: (\S+)", finished.output)
+    assert (ROOT / picture).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes"),
+    [
+        ("", 1),  # xDiT's own guess
+        ("--sp-backend torus", 6),
+        ("--sp-backend torus --pipefusion_parallel_degree 4", 4),
+        ("--sp-backend torus --sp-topology 2x3 --nnodes 2 --node_rank 1", 3),
+        ("--sp-backend torus --ulysses_degree 2", 2),
+    ],
+)
+def test_processes_that_the_xdit_command_starts(flags, processes, monkeypatch):
+    """What it would start on a machine of six devices."""
+    plugin.enable()
+    cli = importlib.import_module("xfuser.cli")
+    started = []
+
+    class Started:
+        def __init__(self, command, **_):
+            started.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Started)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(sys, "argv", ["xdit", "--model", "FLUX.1-dev", *flags.split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"--nproc_per_node={processes}" in started[0]
+
+
+def test_one_torchrun_node(flux, tmp_path):
+    """examples/03_flux_with_the_flag.py, an xDiT script with nothing but the flag; the topology is gathered."""
+    script, size = str(EXAMPLES / "03_flux_with_the_flag.py"), ["--height", "128", "--width", "128"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *size]
+    command += ["--model", str(flux), "--prompt", PROMPT, "--num_inference_steps", "1", "--max_sequence_length", "16"]
+    finished = run([*command, "--out", str(tmp_path), "--sp-backend", "torus"])
+    assert "Torus Attention; 1 machine(s) x 2 rank(s): torus=1 ulysses=2 ring=1" in finished.output
+    assert "topology from hosts of the ranks" in finished.output
+    assert (tmp_path / "image.png").stat().st_size > 0
+
+
+def test_two_torchrun_nodes():
+    """examples/05_two_nodes.sh as it is: two agents, one rendezvous, two machines by --sp-topology."""
+    finished = run(
+        ["bash", str(EXAMPLES / "05_two_nodes.sh")], env={"PYTHON": sys.executable, "PORT": "29519"}, timeout=240
+    )
+    assert "Torus Attention; 2 machine(s) x 2 rank(s): torus=2 ulysses=2 ring=1" in finished.output
+    assert (ROOT / "out" / "example5" / "image.png").stat().st_size > 0
+
+
+def test_ray_workers(flux, tmp_path):
+    """examples/07_ray.py: the flags reach workers that parse no command line; the picture is that of one process."""
+    out = tmp_path / "picture.pt"
+    size = {"height": 128, "width": 128, "num_inference_steps": 2, "max_sequence_length": 16, "seed": SEED}
+    command = [sys.executable, str(EXAMPLES / "07_ray.py"), "--model", str(flux), "--prompt", PROMPT, "--out", str(out)]
+    command += [f"--{name}={value}" for name, value in size.items()]
+    command += ["--use_ray", "--ray_world_size", "4", "--sp-backend", "torus", "--sp-topology", "2x2"]
+    finished = run(command, timeout=300)
+    assert re.search(r"RayWorkerWrapper.*--sp-backend torus: Torus Attention", finished.output), finished.output[-4000:]
+    pipe = DiffusionPipeline.from_pretrained(flux, torch_dtype=torch.float32)
+    wanted = pipe(
+        prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(size.pop("seed")), output_type="pt", **size
+    ).images
+    assert (torch.load(out) - wanted).abs().max() <= 1e-4
+
+
+def test_http_service(flux):
+    """examples/08_http_service.py: xDiT's service, whose parser knows nothing of the flags, serves a picture."""
+    command = [sys.executable, str(EXAMPLES / "08_http_service.py"), "--model_path", str(flux), "--world_size", "4"]
+    command += ["--sp-backend", "torus", "--sp-topology=2x2"]
+    service = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(service.stdout), daemon=True)
+    reader.start()
+    picture = None
+    try:
+        deadline = time.monotonic() + 180
+        while picture is None and time.monotonic() < deadline and service.poll() is None:
+            time.sleep(0.5)
+            if any("Torus Attention" in line for line in list(lines)):
+                picture = generate(timeout_s=deadline - time.monotonic())
+    finally:
+        if service.poll() is None:
+            os.killpg(service.pid, signal.SIGTERM)
+        service.wait(timeout=30)
+        reader.join(timeout=10)
+    text = "".join(lines)
+    assert re.search(r"ImageGenerator.*--sp-backend torus: Torus Attention; 2 machine", text), text[-4000:]
+    assert picture is not None and picture.size == (128, 128), text[-4000:]
+    assert len(picture.getcolors(maxcolors=128 * 128)) > 1000  # noise, as the weights are, and not one colour
+
+
+def generate(timeout_s: float) -> Image.Image | None:
+    """What the service answers; None where it is not listening yet."""
+    order = {"prompt": PROMPT, "num_inference_steps": 1, "cfg": 3.5, "height": 128, "width": 128}
+    request = urllib.request.Request(
+        "http://127.0.0.1:6000/generate", json.dumps(order).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return Image.open(io.BytesIO(base64.b64decode(json.load(answer)["output"])))
+    except ConnectionRefusedError:
+        return None
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError):
+            return None
+        raise

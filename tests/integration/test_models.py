@@ -1,0 +1,128 @@
+"""Every transformer of xDiT that calls USP, under ``--sp-backend torus`` on 2x2 ranks: the rows of ``model_table.py``.
+
+All of them run in one launch. A row says what torus has to equal; its exceptions are checked too, by the reason that is
+logged or by xDiT's own error. README's table is printed from the rows: ``python -m tests.support_table``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sf_xfuser.integrations.xdit.degrees import read_model_facts
+from tests.launch import reports, torchrun
+from tests.patched import copy_of_xdit
+from tests.ranks.model_table import HEADS, MODELS, SIZES, Model
+from tests.support_table import END, START, table
+
+# Two machines of two ranks. Degrees: all heads split ("4x1"), or Ulysses across machines and a ring inside ("2x2").
+CASES = {"4x1": (4, 1), "2x2": (2, 2)}
+EXACT = 2e-5
+Measured = dict[tuple[str, str, str], list[dict]]  # (model, case, size) -> by rank
+VISIBLE = 5e-2  # what a rank that attends to its own keys alone makes of the result, at least
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for model in MODELS:
+        model.save(folder / model.folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder) -> Measured:
+    return measure(folder)
+
+
+def measure(folder: Path, *names: str, **env: str) -> Measured:
+    """What each of the four ranks saw. ``names``: of some models."""
+    flags = {
+        case: ["--model", "none", "--sp-backend", "torus", "--sp-topology", "2x2",
+               "--ulysses_degree", str(ulysses), "--ring_degree", str(ring)]
+        for case, (ulysses, ring) in CASES.items()
+    }  # fmt: skip
+    output = torchrun("run_transformers.py", folder, json.dumps(flags), *names, nproc=4, timeout=400, env=env).output
+    found: Measured = {}
+    for text in re.findall(r"@<(\{.*?\})>@", output):
+        rank = json.loads(text)
+        found.setdefault((rank["name"], rank["case"], rank["size"]), []).append(rank)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.folder)
+def test_torus_equals(measured, model: Model, case, size):
+    exception = model.exception(case, size)
+    kind = exception.kind if exception else "served"
+    if exception is not None and kind == "never":
+        pytest.skip(exception.why)
+    ranks = measured[model.name, case, size]
+    assert len(ranks) == 4
+    if exception is not None and kind == "fails":
+        assert all(exception.says in rank["error"] for rank in ranks), ranks
+        return
+    assert not any(rank["error"] for rank in ranks), ranks
+    assert worst(ranks, "torus_xdit") <= EXACT, ranks
+    if model.repaired:
+        assert worst(ranks, "installed_single") > 100 * EXACT, ranks
+        assert all(model.repaired in rank["repaired"] for rank in ranks), ranks
+    if exception is not None and kind == "handed back":
+        assert worst(ranks, "torus_single") <= EXACT, ranks
+        assert all(rank["served"] == 0 and list(rank["handed_back"]) == [exception.says] for rank in ranks), ranks
+        return
+    assert all(rank["served"] > 0 and not rank["handed_back"] for rank in ranks), ranks
+    assert worst(ranks, "alone_single") >= VISIBLE, ranks
+    if kind == "xdit":
+        assert worst(ranks, "xdit_single") > EXACT, "xDiT is exact here: compare with one process"
+    else:
+        assert worst(ranks, "torus_single") <= EXACT, ranks
+
+
+def worst(ranks: list[dict], what: str) -> float:
+    """The largest difference among the ranks that hold a result."""
+    held = [rank[what] for rank in ranks if rank[what] == rank[what]]
+    assert held, ranks
+    return max(held)
+
+
+def test_patches_repair_the_same(folder, tmp_path):
+    """Without any repair by the plugin, on torus and on xDiT's own USP."""
+    names = [model.name for model in MODELS if model.repaired]
+    found = measure(folder, *names, PYTHONPATH=str(copy_of_xdit(tmp_path, "repairs")))
+    assert {name for name, _, _ in found} == set(names)
+    for (name, case, size), ranks in found.items():
+        model = next(model for model in MODELS if model.name == name)
+        exception = model.exception(case, size)
+        if exception is not None and exception.kind == "fails":
+            assert all("NotImplementedError" in rank["error"] for rank in ranks), ranks
+        elif exception is None or exception.kind == "handed back":
+            assert not any(rank["repaired"] for rank in ranks), ranks
+            assert max(worst(ranks, "torus_single"), worst(ranks, "xdit_single")) <= EXACT, ranks
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["hooks", "patches"])
+def test_a_mask_is_not_that_of_an_earlier_request(folder, tmp_path, patched):
+    env = {"PYTHONPATH": str(copy_of_xdit(tmp_path, "repairs"))} if patched else {}
+    output = torchrun("stale_masks.py", folder, nproc=2, env=env).output
+    for name, ranks in reports(output, ["krea2", "ltx2"]).items():
+        assert len(ranks) == 2 and all(max(json.loads(text)) <= EXACT for text in ranks.values()), (name, ranks)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.folder)
+def test_heads_are_read_from_the_models_folder(model: Model, tmp_path):
+    """So that degrees need not be given."""
+    built = model.build()
+    (built.transformer if model.is_pipeline else built).save_config(tmp_path / "transformer")
+    facts = read_model_facts(str(tmp_path))
+    assert facts is not None and facts.heads == HEADS
+    assert facts.kv_heads == {"Lumina 2": 4}.get(model.name, HEADS) or "Krea" in model.name
+
+
+def test_the_readme_has_the_table_of_the_rows():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert text[text.index(START) + len(START) : text.index(END)].strip() == table().strip()

@@ -1,0 +1,93 @@
+"""What a user gets wrong on an xDiT launch line: one clear error, the same on every rank, and no hang."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+
+import pytest
+
+from sf_xfuser.bench.tiny_models import save_tiny_model
+from tests.launch import RANKS, run, torchrun
+
+TORUS = ["--sp-backend", "torus", "--sp-topology", "2x2"]
+REFUSED = {
+    "backend without lse": (
+        [*TORUS, "--attention_backend", "SDPA"],
+        "ValueError: --sp-backend torus with --attention_backend SDPA: it returns no log-sum-exp.*one of AITER, CUDNN",
+    ),
+    "heads": (
+        [*TORUS, "--sp-plan", "torus=2,ulysses=2,ring=1"],
+        "ValueError: --sp-backend torus: 6 heads cannot be split over torus=2 x ulysses=2 = 4 ranks; legal for 4",
+    ),
+    "product": ([*TORUS, "--ulysses_degree", "3"], "ValueError: ulysses_degree=3 x ring_degree=1 = 3, but 4 processes"),
+    "topology": (["--sp-backend", "torus", "--sp-topology", "3x2"], "ValueError: --sp-topology 3x2 describes 6 ranks"),
+    "layout": ([*TORUS, "--sp-plan", "torus=1,ulysses=4,ring=1"], "ValueError: .*ulysses must divide 2; legal: torus="),
+    "flags differ": (
+        [*TORUS, "1:--sp-strict"],
+        "ValueError: ranks were started with different flags: --sp-strict by rank",
+    ),
+    "degrees differ": (
+        [*TORUS, "--ulysses_degree", "0:4", "1:2", "2:4", "3:4", "--ring_degree", "0:1", "1:2", "2:1", "3:1"],
+        r"ValueError: ranks were started with different flags: ulysses_degree by rank: \{0: 4, 1: 2, 2: 4",
+    ),
+    "plan and degrees": (
+        [*TORUS, "--sp-plan", "ring=4", "--ulysses_degree", "4"],
+        "ValueError: --sp-plan ring=4 means ulysses_degree=1 and ring_degree=4, but ulysses_degree=4 and ring_degree=1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A Flux of 8 heads, and its copy whose configuration says 6 (nothing of it is loaded)."""
+    good = save_tiny_model("flux", tmp_path_factory.mktemp("refusals") / "flux")
+    odd = good.with_name("six-heads")
+    shutil.copytree(good, odd)
+    config = odd / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 6}))
+    return good, odd
+
+
+@pytest.fixture(scope="module")
+def refusals(folders, tmp_path_factory):
+    good, odd = folders
+    folder = tmp_path_factory.mktemp("out")
+    argv = {
+        name: [
+            "--family",
+            "flux",
+            "--model",
+            str(odd if name == "heads" else good),
+            "--out",
+            str(folder / "x.pt"),
+            *flags,
+        ]
+        for name, (flags, _) in REFUSED.items()
+    }
+    (folder / "cases.json").write_text(json.dumps(argv))
+    output = torchrun("run_pipelines.py", folder / "cases.json", nproc=4, timeout=200).output
+    reported: dict[str, dict[str, str]] = {name: {} for name in REFUSED}
+    for name, rank, outcome in re.findall(r"@<([^|]*)\|(\d)\|(.*?)\|", output, re.DOTALL):
+        reported[name][rank] = outcome
+    return reported
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_alike_on_every_rank(case, refusals):
+    assert set(refusals[case]) == {"0", "1", "2", "3"}
+    assert len(set(refusals[case].values())) == 1, refusals[case]
+    assert re.match(REFUSED[case][1], refusals[case]["0"], re.DOTALL), refusals[case]["0"]
+
+
+def test_the_job_ends_soon_with_a_status(folders, tmp_path):
+    started = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command += [str(RANKS / "run_pipeline.py"), "--family", "flux", "--model", str(folders[0]), "--out"]
+    command += [str(tmp_path / "x.pt"), *TORUS, "--attention_backend", "SDPA"]
+    finished = run(command, expect_failure=True, timeout=120)
+    assert "returns no log-sum-exp" in finished.output
+    assert time.monotonic() - started < 100

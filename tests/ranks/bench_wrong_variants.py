@@ -1,0 +1,38 @@
+"""Rank side of test_bench.py: ``sf-xfuser bench`` with two variants that are wrong. Arguments: those of the command.
+
+The variant torus is off by 0.01 on one rank, torus-no-overlap has one NaN.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sf_xfuser import cli
+from sf_xfuser.bench import variants
+
+
+def main() -> int:
+    right = variants._torus
+
+    def wrong(case, mesh, together, attend):
+        call = right(case, mesh, together, attend)
+        blocking = any(isinstance(link, variants._Blocking) for link in mesh.links.values())
+
+        def changed(query, key, value):
+            out = call(query, key, value)
+            if os.environ["RANK"] == "1":
+                if blocking:
+                    out[0, 0, 0, 0] = float("nan")
+                else:
+                    out += 0.01
+            return out
+
+        return changed
+
+    variants._torus = wrong
+    return cli.main(["bench", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

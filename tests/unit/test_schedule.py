@@ -1,0 +1,445 @@
+"""The schedule as data: every rank's steps are replayed together, without tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sf_xfuser.layout.plan import Layout, legal_layouts
+from sf_xfuser.layout.schedule import (
+    DEFERRED_SLABS,
+    JOINT,
+    LOOKAHEAD,
+    Attend,
+    Cut,
+    Exchange,
+    Message,
+    Piece,
+    Schedule,
+    build_schedule,
+)
+
+SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
+CUTS = [Cut(kv=kv, last_kv=last_kv) for kv, last_kv in product((1, 2, 3), repeat=2)]
+CUTS += [Cut(together=True)]
+
+layouts = st.builds(
+    Layout,
+    torus=st.integers(1, 5),
+    ulysses=st.integers(1, 4),
+    ring_across=st.integers(1, 3),
+    ring_inside=st.integers(1, 4),
+).filter(lambda layout: layout.world_size <= 48)
+joints = st.sampled_from([None, "front", "rear"])
+cuts = st.sampled_from(CUTS)
+
+
+def schedules(layout: Layout, joint=None, cut: Cut = Cut()) -> list[Schedule]:  # noqa: B008
+    return [build_schedule(layout, w, joint, cut) for w in range(layout.world_size)]
+
+
+def exchanges(s: Schedule, link: str | None = None) -> list[Exchange]:
+    return [step for step in s.steps if isinstance(step, Exchange) and link in (None, step.link)]
+
+
+def attends(s: Schedule) -> list[Attend]:
+    return [step for step in s.steps if isinstance(step, Attend)]
+
+
+def is_complete(pieces: Sequence[Piece]) -> bool:
+    """Each part of one source, once."""
+    source, _, parts = pieces[0]
+    return sorted(pieces) == [Piece(source, part, parts) for part in range(parts)]
+
+
+def by_source(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
+    return {source: [piece for piece in pieces if piece.source == source] for source in {p.source for p in pieces}}
+
+
+def all_keys(s: Schedule) -> set[Piece]:
+    return {piece for slab in s.slabs for piece in slab}
+
+
+def replay(all_schedules: list[Schedule]) -> list[dict]:
+    """Run all ranks against each other with the strictest transport there is (rounds of a link complete in order, and
+    only when both ends have posted them); return what each rank holds. Fails if some rank can go no further, or sends
+    an output that is not final."""
+    layout = all_schedules[0].layout
+    state = [
+        {
+            "at": 0,
+            "have": {("q", Piece(w)), ("kv", Piece(w)), ("kv", Piece(JOINT))},
+            "outputs": Counter(),
+            "met": Counter(),
+        }
+        for w in range(layout.world_size)
+    ]
+    posted: list[dict[str, list[Exchange]]] = [{"inside": [], "across": []} for _ in all_schedules]
+    done = [Counter() for _ in all_schedules]  # rounds completed per link
+
+    def complete_rounds() -> bool:
+        moved = False
+        for w, links in enumerate(posted):
+            for link, rounds in links.items():
+                if done[w][link] == len(rounds):
+                    continue
+                k = done[w][link]
+                peers = {m.peer for m in (*rounds[k].sends, *rounds[k].receives)}
+                if all(len(posted[p][link]) > k for p in peers) and all(done[p][link] >= k for p in peers):
+                    done[w][link] += 1
+                    moved = True
+                    for m in rounds[k].receives:
+                        if m.tensor == "o":
+                            state[w]["outputs"].update((layout.head_group(m.peer), piece) for piece in m.pieces)
+                        else:
+                            state[w]["have"] |= {(m.tensor, piece) for piece in m.pieces}
+        return moved
+
+    def advance(w: int) -> bool:
+        me, steps = state[w], all_schedules[w].steps
+        if me["at"] == len(steps):
+            return False
+        step = steps[me["at"]]
+        if isinstance(step, Exchange):
+            # The own tokens can be sent in any parts.
+            needs = {(m.tensor, p) for m in step.sends if m.tensor != "o" for p in m.pieces if p.source != w}
+            if not needs <= me["have"]:
+                return False
+            for piece in (p for m in step.sends if m.tensor == "o" for p in m.pieces):
+                final = {key for query, key in me["met"] if query == piece}
+                assert final == all_keys(all_schedules[w]), f"rank {w} sends {piece} before it is final"
+            posted[w][step.link].append(step)
+        else:
+            needs = {("q", piece) for piece in step.queries} | {("kv", piece) for piece in step.keys}
+            if not needs <= me["have"]:
+                return False
+            me["met"].update(product(step.queries, step.keys))
+        me["at"] += 1
+        return True
+
+    moved = True
+    while moved:
+        moved = any([advance(w) for w in range(layout.world_size)])
+        moved |= complete_rounds()
+    for w, me in enumerate(state):
+        assert me["at"] == len(all_schedules[w].steps), f"rank {w} waits for ever at {all_schedules[w].steps[me['at']]}"
+        for link in ("inside", "across"):
+            assert done[w][link] == len(posted[w][link]), f"rank {w}: rounds of link {link} never completed"
+    return state
+
+
+def check(layout: Layout, joint, cut: Cut) -> None:
+    all_schedules = schedules(layout, joint, cut)
+    for w, me in enumerate(replay(all_schedules)):
+        s = all_schedules[w]
+        # Each Q of my head group meets each KV once, the joint keys included, and each of them in all of its parts.
+        keys = [*range(layout.world_size), JOINT] if joint else [*range(layout.world_size)]
+        every_key = [piece for slab in s.slabs for piece in slab]
+        assert me["met"] == Counter(product(s.queries, every_key)) and set(me["met"].values()) == {1}
+        for pieces, sources in ((s.queries, layout.ulysses_group(w)), (every_key, keys)):
+            assert sorted(by_source(pieces)) == sorted(sources)
+            assert all(is_complete(parts) for parts in by_source(pieces).values())
+        # Each other head group's output for my tokens arrives once, in all of its parts.
+        returned = [(group, piece) for (group, piece), n in me["outputs"].items() for _ in range(n)]
+        assert {group for group, _ in returned} == set(range(layout.ulysses_degree)) - {layout.head_group(w)}
+        for group in {group for group, _ in returned}:
+            assert by_source([p for g, p in returned if g == group]).keys() == {w}
+            assert is_complete([piece for g, piece in returned if g == group])
+    match_messages(all_schedules)
+    for s in all_schedules:
+        check_buffers(s)
+        check_last(s)
+        check_lookahead(s)
+        check_forwards(s)
+        check_deferred(s)
+
+
+def match_messages(all_schedules: list[Schedule]) -> None:
+    """Round by round, what w sends to p is what p receives from w, and no chunk arrives twice."""
+    layout = all_schedules[0].layout
+    rounds = {(w, step.link, step.round): step for w, s in enumerate(all_schedules) for step in exchanges(s)}
+    arrived = Counter()
+    for (w, link, k), step in rounds.items():
+        for m in step.sends:
+            mirror = [r for r in rounds[m.peer, link, k].receives if r.peer == w and r.tensor == m.tensor]
+            assert [r.pieces for r in mirror] == [m.pieces]
+            same_machine = layout.machine(w) == layout.machine(m.peer)
+            assert same_machine == (link == "inside"), "a message is on the wrong link"
+        for m in step.receives:
+            mirror = [s for s in rounds[m.peer, link, k].sends if s.peer == w and s.tensor == m.tensor]
+            assert [s.pieces for s in mirror] == [m.pieces]
+            arrived.update((w, m.tensor, piece, m.peer if m.tensor == "o" else None) for piece in m.pieces)
+            assert m.tensor == "o" or w not in {piece.source for piece in m.pieces}
+    assert set(arrived.values()) <= {1}
+    for w, s in enumerate(all_schedules):
+        wanted_kv = {piece for piece in all_keys(s) if piece.source not in (w, JOINT)}
+        assert {piece for (rank, tensor, piece, _) in arrived if (rank, tensor) == (w, "kv")} == wanted_kv
+        assert {piece for (rank, tensor, piece, _) in arrived if (rank, tensor) == (w, "q")} == {*s.queries} - {
+            Piece(w)
+        }
+
+
+# -- properties of one rank's schedule --------------------------------------------------------------------------------
+
+
+def is_run(pieces: Sequence[Piece], buffer: Sequence[Piece]) -> bool:
+    """``pieces`` lie one after the other in ``buffer``: they can be one slice of a tensor."""
+    at = buffer.index(pieces[0])
+    return tuple(pieces) == tuple(buffer[at : at + len(pieces)])
+
+
+def reads_slab(s: Schedule, m: Message) -> bool:
+    """A ring neighbour has the same heads: it is sent rows of a slab. Others are sent own tokens, from the inputs."""
+    return m.tensor == "kv" and s.layout.head_group(m.peer) == s.layout.head_group(s.position)
+
+
+def check_buffers(s: Schedule) -> None:
+    """Whatever is attended, sent from a buffer or received into one, is one slice of that buffer."""
+    slab_of = {piece: k for k, slab in enumerate(s.slabs) for piece in slab}
+    assert sum(map(len, s.slabs)) == len(slab_of), "a piece lies in two slabs"
+    assert len(set(s.queries)) == len(s.queries)
+    for step in attends(s):
+        assert is_run(step.queries, s.queries)
+        assert is_run(step.keys, s.slabs[step.slab])
+    for step in exchanges(s):
+        for m in step.receives:
+            if m.tensor == "o":
+                assert len(m.pieces) == 1 and m.pieces[0].source == s.position
+            else:
+                assert is_run(m.pieces, s.queries if m.tensor == "q" else s.slabs[slab_of[m.pieces[0]]])
+        for m in step.sends:
+            if m.tensor == "o":
+                assert is_run(m.pieces, s.queries) and {p.source for p in m.pieces} == {m.peer}
+            elif reads_slab(s, m):
+                assert is_run(m.pieces, s.slabs[slab_of[m.pieces[0]]])
+            else:
+                assert len(m.pieces) == 1 and m.pieces[0].source == s.position
+
+
+def check_last(s: Schedule) -> None:
+    """A slab's buffer can be let go after the step that says so: nothing attends, forwards or receives it later. So can
+    queries, and their output is then final: it is sent after that, not before."""
+    done: list[Piece] = []
+    for step in s.steps:
+        if isinstance(step, Attend):
+            assert set(step.queries).isdisjoint(done)
+            done += step.queries if step.queries_last else []
+        else:
+            outputs = {piece for m in step.sends if m.tensor == "o" for piece in m.pieces}
+            assert outputs <= set(done) and set(done).isdisjoint(
+                p for m in step.receives for p in m.pieces if m.tensor == "q"
+            )
+    assert sorted(done) == sorted(s.queries)
+    slab_of = {piece: k for k, slab in enumerate(s.slabs) for piece in slab}
+    gone: list[int] = []
+    for step in s.steps:
+        if isinstance(step, Attend):
+            assert step.slab not in gone
+            gone += [step.slab] if step.keys_last else []
+        else:
+            read = [piece for m in step.sends if reads_slab(s, m) for piece in m.pieces]
+            written = [piece for m in step.receives if m.tensor == "kv" for piece in m.pieces]
+            assert {slab_of[piece] for piece in (*read, *written)}.isdisjoint(gone)
+    assert sorted(gone) == [*range(len(s.slabs))]
+
+
+def input_rounds(s: Schedule) -> list[Exchange]:
+    return [step for step in exchanges(s, "across") if step.receives[0].tensor != "o"]
+
+
+def lookaheads(s: Schedule) -> Iterator[tuple[int, int]]:
+    """At each Attend: how many input rounds between machines are posted, and how many are needed up to this step."""
+    arrival = {p: n for n, step in enumerate(input_rounds(s), 1) for p in arriving(step)}
+    posted = needed = 0
+    for step in s.steps:
+        if isinstance(step, Attend):
+            read = {("q", piece) for piece in step.queries} | {("kv", piece) for piece in step.keys}
+            needed = max(needed, *(arrival.get(item, 0) for item in read))
+            yield posted, needed
+        elif step.link == "across" and step.receives[0].tensor != "o":
+            posted += 1
+
+
+def arriving(step: Exchange) -> set[tuple[str, Piece]]:
+    return {(m.tensor, piece) for m in step.receives for piece in m.pieces}
+
+
+def check_lookahead(s: Schedule) -> None:
+    """When a chunk is about to be consumed, at most ``LOOKAHEAD`` rounds that come after its own are posted; and as
+    many as that, or all, unless one of them has to forward what is not here yet. A slab that is passed on is looked
+    ahead of by all of its parts."""
+    total = len(input_rounds(s))
+    parts = max(piece.parts for piece in all_keys(s)) if s.layout.ring_across > 1 else 1
+    ahead = max(LOOKAHEAD, parts)
+    before = -1
+    for posted, needed in lookaheads(s):
+        assert needed <= posted <= needed + ahead
+        if needed > before and s.layout.ring_across == 1:
+            assert posted == min(total, needed + ahead)
+        before = needed
+
+
+def check_forwards(s: Schedule) -> None:
+    """Passing on what was received makes a rank wait for no chunk that its next Attend does not wait for."""
+    arrival = {(step.link, item): step.round for step in exchanges(s) for item in arriving(step)}
+    needed = {"inside": -1, "across": -1}
+    forwards: set[Piece] = set()
+    for step in s.steps:
+        if isinstance(step, Exchange):
+            forwards |= {piece for m in step.sends if reads_slab(s, m) for piece in m.pieces}
+            continue
+        read = {("q", piece) for piece in step.queries} | {("kv", piece) for piece in step.keys}
+        for link in needed:
+            needed[link] = max(needed[link], *(arrival.get((link, item), -1) for item in read))
+            assert all(arrival.get((link, ("kv", piece)), -1) <= needed[link] for piece in forwards)
+        forwards = set()
+
+
+def check_deferred(s: Schedule) -> None:
+    """While outputs travel between machines, this machine's own queries have the last slabs left, and those alone."""
+    layout = s.layout
+    pushes = [at for at, step in enumerate(s.steps) if isinstance(step, Exchange) and is_push(step)]
+    if layout.torus == 1:
+        assert not pushes
+        return
+    own = {piece for piece in s.queries if layout.machine(piece.source) == layout.machine(s.position)}
+    deferred = {*range(max(1, len(s.slabs) - DEFERRED_SLABS), len(s.slabs))}
+    after_first, after_last = set(), set()
+    for at, step in enumerate(s.steps):
+        if isinstance(step, Attend) and not own.isdisjoint(step.queries):
+            after_first |= {step.slab} if at > pushes[0] else set()
+            after_last |= {step.slab} if at > pushes[-1] else set()
+            assert at > pushes[-1] or step.slab not in deferred
+    assert after_first == after_last == deferred
+    assert all(own.issuperset(step.queries) for step in s.steps[pushes[-1] :] if isinstance(step, Attend))
+
+
+def is_push(step: Exchange) -> bool:
+    return step.link == "across" and step.receives[0].tensor == "o"
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("joint", [None, "front", "rear"])
+def test_every_small_layout(joint):
+    for n, layout in enumerate(SMALL):
+        check(layout, joint, Cut())
+        if layout.torus > 1:
+            check(layout, joint, CUTS[n % len(CUTS)])
+
+
+@pytest.mark.parametrize(
+    "cut", CUTS, ids=lambda cut: f"kv{cut.kv} last{cut.last_kv} {'together' if cut.together else ''}"
+)
+def test_every_cut(cut):
+    """Three machines that split heads, two rings across: there are slabs of every kind."""
+    for joint in (None, "front", "rear"):
+        check(Layout(torus=3, ulysses=2, ring_across=1, ring_inside=2), joint, cut)
+        check(Layout(torus=2, ulysses=1, ring_across=2, ring_inside=2), joint, cut)
+
+
+@pytest.mark.parametrize("joint", [None, "front", "rear"])
+def test_together_is_one_attention(joint):
+    for layout in SMALL:
+        s = build_schedule(layout, layout.world_size - 1, joint, Cut(together=True))
+        (attend,) = (step for step in s.steps if isinstance(step, Attend))
+        assert attend.queries == s.queries and (attend.keys,) == s.slabs and s.remote == ()
+        assert attend.keys_last and attend.queries_last
+        sources = [Piece(source) for source in range(layout.world_size)]
+        front, rear = ([Piece(JOINT)] if joint == place else [] for place in ("front", "rear"))
+        assert list(attend.keys) == front + sources + rear
+
+
+def test_what_is_attended_together_is_not_cut():
+    with pytest.raises(ValueError, match="not cut"):
+        Cut(kv=2, together=True)
+
+
+@settings(max_examples=25)
+@given(layouts, joints, cuts)
+def test_larger_layouts(layout, joint, cut):
+    check(layout, joint, cut)
+
+
+@given(st.integers(0, 200), st.integers(1, 12))
+def test_parts_cover_the_tokens_of_their_source(tokens, parts):
+    """Also where there are fewer tokens than parts; no part is larger than need be."""
+    spans = [Piece(0, part, parts).span(tokens) for part in range(parts)]
+    assert [low for low, _ in spans] + [tokens] == [0] + [high for _, high in spans]
+    assert {high - low for low, high in spans} <= {tokens // parts, -(-tokens // parts)}
+
+
+def test_the_parts_are_those_of_the_cut():
+    """Queries and what starts on the own machine are whole; other KV comes in as many parts as given."""
+    layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=2)
+    s = build_schedule(layout, 5, cut=Cut(kv=3, last_kv=5))
+    parts = [{piece.parts for piece in slab} for slab in s.slabs]
+    assert parts == [{1}, {3}, {3}, {5}]
+    assert {piece.parts for piece in s.queries} == {1}
+
+
+@settings(max_examples=60)
+@given(layouts, st.sampled_from([1, 2, 4, 8]), cuts)
+def test_bytes_between_machines_equal_the_formulas(layout, heads_per_kv_head, cut):
+    """Elements that leave a machine, counted from the schedule, against design.md section 2."""
+    g = Fraction(1, heads_per_kv_head)
+    n = layout.num_machines
+    chunk = Fraction(1, layout.world_size * layout.ulysses_degree)  # of B*L*H*D: one rank's tokens, one head group
+    weight = {"q": chunk, "o": chunk, "kv": 2 * g * chunk}
+    out = Counter()
+    for w, s in enumerate(schedules(layout, cut=cut)):
+        for step in exchanges(s, "across"):
+            out[layout.machine(w)] += sum(weight[m.tensor] / piece.parts for m in step.sends for piece in m.pieces)
+    assert set(out.values()) <= {layout.egress(g)}
+    if layout.torus == n:
+        assert layout.egress(g) == (2 + 2 * g) * Fraction(n - 1, n * n)
+    if layout.torus == 1:
+        assert layout.egress(g) == 2 * g * Fraction(n - 1, n)
+
+
+def test_the_paper_example_pulls_in_rotation():
+    """4 machines x 8, T=4 U=2 R=4: machine order is t-1, t-2, t-3 in and t+1, t+2, t+3 out; O goes back in order."""
+    layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=4)
+    w = layout.position(1, 0, 0, 2)
+    for cut in (Cut(), Cut(kv=2, last_kv=2)):
+        across = exchanges(build_schedule(layout, w, cut=cut), "across")
+        assert all(len({(m.tensor, *m.pieces[0][1:]) for m in step.sends}) == 1 for step in across)
+        order = [(step.sends[0].tensor, step.sends[0].pieces[0].part) for step in across]
+        parts = {"q": 1, "kv": cut.kv, "o": 1}
+        assert order == [(x, part) for x in parts for _ in range(3) for part in range(parts[x])]
+        for of, senders, receivers in (("q", [0, 3, 2], [2, 3, 0]), ("kv", [0, 3, 2], [2, 3, 0])):
+            rounds = [step for step in across if step.sends[0].tensor == of][:: parts[of]]
+            assert [{layout.machine(m.peer) for m in step.receives} for step in rounds] == [{x} for x in senders]
+            assert [{layout.machine(m.peer) for m in step.sends} for step in rounds] == [{x} for x in receivers]
+        pushes = [step for step in across if step.sends[0].tensor == "o"]
+        assert [{layout.machine(m.peer) for m in step.sends} for step in pushes] == [{0}, {3}, {2}]
+        assert [{layout.machine(m.peer) for m in step.receives} for step in pushes] == [{2}, {3}, {0}]
+
+
+@pytest.mark.parametrize("cut", [Cut(), Cut(kv=2, last_kv=3)], ids=["whole", "cut"])
+def test_transfers_are_in_flight_while_chunks_are_attended(cut):
+    """Every machine's chunk is on its way at least one Attend before it is needed; O leaves chunk by chunk, with an
+    Attend between any two, and before the attention that only this rank waits for."""
+    layout = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=2)
+    for w in range(layout.world_size):
+        s = build_schedule(layout, w, cut=cut)
+        for step in input_rounds(s):
+            needs = "queries" if step.sends[0].tensor == "q" else "keys"
+            pieces = {piece for _, piece in arriving(step)}
+            at = s.steps.index(step)
+            used = next(
+                i for i, x in enumerate(s.steps) if isinstance(x, Attend) and not pieces.isdisjoint(getattr(x, needs))
+            )
+            assert any(isinstance(x, Attend) for x in s.steps[at:used]), f"round {step.round} is not overlapped"
+        pushes = [at for at, step in enumerate(s.steps) if isinstance(step, Exchange) and is_push(step)]
+        assert len(pushes) == 3
+        assert all(any(isinstance(x, Attend) for x in s.steps[a:b]) for a, b in pairwise(pushes))
+        final = s.steps[-1]
+        assert isinstance(final, Attend) and final.queries == (Piece(w),) and final.keys_last
