@@ -25,30 +25,30 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sf_xfuser.config import TorusArgs
-    from sf_xfuser.torus.attention import torus_attention
     from sf_xfuser.integrations.diffusers import parallelize
-    from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
-    from sf_xfuser.torus.mesh import Mesh, build_mesh
     from sf_xfuser.integrations.xdit.plugin import disable, enable
     from sf_xfuser.integrations.xdit.session import explain
+    from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
+    from sf_xfuser.torus.attention import torus_attention
+    from sf_xfuser.torus.mesh import Mesh, build_mesh
 
-_HOME = {
-    "TorusArgs": "args",
-    "torus_attention": "attention",
-    "parallelize": "context_parallel",
-    "LongContextAttention": "long_context",
-    "set_seq_parallel_pg": "long_context",
-    "Mesh": "mesh",
-    "build_mesh": "mesh",
-    "disable": "plugin",
-    "enable": "plugin",
-    "explain": "session",
+_MODULES = {
+    "TorusArgs": "config",
+    "torus_attention": "torus.attention",
+    "parallelize": "integrations.diffusers",
+    "LongContextAttention": "integrations.yunchang.attention",
+    "set_seq_parallel_pg": "integrations.yunchang.attention",
+    "Mesh": "torus.mesh",
+    "build_mesh": "torus.mesh",
+    "disable": "integrations.xdit.plugin",
+    "enable": "integrations.xdit.plugin",
+    "explain": "integrations.xdit.session",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""PyTorch calls :func:`variant` at the end of ``import torch`` (entry-point group ``torch.backends``).
+"""PyTorch calls :func:`register` at the end of ``import torch`` (entry-point group ``torch.backends``).
 
 Whatever happens here must not break ``import torch`` for programs that have nothing to do with xDiT: nothing but the
 standard library is imported before ``xfuser`` is, and no error escapes.
@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 
-def variant() -> None:
+def register() -> None:
     """Enable the plugin when ``xfuser`` starts being imported. Never raises; ``SF_XFUSER_AUTOLOAD=0`` turns it off."""
     try:
         from sf_xfuser.config import autoload_wanted

@@ -13,7 +13,8 @@ from typing import Literal
 
 from sf_xfuser import config as sp_args
 from sf_xfuser.layout import topology
-from sf_xfuser.transport import nvshmem, shm, symm_mem
+from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.gpu import nvshmem, symm_mem
 
 Status = Literal["ok", "info", "warn", "fail"]
 

@@ -229,7 +229,9 @@ def report(found: dict[str, dict[str, Result]]) -> str:
             files.setdefault(result.name.partition("::")[0], []).append(result)
         lines += ["| tests | pass without the flag | pass with torus | do not |", "|---|---|---|---|"]
         for file, of_file in sorted(files.items()):
-            passed = [sum(r.outcome.get(variant) == "passed" for r in of_file) for variant in ("without the flag", "torus")]
+            passed = [
+                sum(r.outcome.get(variant) == "passed" for r in of_file) for variant in ("without the flag", "torus")
+            ]
             served = "".join(f" ({r.served} calls served)" for r in of_file if r.served)
             cells = [
                 str(passed[0]),

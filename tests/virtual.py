@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.torus.links import link_peers
-from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.layout.plan import make_plan
 from sf_xfuser.layout.topology import Topology
-from sf_xfuser.transport import device
+from sf_xfuser.torus.links import link_peers
+from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.transport.gpu import device
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 

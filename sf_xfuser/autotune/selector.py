@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import partial
 from math import gcd, inf
@@ -25,12 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sf_xfuser.config import TorusArgs
 from sf_xfuser.autotune.trials import OWN, Contest
-from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, make_plan
-from sf_xfuser.autotune.usp_groups import XditGroups
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
+from sf_xfuser.torus.mesh import Mesh
 
 _SHAPES_KEPT = 64
 
@@ -92,7 +92,7 @@ class Way(NamedTuple):
 class Choice:
     """The candidates of one sequence-parallel group, and the trials of its call shapes. All ranks make the same calls.
 
-    ``own``: xDiT's own layout. ``others``: its other degrees, which run a call in ``groups``. ``meshes``: of Torus
+    ``own``: xDiT's own layout. ``others``: its other degrees, run inside ``selected``. ``meshes``: of Torus
     Attention in each layout, the plan's first. ``ways``: the mesh of each of torus's candidates.
     """
 
@@ -100,13 +100,13 @@ class Choice:
         self,
         own: XditConfig,
         others: Sequence[XditConfig],
-        groups: XditGroups,
+        selected: Callable[[XditConfig], AbstractContextManager[None]],
         meshes: Sequence[Mesh],
         *,
         kv_ratio: Fraction,
         log: Callable[[str], object],
     ) -> None:
-        self.own, self.groups, self.meshes, self.log = own, groups, tuple(meshes), log
+        self.own, self.selected, self.meshes, self.log = own, selected, tuple(meshes), log
         self.others = {f"xDiT's USP ({config})": config for config in others}
         self.ways = {f"torus ({mesh.layout})": Way(mesh) for mesh in meshes}
         if torch.cuda.is_available() or not self.mesh.one_host:  # else torus is unstaged in any case
@@ -174,7 +174,7 @@ class Choice:
             return torus(*self.ways[name])
         if name == OWN:
             return xdits()
-        with self.groups.selected(self.others[name]):
+        with self.selected(self.others[name]):
             return xdits()
 
     def _start(self, known: Any) -> Contest:

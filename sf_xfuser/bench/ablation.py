@@ -19,11 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from sf_xfuser.simulator.cluster import Cluster, Link, Way
 from sf_xfuser.layout.plan import paper_layout
-from sf_xfuser.simulator.presets import preset
-from sf_xfuser.simulator import CallShape, TorusVariant, predict
 from sf_xfuser.layout.usp_layouts import XditConfig
+from sf_xfuser.simulator import CallShape, TorusVariant, predict
+from sf_xfuser.simulator.cluster import Cluster, Link, Way
+from sf_xfuser.simulator.presets import preset
 
 VARIANTS = ("mapping alone", "+ Torus (NCCL)", "+ one-sided")
 

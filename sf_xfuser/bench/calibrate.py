@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.torus.attention import attend_nothing, torus_attention
-from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
+from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction, merge_
-from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.simulator import MERGE_BYTES, CallShape, TorusVariant, predict
-from sf_xfuser.autotune.usp_groups import XditGroups
 from sf_xfuser.layout.usp_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
+from sf_xfuser.simulator import MERGE_BYTES, CallShape, TorusVariant, predict
+from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
+from sf_xfuser.torus.attention import attend_nothing, torus_attention
+from sf_xfuser.torus.mesh import Mesh
 
 _TRIES, _TRY_S = 3, 0.2  # how often a piece is timed, and for how long each time
 _TRANSFER_S = 0.1  # calls with nothing computed are made to take longer than this

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sf_xfuser.config import TorusArgs
 from sf_xfuser.bench.emulate import ClusterSpec
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.files import read_text
 
 if sys.version_info >= (3, 11):

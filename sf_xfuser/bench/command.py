@@ -20,13 +20,12 @@ from typing import Any
 from rich.console import Console
 
 from sf_xfuser import __version__
-from sf_xfuser.bench import emulate
-from sf_xfuser.config import TorusArgs, launch_environment, set_defaults
-from sf_xfuser.bench import report
-from sf_xfuser.bench.variants import COMPRESSED, known_names, over
+from sf_xfuser.bench import emulate, report
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.pipeline import SHAPES
 from sf_xfuser.bench.rank import AttentionOrder, PipelineOrder, run, run_pipeline
+from sf_xfuser.bench.variants import COMPRESSED, known_names, over
+from sf_xfuser.config import TorusArgs, launch_environment, set_defaults
 
 _WIDTH = 150  # of tables, where the output is not a terminal
 # Imports of xDiT and transformers, and PyTorch's profiler and sockets, talk; a benchmark's output is its table.
@@ -59,7 +58,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch", type=int, default=1, help="Default: 1")
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="Default: float32")
     what.add_argument("--plan", default="auto", help="layout of the torus variants, as --sp-plan. Default: auto")
-    what.add_argument("--variants", metavar="A,B", help=f"only these variants: {known_names()}. Default: all that are legal, "
+    what.add_argument("--variants", "--arms", metavar="A,B", help=f"only these variants: {known_names()}. Default: all that are legal, "
                       "torus over its default transport; auto where it is named. With --pipeline: torus-fp8 and "
                       "torus-int8, besides the others")  # fmt: skip
     what.add_argument("--pipeline", metavar="MODEL", help="whole denoising steps through xDiT instead of attention "

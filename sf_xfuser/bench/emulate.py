@@ -179,7 +179,14 @@ def run(
     with lifeline:
         with holders_end:
             holder = subprocess.Popen(
-                [*namespaces, sys.executable, "-m", "sf_xfuser.bench.emulate", str(holders_end.fileno()), json.dumps(order)],
+                [
+                    *namespaces,
+                    sys.executable,
+                    "-m",
+                    "sf_xfuser.bench.emulate",
+                    str(holders_end.fileno()),
+                    json.dumps(order),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,

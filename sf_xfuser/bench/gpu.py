@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.bench.command import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.kernels import (
@@ -46,6 +45,7 @@ from sf_xfuser.kernels.choice import TABLE, Measured, architecture, write_table
 from sf_xfuser.kernels.fused import HEAD_SIZES
 from sf_xfuser.kernels.packing import Compressed, Format
 from sf_xfuser.layout.plan import Layout
+from sf_xfuser.torus.attention import torus_attention
 
 Variants = dict[str, Callable[[], object]]
 Row = dict[str, Any]
@@ -130,7 +130,9 @@ class Bench:
         """The same of the host, until all is enqueued."""
         return self._alternate(variants, self._host_us)
 
-    def _alternate(self, variants: Variants, measure: Callable[[Callable[[], object]], float]) -> dict[str, list[float]]:
+    def _alternate(
+        self, variants: Variants, measure: Callable[[Callable[[], object]], float]
+    ) -> dict[str, list[float]]:
         taken: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(self.warmup + self.repeat):
             for name, work in variants.items():

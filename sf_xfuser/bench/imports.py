@@ -59,7 +59,11 @@ def measure(rounds: int) -> dict[str, list[float]]:
 
 def _import_once(variant: str) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", _IMPORT], env=with_environment(VARIANTS[variant]), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _IMPORT],
+        env=with_environment(VARIANTS[variant]),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     if done.returncode:
         raise RuntimeError(f"xfuser cannot be imported with the plugin {variant}:\n{done.stderr[-2000:]}")

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.torus.call import Call, agree
-from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.layout.plan import Layout, Plan
 from sf_xfuser.layout.schedule import Exchange, Message, Piece
 from sf_xfuser.layout.topology import Topology
+from sf_xfuser.torus.call import Call, agree
+from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, window_view
-from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.gpu.device import DeviceWindow
+from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 
 class Alone:

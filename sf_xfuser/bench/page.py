@@ -309,7 +309,9 @@ def _case(rows: Sequence[Row], timelines: Sequence[Mapping[str, Any]], figures: 
     compared = (report.variant_row(rows, report.SUBJECT), report.usp_row(rows))
     for row in compared:
         if row is not None and report.succeeded(row) and len(row.get("wire_bytes") or ()) > 1:
-            body.append(_section(f"MB between machines, {row['variant']}", _heat_table(row["wire_bytes"]), opened=False))
+            body.append(
+                _section(f"MB between machines, {row['variant']}", _heat_table(row["wire_bytes"]), opened=False)
+            )
     return "\n".join(body)
 
 

@@ -28,16 +28,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.integrations.xdit import plugin
-from sf_xfuser.integrations.xdit import session
-from sf_xfuser.transport.rendezvous import Agreement
-from sf_xfuser.config import TorusArgs
 from sf_xfuser.bench.usp_variants import attention_timer, open_variants
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.files import read_json
+from sf_xfuser.integrations.xdit import plugin, session
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
-from sf_xfuser.torus.mesh import build_mesh, gather_topology
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 from sf_xfuser.layout.usp_layouts import legal_configs
+from sf_xfuser.torus.mesh import build_mesh, gather_topology
+from sf_xfuser.transport.rendezvous import Agreement
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)

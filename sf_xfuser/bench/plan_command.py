@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sf_xfuser.bench import report
-from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.files import read_json
-from sf_xfuser.simulator.models import MODELS, find_model
 from sf_xfuser.layout.plan import UNEVEN, make_plan
+from sf_xfuser.layout.usp_layouts import XditConfig
+from sf_xfuser.simulator import ITEMSIZE, CallShape, TorusVariant, predict
+from sf_xfuser.simulator.cluster import Cluster
+from sf_xfuser.simulator.models import MODELS, find_model
 from sf_xfuser.simulator.planner import PATTERN_OF, RankedLayout, Ranking, rank
 from sf_xfuser.simulator.presets import PRESETS, preset
-from sf_xfuser.simulator import ITEMSIZE, CallShape, TorusVariant, predict
-from sf_xfuser.layout.usp_layouts import XditConfig
 
 _WIDTH = 170  # of tables that no terminal shows
 _MEASURED, _PREDICTED = "measured", "predicted"
@@ -47,7 +47,9 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--no-overlap", action="store_true", help="torus, each transfer waited for at once")
     what.add_argument("--measured", metavar="FILE", help="a trace or document of sf-xfuser bench (--trace, --json), to "
                       "lay beside the prediction")  # fmt: skip
-    what.add_argument("--measured-variant", default=report.SUBJECT, metavar="VARIANT", help="whose timeline. Default: torus")
+    what.add_argument(
+        "--measured-variant", default=report.SUBJECT, metavar="VARIANT", help="whose timeline. Default: torus"
+    )
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="the timelines as JSON; - for standard output")
     out.add_argument("--plot", metavar="FILE", help="the timelines as a picture (png, svg, pdf)")
@@ -236,9 +238,13 @@ def _from_trace(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         if event["ph"] != "X":
             continue
-        variant, machine, case = re.fullmatch(r"(.*) machine (\d+): (.*)", names["process_name", event["pid"], 0]).groups()  # type: ignore[union-attr]
+        variant, machine, case = re.fullmatch(
+            r"(.*) machine (\d+): (.*)", names["process_name", event["pid"], 0]
+        ).groups()  # type: ignore[union-attr]
         number = int(re.match(r"rank (\d+) ", names["thread_name", event["pid"], event["tid"]])[1])  # type: ignore[index]
-        timeline = timelines.setdefault((variant, case), {"case": case, "variant": variant, "duration_s": 0.0, "ranks": {}})
+        timeline = timelines.setdefault(
+            (variant, case), {"case": case, "variant": variant, "duration_s": 0.0, "ranks": {}}
+        )
         mine = timeline["ranks"].setdefault(number, {"rank": number, "machine": int(machine), "spans": []})
         start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
         span = {"link": event["cat"], "name": event["name"], "start_s": start, "end_s": end}

@@ -10,10 +10,10 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from sf_xfuser.bench.page import Panel, save
-from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.layout.plan import paper_layout
-from sf_xfuser.simulator.planner import PATTERN_OF, Ranking, rank
 from sf_xfuser.simulator import CallShape, TorusVariant, predict
+from sf_xfuser.simulator.cluster import Cluster
+from sf_xfuser.simulator.planner import PATTERN_OF, Ranking, rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,9 @@ def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, floa
 
     return {
         "torus, best layout": fastest(lambda name: name == "torus"),
-        "torus, paper's rule": predict(cluster, shape, TorusVariant(layout=paper, pattern=PATTERN_OF[transport])).seconds,
+        "torus, paper's rule": predict(
+            cluster, shape, TorusVariant(layout=paper, pattern=PATTERN_OF[transport])
+        ).seconds,
         "xDiT's USP": fastest(lambda name: name.startswith("usp-")),
         "xDiT's best": fastest(lambda name: name != "torus"),
     }

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.transport.rendezvous import Agreement
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.base import Parcel
+from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu.shm import Shm
+from sf_xfuser.transport.rendezvous import Agreement
 
 SIZES = tuple(1 << n for n in range(12, 23, 2))
 _WARMUP = 3

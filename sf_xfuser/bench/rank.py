@@ -25,18 +25,17 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from sf_xfuser.bench import emulate
-from sf_xfuser.integrations.xdit import plugin
 from sf_xfuser.bench import calibrate as probe
-from sf_xfuser.config import launch_environment
-from sf_xfuser.bench import xdit_variants
-from sf_xfuser.bench.variants import ALONE, SINGLE, Variant, open_variants, traced
+from sf_xfuser.bench import emulate, usp_variants
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows, pipeline_rows
-from sf_xfuser.simulator.cluster import Cluster
+from sf_xfuser.bench.variants import ALONE, SINGLE, Variant, open_variants, traced
+from sf_xfuser.config import launch_environment
+from sf_xfuser.integrations.xdit import plugin
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.simulator import CallShape, predict
+from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.torus.trace import Trace
 
 
@@ -74,7 +73,7 @@ def run(order: AttentionOrder, done: Callable[[list[dict[str, Any]], list[dict[s
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device((launch_environment().local_rank or 0) % torch.cuda.device_count())
-    if xdit_variants.available() is None:
+    if usp_variants.available() is None:
         plugin.enable()  # before the first group: on a CPU all of them then share one event loop
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=order.timeout_s))
     try:
@@ -116,8 +115,8 @@ class _Measurement:
         runnable = [variant for variant in self.variants if variant.call is not None or variant.name == SINGLE]
         total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
         with ExitStack() as stack:
-            if xdit_variants.available() is None:
-                stack.enter_context(xdit_variants.attention_timer(self._kernel_ran))
+            if usp_variants.available() is None:
+                stack.enter_context(usp_variants.attention_timer(self._kernel_ran))
             advance = stack.enter_context(self._progress(total))
             for variant in runnable:
                 advance(f"{variant.name}: checking")
@@ -159,12 +158,16 @@ class _Measurement:
     def _probe(self) -> probe.Pace:
         """Measure the cluster, in pieces."""
         case = self.case
-        mesh = next((variant.mesh for variant in self.variants if variant.mesh is not None and variant.name == SUBJECT), None)
+        mesh = next(
+            (variant.mesh for variant in self.variants if variant.mesh is not None and variant.name == SUBJECT), None
+        )
         if mesh is None:
-            raise ValueError(f"--predict measures over the links of the variant {SUBJECT}, which is not among the variants")
+            raise ValueError(
+                f"--predict measures over the links of the variant {SUBJECT}, which is not among the variants"
+            )
         rate_bps = case.inter_rate_bps if self.order.emulated else None
         order = probe.Order(
-            attend=sdpa_attend if xdit_variants.available() else xdit_variants.registered_attention(),
+            attend=sdpa_attend if usp_variants.available() else usp_variants.registered_attention(),
             heads=case.heads,
             head_dim=case.head_dim,
             dtype=getattr(torch, case.dtype),
@@ -239,7 +242,9 @@ class _Measurement:
         self._barrier()
         with _peak_memory(self.device) as peak:
             self._call(variant)
-        window = variant.mesh.window if variant.mesh is not None else None  # memory that PyTorch's allocator does not see
+        window = (
+            variant.mesh.window if variant.mesh is not None else None
+        )  # memory that PyTorch's allocator does not see
         sample.peak_bytes = self._gather(peak[0] + (window.window_bytes if window is not None else 0))
         trace = Trace()
         self._recording = trace if variant.mesh is None else None
@@ -373,7 +378,7 @@ def run_pipeline(order: PipelineOrder) -> list[dict[str, Any]]:
     """Rows of whole denoising steps, on rank 0. Collective over the job. Raises ValueError for an unknown model."""
     from sf_xfuser.bench.pipeline import SHAPES, PipelineOptions, make_model, measure
 
-    missing = xdit_variants.available()
+    missing = usp_variants.available()
     if missing is not None:
         raise ValueError(f"--pipeline runs xDiT's pipelines: {missing}")
     with ExitStack() as stack:

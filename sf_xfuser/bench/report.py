@@ -219,7 +219,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     bytes lie farthest from the formula, relative to it, positive for more.
     """
     cases = by_case(rows)
-    subjects = {case: row for case, of in cases.items() if (row := variant_row(of, SUBJECT)) is not None and succeeded(row)}
+    subjects = {
+        case: row for case, of in cases.items() if (row := variant_row(of, SUBJECT)) is not None and succeeded(row)
+    }
     efficiencies = [value for row in subjects.values() if (value := number(row.get("efficiency"))) is not None]
     deviations: list[dict[str, Any]] = []
     for row in rows:
@@ -234,7 +236,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "vs_usp": _ratios(subjects, "ratio_to_usp"),
         "vs_best_xdit": _ratios(subjects, "ratio_to_best_xdit"),
         "peak_vs_usp": _largest_peak_ratio(subjects, {case: usp_row(of) for case, of in cases.items()}),
-        "peak_vs_ulysses": _largest_peak_ratio(subjects, {case: variant_row(of, "ulysses") for case, of in cases.items()}),
+        "peak_vs_ulysses": _largest_peak_ratio(
+            subjects, {case: variant_row(of, "ulysses") for case, of in cases.items()}
+        ),
         "wire_deviation": max(deviations, key=lambda item: abs(item["deviation"]), default=None),
     }
 
@@ -286,7 +290,9 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
             and (median := number(row.get("median_s")))
             and (predicted := number(row.get("predicted_s")))
         ]
-        found += [{"case": case, "variant": variant, "ratio": predicted / median} for variant, median, predicted in known]
+        found += [
+            {"case": case, "variant": variant, "ratio": predicted / median} for variant, median, predicted in known
+        ]
         for one, other in combinations(known, 2):
             fast, slow = sorted((one, other), key=lambda variant: variant[1])
             if slow[1] > fast[1] * 1.1:

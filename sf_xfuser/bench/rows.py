@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sf_xfuser.bench.variants import ALONE, SINGLE, Variant
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import best_xdit_row, usp_row
+from sf_xfuser.bench.variants import ALONE, SINGLE, Variant
 
 #: Largest absolute difference from a single process that is still right.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}

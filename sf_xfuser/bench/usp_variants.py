@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.integrations.xdit import plugin
-from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.integrations.xdit.usp import as_attend_function
-from sf_xfuser.autotune.usp_groups import XditGroups
+from sf_xfuser.integrations.xdit.usp_groups import XditGroups
+from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.layout.usp_layouts import XditConfig
 
 

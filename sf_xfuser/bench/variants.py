@@ -9,19 +9,19 @@ from math import gcd
 
 import torch
 
-from sf_xfuser.config import COMPRESSIONS, TRANSPORTS, TorusArgs
-from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.bench import xdit_variants
+from sf_xfuser.autotune.selector import Choice, flat_ulysses, layouts
+from sf_xfuser.bench import usp_variants
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.usp_variants import call_usp
-from sf_xfuser.autotune.selector import Choice, flat_ulysses, layouts
+from sf_xfuser.config import COMPRESSIONS, TRANSPORTS, TorusArgs
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
-from sf_xfuser.torus.mesh import Mesh, build_mesh
 from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges
+from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
 from sf_xfuser.simulator import TorusVariant
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import Mesh, build_mesh
 from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError
-from sf_xfuser.layout.usp_layouts import XditConfig, variant_name, egress, legal_configs
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -90,13 +90,15 @@ def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[
         mesh = _mesh(case, args)
     except ValueError as error:
         refused = str(error)
-    if xdit_variants.available() is None:
-        xdit_variants.open_variants([], ranks_per_machine=case.ranks_per_machine)  # also where the shape suits none of its variants
+    if usp_variants.available() is None:
+        usp_variants.open_variants(
+            [], ranks_per_machine=case.ranks_per_machine
+        )  # also where the shape suits none of its variants
     variants += _xdit_variants(case, mesh, wanted)
     if mesh is None:
         variants += [Variant(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
         return [variant for variant in variants if wanted is None or variant.name in wanted]
-    attend = sdpa_attend if xdit_variants.available() else xdit_variants.registered_attention()
+    attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
     ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
     if ours_wanted and not mesh.chosen:  # the first call does it; the variant without overlap is to use the same
         mine = case.tokens[mesh.position]
@@ -148,7 +150,9 @@ def _mesh(case: Case, args: TorusArgs) -> Mesh:
     return build_mesh([group], args, heads=heads, kv_heads=kv_heads, max_imbalance=UNEVEN)
 
 
-def _our_variant(name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float) -> Variant:
+def _our_variant(
+    name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float
+) -> Variant:
     together = name == TOGETHER
     return Variant(
         name=name,
@@ -167,7 +171,9 @@ def _our_variant(name: str, description: str, case: Case, mesh: Mesh, attend: At
     )
 
 
-def _variant(name: str, description: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float) -> Variant:
+def _variant(
+    name: str, description: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float
+) -> Variant:
     """Torus in the same layout on a mesh of its own, whose windows are as large as this variant needs."""
     try:
         mesh = _mesh(case, args)
@@ -185,14 +191,14 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
     degree = gcd(m, gcd(case.heads, kv_heads))
     own = XditConfig(ulysses_degree=degree, ring_degree=case.world_size // degree)
     mesh = _mesh(case, args)
-    xdits = xdit_variants.open_variants([own], ranks_per_machine=m, members=mesh.members)[own]
+    xdits = usp_variants.open_variants([own], ranks_per_machine=m, members=mesh.members)[own]
     found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
     further = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
     meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in further)]
     choice = Choice(
         own,
         flat_ulysses(own, case.heads, kv_heads),
-        xdits.groups,
+        xdits.groups.selected,
         meshes,
         kv_ratio=Fraction(kv_heads, case.heads),
         log=lambda message: None,
@@ -308,7 +314,7 @@ def _xdit_variants(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) 
     if (missing := _no_xdit(case)) is not None:
         return [Variant(name=name, description="xDiT", family=_family(name), reason=missing) for name in names]
     members = None if mesh is None else mesh.members
-    calls = xdit_variants.open_variants([named[x] for x in names if x in named], ranks_per_machine=m, members=members)
+    calls = usp_variants.open_variants([named[x] for x in names if x in named], ranks_per_machine=m, members=members)
     return [
         Variant(
             name=name,
@@ -327,7 +333,7 @@ def _xdit_variants(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) 
 
 def _no_xdit(case: Case) -> str | None:
     """Why none of xDiT's variants can run the case."""
-    missing = xdit_variants.available()
+    missing = usp_variants.available()
     if missing is None and case.seq_len % case.world_size:
         missing = f"xDiT splits tokens evenly, and {case.world_size} ranks do not divide {case.seq_len}"
     return missing

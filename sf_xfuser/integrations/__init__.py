@@ -1,0 +1,1 @@
+"""Where Torus Attention enters other packages: xDiT, diffusers and yunchang."""

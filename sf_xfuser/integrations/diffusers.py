@@ -25,13 +25,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
-from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.integrations.fallback import DropIn, log_on_rank_0
 from sf_xfuser.integrations.hooks import Hook, HookSet
-from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.integrations.xdit.degrees import facts_of_config
+from sf_xfuser.kernels import AttendFunction, sdpa_attend
+from sf_xfuser.torus.all_gather import all_gather
+from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import Mesh, build_mesh
 
 _DISPATCH = "diffusers.models.attention_dispatch"

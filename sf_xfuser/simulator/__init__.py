@@ -11,21 +11,26 @@ it: all run in step, and what comes in a round comes when this rank's own has le
 
 from __future__ import annotations
 
+from sf_xfuser.layout.usp_layouts import XditConfig
 from sf_xfuser.simulator.cluster import Cluster
-from sf_xfuser.simulator.variant import ITEMSIZE, CallShape, Prediction
 from sf_xfuser.simulator.torus import MERGE_BYTES, Torus, TorusVariant
 from sf_xfuser.simulator.usp import Usp
-from sf_xfuser.layout.usp_layouts import XditConfig
+from sf_xfuser.simulator.variant import ITEMSIZE, CallShape, Prediction
 
 __all__ = ["ITEMSIZE", "MERGE_BYTES", "CallShape", "Prediction", "TorusVariant", "bound", "predict"]
 
 
-def predict(cluster: Cluster, shape: CallShape, variant: TorusVariant | XditConfig, *, every_rank: bool = False) -> Prediction:
+def predict(
+    cluster: Cluster, shape: CallShape, variant: TorusVariant | XditConfig, *, every_rank: bool = False
+) -> Prediction:
     """What ``variant`` takes for one call of ``shape``. ``every_rank`` replays them all and keeps their timeline; without
     it one stands for all where they are alike. Raises ValueError where the variant does not fit the cluster."""
     if isinstance(variant, XditConfig):
         return Usp(cluster, shape, variant).predict(every_rank)
-    if (variant.layout.num_machines, variant.layout.ranks_per_machine) != (cluster.num_machines, cluster.ranks_per_machine):
+    if (variant.layout.num_machines, variant.layout.ranks_per_machine) != (
+        cluster.num_machines,
+        cluster.ranks_per_machine,
+    ):
         raise ValueError(f"{variant.layout} does not fit {cluster.num_machines} x {cluster.ranks_per_machine} ranks")
     return Torus(cluster, shape, variant).predict(every_rank)
 

@@ -14,10 +14,10 @@ from fractions import Fraction
 from math import gcd
 from typing import Any
 
-from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, paper_layout
+from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
 from sf_xfuser.simulator import CallShape, Prediction, TorusVariant, bound, predict
-from sf_xfuser.layout.usp_layouts import XditConfig, variant_name, egress, legal_configs
+from sf_xfuser.simulator.cluster import Cluster
 
 PATTERN_OF = {"two_sided": "message", "one_sided": "put"}
 """Kinds of transport, and what the simulator calls them."""
@@ -95,7 +95,9 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
         for config in legal_configs(cluster.world_size, m, shape.heads, shape.kv_heads)
         if config.rotation == "allgather"
     ]
-    bounds = [(bound(cluster, shape, variant), number, name, variant) for number, (name, variant) in enumerate(variants)]
+    bounds = [
+        (bound(cluster, shape, variant), number, name, variant) for number, (name, variant) in enumerate(variants)
+    ]
     replayed: list[RankedLayout] = []
     left: list[RankedLayout] = []
     fastest = float("inf")
@@ -105,7 +107,11 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
         if worth or bound_s * (_NEAR if len(replayed) < _FEW else _CLEARLY) < fastest:
             predicted = predict(cluster, shape, variant)
             fastest = min(fastest, predicted.seconds)
-        elements = float(variant.layout.egress(ratio)) if isinstance(variant, TorusVariant) else egress(variant, n, m, float(ratio))
+        elements = (
+            float(variant.layout.egress(ratio))
+            if isinstance(variant, TorusVariant)
+            else egress(variant, n, m, float(ratio))
+        )
         candidate = RankedLayout(
             name=name,
             layout=str(variant),

@@ -9,12 +9,12 @@ from fractions import Fraction
 from functools import cache, cached_property
 from typing import Literal
 
-from sf_xfuser.simulator.cluster import Cluster, Link, Way
 from sf_xfuser.layout.memory_map import Places, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
 from sf_xfuser.layout.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
-from sf_xfuser.simulator.variant import ITEMSIZE, CallShape, ReplayedVariant, Work
+from sf_xfuser.simulator.cluster import Cluster, Link, Way
 from sf_xfuser.simulator.replay import Key, Program, Replay, Round
+from sf_xfuser.simulator.variant import ITEMSIZE, CallShape, ReplayedVariant, Work
 
 MERGE_BYTES = 18
 """Read and written for one element of a partial result by ``kernels.merge``: to fp32, then one lerp."""
@@ -59,10 +59,10 @@ class Torus(ReplayedVariant):
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
         self.cut: Cut = choose_cut(variant.layout, self.tokens, cluster.device, together=variant.together)
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
-        self.ways: dict[str, Way] = {link: link.way(variant.pattern) for link, link in self.links.items()}
+        self.ways: dict[str, Way] = {name: link.way(variant.pattern) for name, link in self.links.items()}
         self.seconds_per_byte = {
-            link: 8e-9 / link.share_gbps(cluster.ranks_per_machine) / self.ways[link].efficiency
-            for link, link in self.links.items()
+            name: 8e-9 / link.share_gbps(cluster.ranks_per_machine) / self.ways[name].efficiency
+            for name, link in self.links.items()
         }
 
     @cached_property

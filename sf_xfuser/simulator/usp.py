@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from sf_xfuser.simulator.cluster import Cluster, Way
-from sf_xfuser.simulator.variant import CallShape, ReplayedVariant, Work
-from sf_xfuser.simulator.replay import Program, Replay, Round
 from sf_xfuser.layout.usp_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses, sent_in_a_call
+from sf_xfuser.simulator.cluster import Cluster, Way
+from sf_xfuser.simulator.replay import Program, Replay, Round
+from sf_xfuser.simulator.variant import CallShape, ReplayedVariant, Work
 
 _RING_MERGE_BYTES = 38  # by PyTorch's ring (_SDPAMerger): six elementwise steps in fp32
 
@@ -114,16 +114,16 @@ class Usp(ReplayedVariant):
             replay.post(number, link, round)
 
     def _collective_s(
-        self, link: str, fractions: tuple[float, ...], pattern: str, nbytes: float, members: int, hops: int
+        self, link_name: str, fractions: tuple[float, ...], pattern: str, nbytes: float, members: int, hops: int
     ) -> tuple[float, Way, float]:
         """(seconds, the way, latency)"""
-        link = self.cluster.across if link == "across" else self.cluster.inside
+        link = self.cluster.across if link_name == "across" else self.cluster.inside
         way = link.way(pattern, members)
         if not any(fractions):
             return 0.0, way, 0.0
-        if (per_byte := self._seconds_per_byte.get((link, pattern))) is None:
+        if (per_byte := self._seconds_per_byte.get((link_name, pattern))) is None:
             per_byte = link.seconds(fractions, self.cluster.ranks_per_machine, way)
-            self._seconds_per_byte[link, pattern] = per_byte
+            self._seconds_per_byte[link_name, pattern] = per_byte
         messages = (members - 1) if pattern == "exchange" else hops
         return per_byte * nbytes + (way.start_us + way.message_us * messages) * 1e-6, way, hops * link.latency_us * 1e-6
 

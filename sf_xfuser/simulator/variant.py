@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from sf_xfuser.layout.usp_layouts import Sent
 from sf_xfuser.simulator.cluster import Cluster, Way
 from sf_xfuser.simulator.replay import Program, Replay
-from sf_xfuser.layout.usp_layouts import Sent
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -11,8 +11,6 @@ from typing import Literal
 
 import torch
 
-from sf_xfuser.torus.buffers import Buffers
-from sf_xfuser.torus.call import Call, agree
 from sf_xfuser.kernels import (
     AttendFunction,
     Chunks,
@@ -28,8 +26,10 @@ from sf_xfuser.kernels import (
     why_not_fused,
     without_weightless,
 )
-from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.layout.schedule import JOINT, Attend, Exchange, Message, Piece
+from sf_xfuser.torus.buffers import Buffers
+from sf_xfuser.torus.call import Call, agree
+from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import Parcel, Ticket
 
 # On a CPU, queries are attended in runs of rows, so that a partial result stays small beside O. PyTorch's kernel works

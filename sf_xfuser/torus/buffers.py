@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import torch
 
-from sf_xfuser.torus.call import Call
 from sf_xfuser.kernels import place, take
 from sf_xfuser.layout.memory_map import Buffer
 from sf_xfuser.layout.schedule import JOINT, Message, Piece
+from sf_xfuser.torus.call import Call
 from sf_xfuser.transport.base import Parcel, window_view
 
 Tensors = tuple[torch.Tensor, ...]

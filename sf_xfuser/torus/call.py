@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.layout.memory_map import Places, Sizes
 from sf_xfuser.layout.plan import head_ranges
 from sf_xfuser.layout.schedule import Message, Schedule, build_schedule, choose_cut
+from sf_xfuser.torus.mesh import Mesh
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

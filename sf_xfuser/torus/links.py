@@ -11,16 +11,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sf_xfuser.transport.rendezvous import Agreement, bounded
 from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.schedule import Link
-from sf_xfuser.transport import device, nvshmem, shm, symm_mem, tcp
 from sf_xfuser.transport.base import Transport, TransportError
+from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.cpu import shm, tcp
 from sf_xfuser.transport.cpu.shm import Shm
+from sf_xfuser.transport.gpu import device, nvshmem, symm_mem
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
+from sf_xfuser.transport.rendezvous import Agreement, bounded
 from sf_xfuser.transport.two_sided import TwoSided
 
 PATIENCE = 5
@@ -173,7 +174,9 @@ def shared_links(wanted: str | None, domains: Sequence[MemoryDomain], layout: La
     return shared
 
 
-def ways(wanted: str, rank_info: RankInfo, shared: Sequence[Link], group_of: Mapping[Link, Group]) -> dict[str, Connect]:
+def ways(
+    wanted: str, rank_info: RankInfo, shared: Sequence[Link], group_of: Mapping[Link, Group]
+) -> dict[str, Connect]:
     """How the links can be made, by name; several for ``"auto"`` only, and the first of them can always be.
     ``group_of``: process groups, where ``need_groups``."""
     found: dict[str, Connect] = {}
@@ -249,4 +252,6 @@ def _connect_groups(
 def _connect_nvshmem(rank_info: RankInfo, control: ControlPlane) -> Links:
     """Both links are one."""
     peers = [peer for found in link_peers(rank_info.layout, rank_info.position).values() for peer in found]
-    return dict.fromkeys(("inside", "across"), Nvshmem(control, rank_info.members, rank_info.position, peers, rank_info.timeout_s))
+    return dict.fromkeys(
+        ("inside", "across"), Nvshmem(control, rank_info.members, rank_info.position, peers, rank_info.timeout_s)
+    )

@@ -18,19 +18,19 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.torus import links as links
-from sf_xfuser.transport.rendezvous import Agreement, bounded
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.compression import Compression
-from sf_xfuser.transport.control_plane import ControlPlane, GroupError
 from sf_xfuser.kernels import Verdict
-from sf_xfuser.torus.links import PATIENCE, Connect, Group, Links, RankInfo
 from sf_xfuser.layout.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.layout.schedule import Link
 from sf_xfuser.layout.topology import MachineGrid, RankFacts, Topology, probe
+from sf_xfuser.torus import links as links
+from sf_xfuser.torus.compression import Compression
+from sf_xfuser.torus.links import PATIENCE, Connect, Group, Links, RankInfo
 from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import OneSided, OtherCall, Parcel, TransportError, Unusable
+from sf_xfuser.transport.control_plane import ControlPlane, GroupError
 from sf_xfuser.transport.gpu.device import captures
+from sf_xfuser.transport.rendezvous import Agreement, bounded
 
 _CALLS_KEPT = 64
 _TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer

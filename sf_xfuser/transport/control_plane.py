@@ -31,9 +31,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
-from sf_xfuser.transport.rendezvous import Agreement
 from sf_xfuser.config import environment
 from sf_xfuser.layout.topology import boot_id
+from sf_xfuser.transport.rendezvous import Agreement
 
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"!{_TOKEN_BYTES}sI")  # token, position

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.base import OtherCall, Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.control_plane import ControlPlane
 
 _LOOK_S = 0.05  # how often a waiting rank looks whether the call has failed elsewhere
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from sf_xfuser import TorusArgs
-from sf_xfuser.transport import shm
+from sf_xfuser.transport.cpu import shm
 from tests.launch import reports, torchrun
 
 EACH = 4

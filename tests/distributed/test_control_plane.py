@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from sf_xfuser.transport.rendezvous import bounded
 from sf_xfuser.transport.control_plane import _STRANGERS, Greeter
+from sf_xfuser.transport.rendezvous import bounded
 from tests.launch import reports, torchrun
 
 GONE = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"

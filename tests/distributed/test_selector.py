@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_xfuser.config import TorusArgs
 from sf_xfuser.autotune.selector import flat_ulysses, layouts, torus_first
 from sf_xfuser.autotune.trials import OWN, Contest
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.usp_layouts import XditConfig
 from tests.launch import torchrun

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from sf_xfuser.torus import links as links
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.transport import shm
+from sf_xfuser.torus import links as links
+from sf_xfuser.transport.cpu import shm
 from tests.launch import RANKS, reports, run, torchrun
 from tests.ranks import faults
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from sf_xfuser.transport import nvshmem, symm_mem
+from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from tests.launch import RANKS, reports, run, torchrun
 
 GPUS = torch.cuda.device_count()

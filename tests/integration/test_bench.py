@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from sf_xfuser import cli
-from sf_xfuser.bench import emulate
-from sf_xfuser.bench import command, report, xdit_variants
+from sf_xfuser.bench import command, emulate, report, usp_variants
 from sf_xfuser.bench.case import Case, launches, make_case, read_grid
 from tests.launch import torchrun
 
@@ -274,7 +273,7 @@ def test_every_variant_is_measured_or_says_why_not(one_run):
     assert list(status) == ["single", "attention-alone", *xdit, "torus-no-overlap", "torus"]
     for row in one_run.document["rows"]:
         assert (row["family"] == "xdit") == (row["variant"] in ("usp-allgather", "usp-alltoall", "ulysses"))
-        if row["variant"] == "mapping" or (row["family"] == "xdit" and xdit_variants.available()):
+        if row["variant"] == "mapping" or (row["family"] == "xdit" and usp_variants.available()):
             assert row["status"] == "skipped" and row["reason"] and row["median_s"] is None, row
         else:
             assert row["status"] == "ok" and not row["reason"], row
@@ -329,7 +328,7 @@ def test_efficiency_is_the_bound_over_the_median(one_run):
         assert row["efficiency"] == pytest.approx(row["bound_s"] / row["median_s"])
 
 
-@pytest.mark.skipif(xdit_variants.available() is not None, reason=xdit_variants.available() or "")
+@pytest.mark.skipif(usp_variants.available() is not None, reason=usp_variants.available() or "")
 def test_ratios_are_to_the_faster_variant(one_run):
     median = {row["variant"]: row["median_s"] for row in ok_rows(one_run)}
     usp = min(median["usp-allgather"], median["usp-alltoall"])
@@ -449,7 +448,7 @@ def test_uneven_tokens_leave_xdit_out(grid_run):
     for row in uneven:
         if row["family"] == "xdit":
             assert row["status"] == "skipped"
-            assert xdit_variants.available() or "2 ranks do not divide 1023" in row["reason"]
+            assert usp_variants.available() or "2 ranks do not divide 1023" in row["reason"]
         else:
             assert row["status"] == "ok" and len(row["times_s"]) == 2
             assert 0 < row["attention_s"] <= row["max_s"], "attention is timed also where no variant of xDiT runs"
@@ -466,7 +465,7 @@ def test_the_rate_changes_between_cases(grid_run):
     assert torus["min_s"] > 0.6 * torus["bound_wire_s"] > 0.06
 
 
-@pytest.mark.skipif(REASON is not None or xdit_variants.available() is not None, reason=REASON or "xDiT is missing")
+@pytest.mark.skipif(REASON is not None or usp_variants.available() is not None, reason=REASON or "xDiT is missing")
 def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
     """At 20 Mbit/s between machines either way to send 512 x 8 x 16 floats takes much longer than on the host."""
     shape = ("--seq-len", 512, "--heads", 8, "--head-dim", 16, "--variants", "usp-allgather,torus,auto")
@@ -491,7 +490,18 @@ def wrong_run(tmp_path_factory) -> Run:
     """Under torchrun, with two variants whose results are wrong."""
     folder = tmp_path_factory.mktemp("wrong")
     variants = "usp-alltoall,torus-no-overlap,torus"
-    arguments = ["--variants", variants, "--topology", "2x1", "--seq-len", 64, *SHAPE, *QUICK, "--json", folder / "rows.json"]
+    arguments = [
+        "--variants",
+        variants,
+        "--topology",
+        "2x1",
+        "--seq-len",
+        64,
+        *SHAPE,
+        *QUICK,
+        "--json",
+        folder / "rows.json",
+    ]
     done = torchrun("bench_wrong_variants.py", *arguments, nproc=2, expect_failure=True)
     return Run(folder, done.returncode, done.output, "")
 
@@ -502,7 +512,7 @@ def test_a_wrong_variant_fails_and_the_others_are_measured(wrong_run):
     assert "differs by 1.00e-02 from one process" in torus["reason"] and torus["times_s"] == []
     assert "not finite" in blocking["reason"] and blocking["max_abs_error"] is None
     assert wrong_run.row("attention-alone")["status"] == "ok"
-    if xdit_variants.available() is None:
+    if usp_variants.available() is None:
         usp = wrong_run.row("usp-alltoall")
         assert usp["status"] == "ok" and len(usp["times_s"]) == 2
         assert torus["ratio_to_usp"] is None and torus["efficiency"] is None

@@ -13,7 +13,9 @@ from sf_xfuser.bench import imports
 @pytest.mark.slow
 def test_real_imports(tmp_path, capsys, monkeypatch):
     """Three fresh processes; each proves that the plugin is there, or is not. One round says nothing about time."""
-    monkeypatch.setattr(imports, "measure", lambda rounds: {variant: [imports._import_once(variant)] for variant in imports.VARIANTS})
+    monkeypatch.setattr(
+        imports, "measure", lambda rounds: {variant: [imports._import_once(variant)] for variant in imports.VARIANTS}
+    )
     status = imports.main(["--rounds", "1", "--json", str(tmp_path / "times.json")])
     written = json.loads((tmp_path / "times.json").read_text())
     assert set(written["seconds"]) == {"on", "off", "absent"}

@@ -8,12 +8,12 @@ import re
 import pytest
 
 from sf_xfuser.bench import page, report
-from sf_xfuser.bench.variants import SINGLE
 from sf_xfuser.bench.pipeline import SHAPES, PipelineOptions, measure
 from sf_xfuser.bench.rows import pipeline_rows
+from sf_xfuser.bench.tiny_models import save_tiny_model
+from sf_xfuser.bench.variants import SINGLE
 from sf_xfuser.cli import main
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
-from sf_xfuser.bench.tiny_models import save_tiny_model
 from tests.launch import torchrun
 
 COMPRESSED = ["torus-fp8", "torus-int8"]

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
 from sf_xfuser.bench.tiny_models import save_tiny_model
+from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
 from tests.launch import RANKS, run, torchrun
 
 PROMPT = "a cat on a red chair"

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from sf_xfuser.integrations.diffusers import _inputs_summary, _require_same_inputs
 from sf_xfuser.bench.tiny_models import save_tiny_model
+from sf_xfuser.integrations.diffusers import _inputs_summary, _require_same_inputs
 from tests.launch import reports, torchrun
 
 CANNOT = "ValueError: torus cannot run this attention call exactly: "

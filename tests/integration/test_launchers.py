@@ -25,8 +25,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from sf_xfuser.integrations.xdit import plugin
 from sf_xfuser.bench.tiny_models import save_tiny_model
+from sf_xfuser.integrations.xdit import plugin
 from tests.launch import run
 from tests.ranks.run_pipeline import PROMPT, SEED
 

@@ -70,7 +70,7 @@ def test_a_patched_xdit_under_the_hooks_is_served_once(native, flux, tmp_path):
 def test_hooks_that_a_patched_xdit_does_not_need_are_left_out(native):
     code = (
         "import torch, json, xfuser\n"
-        "from sf_xfuser import plugin\n"
+        "from sf_xfuser.integrations.xdit import plugin\n"
         "assert not plugin.import_hooked_modules()\n"
         "from xfuser.model_executor.layers import usp\n"
         "assert not hasattr(usp.USP.__wrapped__, '__wrapped__')\n"

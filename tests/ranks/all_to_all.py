@@ -13,8 +13,8 @@ import torch.distributed as dist
 from cases import run_cases
 from yunchang.comm.all_to_all import all_to_all_4D as yunchangs
 
-from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.config import MACHINE_VARIABLE, TorusArgs
+from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import TransportError

@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from cases import run_cases
 from diffusers import FluxTransformer2DModel
 
-from sf_xfuser.torus import links as links
-from sf_xfuser.torus.all_gather import all_gather
-from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.autotune.selector import Choice
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.diffusers import parallelize
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.torus.mesh import build_mesh
-from sf_xfuser.transport import shm
-from sf_xfuser.transport.base import TransportError
 from sf_xfuser.layout.usp_layouts import XditConfig
+from sf_xfuser.torus import links as links
+from sf_xfuser.torus.all_gather import all_gather
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.transport.base import TransportError
+from sf_xfuser.transport.cpu import shm
 
 shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
 

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.layout import schedule
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.layout import schedule
 from sf_xfuser.layout.plan import head_ranges
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.mesh import build_mesh
 
 
 def attention64(q, k, v):

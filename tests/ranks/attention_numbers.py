@@ -10,8 +10,8 @@ import torch.distributed as dist
 from attention_accuracy import attention64
 from cases import run_cases
 
-from sf_xfuser.layout import schedule
 from sf_xfuser.config import TorusArgs
+from sf_xfuser.layout import schedule
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import Mesh, build_mesh
 

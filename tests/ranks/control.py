@@ -11,8 +11,8 @@ import time
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser.transport.rendezvous import Agreement
 from sf_xfuser.transport.control_plane import ControlPlane, GroupError
+from sf_xfuser.transport.rendezvous import Agreement
 
 RANKS = [0, 1, 2, 3]
 

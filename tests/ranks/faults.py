@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser import kernels
-from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.config import TorusArgs
+from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
-from sf_xfuser.transport import shm
 from sf_xfuser.transport.base import TransportError
+from sf_xfuser.transport.cpu import shm
 
 shm._PREFIX = "sf-xfuser_faults-"  # apart from jobs that come and go meanwhile
 WORLD = 4

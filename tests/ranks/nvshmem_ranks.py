@@ -7,11 +7,11 @@ import sys
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser.transport.rendezvous import Agreement
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.mesh import build_mesh
-from sf_xfuser.transport import nvshmem
 from sf_xfuser.transport.base import TransportError
+from sf_xfuser.transport.gpu import nvshmem
+from sf_xfuser.transport.rendezvous import Agreement
 
 
 def mesh_of(transport):

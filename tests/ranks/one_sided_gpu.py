@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser.torus import links as links
-from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.config import TorusArgs
+from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
+from sf_xfuser.torus import links as links
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
-from sf_xfuser.transport import nvshmem
 from sf_xfuser.transport.base import Parcel, TransportError
+from sf_xfuser.transport.gpu import nvshmem
 
 TRANSPORT = sys.argv[1]
 EPOCHS = int(os.environ.get("GPU_EPOCHS", "2000"))

@@ -23,7 +23,7 @@ FAMILIES = ("flux", "sd3", "cogvideox", "hunyuanvideo", "wan")
 STEPS = 2
 SEED = 42
 # Longer than any text length of the tests in every tokenizer, so that text_length is the length and not a limit.
-PROMPT = "A small cat sits on a red chair near the window while the rain falls over the old city and people walk domain."
+PROMPT = "A small cat sits on a red chair near the window while the rain falls over the old city and people walk home."
 
 
 def reference_latents(folder: str | Path, text_length: int, *, steps: int = STEPS, seed: int = SEED) -> torch.Tensor:

@@ -36,8 +36,7 @@ from xfuser.core.distributed import (
 )
 from xfuser.model_executor.layers.usp import attention
 
-from sf_xfuser.integrations.xdit import repairs
-from sf_xfuser.integrations.xdit import session
+from sf_xfuser.integrations.xdit import repairs, session
 
 
 @dataclass

@@ -16,15 +16,15 @@ import torch.distributed as dist
 from cases import run_cases
 
 from sf_xfuser import kernels
-from sf_xfuser.torus import links as links
-from sf_xfuser.transport.rendezvous import Agreement
 from sf_xfuser.config import TorusArgs
+from sf_xfuser.torus import links as links
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.torus.mesh import build_mesh
-from sf_xfuser.transport import shm
 from sf_xfuser.transport.base import Parcel, TransportError
+from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.cpu import shm
 from sf_xfuser.transport.cpu.shm import Shm
+from sf_xfuser.transport.rendezvous import Agreement
 
 shm._PREFIX = "sf-xfuser_ranks-"  # apart from jobs that come and go meanwhile
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from cases import run_cases
 
-from sf_xfuser.transport.rendezvous import Agreement
-from sf_xfuser.transport.control_plane import ControlPlane
-from sf_xfuser.transport import tcp
 from sf_xfuser.transport.base import Parcel, TransportError
+from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.cpu import tcp
+from sf_xfuser.transport.rendezvous import Agreement
 
 PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
 

@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.kernels import may_fuse, prepare
+from sf_xfuser.torus.attention import torus_attention
 from tests import virtual
 
 

@@ -10,10 +10,10 @@ import torch
 
 from sf_xfuser.bench import calibrate as probe
 from sf_xfuser.bench.loopback import Loopback, OneRank
-from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.simulator import CallShape, TorusVariant, predict
+from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
 
 LAYOUT = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=1)
 ORDER = probe.Order(

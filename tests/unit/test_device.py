@@ -14,11 +14,11 @@ import time
 import pytest
 import torch
 
-from sf_xfuser.integrations.yunchang import all_to_all
 from sf_xfuser.integrations.xdit import usp
+from sf_xfuser.integrations.yunchang import all_to_all
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.transport import device
 from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.gpu import device
 from sf_xfuser.transport.gpu.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.gpu.watchdog import Awaited, Seen, Watchdog
 from tests import virtual
@@ -255,7 +255,7 @@ def test_its_thread_ends_once_closed():
 
 def test_streams_that_cannot_be_released_end_the_process():
     program = (
-        "import time; from sf_xfuser.transport import watchdog; from tests.unit.test_device import Stage\n"
+        "import time; from sf_xfuser.transport.gpu import watchdog; from tests.unit.test_device import Stage\n"
         "watchdog._GRACE_S = 0.1; stage = Stage(stubborn=True); stage.wait(); time.sleep(20)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

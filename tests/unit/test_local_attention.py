@@ -11,8 +11,8 @@ import importlib.util
 import pytest
 import torch
 
-from sf_xfuser.kernels import merge_
 from sf_xfuser.integrations.xdit.usp import LSE_BACKENDS, as_attend_function
+from sf_xfuser.kernels import merge_
 from tests.kernel_cases import attention64
 
 B, H, S, D = 2, 3, 50, 16

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, need_groups, shared_links, ways
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.transport import nvshmem, symm_mem
+from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, need_groups, shared_links, ways
+from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from tests.launch import reports, torchrun
 
 GOOD = nvshmem.Facts(

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges, legal_layouts, make_plan, paper_layout, split_degree, usp_layout
+from sf_xfuser.layout.plan import (
+    UNEVEN,
+    Layout,
+    head_ranges,
+    legal_layouts,
+    make_plan,
+    paper_layout,
+    split_degree,
+    usp_layout,
+)
 from sf_xfuser.layout.topology import RankFacts, Topology, probe
 
 counts = st.integers(1, 12)

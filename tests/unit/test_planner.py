@@ -15,15 +15,15 @@ import pytest
 
 from sf_xfuser.bench import ablation, report
 from sf_xfuser.cli import main
-from sf_xfuser.simulator.cluster import Cluster, Link, Way
 from sf_xfuser.files import LARGEST_CHARACTERS
-from sf_xfuser.simulator.models import MODELS, find_model
 from sf_xfuser.layout.plan import Layout, legal_layouts, paper_layout
+from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs, variant_name
+from sf_xfuser.simulator import CallShape, TorusVariant, bound, predict
+from sf_xfuser.simulator.cluster import Cluster, Link, Way
+from sf_xfuser.simulator.models import MODELS, find_model
 from sf_xfuser.simulator.planner import rank
 from sf_xfuser.simulator.presets import PRESETS, preset
-from sf_xfuser.simulator import CallShape, TorusVariant, bound, predict
 from sf_xfuser.simulator.replay import Program, Replay, Round
-from sf_xfuser.layout.usp_layouts import XditConfig, variant_name, legal_configs
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
@@ -165,7 +165,9 @@ def test_a_call_by_hand():
     computed = 4 * 2 * 64 * 512 * 512 / 2 / 1e9
     slow = predict(replace(cluster, across=replace(link, rank_gbps=1e6)), shape, variant)
     assert slow.seconds == pytest.approx(computed, rel=1e-3)
-    fast = predict(replace(cluster, compute=replace(compute, attention_tflops=(("bfloat16", 64, 1e6),))), shape, variant)
+    fast = predict(
+        replace(cluster, compute=replace(compute, attention_tflops=(("bfloat16", 64, 1e6),))), shape, variant
+    )
     assert fast.seconds == pytest.approx(512 * 2 * 64 * 2 * 8e-9, rel=1e-3)  # a quarter each of Q, K, V and O
 
 
@@ -193,11 +195,15 @@ def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
             variant = XditConfig(ulysses_degree=ulysses, ring_degree=ring, rotation=rotation)
         predicted_s = predict(cluster, shape_of(row["case"]), variant).seconds
         times.setdefault(row["case"]["id"], {})[row["variant"]] = predicted_s, row["median_s"]
-    off = [abs(predicted_s / median_s - 1) for variants in times.values() for predicted_s, median_s in variants.values()]
+    off = [
+        abs(predicted_s / median_s - 1) for variants in times.values() for predicted_s, median_s in variants.values()
+    ]
     assert len(off) > 25 and statistics.median(off) <= 0.15 and max(off) <= 0.3
     wrong, pairs = set(), 0
     for case, variants in times.items():
-        for (one, (predicted, measured)), (other, (predicted_other, measured_other)) in combinations(variants.items(), 2):
+        for (one, (predicted, measured)), (other, (predicted_other, measured_other)) in combinations(
+            variants.items(), 2
+        ):
             if max(measured, measured_other) > 1.1 * min(measured, measured_other):
                 pairs += 1
                 if (predicted < predicted_other) != (measured < measured_other):

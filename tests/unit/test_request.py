@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sf_xfuser.integrations.xdit import session
 from sf_xfuser.integrations.request import describe
+from sf_xfuser.integrations.xdit import session
 
 LONG = "a red chair near the window " * 20
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from sf_xfuser import config as sp_args
 from sf_xfuser.integrations.xdit import degrees as launch
-from sf_xfuser.integrations.xdit import plugin
-from sf_xfuser.integrations.xdit import session
+from sf_xfuser.integrations.xdit import plugin, session
 
 
 class NativeBackend:

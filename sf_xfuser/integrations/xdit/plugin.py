@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sf_xfuser import config as sp_args
-from sf_xfuser.integrations.xdit import degrees as launch
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
-from sf_xfuser.integrations.xdit import repairs
-from sf_xfuser.integrations.xdit import session
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.hooks import Hook, HookSet
+from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
+from sf_xfuser.integrations.xdit import degrees as launch
+from sf_xfuser.integrations.xdit import repairs, session
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
 CHECKED_VERSION = "0.7.0"

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from sf_xfuser.integrations.xdit import masks
 from sf_xfuser.integrations.hooks import Hook
+from sf_xfuser.integrations.xdit import masks
 
 
 @dataclass

@@ -16,19 +16,18 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from sf_xfuser import config as sp_args
+from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.integrations.xdit import degrees as launch
 from sf_xfuser.integrations.xdit import repairs
-from sf_xfuser.transport.rendezvous import Agreement
-from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.integrations.xdit.degrees import ModelFacts
 from sf_xfuser.layout.plan import UNEVEN
 
 # Who gives no flag imports nothing of these: `import xfuser` may take 2 % longer (python -m sf_xfuser.bench.imports).
 if TYPE_CHECKING:
-    from sf_xfuser.integrations.yunchang.all_to_all import MeshAllToAll4D
     from sf_xfuser.autotune.selector import Choice
-    from sf_xfuser.torus.mesh import Mesh
     from sf_xfuser.integrations.xdit.usp import TorusUSP
+    from sf_xfuser.integrations.yunchang.all_to_all import MeshAllToAll4D
+    from sf_xfuser.torus.mesh import Mesh
 
 MARK = "sf_xfuser_args"  # attribute that carries TorusArgs on xFuserArgs and, pickled, on SequenceParallelConfig
 
@@ -142,6 +141,8 @@ def start(parallel_config: Any, carried: TorusArgs | None) -> None:
     if current.args is not None and dist.is_initialized() and not model_parallel_is_initialized():
         # Ranks that make different process groups would wait for each other for half an hour.
         degrees = {f"{name}_degree": getattr(parallel_config, f"{name}_degree") for name in _DEGREES}
+        from sf_xfuser.transport.rendezvous import Agreement
+
         Agreement.of_world(current.args.timeout).require_same("parallel degrees", degrees)
 
 
@@ -182,9 +183,9 @@ def _candidates(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: T
     """Those of ``--sp-backend auto``: xDiT's own on ``mesh``, and Torus Attention on meshes of its own. Collective over
     the world."""
     from sf_xfuser.autotune.selector import Choice, flat_ulysses, layouts
-    from sf_xfuser.torus.mesh import build_mesh
-    from sf_xfuser.autotune.usp_groups import XditGroups
+    from sf_xfuser.integrations.xdit.usp_groups import XditGroups
     from sf_xfuser.layout.usp_layouts import XditConfig
+    from sf_xfuser.torus.mesh import build_mesh
 
     model = current.model
     own = XditConfig(ulysses_degree=mesh.layout.ulysses_degree, ring_degree=mesh.layout.ring_degree)
@@ -209,7 +210,7 @@ def _candidates(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: T
     return Choice(
         own,
         flat_ulysses(own, heads, kv_heads),
-        XditGroups(mesh.members, mesh.layout.ranks_per_machine, backend),
+        XditGroups(mesh.members, mesh.layout.ranks_per_machine, backend).selected,
         meshes,
         kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),
         log=log,

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
 from sf_xfuser.autotune.selector import Choice
-from sf_xfuser.torus.compression import EPS
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.kernels import AttendFunction
+from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.compression import EPS
 from sf_xfuser.torus.mesh import Mesh
 
 # xDiT's attention backends that return the natural-log log-sum-exp that a merge needs, for dense attention.

@@ -1,0 +1,1 @@
+"""Replacements for yunchang's attention layer and all-to-all."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from sf_xfuser.integrations.fallback import DropIn
+from sf_xfuser.layout.schedule import Link
 from sf_xfuser.torus.links import link_peers
 from sf_xfuser.torus.mesh import Mesh
-from sf_xfuser.layout.schedule import Link
 from sf_xfuser.transport.base import Parcel, Ticket, window_view
 
 _TOKENS, _HEADS = 1, 2  # dimensions

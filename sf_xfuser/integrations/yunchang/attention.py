@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
 from sf_xfuser.integrations.fallback import DropIn, log_on_rank_0
 from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
 from sf_xfuser.torus.mesh import Mesh, build_mesh
 
 # Names of yunchang's AttnType whose result PyTorch's fused kernels give: dense attention of unquantised tensors.

@@ -1,0 +1,1 @@
+"""Transports between CPU ranks: shared memory and TCP."""

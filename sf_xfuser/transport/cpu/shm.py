@@ -52,8 +52,8 @@ from typing import Any, Literal
 
 import torch
 
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.base import OneSided, OtherCall, Parcel, Ticket, TransportError, raise_together, window_view
+from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import grown
 
 _FOLDER = "/dev/shm"

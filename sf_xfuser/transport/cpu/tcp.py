@@ -22,8 +22,8 @@ from typing import TypeVar
 
 import torch
 
-from sf_xfuser.transport.control_plane import ControlPlane, Greeter, not_inherited
 from sf_xfuser.transport.base import OtherCall, Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.control_plane import ControlPlane, Greeter, not_inherited
 
 UNSENT_BYTES = 128 << 10
 """How much of a chunk may wait in the kernel for the wire when the next one starts."""
@@ -64,7 +64,9 @@ def connect(
             for peer in (p for p in peers[link] if p < position):
                 at = published[peer]
                 try:
-                    connection = socket.create_connection((at["address"], at["port"]), max(0.1, deadline - time.monotonic()))
+                    connection = socket.create_connection(
+                        (at["address"], at["port"]), max(0.1, deadline - time.monotonic())
+                    )
                     failed.callback(connection.close)
                     connection.sendall(_HELLO.pack(bytes.fromhex(at["token"]), number, position))
                 except OSError as error:

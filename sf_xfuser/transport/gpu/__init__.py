@@ -1,0 +1,1 @@
+"""One-sided transports between GPUs: NVSHMEM and PyTorch symmetric memory."""

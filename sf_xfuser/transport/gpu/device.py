@@ -50,8 +50,8 @@ from typing import ClassVar
 import torch
 
 from sf_xfuser.config import QUEUES_VARIABLE, environment
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
+from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.gpu.driver import Driver
 from sf_xfuser.transport.gpu.watchdog import Awaited, Seen, Watchdog

@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.config import environment
-from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.base import TransportError, raise_together
+from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.driver import OLDEST, Driver, gpu_name, supported
 

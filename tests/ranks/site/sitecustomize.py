@@ -8,8 +8,8 @@ user's own package would through ``register_model``.
 import os
 from dataclasses import replace
 
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
 from sf_xfuser.integrations.hooks import Hook, HookSet
+from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
 
 
 def _register_tiny_flux(path):

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from sf_xfuser import config as args
-from sf_xfuser.integrations.yunchang import attention as long_context
+from sf_xfuser.integrations.hooks import Hook, HookSet
 from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
 from sf_xfuser.integrations.xdit import session
-from sf_xfuser.integrations.hooks import Hook, HookSet
 from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import to_cpu
+from sf_xfuser.integrations.yunchang import attention as long_context
 
 
 class CudaIsTheCpu(TorchFunctionMode):

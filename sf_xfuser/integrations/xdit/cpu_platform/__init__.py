@@ -23,7 +23,14 @@ from typing import Any
 import torch
 
 from sf_xfuser.integrations.hooks import Hook
-from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import CpuTorch, HostEvent, cpu_fsdp, cpu_generator, nothing_to_offload, to_cpu
+from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import (
+    CpuTorch,
+    HostEvent,
+    cpu_fsdp,
+    cpu_generator,
+    nothing_to_offload,
+    to_cpu,
+)
 from sf_xfuser.integrations.xdit.cpu_platform.gloo import (
     all_to_all_both_ways,
     functional_all_to_all_both_ways,

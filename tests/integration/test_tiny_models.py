@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from sf_xfuser.bench.tiny_models import FAMILIES, SMALL_INPUT, main, save_tiny_model
 from tests.launch import run
 
-CAT = "A small cat sits on a red chair near the window while the rain falls over the old city and people walk domain."
+CAT = "A small cat sits on a red chair near the window while the rain falls over the old city and people walk home."
 DOG = "Three dogs run along the sea at night; the moon is white, 7 birds fly over a boat with a torn sail — déjà."
 
 
