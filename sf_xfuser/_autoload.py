@@ -26,6 +26,13 @@ def register() -> None:
         _warn(error)
 
 
+def __getattr__(name: str) -> Any:
+    """An editable install that is older than its checkout asks for this function by its old name."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return register
+
+
 class _FirstImport:
     """A meta-path finder that finds nothing: it notices the first import of ``xfuser`` and is gone."""
 
