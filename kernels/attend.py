@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -12,6 +13,8 @@ AttendFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torc
 input dtype and lse [B,H,Sq] fp32 (fp64 inputs: fp64), natural log of the softmax denominator. Dense, not causal, scale
 1/sqrt(D)."""
 
+Attention = AttendFunction | Literal["fused"]
+"""What computes a piece: a function, or the fused kernel, which also merges it."""
 
 Scaled = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]]
 """An ``AttendFunction`` with a scale in place of 1/sqrt(D), where it is not None."""
@@ -50,7 +53,7 @@ def without_weightless(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse:
 
 @cache
 def sdpa_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Which of ``SDPA`` serves ``sdpa_attend``."""
+    """Which function of ``SDPA`` ``sdpa_attend`` calls."""
     if device.type == "cpu":
         return "SDPA_FLASH"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -10,13 +10,13 @@ import torch
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 def runs_kernel(x: torch.Tensor) -> bool:
     """Whether the Triton kernel serves this tensor: on a GPU where Triton is installed. Else its twin does."""
-    return x.device.type == "cuda" and _has_triton()
+    return x.device.type == "cuda" and has_triton()
 
 
 def described(x: torch.Tensor) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from sf_xfuser.kernels.checks import (
     described,
+    has_triton,
     is_same,
     require_apart,
     require_rows,
@@ -26,6 +27,17 @@ from sf_xfuser.kernels.checks import (
 
 HEAD_SIZES = (64, 72, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fused_unsupported_reason(device: torch.device, dtype: torch.dtype, D: int) -> str | None:
+    """None where the fused kernel supports a call. On a CPU its twin runs in its place."""
+    if dtype not in DTYPES:
+        return f"its dtypes are {', '.join(map(str, DTYPES))}, got {dtype}"
+    if D not in HEAD_SIZES:
+        return f"its head sizes are {HEAD_SIZES}, got {D}"
+    if device.type == "cpu" or (device.type == "cuda" and has_triton()):
+        return None
+    return f"it needs a CUDA device and Triton, got {device} {'with' if has_triton() else 'without'} Triton"
 
 
 class Chunks(NamedTuple):

@@ -7,7 +7,6 @@ from functools import cache
 import torch
 
 from sf_xfuser.kernels.checks import runs_kernel
-from sf_xfuser.kernels.choice import why_not_fused
 from sf_xfuser.kernels.fused import attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.merge import merge_, merge_into
 from sf_xfuser.kernels.packing import Compressed, Format, pack, pack_compressed, unpack, unpack_compressed
@@ -16,7 +15,7 @@ from sf_xfuser.kernels.packing import Compressed, Format, pack, pack_compressed,
 @cache
 def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "none", fused: bool = False) -> None:
     """Run each kernel once, on one token, as calls of this dtype and head size will, with chunks compressed in
-    ``format``; and, where it may compute pieces, the ``fused`` one. Local; waits for the GPU; nothing on a CPU.
+    ``format``; with ``fused``, the fused kernel, too. Local; waits for the GPU; nothing on a CPU.
 
     Loading a kernel may wait for all streams of the GPU. Inside a call one of them may be waiting for a peer that loads
     a kernel itself.
@@ -34,7 +33,7 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
             chunk = torch.empty(some.shape if len(parts) == 1 else (1, 2, 1, heads, D), device=device, dtype=dtype)
             pack(parts, chunk)
             unpack(chunk, parts)
-        if fused and why_not_fused(dtype, D) is None:
+        if fused:
             attend_chunks_([part], [part], [part], [out], [lse])
             attend_chunks_into([result], [part], [part], [part], [out], [lse])
         for formats in [(format,), ("none", format)] if format != "none" else []:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Joint",
     "LongContextAttention",
     "Mesh",
+    "Tokens",
     "TorusArgs",
     "build_mesh",
     "disable",
@@ -30,11 +32,14 @@ if TYPE_CHECKING:
     from sf_xfuser.integrations.xdit.session import explain
     from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
     from sf_xfuser.torus.attention import torus_attention
+    from sf_xfuser.torus.call import Joint, Tokens
     from sf_xfuser.torus.mesh import Mesh, build_mesh
 
 _MODULES = {
     "TorusArgs": "config",
     "torus_attention": "torus.attention",
+    "Joint": "call",
+    "Tokens": "call",
     "parallelize": "integrations.diffusers",
     "LongContextAttention": "integrations.yunchang.attention",
     "set_seq_parallel_pg": "integrations.yunchang.attention",

@@ -17,6 +17,7 @@ from typing import Any
 XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
 BACKENDS = (*XDIT_BACKENDS, "torus", "auto")
 CHECKS = ("off", "first")
+KERNELS = ("library", "fused")
 COMPRESSIONS = ("none", "fp8", "int8")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
@@ -52,6 +53,7 @@ class TorusArgs:
     there. A backend of xDiT's own uses it for yunchang's all-to-all, if it is named.
     ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
     ``compress``: in what Torus Attention's Q, V and O travel between machines; K always as it is.
+    ``kernel``: what computes attention: xDiT's attention backend, or the fused Triton kernel.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
     ``strict``: a call that cannot be served exactly raises instead of going to xDiT's own USP, or to yunchang's own
     all-to-all.
@@ -64,6 +66,7 @@ class TorusArgs:
     timeout: float = 60.0
     check: str = "off"
     compress: str = "none"
+    kernel: str = "library"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class TorusArgs:
         self._require_one_of("transport", TRANSPORTS)
         self._require_one_of("compress", COMPRESSIONS)
         self._require_one_of("check", CHECKS)
+        self._require_one_of("kernel", KERNELS)
         if not isinstance(self.strict, bool):
             raise ValueError(f"--sp-strict must be true or false, got {_SHORT.repr(self.strict)}")
         is_number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
@@ -106,6 +110,7 @@ class TorusArgs:
         for flag, given, about in (
             (f"--sp-compress {self.compress}", self.compress != "none", "is about Torus Attention's chunks"),
             (f"--sp-plan {self.plan}", self.plan not in ("auto", "usp"), "chooses Torus Attention's layout"),
+            (f"--sp-kernel {self.kernel}", self.kernel != "library", "computes Torus Attention's pieces"),
             (f"--sp-check {self.check}", self.check != "off", "compares Torus Attention with xDiT's own code"),
             (f"--sp-transport {self.transport}", moves and not exchanges, "moves no ring"),
             ("--sp-strict", self.strict and not exchanges, "is about calls that are handed back to xDiT's own code"),
@@ -199,6 +204,14 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         help="In what Torus Attention's Q, V and O travel between machines, a scale for each token and head beside; K "
         "as it is. fp8 and int8 halve the bytes of what they cover in 16-bit models, and change the picture a little: "
         "explain() gives the error. Default: none",
+    )
+    add(
+        "kernel",
+        choices=KERNELS,
+        default="library",
+        help="What computes torus's attention: library = xDiT's attention backend (without xDiT: PyTorch's attention), "
+        "with a merge kernel; fused = one Triton kernel, for float32, float16 and bfloat16 with head sizes 64, 72, 96, "
+        "128 and 256. Other calls raise an error. Default: library",
     )
     add(
         "check",

@@ -4,7 +4,7 @@ The *candidates* take the same tensors and give the same result, so any of them 
 
     xDiT's own USP           in the degrees that it was launched with
     xDiT's flat Ulysses      all heads split over all ranks, where that is legal and something else
-    Torus Attention          in the layout of ``--sp-plan``, in the next one with as few bytes, and unstaged
+    Torus Attention          in the layout of ``--sp-plan``, in the next one with as few bytes, and without overlap
 
 The first calls of a shape are its *trial*: candidates run them in turns, each after one warm-up call whose result
 nobody uses. After ten timed calls at most, or thirty where two are near to each other, the one with the least median is
@@ -83,10 +83,10 @@ def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
 
 
 class Way(NamedTuple):
-    """Torus Attention on ``mesh``; ``together``: unstaged."""
+    """Torus Attention on ``mesh``; ``overlap=False``: unstaged."""
 
     mesh: Mesh
-    together: bool = False
+    overlap: bool = True
 
 
 class Choice:
@@ -110,7 +110,7 @@ class Choice:
         self.others = {f"xDiT's USP ({config})": config for config in others}
         self.ways = {f"torus ({mesh.layout})": Way(mesh) for mesh in meshes}
         if torch.cuda.is_available() or not self.mesh.one_host:  # else torus is unstaged in any case
-            self.ways[f"torus together ({self.mesh.layout})"] = Way(self.mesh, together=True)
+            self.ways[f"torus unstaged ({self.mesh.layout})"] = Way(self.mesh, overlap=False)
         self.torus_first = torus_first(self.mesh.layout, own, kv_ratio)
         self.candidates = [*self.ways, OWN] if self.torus_first else [OWN, *self.ways]
         self.candidates += self.others
@@ -134,7 +134,7 @@ class Choice:
         torus: Callable[[Mesh, bool], torch.Tensor],
         xdits: Callable[[], torch.Tensor],
     ) -> tuple[str, torch.Tensor]:
-        """(the candidate that ran the call, its result). ``torus`` makes the call on a mesh, ``together`` or not,
+        """(the candidate that ran the call, its result). ``torus`` makes the call on a mesh, with ``overlap`` or not,
         ``xdits`` as xDiT does. ``kind``: whatever else than shapes and dtype tells calls apart. Collective; waits for
         the device during a trial, then never again."""
         joint_tokens = 0 if joint_key is None else joint_key.shape[2]

@@ -27,6 +27,7 @@ from sf_xfuser.layout.usp_layouts import Sent, XditConfig, sent_by_a_hop, sent_b
 from sf_xfuser.simulator import MERGE_BYTES, CallShape, TorusVariant, predict
 from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
 from sf_xfuser.torus.attention import attend_nothing, torus_attention
+from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh
 
 _TRIES, _TRY_S = 3, 0.2  # how often a piece is timed, and for how long each time
@@ -277,7 +278,7 @@ class _Probe:
         x = torch.zeros((1, order.heads, each, order.head_dim), dtype=order.dtype, device=order.device)
         counts = (each,) * self.world_size
         return partial(
-            torus_attention, x, x, x, mesh=self.mesh, attend=attend_nothing, q_tokens=counts, kv_tokens=counts
+            torus_attention, x, x, x, mesh=self.mesh, attention=attend_nothing, tokens=Tokens(counts, counts)
         )
 
 

@@ -24,7 +24,7 @@ from sf_xfuser.bench import emulate, report
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.pipeline import SHAPES
 from sf_xfuser.bench.rank import AttentionOrder, PipelineOrder, run, run_pipeline
-from sf_xfuser.bench.variants import COMPRESSED, known_names, over
+from sf_xfuser.bench.variants import COMPRESSED, current_names, known_names, over
 from sf_xfuser.config import TorusArgs, launch_environment, set_defaults
 
 _WIDTH = 150  # of tables, where the output is not a terminal
@@ -58,9 +58,10 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch", type=int, default=1, help="Default: 1")
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="Default: float32")
     what.add_argument("--plan", default="auto", help="layout of the torus variants, as --sp-plan. Default: auto")
-    what.add_argument("--variants", "--arms", metavar="A,B", help=f"only these variants: {known_names()}. Default: all that are legal, "
-                      "torus over its default transport; auto where it is named. With --pipeline: torus-fp8 and "
-                      "torus-int8, besides the others")  # fmt: skip
+    what.add_argument("--variants", "--arms", type=current_names, metavar="A,B",
+                      help=f"only these variants: {known_names()}. Default: all that are legal, torus over its default "
+                      "transport; auto where it is named. With --pipeline: torus-fp8 and torus-int8, besides the "
+                      "others")  # fmt: skip
     what.add_argument("--pipeline", metavar="MODEL", help="whole denoising steps through xDiT instead of attention "
                       "calls: flux, hunyuanvideo, cogvideox, or a diffusers folder")  # fmt: skip
     what.add_argument("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")

@@ -3,9 +3,9 @@
 (a) ``chunking``: all that one rank computes in a call of Torus Attention over 4 machines, against one call of the best
 attention library on the same queries and keys. (b) ``fused``: the fused kernel's rate against that library's. (c)
 ``bandwidth``: merge and packing against a copy on the device. (d) ``enqueue``: the host's time for one call of 4
-machines x 8 ranks. And ``pieces``, from which ``--write-table`` writes the table that chooses between library and fused
-kernel. Every row has the attention library's own time from the same run. Variants alternate on fresh random inputs, with
-caches flushed between; each result is checked against float64 before it is timed.
+machines x 8 ranks. And ``pieces``: one piece by the fused kernel, against each library with the merge kernel. Every row
+has the attention library's own time from the same run. Variants alternate on fresh random inputs, with caches flushed
+between; each result is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.table import Table
 from sf_xfuser.bench.command import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.kernels import (
-    Kernel,
+    Attention,
     attend_chunks_,
     attend_chunks_into,
     merge_,
@@ -41,7 +41,6 @@ from sf_xfuser.kernels import (
     unpack_compressed,
 )
 from sf_xfuser.kernels.attend import SDPA
-from sf_xfuser.kernels.choice import TABLE, Measured, architecture, write_table
 from sf_xfuser.kernels.fused import HEAD_SIZES
 from sf_xfuser.kernels.packing import Compressed, Format
 from sf_xfuser.layout.plan import Layout
@@ -50,6 +49,7 @@ from sf_xfuser.torus.attention import torus_attention
 Variants = dict[str, Callable[[], object]]
 Row = dict[str, Any]
 
+KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
 GOALS = {"chunking": 1.03, "fused": 1 / 0.75, "bandwidth": 1 / 0.85}
 """At most so many times what the row is compared with."""
 ENQUEUE_US = 150.0
@@ -239,8 +239,8 @@ def chunking(bench: Bench) -> None:
         library, _ = sdpa_attend(*share)
         variants: Variants = dict(whole)
         errors = {}
-        for kernel in ("library", "fused"):
-            variants[f"torus, {kernel}"] = work = partial(call, rank, kernel)
+        for kernel, attention in KERNELS.items():
+            variants[f"torus, {kernel}"] = work = partial(call, rank, attention)
             got = torch.full_like(library, float("nan"))
             with poisoned():
                 for rows, out in rank.outputs(work()):
@@ -264,9 +264,8 @@ def chunking(bench: Bench) -> None:
             )
 
 
-def call(rank: OneRank, kernel: Kernel) -> torch.Tensor:
-    counts = rank.counts
-    return torus_attention(*rank.own, mesh=rank.mesh, q_tokens=counts, kv_tokens=counts, kernel=kernel)
+def call(rank: OneRank, attention: Attention) -> torch.Tensor:
+    return torus_attention(*rank.own, mesh=rank.mesh, attention=attention, tokens=(rank.counts, rank.counts))
 
 
 # -- (b) -------------------------------------------------------------------------------------------------------------
@@ -417,13 +416,13 @@ def enqueue(bench: Bench) -> None:
     whole = libraries(rank.own[0], k, v)
     variants: Variants = dict(whole)
     errors = {}
-    for kernel in ("library", "fused"):
-        variants[f"torus, {kernel}"] = work = partial(call, rank, kernel)
+    for kernel, attention in KERNELS.items():
+        variants[f"torus, {kernel}"] = work = partial(call, rank, attention)
         with poisoned():
             errors[kernel] = require_exact(f"enqueue, {kernel}", work(), own_rows, rank.own[0], k, v)
     us = bench.host_us(variants)
     name, library_us = fastest(us, list(whole))
-    for kernel in ("library", "fused"):
+    for kernel in KERNELS:
         taken = us[f"torus, {kernel}"]
         bench.add(
             "enqueue",
@@ -480,16 +479,6 @@ def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int
             library_us=library_us,
             ratio=fused_us / library_us,
             error=error,
-            measured={
-                "architecture": architecture(bench.device) if bench.on_gpu else "cpu",
-                "library": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "D": D,
-                "q_tokens": S_q,
-                "kv_tokens": S_kv,
-                "library_us": library_us,
-                "fused_us": fused_us,
-            },
         )
 
 
@@ -524,15 +513,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=21, help="timed runs of each variant. Default: 21")
     parser.add_argument("--warmup", type=int, default=5, help="untimed runs before. Default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows, as docs/results/ has them")
-    parser.add_argument(
-        "--write-table",
-        type=Path,
-        nargs="?",
-        const=TABLE,
-        metavar="FILE",
-        help="put the measured pieces into the table that chooses between library and fused kernel. Default: the one "
-        "that is shipped",
-    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, also on a CPU: runs all, measures nothing")
     options = parser.parse_args(argv)
     options.parts = options.parts.split(",")
@@ -540,8 +520,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--parts {','.join(unknown)}: give some of {', '.join(PARTS)}")
     if options.repeat < 1 or options.warmup < 0:
         parser.error("--repeat must be at least 1 and --warmup at least 0")
-    if options.write_table and (options.smoke or "pieces" not in options.parts):
-        parser.error("--write-table takes measured pieces: leave --smoke out, and pieces among --parts")
     return options
 
 
@@ -565,10 +543,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.update(rows=bench.rows, failures=failures)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    if options.write_table and not failures:
-        rows = [Measured(**row["measured"]) for row in bench.rows if "measured" in row]
-        of = {name: found[name] for name in ("created", "commit", "hardware", "versions")}
-        write_table(options.write_table, rows, of)
     for failure in failures:
         print(f"wrong, and not timed: {failure}", file=sys.stderr)
     return int(bool(failures))

@@ -11,7 +11,7 @@ import torch
 from sf_xfuser.layout.plan import Layout, Plan
 from sf_xfuser.layout.schedule import Exchange, Message, Piece
 from sf_xfuser.layout.topology import Topology
-from sf_xfuser.torus.call import Call, agree
+from sf_xfuser.torus.call import Call, Tokens, agree
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, window_view
 from sf_xfuser.transport.gpu.device import DeviceWindow
@@ -149,7 +149,7 @@ class OneRank:
 
     @property
     def _call(self) -> Call:
-        return agree(self.mesh, (*self.own, None, None), None, (self.counts, self.counts), together=False)
+        return agree(self.mesh, self.own, None, Tokens(self.counts, self.counts), overlap=True)
 
     def fill(self, out: torch.Tensor) -> None:
         """Put into the window what the peers would send; ``out`` [B, H, s, D]: the result of this rank's own tokens."""

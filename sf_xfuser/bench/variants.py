@@ -19,6 +19,7 @@ from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges
 from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
 from sf_xfuser.simulator import TorusVariant
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh, build_mesh
 from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError
@@ -28,7 +29,8 @@ Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SINGLE = "single"
 ALONE = "attention-alone"
 AUTO = "auto"
-TOGETHER = "torus-together"
+UNSTAGED = "torus-unstaged"
+OLD_NAMES = {"torus-together": UNSTAGED}  # still accepted in 0.1
 NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 RELATIVE_ERROR = {"int8": 0.04, "fp8": 0.1}
 COMPRESSED = tuple(name for name in COMPRESSIONS if name != "none")
@@ -68,9 +70,14 @@ class Variant:
 def known_names() -> str:
     return (
         f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
-        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, {TOGETHER}, "
+        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, {UNSTAGED}, "
         f"{AUTO}, {', '.join(over(name) for name in (*NAMED_TRANSPORTS, *COMPRESSED))}"
     )
+
+
+def current_names(names: str) -> str:
+    """``--variants`` with old names replaced."""
+    return ",".join(OLD_NAMES.get(name, name) for name in names.split(","))
 
 
 def over(transport: str) -> str:
@@ -104,9 +111,7 @@ def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
-        _torus(case, mesh, False, attend)(
-            *(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads)
-        )
+        _torus(case, mesh, True, attend)(*(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads))
     blocking = replace(mesh, links={link: _Blocking(t) for link, t in mesh.links.items()}, calls={}, transports={})
     formula = _torus_egress(case, mesh.layout) * _elements(case) * _itemsize(case)
     alone = Variant(
@@ -122,9 +127,9 @@ def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[
     ]
     every = [variants[0], alone, *variants[1:], *ours]
     asked = wanted or ()
-    if TOGETHER in asked:
-        text = "torus without stages: all chunks, then one attention"
-        every.append(_variant(TOGETHER, text, case, args, attend, formula))
+    if UNSTAGED in asked:
+        text = "torus unstaged: all chunks, then one attention"
+        every.append(_variant(UNSTAGED, text, case, args, attend, formula))
     if AUTO in asked:
         every.append(_auto(case, args, attend))
     for name in NAMED_TRANSPORTS:
@@ -153,20 +158,20 @@ def _mesh(case: Case, args: TorusArgs) -> Mesh:
 def _our_variant(
     name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float
 ) -> Variant:
-    together = name == TOGETHER
+    unstaged = name == UNSTAGED
     return Variant(
         name=name,
         description=description,
         family="ours",
         layout=str(mesh.layout),
-        call=_torus(case, mesh, together, attend),
+        call=_torus(case, mesh, not unstaged, attend),
         formula_bytes=formula,
         mesh=mesh,
         replayed=TorusVariant(
             layout=mesh.layout,
             pattern="message" if mesh.transport == "two_sided" else "put",
             overlap=not any(isinstance(link, _Blocking) for link in mesh.links.values()),
-            together=together,
+            unstaged=unstaged,
         ),
     )
 
@@ -207,8 +212,8 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         tensors = query, key, value
 
-        def torus(mesh: Mesh, together: bool) -> torch.Tensor:
-            return _torus(case, mesh, together, attend)(*tensors)
+        def torus(mesh: Mesh, overlap: bool) -> torch.Tensor:
+            return _torus(case, mesh, overlap, attend)(*tensors)
 
         with xdits.selected():
             return choice.serve(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
@@ -222,12 +227,10 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
 _OURS = (("torus-no-overlap", "torus, each transfer waited for at once"), ("torus", "Torus Attention"))
 
 
-def _torus(case: Case, mesh: Mesh, together: bool, attend: AttendFunction) -> Call:
+def _torus(case: Case, mesh: Mesh, overlap: bool, attend: AttendFunction) -> Call:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        tokens = case.tokens
-        return torus_attention(
-            query, key, value, mesh=mesh, attend=attend, q_tokens=tokens, kv_tokens=tokens, together=together
-        )
+        tokens = Tokens(case.tokens, case.tokens)
+        return torus_attention(query, key, value, mesh=mesh, attention=attend, tokens=tokens, overlap=overlap)
 
     return call
 

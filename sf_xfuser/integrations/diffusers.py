@@ -32,6 +32,7 @@ from sf_xfuser.integrations.xdit.degrees import facts_of_config
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh, build_mesh
 
 _DISPATCH = "diffusers.models.attention_dispatch"
@@ -60,7 +61,7 @@ _PLAN_FAILS = {
 
 def parallelize(
     model: torch.nn.Module,
-    mesh: Mesh | None = None,
+    mesh: Mesh | DeviceMesh | None = None,
     *,
     args: TorusArgs | None = None,
     cp_plan: Mapping[str, Any] | None = None,
@@ -70,14 +71,15 @@ def parallelize(
     ``model``: a diffusers transformer with the whole weights on every rank, compiled or not; every rank then calls it,
     or its pipeline, with the same inputs (the same prompt and the same seed), and gets the whole result. Sequence
     lengths need not divide. Adapters, caches and attention processors may be set before or after. For inference only.
-    ``mesh``: one that exists (a pipeline's second transformer shares the first one's); None makes one of all ranks,
-    as ``args`` say (default: ``TorusArgs(backend="torus")``). ``cp_plan``: in place of the model's own; a Flux
-    ControlNet's samples, for instance, are split by ``{**plan, "": {**plan[""], "controlnet_block_samples": part}}``
-    with ``plan = model._cp_plan`` and ``part = ContextParallelInput(split_dim=1, expected_dims=3)``.
+    ``mesh``: one that exists (a pipeline's second transformer shares the first one's). A DeviceMesh gives the ranks of
+    a new one (see ``build_mesh``), None takes all. ``args``: of a new one; default: ``TorusArgs(backend="torus")``.
+    ``cp_plan``: in place of the model's own; a Flux ControlNet's samples, for instance, are split by ``{**plan, "":
+    {**plan[""], "controlnet_block_samples": part}}`` with ``plan = model._cp_plan`` and ``part =
+    ContextParallelInput(split_dim=1, expected_dims=3)``.
 
-    Collective over the world (over the group, where ``mesh`` is given). Returns what runs the model's attention. Raises
-    ValueError for a model, plan or flags that do not fit, RuntimeError for a diffusers without context parallelism, on
-    every rank alike.
+    Collective over the world (over the group, where ``mesh`` is a Mesh). Returns what runs the model's attention.
+    Raises ValueError for a model, plan or flags that do not fit, RuntimeError for a diffusers without context
+    parallelism, on every rank alike.
     """
     args = args or TorusArgs(backend="torus")
     model = _unwrapped(model)
@@ -102,12 +104,14 @@ def parallelize(
             f"{importlib.import_module('diffusers').__version__} cannot split this model over tokens"
         )
     _require_backend(attention)
-    if mesh is None:
+    if not isinstance(mesh, Mesh):
         if args.backend != "torus":
             raise ValueError(f"parallelize() runs Torus Attention: give TorusArgs(backend='torus'), got {args}")
         facts = facts_of_config(getattr(model, "config", {}), name)
         heads, kv_heads = (facts.heads, facts.kv_heads) if facts else (None, None)
-        mesh = build_mesh([range(dist.get_world_size())], args, heads=heads, kv_heads=kv_heads)
+        mesh = build_mesh(
+            [range(dist.get_world_size())] if mesh is None else mesh, args, heads=heads, kv_heads=kv_heads
+        )
     if mesh.layout.world_size == 1:
         raise ValueError("a sequence-parallel group of one rank has nothing to parallelize: start more ranks")
     torus = TorusContextParallel(
@@ -115,6 +119,7 @@ def parallelize(
         mesh=mesh,
         strict=args.strict,
         log=log_on_rank_0,
+        kernel=args.kernel,
         plan=plan,
     )
     model._parallel_config = torus.config
@@ -190,12 +195,13 @@ class TorusContextParallel(DropIn):
             given = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
             return self.original(query, key, value, *given, forward_op=forward_op, **rest)
         self.served += 1
-        attend = partial(torus_attention, mesh=self.mesh, attend=as_attend_function(forward_op, scale))
+        attention = self.attention(as_attend_function(forward_op, scale), scale, query.shape[3])
+        attend = partial(torus_attention, mesh=self.mesh, attention=attention)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attn_mask is not None:
             return self._without_masked_keys(attend, q, k, v, attn_mask).transpose(1, 2)
-        counts = [None if self._uneven else (x.shape[2],) * self.mesh.layout.world_size for x in (q, k)]
-        return attend(q, k, v, q_tokens=counts[0], kv_tokens=counts[1]).transpose(1, 2)
+        counts = Tokens(*((x.shape[2],) * self.mesh.layout.world_size for x in (q, k)))
+        return attend(q, k, v, tokens=None if self._uneven else counts).transpose(1, 2)
 
     def _require_any_order(
         self, key: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, forward_op: Callable[..., Any]
@@ -240,7 +246,7 @@ class TorusContextParallel(DropIn):
         for n, some in enumerate(keys):
             sample = slice(n, n + 1) if len(keys) > 1 else slice(None)
             its = (x[sample].index_select(2, some) for x in (k, v))
-            outs.append(attend(q[sample], *its, q_tokens=q_tokens, kv_tokens=[left[n] for _, _, left in told]))
+            outs.append(attend(q[sample], *its, tokens=Tokens(q_tokens, [left[n] for _, _, left in told])))
         return torch.cat(outs)
 
     def why_not(self, dropout_p: float, return_lse: bool) -> str | None:

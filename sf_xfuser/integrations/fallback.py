@@ -4,6 +4,7 @@ back to the function itself, with a reason that is logged once and counted."""
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
+from sf_xfuser.kernels import AttendFunction, Attention
 from sf_xfuser.torus.mesh import Mesh
 
 
@@ -23,7 +25,7 @@ def log_on_rank_0(message: str) -> None:
 
 @dataclass(eq=False, kw_only=True)
 class DropIn:
-    """``strict``: raise instead of handing back.
+    """``strict``: raise instead of handing back. ``kernel``: that of ``--sp-kernel``.
 
     ``served`` and ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
     """
@@ -38,8 +40,20 @@ class DropIn:
     mesh: Mesh
     strict: bool
     log: Callable[[str], None]
+    kernel: str = "library"
     served: int = 0
     handed_back: Counter[str] = field(default_factory=Counter)
+
+    def attention(self, library: AttendFunction, scale: float | None, head_size: int) -> Attention:
+        """What computes a piece. ``library`` applies ``scale`` itself; the fused kernel has the default one only."""
+        if self.kernel != "fused":
+            return library
+        if scale is not None and not math.isclose(scale, head_size**-0.5):
+            raise ValueError(
+                f"the fused kernel does not support this call: its scale is 1/sqrt({head_size}), got {scale}; use "
+                f"--sp-kernel library"
+            )
+        return "fused"
 
     def note(self, reason: str) -> None:
         """A call is about to be handed back. Raises RuntimeError where that is not wanted."""

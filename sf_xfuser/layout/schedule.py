@@ -18,8 +18,8 @@ keeps that order on the wire. What matters is the tail: no O can leave before th
 idles from then until the first O is final. So slabs come in parts, remote queries go first, and the attention that only
 this machine wants is left for last, where it covers the O transfers.
 
-Where there is nothing to hide (``Cut.together``: chunks of one host arrive at once) everything is attended in one call,
-between the inputs and the outputs, keys in the order of the sequence, as one process would.
+Without overlap (``Cut.overlap``) everything is attended in one call between the inputs and the outputs, keys in the
+order of the sequence, as one process would. This is for chunks of one host, which arrive at once.
 
 Machine order is a rotation (in: t-1, t-2, ...; out: t+1, t+2, ...), so a machine sends to one machine and receives
 from one at a time. Exchanges are *rounds*: the k-th round of a link on one rank matches the k-th round of that link on
@@ -66,16 +66,16 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """Into how many parts KV from other machines is cut, and that of the last slab. ``together``: attend everything in
-    one call, where no transfer is worth covering; nothing is cut then."""
+    """Into how many parts KV from other machines is cut, and that of the last slab. ``overlap=False``: everything is
+    attended in one call after all inputs, and nothing is cut."""
 
     kv: int = 1
     last_kv: int = 1
-    together: bool = False
+    overlap: bool = True
 
     def __post_init__(self) -> None:
-        if self.together and (self.kv, self.last_kv) != (1, 1):
-            raise ValueError(f"{self}: what is attended together is not cut")
+        if not self.overlap and (self.kv, self.last_kv) != (1, 1):
+            raise ValueError(f"{self}: KV is not cut without overlap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +138,14 @@ def build_schedule(
 _TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
 
 
-def choose_cut(layout: Layout, kv_tokens: int, device: str, *, together: bool) -> Cut:
+def choose_cut(layout: Layout, kv_tokens: int, device: str, *, overlap: bool) -> Cut:
     """How finely KV from other machines is cut, as far as the parts stay large: in 4 where one slab is all there is;
-    else in 2, on a CPU not at all, since each part costs it an attention call that is slower and a merge; and where all
-    is to be attended ``together``, not at all.
+    else in 2, on a CPU not at all, since each part costs it an attention call that is slower and a merge; and without
+    ``overlap`` not at all.
     ``kv_tokens``: of the rank that holds most; ``device``: ``"cpu"``, ``"cuda"``. Alike on every rank, whatever the
     transport, which so changes no bit of the result (docs/performance.md has the rows)."""
-    if together:
-        return Cut(together=True)
+    if not overlap:
+        return Cut(overlap=False)
     largest = layout.ulysses * kv_tokens // _TOKENS_PER_PART.get(device, 2048)
     if layout.num_machines == 2:
         return Cut(last_kv=max(1, min(4, largest)))
@@ -161,11 +161,11 @@ class _Builder:
         self.t, self.u, self.r_x, self.r_i = layout.coordinates(position)
         self.steps: list[Step] = []
         self.rounds: dict[Link, int] = {"inside": 0, "across": 0}
-        self.together = cut.together
+        self.overlap = cut.overlap
         # Parts by machine offset: what starts on the own machine is not cut, the last machine's KV most finely.
         kv_parts = ([1] + [cut.kv] * (layout.torus - 2) + [cut.last_kv])[: layout.torus]
-        # queries[i] and slabs[k][part][block]: the U pieces that arrive together, own u first; keys that are all
-        # attended together lie in the order of the sequence.
+        # queries[i] and slabs[k][part][block]: the U pieces of one arrival, own u first; without overlap keys lie in
+        # the order of the sequence.
         self.queries = [self._pieces(i, 0, 0, 0, 1) for i in range(layout.torus)]
         self.remote = _flat(self.queries[1:])
         self.slabs = [
@@ -190,25 +190,25 @@ class _Builder:
     def _block(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
         """``_pieces`` as their keys lie in a slab."""
         pieces = self._pieces(i, j_x, j_i, part, parts)
-        return tuple(sorted(pieces)) if self.together else pieces
+        return pieces if self.overlap else tuple(sorted(pieces))
 
     def build(self) -> Schedule:
         slabs: tuple[tuple[Piece, ...], ...]
-        if self.together:
-            slabs = (self._all_together(),)
-        else:
+        if self.overlap:
             self._stages()
             slabs = tuple(self._keys(k) for k in range(len(self.slabs)))
+        else:
+            slabs = (self._unstaged(),)
         return Schedule(
             layout=self.layout,
             position=self.own,
             queries=_flat(self.queries),
-            remote=() if self.together else self.remote,
+            remote=self.remote if self.overlap else (),
             slabs=slabs,
             steps=tuple(self._marked_last()),
         )
 
-    def _all_together(self) -> tuple[Piece, ...]:
+    def _unstaged(self) -> tuple[Piece, ...]:
         """Without stages: all chunks, one attention, all outputs. Its keys, in the order of the sequence."""
         if self.layout.ulysses > 1:
             self._post_local_inputs()

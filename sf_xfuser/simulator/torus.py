@@ -23,15 +23,15 @@ MERGE_BYTES = 18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusVariant:
     """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives);
-    ``overlap`` False: each transfer is waited for at once. ``together``: no stages, all attended in one call."""
+    ``overlap`` False: each transfer is waited for at once. ``unstaged``: all attended in one call."""
 
     layout: Layout
     pattern: str = "put"
     overlap: bool = True
-    together: bool = False
+    unstaged: bool = False
 
     def __str__(self) -> str:
-        return f"{self.layout}{'' if self.overlap else ', no overlap'}{', together' if self.together else ''}"
+        return f"{self.layout}{'' if self.overlap else ', no overlap'}{', unstaged' if self.unstaged else ''}"
 
 
 class Torus(ReplayedVariant):
@@ -57,7 +57,7 @@ class Torus(ReplayedVariant):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.cut: Cut = choose_cut(variant.layout, self.tokens, cluster.device, together=variant.together)
+        self.cut: Cut = choose_cut(variant.layout, self.tokens, cluster.device, overlap=not variant.unstaged)
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
         self.ways: dict[str, Way] = {name: link.way(variant.pattern) for name, link in self.links.items()}
         self.seconds_per_byte = {
@@ -100,7 +100,7 @@ class Torus(ReplayedVariant):
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
         others, last = own * (layout.torus - 1), own // cut.last_kv
         calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, how many calls
-        if cut.together:
+        if not cut.overlap:
             calls = [(own * layout.torus, own * blocks * layout.num_machines, 0, 1)]
         elif not others:
             calls += [(own, own, MERGE_BYTES, blocks * (layout.num_machines - 1))]

@@ -7,28 +7,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import index
-from typing import Literal
 
 import torch
 
 from sf_xfuser.kernels import (
     AttendFunction,
+    Attention,
     Chunks,
-    Kernel,
-    Verdict,
     attend_unchecked,
-    choose,
-    may_fuse,
+    fused_unsupported_reason,
     merge_part,
     prepare,
     sdpa_attend,
-    sdpa_backend,
-    why_not_fused,
     without_weightless,
 )
 from sf_xfuser.layout.schedule import JOINT, Attend, Exchange, Message, Piece
 from sf_xfuser.torus.buffers import Buffers
-from sf_xfuser.torus.call import Call, agree
+from sf_xfuser.torus.call import Call, Joint, Tokens, agree
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import Parcel, Ticket
 
@@ -50,78 +45,62 @@ def torus_attention(
     value: torch.Tensor,
     *,
     mesh: Mesh,
-    attend: AttendFunction = sdpa_attend,
-    library: str | None = None,
-    kernel: Kernel = "auto",
-    joint_key: torch.Tensor | None = None,
-    joint_value: torch.Tensor | None = None,
-    joint_strategy: Literal["front", "rear"] | None = None,
-    q_tokens: Sequence[int] | None = None,
-    kv_tokens: Sequence[int] | None = None,
-    together: bool = False,
+    attention: Attention = sdpa_attend,
+    joint: Joint | None = None,
+    tokens: Tokens | tuple[Sequence[int], Sequence[int]] | None = None,
+    overlap: bool = True,
 ) -> torch.Tensor:
     """Dense, non-causal attention over the tokens of all ranks of ``mesh``. Collective over the group.
 
     ``query`` [B, H, S_q, D] and ``key``, ``value`` [B, H_kv, S_kv, D] hold this rank's tokens and all heads, any
-    strides; S_q and S_kv may differ from each other and from rank to rank (0 included), H_kv divides H. ``joint_key``
-    and ``joint_value`` [B, H_kv, S_j, D] hold tokens that every rank has; they are attended once, at the first
-    (``"front"``) or last (``"rear"``) KV. Returns [B, H, S_q, D] (a view of [B, S_q, H, D]) in the input dtype.
+    strides; S_q and S_kv may differ from each other and from rank to rank (0 included), H_kv divides H. Returns
+    [B, H, S_q, D] (a view of [B, S_q, H, D]) in the input dtype.
 
-    ``q_tokens[w]`` and ``kv_tokens[w]`` are S_q and S_kv at each position ``w`` of ``mesh``. A caller that knows them
-    gives both, and nothing but chunks is exchanged once a call shape has been seen; left out, the ranks tell each other
-    their counts at every call, since a rank cannot know that another's have changed.
+    ``attention`` computes one piece (see ``kernels.attend``). Pieces are merged by log-sum-exp in fp32 (fp64 inputs: in
+    fp64) in a fixed order, so the same call gives the same bits. ``"fused"``: one Triton kernel computes and merges a
+    piece; on a CPU its PyTorch reference does.
+    ``joint`` holds tokens that every rank has. They are attended once, at the first or last KV.
+    ``tokens`` gives S_q and S_kv of every rank, by position in ``mesh``. With it, only chunks are exchanged once a call
+    shape has been seen. Without it, the ranks exchange their counts at every call.
+    ``overlap=False`` (alike on every rank) exchanges all chunks first, then attends everything in one call: faster
+    where a call is short. CPU ranks of one host always do this.
 
-    ``attend`` computes one piece (see ``kernels.attend``); pieces are merged by log-sum-exp in fp32 (fp64 inputs: in
-    fp64) in a fixed order, so the same call gives the same bits. On CUDA the work is on the current stream. Nothing
-    stays posted afterwards.
-    ``library`` is xDiT's name of what ``attend`` calls, where its scale is 1/sqrt(D). Where the fused kernel was
-    measured to be faster, it computes and merges a piece in one launch (``kernels.choice``; ``mesh.pieces`` says what
-    was chosen); without a name ``attend`` computes all. ``kernel``, for tests and measurements: ``"library"`` or
-    ``"fused"``, whichever is faster.
-
-    ``together``, alike on every rank: no stages; all chunks are exchanged, then everything is attended in one call.
-    Nothing is hidden, nothing merged: better where a call is short. Ranks of one host do that on a CPU in any case.
-
-    For inference: ValueError where autograd would record the call. Raises TypeError where an argument is no dense
-    tensor or no list of counts, ValueError on every rank when ranks disagree or a shape cannot be split, TransportError
-    when a transfer is not done in time, a rank is missing, or another rank's call has failed. Source: StreamFusion,
-    arXiv 2601.20273, Torus Attention.
+    On CUDA the work is on the current stream. No transfer is pending afterwards. For inference: ValueError where
+    autograd would record the call. Raises TypeError where an argument is not a dense tensor or a list of counts,
+    ValueError on every rank when ranks disagree, a shape cannot be split or the fused kernel does not support the call,
+    TransportError when a transfer times out, a rank is missing, or another rank's call has failed. Source:
+    StreamFusion, arXiv 2601.20273, Torus Attention.
     """
 
-    def fuses(q_tokens: int, kv_tokens: int) -> bool:
-        if kernel == "auto":
-            verdict = choose(query.device, library, query.dtype, query.shape[3], q_tokens, kv_tokens)
-        else:
-            verdict = Verdict(kernel == "fused", "as asked for")
-        mesh.pieces[verdict] += 1
-        return bool(verdict.fused)
-
-    def inputs() -> tuple[_Inputs, _Counts | None]:
-        joint = [("joint_key", joint_key), ("joint_value", joint_value)]
-        k_joint, v_joint = (None if x is None else _plain(name, x) for name, x in joint)
-        tensors = _plain("query", query), _plain("key", key), _plain("value", value), k_joint, v_joint
+    def inputs() -> tuple[_Inputs, Tokens | None]:
+        parts = {"query": query, "key": key, "value": value}
+        if joint is not None:
+            parts |= {"joint.key": joint.key, "joint.value": joint.value}
+        tensors = [_plain(name, x) for name, x in parts.items()]
         if asks_gradient(*tensors):
             raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach its inputs")
-        if kernel == "fused" and (reason := why_not_fused(query.dtype, query.shape[-1])):
-            raise ValueError(f"kernel='fused' cannot serve this call: {reason}; give 'auto' or 'library'")
-        return tensors, _counts(q_tokens, kv_tokens)
+        if attention == "fused":
+            if reason := fused_unsupported_reason(query.device, query.dtype, query.shape[-1]):
+                raise ValueError(
+                    f"the fused kernel does not support this call: {reason}; use --sp-kernel library (from Python: "
+                    f"leave attention='fused' out)"
+                )
+        elif not callable(attention):
+            raise TypeError(f"attention must be a function (q, k, v) -> (out, lse) or 'fused', got {attention!r}")
+        return tensors, _counts(tokens)
 
-    with mesh.call(inputs) as (tensors, counts):  # whatever is wrong on this rank alone fails the call on all
-        if library is None and attend is sdpa_attend:
-            library = sdpa_backend(query.device, query.dtype)
+    with mesh.call(inputs) as (tensors, counts):  # an error on one rank fails the call on all
 
-        def call(attend: AttendFunction, fuses: Callable[[int, int], bool]) -> torch.Tensor:
-            agreed = agree(mesh, tensors, joint_strategy, counts, together)
+        def call(attention: Attention) -> torch.Tensor:
+            agreed = agree(mesh, tensors, joint.strategy if joint else None, counts, overlap)
             compressed = "none" if mesh.compression is None else mesh.compression.format
-            prepare(query.device, query.dtype, query.shape[3], compressed, kernel == "fused" or may_fuse())
-            return _Run(mesh, agreed, attend, fuses, *tensors).run()
+            prepare(query.device, query.dtype, query.shape[3], compressed, attention == "fused")
+            return _Run(mesh, agreed, attention, tensors).run()
 
-        trial = partial(call, attend_nothing, lambda *_: False)
-        return mesh.attempt(lambda: call(attend, fuses), trial, query.device)
+        return mesh.attempt(lambda: call(attention), lambda: call(attend_nothing), query.device)
 
 
-_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-_Counts = tuple[tuple[int, ...], tuple[int, ...]]  # of queries and of keys, by position
+_Inputs = Sequence[torch.Tensor]  # query, key, value and, with joint tokens, their key and value
 
 
 def _plain(name: str, x: object) -> torch.Tensor:
@@ -132,15 +111,15 @@ def _plain(name: str, x: object) -> torch.Tensor:
     raise TypeError(f"{name} must be a dense tensor [batch, heads, tokens, head size] with data, got {got}")
 
 
-def _counts(q_tokens: Sequence[int] | None, kv_tokens: Sequence[int] | None) -> _Counts | None:
-    if q_tokens is None and kv_tokens is None:
+def _counts(tokens: Tokens | tuple[Sequence[int], Sequence[int]] | None) -> Tokens | None:
+    if tokens is None:
         return None
     try:
-        return tuple(map(index, q_tokens)), tuple(map(index, kv_tokens))  # type: ignore[arg-type]
-    except TypeError:
+        queries, keys = (tuple(map(index, counts)) for counts in tokens)
+        return Tokens(queries, keys)
+    except (TypeError, ValueError):
         raise TypeError(
-            f"q_tokens and kv_tokens must be lists of integers, one for each rank, got {q_tokens!r} and {kv_tokens!r}; "
-            f"give both or none"
+            f"tokens must be two lists of integers (of queries, of keys), one integer for each rank, got {tokens!r}"
         ) from None
 
 
@@ -163,27 +142,15 @@ class _Local(Ticket):
 class _Run:
     """One call: its buffers, and what is on its way."""
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        call: Call,
-        attend: AttendFunction,
-        fuses: Callable[[int, int], bool],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        joint_key: torch.Tensor | None,
-        joint_value: torch.Tensor | None,
-    ) -> None:
-        """``fuses``: whether the fused kernel computes a piece of so many queries and keys."""
-        self.mesh, self.call, self.attend, self.fuses = mesh, call, attend, fuses
+    def __init__(self, mesh: Mesh, call: Call, attention: Attention, tensors: _Inputs) -> None:
+        self.mesh, self.call, self.attention = mesh, call, attention
+        query, key, value, *joint = tensors
         self.query = query
-        joint = (joint_key, joint_value) if joint_key is not None and joint_value is not None else ()
         self.links = dict(mesh.links)
         if mesh.compression is not None:
             self.links["across"] = mesh.compression.over(mesh.links["across"])
         self.window_links = mesh.window_links
-        self.buffers = Buffers(call, {"q": (query,), "kv": (key, value)}, joint, mesh.begin(call, call.digest))
+        self.buffers = Buffers(call, {"q": (query,), "kv": (key, value)}, tuple(joint), mesh.begin(call, call.digest))
         self.rows_at_once = self.buffers.q_rows.total
         if query.device.type == "cpu":
             self.rows_at_once = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_at_once // 4))
@@ -229,7 +196,7 @@ class _Run:
             self._await("kv", step.keys)
         keys, rows = self.buffers.keys(step.keys), self.buffers.q_rows[step.queries]
         if keys is not None:
-            kernel = self._attend_fused if self.fuses(rows.stop - rows.start, keys[0].shape[2]) else self._attend_rows
+            kernel = partial(self._attend_rows, self.attention) if callable(self.attention) else self._attend_fused
             with self._traced("compute", step):
                 kernel(rows, *keys, self.begun.isdisjoint(step.queries), step.queries_last)
             self.begun.update(step.queries)
@@ -242,15 +209,17 @@ class _Run:
         if step.queries_last:
             self.buffers.let_go_queries(step.queries)
 
-    def _attend_rows(self, rows: slice, k: torch.Tensor, v: torch.Tensor, first: bool, last: bool) -> None:
+    def _attend_rows(
+        self, attend: AttendFunction, rows: slice, k: torch.Tensor, v: torch.Tensor, first: bool, last: bool
+    ) -> None:
         k, v = self.buffers.with_all_heads(k, v)
         if first and last and rows == slice(0, self.buffers.q_rows.total) and rows.stop:
-            self.buffers.finish(self.attend(self.buffers.queries(rows), k, v)[0])
+            self.buffers.finish(attend(self.buffers.queries(rows), k, v)[0])
             return
         for start in range(rows.start, rows.stop, self.rows_at_once):
             some = slice(start, min(start + self.rows_at_once, rows.stop))
             queries = self.buffers.queries(some)
-            out, lse = self.attend(queries, k, v)
+            out, lse = attend(queries, k, v)
             lse = without_weightless(queries, k, out, lse)
             for at, result in self.buffers.outcome(some) if last else [(some, None)]:
                 total_out, total_lse = self.buffers.accumulator(at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -14,6 +14,22 @@ from sf_xfuser.layout.schedule import Message, Schedule, build_schedule, choose_
 from sf_xfuser.torus.mesh import Mesh
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Joint(NamedTuple):
+    """Key and value [B, H_kv, S_j, D] of tokens that every rank has, attended at the first (``"front"``) or last
+    (``"rear"``) KV."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    strategy: Literal["front", "rear"]
+
+
+class Tokens(NamedTuple):
+    """How many queries and how many keys each rank holds, by position in the mesh."""
+
+    query: Sequence[int]
+    key: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,44 +60,37 @@ class Call:
 
 def agree(
     mesh: Mesh,
-    tensors: Sequence[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor],
     joint_strategy: str | None,
-    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
-    together: bool,
+    counts: Tokens | None,
+    overlap: bool,
 ) -> Call:
-    """The call that all ranks make; ``tensors`` are query, key, value, joint key and joint value of this one."""
-    given = joint_strategy, together
-    shapes = (*((x.shape, x.dtype, x.device.type) if x is not None else None for x in tensors), given)
+    """The call that all ranks make; ``tensors`` are this rank's query, key, value and, where there are joint tokens,
+    their key and value."""
+    given = joint_strategy, overlap
+    shapes = (*((x.shape, x.dtype, x.device.type) for x in tensors), given)
     known: Call | None = mesh.calls.get((shapes, counts))
     if known is not None:
         return known
     error = _shape_error(mesh, tensors, joint_strategy, counts)
-    described = [[list(x.shape), str(x.dtype), x.device.type] if x is not None else None for x in tensors]
+    described = [[list(x.shape), str(x.dtype), x.device.type] for x in tensors]
     said = {"error": error, "tensors": described, "given": given, "counts": counts}
     reports = mesh.control.gather("attention call", said)
     if refusal := _refusal(mesh, reports):
         mesh.refuse(refusal)
-    assert tensors[0] is not None  # a missing query is a TypeError of the caller's
     seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
     if (shapes, seen) not in mesh.calls:
-        mesh.remember((shapes, seen), _make_call(mesh, reports, seen, joint_strategy, together, tensors[0]))
+        mesh.remember((shapes, seen), _make_call(mesh, reports, seen, joint_strategy, overlap, tensors[0]))
     agreed: Call = mesh.calls[shapes, seen]
     return agreed
 
 
 def _shape_error(
-    mesh: Mesh,
-    tensors: Sequence[torch.Tensor | None],
-    joint_strategy: str | None,
-    counts: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    mesh: Mesh, tensors: Sequence[torch.Tensor], joint_strategy: str | None, counts: Tokens | None
 ) -> str | None:
     """What is wrong with this rank's arguments, seen from this rank alone."""
-    query, key, value, joint_key, joint_value = tensors
-    assert query is not None and key is not None and value is not None
-    names = ("query", "key", "value", "joint_key", "joint_value")
-    for name, x in zip(names, tensors, strict=True):
-        if x is None:
-            continue
+    query, key, value, *joint = tensors
+    for name, x in zip(("query", "key", "value", "joint.key", "joint.value"), tensors, strict=False):
         if x.dim() != 4:
             return f"{name} must have 4 dimensions [batch, heads, tokens, head size], got shape {tuple(x.shape)}"
         if x.dtype not in _DTYPES:
@@ -97,25 +106,23 @@ def _shape_error(
     if key.shape != value.shape:
         return f"key and value must have the same shape, got {tuple(key.shape)} and {tuple(value.shape)}"
     if counts is not None and any(len(tokens) != mesh.layout.world_size for tokens in counts):
-        return f"q_tokens and kv_tokens need one count for each of {mesh.layout.world_size} positions, got {counts}"
+        return f"tokens needs one count for each of {mesh.layout.world_size} positions, got {counts}"
     if counts is not None and (counts[0][mesh.position], counts[1][mesh.position]) != (query.shape[2], key.shape[2]):
-        held = f"do not say {query.shape[2]} and {key.shape[2]} for this rank"
-        return f"q_tokens and kv_tokens {counts} {held}: give what each rank holds, or leave both out"
+        held = f"{query.shape[2]} queries and {key.shape[2]} keys"
+        return f"tokens={counts} differs from this rank's {held}: give what each rank holds, or leave it out"
     heads, kv_heads, ways = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
     if kv_heads == 0 or heads % kv_heads:
         return f"{heads} query heads are not a multiple of {kv_heads} key heads: give key heads that divide them"
     if heads < ways:
         split = f"torus={mesh.layout.torus} x ulysses={mesh.layout.ulysses} ranks"
         return f"{heads} heads cannot be split over {split}: take a --sp-plan with torus x ulysses of at most {heads}"
-    if (joint_key is None) != (joint_value is None) or (joint_key is None) != (joint_strategy is None):
-        return "joint_key, joint_value and joint_strategy go together: give all three or none"
-    if joint_strategy not in (None, "front", "rear"):
-        return f"joint_strategy must be 'front' or 'rear', got {joint_strategy!r}"
-    if joint_key is None or joint_value is None:
+    if not joint:
         return None
-    if joint_key.shape != joint_value.shape or joint_key.shape[1] != kv_heads:
-        shapes = f"{tuple(joint_key.shape)} and {tuple(joint_value.shape)}"
-        return f"joint_key and joint_value must have one shape with {kv_heads} heads, as key has, got {shapes}"
+    if joint_strategy not in ("front", "rear"):
+        return f"joint.strategy must be 'front' or 'rear', got {joint_strategy!r}"
+    if joint[0].shape != joint[1].shape or joint[0].shape[1] != kv_heads:
+        shapes = f"{tuple(joint[0].shape)} and {tuple(joint[1].shape)}"
+        return f"joint.key and joint.value must have one shape with {kv_heads} heads, as key has, got {shapes}"
     return None
 
 
@@ -127,21 +134,20 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
 
     def common(report: dict[str, Any]) -> Any:  # all but the token counts of query, key and value
         return [
-            [x[0][:2] + (x[0][2:] if index > 2 else x[0][3:]), *x[1:]] if x else None
-            for index, x in enumerate(report["tensors"])
+            [x[0][:2] + (x[0][2:] if index > 2 else x[0][3:]), *x[1:]] for index, x in enumerate(report["tensors"])
         ], report["given"]
 
     counts = [r["counts"] for r in reports]
     if any(each != counts[0] for each in counts):
         seen = "; ".join(f"rank {mesh.members[w]}: {each}" for w, each in enumerate(counts))
-        return f"q_tokens and kv_tokens must be the same on all ranks (or left out on all), got {seen}"
+        return f"tokens must be the same on all ranks (or left out on all), got {seen}"
     if any(common(r) != common(reports[0]) for r in reports):
         seen = "; ".join(
-            f"rank {mesh.members[w]}: {r['tensors']} joint {r['given'][0]}, together {r['given'][1]}"
+            f"rank {mesh.members[w]}: {r['tensors']} joint {r['given'][0]}, overlap {r['given'][1]}"
             for w, r in enumerate(reports)
         )
-        return f"ranks disagree on shape, dtype, joint tokens or stages (only token counts may differ): {seen}"
-    if not sum(r["tensors"][1][0][2] for r in reports) + (reports[0]["tensors"][3] or [[0, 0, 0]])[0][2]:
+        return f"ranks disagree on shape, dtype, joint tokens or overlap (only token counts may differ): {seen}"
+    if not sum(r["tensors"][1][0][2] for r in reports) + sum(x[0][2] for x in reports[0]["tensors"][3:]):
         return "no rank holds any key: there is nothing to attend to"
     return None
 
@@ -151,7 +157,7 @@ def _make_call(
     reports: list[dict[str, Any]],
     counts: tuple[tuple[int, ...], tuple[int, ...]],
     joint_strategy: Any,
-    together: bool,
+    overlap: bool,
     query: torch.Tensor,
 ) -> Call:
     ways = mesh.layout.ulysses_degree
@@ -173,7 +179,7 @@ def _make_call(
         kv_heads=kv_ranges,
     )
     at_once = mesh.one_host and query.device.type == "cpu"  # no wire is slow
-    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, together=together or at_once)
+    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, overlap=overlap and not at_once)
     positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
     places = {w: Places(s, sizes, mesh.window_links, head_major=at_once) for w, s in schedules.items()}

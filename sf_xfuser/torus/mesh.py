@@ -7,19 +7,19 @@ import os
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.kernels import Verdict
 from sf_xfuser.layout.plan import EVEN, Layout, Plan, make_plan
 from sf_xfuser.layout.schedule import Link
 from sf_xfuser.layout.topology import MachineGrid, RankFacts, Topology, probe
@@ -80,7 +80,6 @@ class Mesh:
     chosen: str = ""
     one_host: bool = False
     compression: Compression | None = None
-    pieces: Counter[Verdict] = field(default_factory=Counter)
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
@@ -421,7 +420,6 @@ class Mesh:
         if self.compression is not None:
             text.append(f"--sp-compress: {self.compression}")
         text.append(f"transport {self.transport}: {self.chosen or 'until the first call has tried what there is'}")
-        text += [f"attention computed by {choice}; {count} pieces" for choice, count in self.pieces.items()]
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text
@@ -438,8 +436,23 @@ def gather_topology(args: TorusArgs, agreement: Agreement, world_size: int) -> T
     return Topology.from_facts([RankFacts(**facts) for facts in agreement.gather("host", asdict(probe()))])
 
 
+def _rank_lists(device_mesh: DeviceMesh, world: Agreement) -> list[list[int]]:
+    """The ranks of every group, where each rank has its own group as a DeviceMesh. Collective over the world."""
+    names, ranks, error = device_mesh.mesh_dim_names, device_mesh.mesh.flatten().tolist(), ""
+    if device_mesh.ndim != 1 and names != ("ring", "ulysses"):
+        got = names or f"{device_mesh.ndim} without names"
+        error = f"a DeviceMesh must have one dimension or ('ring', 'ulysses'), got {got}: pass a slice, as mesh['sp']"
+    reports = world.gather("device mesh", [error, ranks])
+    if errors := [f"rank {rank}: {text}" for rank, (text, _) in enumerate(reports) if text]:
+        raise ValueError(errors[0])
+    groups = sorted({tuple(ranks) for _, ranks in reports})
+    if sorted(chain(*groups)) != list(range(len(reports))):
+        raise ValueError(f"each of the {len(reports)} ranks must be in one group, got DeviceMeshes of {groups}")
+    return [list(group) for group in groups]
+
+
 def build_mesh(
-    sp_rank_lists: Sequence[Sequence[int]],
+    sp_rank_lists: Sequence[Sequence[int]] | DeviceMesh,
     args: TorusArgs,
     *,
     heads: int | None = None,
@@ -451,7 +464,9 @@ def build_mesh(
 ) -> Mesh:
     """The mesh of this rank's sequence-parallel group. Collective over the world: every rank passes the same lists.
 
-    ``sp_rank_lists``: the global ranks of every sequence-parallel group, each ascending; together every rank once.
+    ``sp_rank_lists``: the global ranks of every sequence-parallel group, each ascending; every rank is in one.
+    A DeviceMesh stands for the ranks of this rank's group. It has one dimension, or ``("ring", "ulysses")`` as
+    diffusers' ContextParallelConfig makes it; its degrees are not used.
     The degrees are kept where given (``ring_degree`` is checked), else planned, with heads no less even than
     ``max_imbalance`` allows (see ``make_plan``). ``backend`` is torch.distributed's.
     Raises ValueError (bad degrees, heads, flags) or RuntimeError (a rank is missing), on every rank alike.
@@ -460,6 +475,8 @@ def build_mesh(
     rank = dist.get_rank()
     world = Agreement.of_world(PATIENCE * args.timeout)
     topology = gather_topology(args, world, world_size)
+    if isinstance(sp_rank_lists, DeviceMesh):
+        sp_rank_lists = _rank_lists(sp_rank_lists, world)
     for ranks in sp_rank_lists:
         if list(ranks) != sorted(set(ranks)):
             raise ValueError(f"a sequence-parallel group must list ascending distinct ranks, got {list(ranks)}")

@@ -29,7 +29,7 @@ OTHER_CALLS = r"TransportError: ranks make different calls[^|]*?"
 CASES = {
     "a_gradient": alone("ValueError: a gradient is asked for"),
     "no_query": alone("TypeError: query must be a dense tensor"),
-    "counts_of_another_type": alone("TypeError: q_tokens and kv_tokens must be lists"),
+    "counts_of_another_type": alone("TypeError: tokens must be two lists"),
     "attention_raises": alone("ZeroDivisionError: as it should"),
     "goes_on_at_once": each("True", "right"),
     "goes_on_late": each("True", "right"),
@@ -48,11 +48,11 @@ CASES = {
     ),
     "use_after_close": (r"(RuntimeError: this mesh has been closed[^,]*, and no call[^,]*(, |$)){2}",) * 4,
     "two_known_calls_in_another_order": each(
-        OTHER_CALLS, "ValueError: q_tokens and kv_tokens must be the same[^|]*?", "right",
+        OTHER_CALLS, "ValueError: tokens must be the same[^|]*?", "right",
         OTHER_CALLS, "ValueError: ranks disagree on shape, dtype[^|]*?", "right",
     ),
     "counts_that_contradict": each(
-        "ValueError: q_tokens and kv_tokens must be the same on all ranks[^|]*?", "right",
+        "ValueError: tokens must be the same on all ranks[^|]*?", "right",
         r"(TransportError|ValueError): [^|]*?", "right",
     ),
     "another_request": each(

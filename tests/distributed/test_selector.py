@@ -178,7 +178,7 @@ def selected_of(found: dict[str, list[tuple[str, str]]], candidates: set[str]) -
 
 
 TORUS = "torus (torus=2 ulysses=1 ring=2)"
-TOGETHER = "torus together (torus=2 ulysses=1 ring=2)"
+UNSTAGED = "torus unstaged (torus=2 ulysses=1 ring=2)"
 FLAT = "xDiT's USP (ulysses=4 ring=1)"
 
 
@@ -203,7 +203,7 @@ def test_ranks_that_failed_at_different_points_of_a_trial_start_over():
 
 def test_where_ranks_share_no_memory_unstaged_torus_is_a_candidate():
     found, _ = calls(*OF_2X2, "--apart", "--slow", "torus (,xDiT")
-    assert selected_of(found, {TORUS, TOGETHER, OWN, FLAT}) == {TOGETHER}
+    assert selected_of(found, {TORUS, UNSTAGED, OWN, FLAT}) == {UNSTAGED}
 
 
 def test_flat_ulysses_where_it_is_the_fastest():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -474,7 +475,7 @@ def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
     assert run.status == 0, run.err
     auto, candidates = run.row("auto"), {"xDiT's own USP", "torus (torus=2 ulysses=2 ring=1)"}
     candidates.add("torus (torus=1 ulysses=2 ring=2 (2 across machines x 1 inside))")
-    candidates.add("torus together (torus=2 ulysses=2 ring=1)")
+    candidates.add("torus unstaged (torus=2 ulysses=2 ring=1)")
     assert auto["status"] == "ok" and auto["max_abs_error"] < 1e-5 and len(auto["times_s"]) == 2
     candidates.add("xDiT's USP (ulysses=4 ring=1)")
     assert auto["layout"] in candidates and f"selected {auto['layout']}; " in auto["description"]
@@ -653,3 +654,9 @@ def test_a_cluster_without_sense_is_refused(unlaunched, capsys):
 def test_names_of_variants_are_known():
     """Every variant that can be in a row can be asked for."""
     assert {"single", "attention-alone", "torus", "torus-no-overlap", "auto"} <= set(command.known_names().split(", "))
+
+
+def test_old_names_of_variants_still_work():
+    parser = argparse.ArgumentParser()
+    command.add_bench_arguments(parser)
+    assert parser.parse_args(["--variants", "torus,torus-together"]).variants == "torus,torus-unstaged"

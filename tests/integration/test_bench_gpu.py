@@ -1,4 +1,4 @@
-"""``python -m sf_xfuser.bench.gpu`` as far as a CPU goes: every row's code on tiny tensors, the gate, the table."""
+"""``python -m sf_xfuser.bench.gpu`` as far as a CPU goes: every row's code on tiny tensors, the gate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from sf_xfuser.bench import gpu
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.kernels.choice import read_table
 from sf_xfuser.layout.plan import Layout
 from tests import virtual
 
@@ -67,46 +66,11 @@ def test_variants_take_turns_and_warm_up_runs_are_not_counted():
     assert ran == list("ababab") and {name: len(each) for name, each in us.items()} == {"a": 2, "b": 2}
 
 
-def measured(**more):
-    row = {"architecture": "sm_90", "library": "CUDNN", "dtype": "bfloat16", "D": 128, "q_tokens": 8, "kv_tokens": 8}
-    return row | {"library_us": 2.0, "fused_us": 1.0} | more
-
-
-def test_the_table_is_written_from_measured_rows(tmp_path, monkeypatch):
-    """As on a GPU, whose part a stub plays: no measured row can come from elsewhere."""
-
-    def pieces(bench):
-        bench.add("pieces", "fused", [1.0], what="", library="CUDNN", library_us=2.0, ratio=0.5, measured=measured())
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
-    monkeypatch.setattr(gpu, "Bench", lambda device, *rest: Bench(CPU, *rest))
-    monkeypatch.setitem(gpu.PARTS, "pieces", pieces)
-    path = tmp_path / "measured.json"
-    assert gpu.main(["--parts", "pieces", "--write-table", str(path)]) == 0
-    assert [row.fused_us for row in read_table(path)] == [1.0]
-    assert json.loads(path.read_text())["measured"]["sm_90"]["hardware"]["accelerator"] == "a GPU"
-
-    def wrong(bench):
-        pieces(bench)
-        raise gpu.Wrong("not so")
-
-    monkeypatch.setitem(gpu.PARTS, "pieces", wrong)
-    assert gpu.main(["--parts", "pieces", "--write-table", str(tmp_path / "other.json")]) == 1
-    assert not (tmp_path / "other.json").exists()
-
-
-Bench = gpu.Bench
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--parts", "chunking,nothing"], "--parts nothing: give some of chunking"),
         (["--repeat", "0"], "--repeat must be at least 1"),
-        (["--smoke", "--write-table"], "leave --smoke out"),
-        (["--parts", "fused", "--write-table"], "pieces among --parts"),
     ],
 )
 def test_a_request_without_sense_is_refused(arguments, words, capsys):
@@ -135,7 +99,7 @@ def test_new_memory_is_poisoned_for_the_gate_alone():
 LAYOUTS = [(4, 1, 1, 1), (4, 2, 1, 4), (1, 2, 1, 2), (2, 2, 2, 1), (1, 1, 2, 2), (3, 1, 1, 1)]
 
 
-@pytest.mark.parametrize("kernel", ["library", "fused"])
+@pytest.mark.parametrize("kernel", gpu.KERNELS)
 @pytest.mark.parametrize("degrees", LAYOUTS)
 def test_one_rank_computes_what_the_whole_group_would(degrees, kernel):
     """All that it attends: its own tokens' heads, and what it sends back; and what comes back from others is put in its
@@ -147,7 +111,7 @@ def test_one_rank_computes_what_the_whole_group_would(degrees, kernel):
     rank = OneRank(layout, q, k, v, Loopback(CPU))
     rank.fill(whole[:, :, : L // layout.world_size])
     with gpu.poisoned():
-        result = gpu.call(rank, kernel)
+        result = gpu.call(rank, gpu.KERNELS[kernel])
     torch.testing.assert_close(result, whole[:, :, : result.shape[2]], rtol=0, atol=2e-5)
     seen = torch.zeros(L, dtype=torch.bool)
     for rows, out in rank.outputs(result):
@@ -155,7 +119,6 @@ def test_one_rank_computes_what_the_whole_group_would(degrees, kernel):
         assert not seen[rows].any()
         seen[rows] = True
     assert int(seen.sum()) == L // layout.ring_degree
-    assert [choice.fused for choice in rank.mesh.pieces] == [kernel == "fused"]
 
 
 def test_tokens_that_do_not_divide_are_refused():
@@ -174,5 +137,5 @@ def test_the_transport_between_gpus_with_nobody_at_the_other_end(monkeypatch):
     rank = OneRank(layout, q, k, v, StreamLoopback(8, 0, range(1, 8), CPU))
     rank.fill(whole[:, :, :16])
     for _ in range(3):
-        torch.testing.assert_close(gpu.call(rank, "library"), whole[:, :, :16], rtol=0, atol=2e-5)
+        torch.testing.assert_close(gpu.call(rank, sdpa_attend), whole[:, :, :16], rtol=0, atol=2e-5)
     rank.mesh.close()

@@ -25,6 +25,8 @@ CASES = {
     "flux2_compiled": "equal; 3 served",
     "two_models_on_one_mesh": r"equal; \[3, 2\] served",
     "two_groups": "equal; 3 served, 0 handed back",
+    "device_mesh": "equal; 3 served, 0 handed back",
+    "device_mesh_of_a_group": "equal; 3 served, 0 handed back",
     # masks
     "qwen_masked": "equal; 2 served, 0 handed back",
     "qwen_masked_ring": "equal; 2 served, 0 handed back",
@@ -95,6 +97,7 @@ CASES = {
     "backend_without_context_parallelism": "ValueError: attention backend '_native_math' knows no context .*'native'.*",
     "backend_changed_afterwards": "ValueError: attention backend '_native_math' knows no context .*'native'.*",
     "heads_that_no_plan_splits": "ValueError: .*torus=2.*",
+    "fused": "ValueError: the fused kernel does not support this call: its head sizes are .*, got 32; .*",
     "another_backend": r"ValueError: parallelize\(\) runs Torus Attention: .*'usp'.*",
 }
 

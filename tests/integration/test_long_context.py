@@ -20,6 +20,8 @@ WITHOUT = {
     "grouped_queries": "equal; 1 served, 0 handed back",
     "attention_type": "equal; 1 served, 0 handed back",
     "two_groups": "equal; 1 served, 0 handed back",
+    "fused": "ValueError: the fused kernel does not support this call: its head sizes are .*, got 32; use --sp-kernel",
+    "fused_scale": r"ValueError: the fused kernel .*: its scale is 1/sqrt\(32\), got 0.3; use --sp-kernel library",
     "causal": f"ValueError: torus cannot serve .*: causal attention needs keys in order{NOT_INSTALLED}",
     "dropout": f"ValueError: .*: attention dropout{NOT_INSTALLED}",
     "window": rf"ValueError: .*: a window of \(8, 0\) needs keys in order{NOT_INSTALLED}",

@@ -224,6 +224,10 @@ REFUSED = {
         r"--sp-plan paper chooses Torus Attention's layout, and --sp-backend usp runs xDiT's own code",
     ),
     "check of xDiT's own": (["--sp-backend", "usp", "--sp-check", "first"], r"--sp-check first compares .*backend usp"),
+    "kernel of xDiT's own": (
+        ["--sp-backend", "usp", "--sp-kernel", "fused"],
+        r"--sp-kernel fused computes .*backend usp",
+    ),
     "strict without torus": (["--sp-backend", "ulysses", "--sp-strict"], r"--sp-strict is about .*backend ulysses"),
     "transport of a ring": (
         ["--sp-backend", "ring", "--sp-transport", "tcp"],

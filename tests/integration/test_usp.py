@@ -94,3 +94,10 @@ def test_a_wrong_result_on_one_rank_sends_all_ranks_to_xdits_own():
     for name in SERVED:
         assert len(strict[name]) == 4
         assert all(math.isnan(difference) and "differs from xDiT's own USP" in how for difference, how in strict[name])
+
+
+def test_the_fused_kernel_runs_or_raises():
+    """Head size 16, which it does not support."""
+    flags = ("--sp-backend", "torus", "--ulysses_degree", "4", "--sp-kernel", "fused")
+    finished = torchrun("usp_calls.py", *flags, nproc=4, expect_failure=True)
+    assert "ValueError: the fused kernel does not support this call: its head sizes are" in finished.output

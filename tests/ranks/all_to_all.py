@@ -97,7 +97,7 @@ def interleaved(mesh, number):
     """One attention call or one all-to-all, by number, with inputs of that number. (Result, what it is to be.)"""
     q, k, v = (tensor(1, 4, TOKENS, 8, seed=3 * number + n) for n in range(3))
     if number % 3 == 1:
-        return torus_attention(q, k, v, mesh=mesh, q_tokens=[TOKENS] * 4, kv_tokens=[TOKENS] * 4)
+        return torus_attention(q, k, v, mesh=mesh, tokens=([TOKENS] * 4, [TOKENS] * 4))
     return all_to_all_4d(q.transpose(1, 2), *(FORTH, BACK)[number % 2], mesh)
 
 

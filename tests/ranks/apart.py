@@ -35,7 +35,7 @@ from sf_xfuser.transport.cpu import shm
 shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
 
 TRANSPORTS = ("shm", "tcp", "two_sided")
-COUNTS = {"q_tokens": [16] * 4, "kv_tokens": [16] * 4}
+COUNTS = {"tokens": ([16] * 4, [16] * 4)}
 
 
 def mesh_of(transport, timeout=5.0, topology="2x2", heads=4):
@@ -56,12 +56,12 @@ def right(out, rank, seed, tokens=16, dtype=torch.float32):
     return "right" if off < 30 * torch.finfo(dtype).eps else f"off by {off:.1e}"
 
 
-def attempt(mesh, rank, seed, tokens=16, dtype=torch.float32, **changes):
+def attempt(mesh, rank, seed, size=16, dtype=torch.float32, **changes):
     """What came of one call: "right", how far it was off, or what it raised."""
-    counts = {"q_tokens": [tokens] * 4, "kv_tokens": [tokens] * 4}
-    q, k, v = changes.pop("qkv", None) or qkv(rank, seed, tokens, dtype)
+    counts = {"tokens": ([size] * 4, [size] * 4)}
+    q, k, v = changes.pop("qkv", None) or qkv(rank, seed, size, dtype)
     try:
-        return right(torus_attention(q, k, v, mesh=mesh, **(counts | changes)), rank, seed, tokens, dtype)
+        return right(torus_attention(q, k, v, mesh=mesh, **(counts | changes)), rank, seed, size, dtype)
     except (ValueError, TypeError, RuntimeError, KeyboardInterrupt, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -91,14 +91,14 @@ def case_no_query(rank):
 
 
 def case_counts_of_another_type(rank):
-    return over_each(lambda t: fails_alone(t, rank, q_tokens=16))
+    return over_each(lambda t: fails_alone(t, rank, tokens=16))
 
 
 def case_attention_raises(rank):
     def attend(q, k, v):
         raise ZeroDivisionError("as it should")
 
-    return over_each(lambda t: fails_alone(t, rank, attend=attend))
+    return over_each(lambda t: fails_alone(t, rank, attention=attend))
 
 
 def goes_on(transport, rank, attend):
@@ -109,7 +109,7 @@ def goes_on(transport, rank, attend):
     mesh.one_host = False  # in stages
     attempt(mesh, rank, 9)
     pieces = []
-    said = [attempt(mesh, rank, 0, **({"attend": partial(attend, pieces)} if rank == 1 else {}))]
+    said = [attempt(mesh, rank, 0, **({"attention": partial(attend, pieces)} if rank == 1 else {}))]
     said += [attempt(mesh, rank, seed) for seed in range(1, 6)]
     dist.barrier()
     mesh.close()
@@ -143,13 +143,13 @@ def case_goes_on_late(rank):
 def case_interrupted_while_counts_are_exchanged(rank):
     def work(transport):
         mesh = mesh_of(transport)
-        attempt(mesh, rank, 9, q_tokens=None, kv_tokens=None)
+        attempt(mesh, rank, 9, tokens=None)
         if rank == 1:
             signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             signal.setitimer(signal.ITIMER_REAL, 0.2)
         if rank == 3:
             time.sleep(0.5)
-        said = [attempt(mesh, rank, seed, q_tokens=None, kv_tokens=None) for seed in range(3)]
+        said = [attempt(mesh, rank, seed, tokens=None) for seed in range(3)]
         mesh.close()
         return ", ".join(said)
 
@@ -169,7 +169,7 @@ def case_interrupted_while_it_fails(rank):
         fail = mesh.control.fail
         if rank == 1:
             mesh.control.fail = interrupted
-        said.append(attempt(mesh, rank, 0, **({"attend": interrupted} if rank == 1 else {})))
+        said.append(attempt(mesh, rank, 0, **({"attention": interrupted} if rank == 1 else {})))
         mesh.control.fail = fail
         if rank == 1 or said == ["right"]:  # who has not heard of it does now
             said.append(attempt(mesh, rank, 1))
@@ -227,7 +227,7 @@ def case_two_known_calls_in_another_order(rank):
 
     def work(transport):
         mesh, said = mesh_of(transport, timeout=1.0), []
-        for kinds in (({"tokens": 16}, {"tokens": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
+        for kinds in (({"size": 16}, {"size": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
             for kind in kinds:
                 attempt(mesh, rank, 9, **kind)
             said += [attempt(mesh, rank, 0, **kind) for kind in (kinds if rank != 1 else kinds[::-1])]
@@ -243,7 +243,7 @@ def case_counts_that_contradict(rank):
 
     def work(transport):
         mesh = mesh_of(transport, timeout=1.0)
-        wrong = {"kv_tokens": [17, 16, 16, 16]} if rank == 2 else {}
+        wrong = {"tokens": ([16] * 4, [17, 16, 16, 16])} if rank == 2 else {}
         said = [attempt(mesh, rank, 0, **wrong), attempt(mesh, rank, 1), attempt(mesh, rank, 2, **wrong)]
         said.append(attempt(mesh, rank, 3))
         mesh.close()
@@ -301,7 +301,7 @@ def case_two_threads(rank):
     other = threading.Thread(target=lambda: (computing.wait(), told.append(attempt(mesh, rank, 1))))
     if rank == 2:
         other.start()
-    first = attempt(mesh, rank, 0, attend=attend)
+    first = attempt(mesh, rank, 0, attention=attend)
     if rank == 2:
         other.join()
     dist.barrier()
@@ -318,7 +318,7 @@ def case_meet_after_failing_at_different_times(rank):
     mesh = mesh_of("tcp", timeout=0.3)
     attempt(mesh, rank, 9)
     tries = 0
-    attempt(mesh, rank, 0, **({"attend": lambda *_: 1 / 0} if rank == 1 else {}))
+    attempt(mesh, rank, 0, **({"attention": lambda *_: 1 / 0} if rank == 1 else {}))
     if rank == 0:
         time.sleep(4.0)
     else:
@@ -490,8 +490,8 @@ def case_a_trial_fails(rank):
             k, v = (torch.cat(x, 2) for x in list(zip(*(qkv(r, seed) for r in range(4)), strict=True))[1:])
             return F.scaled_dot_product_attention(q, k, v)
 
-        def run_on(mesh, together, torus=torus):
-            return torus(mesh=mesh, together=together)
+        def run_on(mesh, overlap, torus=torus):
+            return torus(mesh=mesh, overlap=overlap)
 
         try:
             said.append(right(choice.serve(q, k, None, "kind", run_on, xdits)[1], rank, seed))

@@ -41,13 +41,13 @@ def attend_by_softmax(q, k, v):
 
 
 def compare(q, k, v, expected, rounding, **kwargs):
-    """Staged and together; every rank its own rows. What differs, as text."""
+    """With and without overlap; every rank its own rows. What differs, as text."""
     wrong, local, expected = "", [own(x) for x in (q, k, v)], own(expected).double()
     for mesh in meshes:
-        for together in (False, True):
-            out = torus_attention(*local, mesh=mesh, together=together, **kwargs).double()
+        for overlap in (True, False):
+            out = torus_attention(*local, mesh=mesh, overlap=overlap, **kwargs).double()
             if not torch.allclose(out, expected, rtol=rounding, atol=rounding, equal_nan=True):
-                wrong += f"{mesh.layout} {together=}: off by {(out - expected).abs().max():.2g}\n"
+                wrong += f"{mesh.layout} {overlap=}: off by {(out - expected).abs().max():.2g}\n"
     return wrong
 
 
@@ -69,7 +69,7 @@ def case_keys_of_one_rank_without_weight_bf16(rank):
 
 
 def case_keys_of_one_rank_are_nan_to_the_library(rank):
-    return keys_of_one_rank(torch.float32, 1e-6, attend=attend_by_softmax)
+    return keys_of_one_rank(torch.float32, 1e-6, attention=attend_by_softmax)
 
 
 def case_no_key_has_a_weight(rank):

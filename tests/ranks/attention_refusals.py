@@ -8,9 +8,11 @@ import time
 import torch
 import torch.distributed as dist
 from cases import run_cases
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.call import Joint
 from sf_xfuser.torus.mesh import build_mesh
 
 
@@ -61,11 +63,11 @@ def case_without_data(rank):
 
 
 def case_count_in_place_of_counts(rank):
-    torus_attention(*qkv(), mesh=mesh(), q_tokens=8, kv_tokens=[8] * 4)
+    torus_attention(*qkv(), mesh=mesh(), tokens=(8, [8] * 4))
 
 
 def case_counts_of_queries_alone(rank):
-    torus_attention(*qkv(), mesh=mesh(), q_tokens=[8] * 4)
+    torus_attention(*qkv(), mesh=mesh(), tokens=([8] * 4, None))
 
 
 def case_other_batch(rank):
@@ -87,16 +89,24 @@ def case_kv_heads_do_not_divide(rank):
 
 
 def case_counts_that_do_not_fit(rank):
-    torus_attention(*qkv(), mesh=mesh(), q_tokens=[8, 8, 8, 9], kv_tokens=[8] * 4)
+    torus_attention(*qkv(), mesh=mesh(), tokens=([8, 8, 8, 9], [8] * 4))
 
 
-def case_fused_cannot_serve(rank):
-    torus_attention(*qkv(), mesh=mesh(), kernel="fused")
+def case_fused_head_size(rank):
+    torus_attention(*qkv(), mesh=mesh(), attention="fused")
 
 
-def case_joint_without_strategy(rank):
+def case_fused_dtype(rank):
+    torus_attention(*qkv(dtype=torch.float64, dim=64), mesh=mesh(), attention="fused")
+
+
+def case_unknown_attention(rank):
+    torus_attention(*qkv(), mesh=mesh(), attention="flash")
+
+
+def case_unknown_joint_strategy(rank):
     q, k, v = qkv()
-    torus_attention(q, k, v, mesh=mesh(), joint_key=k, joint_value=v)
+    torus_attention(q, k, v, mesh=mesh(), joint=Joint(k, v, "middle"))
 
 
 def case_heads_that_no_plan_splits(rank):
@@ -117,6 +127,18 @@ def case_different_flags(rank):
 
 def case_degrees_are_not_the_world(rank):
     mesh(ulysses_degree=3, ring_degree=1)
+
+
+def case_device_mesh_of_three_dimensions(rank):
+    build_mesh(init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "ring", "ulysses")), TorusArgs(backend="torus"))
+
+
+def case_device_mesh_without_names(rank):
+    build_mesh(init_device_mesh("cpu", (2, 2)), TorusArgs(backend="torus"))
+
+
+def case_device_meshes_that_overlap(rank):
+    build_mesh(DeviceMesh("cpu", [0, 1] if rank < 2 else [1, 2, 3], _init_backend=False), TorusArgs(backend="torus"))
 
 
 def case_a_rank_is_missing(rank):

@@ -15,8 +15,8 @@ from sf_xfuser.bench import variants
 def main() -> int:
     right = variants._torus
 
-    def wrong(case, mesh, together, attend):
-        call = right(case, mesh, together, attend)
+    def wrong(case, mesh, overlap, attend):
+        call = right(case, mesh, overlap, attend)
         blocking = any(isinstance(link, variants._Blocking) for link in mesh.links.values())
 
         def changed(query, key, value):

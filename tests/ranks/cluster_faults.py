@@ -17,7 +17,7 @@ A name is SHAPE/TRANSPORT/FAULT[/OPTION ...]. SHAPE: 4x1 or 2x2. FAULT is KIND[@
     sigint:1                Ctrl-C while the rank waits for its peers
 
 WHOM are machines for cut and slow, else ranks. MOMENT: any (from outside, at a random time), attend (inside the call),
-before (before the call) or setup. OPTION: no-counts (no q_tokens and kv_tokens), new-shapes (each call has another
+before (before the call) or setup. OPTION: no-counts (no tokens), new-shapes (each call has another
 one), store:N (a launcher on machine N holds the c10d store instead of rank 0), goes-on (ranks go on to the next call at
 once, instead of meeting in a file after an error).
 
@@ -248,8 +248,7 @@ class Rank:
         scenario, mine = self.scenario, self.rank in self.scenario.whom
         tokens = 16 + (index if "new-shapes" in scenario.options else 0)
         q, k, v = inputs(index, self.rank, tokens)
-        given = [] if "no-counts" in scenario.options else ["q_tokens", "kv_tokens"]
-        counts = {name: [tokens] * WORLD for name in given}
+        counts = None if "no-counts" in scenario.options else ([tokens] * WORLD, [tokens] * WORLD)
         now = index == self.strike_at
         if now and scenario.moment == "attend" and mine:
             self.pieces_left = self.strike_piece
@@ -264,7 +263,7 @@ class Rank:
             q = None if scenario.kind == "none" else q
         began = time.monotonic()
         try:
-            found = torus_attention(q, k, v, mesh=mesh, attend=self.attend, **counts)
+            found = torus_attention(q, k, v, mesh=mesh, attention=self.attend, tokens=counts)
         except BaseException as error:
             self.say(call=index, began=began, error=type(error).__name__, text=str(error))
             return False

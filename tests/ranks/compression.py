@@ -16,6 +16,7 @@ from attention_accuracy import attention64, spread
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.call import Joint
 from sf_xfuser.torus.mesh import build_mesh
 
 D = 64
@@ -54,7 +55,7 @@ def main() -> None:
         if joint:
             jk, jv = rand(H_kv, 7), rand(H_kv, 7)
             k, v = torch.cat((jk, k), dim=2), torch.cat((jv, v), dim=2)
-            kwargs = {"joint_key": jk, "joint_value": jv, "joint_strategy": joint}
+            kwargs = {"joint": Joint(jk, jv, joint)}
         torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)  # the first call may try transports
         torus_attention(local_q, local_k, local_v, mesh=plain, **kwargs)
         sent, without = counted(mesh), counted(plain)

@@ -35,6 +35,7 @@ from diffusers.models.attention_dispatch import attention_backend, dispatch_atte
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from run_pipeline import PROMPT, SEED, STEPS, small_input  # the directory of a script is on its path
+from torch.distributed.device_mesh import init_device_mesh
 
 import sf_xfuser
 from sf_xfuser.integrations.diffusers import TorusContextParallel, as_attend_function
@@ -173,6 +174,18 @@ def case_two_groups(rank: int) -> str:
     call = partial(call.func, call.args[0].flip(1) if rank >= 2 else call.args[0], *call.args[1:], **call.keywords)
     mesh = sf_xfuser.build_mesh([[0, 1], [2, 3]], args("torus=1,ulysses=1,ring=2"))
     return compare(model, call, mesh=mesh)
+
+
+def case_device_mesh(rank: int) -> str:
+    """Of two dimensions, as diffusers makes it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    return compare(*flux2(), mesh=mesh, args=args())
+
+
+def case_device_mesh_of_a_group(rank: int) -> str:
+    """Data parallel 2: ranks 0, 2 and ranks 1, 3."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "dp"))["sp"]
+    return compare(*flux2(), mesh=mesh, args=args("torus=2"))
 
 
 def case_qwen_masked(rank: int) -> str:
@@ -750,6 +763,11 @@ def case_backend_changed_afterwards(rank: int) -> None:
 
 def case_heads_that_no_plan_splits(rank: int) -> None:
     sf_xfuser.parallelize(flux2()[0], args=args("torus=2,ulysses=2,ring=2"))
+
+
+def case_fused(rank: int) -> None:
+    """Head size 32, which the fused kernel has not."""
+    compare(*flux2(), args=args(kernel="fused"))
 
 
 def case_another_backend(rank: int) -> None:

@@ -56,7 +56,7 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     mesh = mesh_of(kind, rank)
-    mesh.one_host = nth % 2 == 0  # attended together, or in stages
+    mesh.one_host = nth % 2 == 0  # without overlap, or with it
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, mesh.layout.ulysses_degree, 16, 8, generator=make) for _ in range(3))
 
@@ -71,7 +71,7 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
         if kind == "alltoall":
             return all_to_all_4d(given[0], 2, 1, mesh)
         counts = [16 * times] * WORLD
-        return torus_attention(*given, mesh=mesh, attend=attend, q_tokens=counts, kv_tokens=counts)
+        return torus_attention(*given, mesh=mesh, attention=attend, tokens=(counts, counts))
 
     def strike(at: str) -> None:
         left[0] -= at == where and left[0] > 0

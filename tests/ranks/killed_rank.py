@@ -27,7 +27,7 @@ def main() -> None:
         for call in range(1000):
             if rank == 1 and call == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-            torus_attention(q, k, v, mesh=mesh, q_tokens=[64] * 4, kv_tokens=[64] * 4)
+            torus_attention(q, k, v, mesh=mesh, tokens=([64] * 4, [64] * 4))
     except TransportError as error:
         print(
             f"@@survivor {rank} raised TransportError after {time.monotonic() - started:.1f} s: {error}@@", flush=True

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 FOREIGN = ("xfuser", "yunchang", "diffusers", "transformers", "accelerate", "huggingface_hub", "rich", "einops")
@@ -29,7 +30,7 @@ ARGS = TorusArgs(backend="torus", topology="2x2", timeout=20)
 
 
 def set_up(ulysses: int = 2, ring: int = 2, **options: object) -> sf_xfuser.Mesh:
-    return set_seq_parallel_pg(ulysses, ring, dist.get_rank(), dist.get_world_size(), args=ARGS, **options)
+    return set_seq_parallel_pg(ulysses, ring, dist.get_rank(), dist.get_world_size(), **{"args": ARGS} | options)
 
 
 def whole(kv_heads: int = H) -> list[torch.Tensor]:
@@ -116,6 +117,17 @@ def refused(call: dict[str, object] | None = None, gradient: bool = False, **giv
     q, k, v = mine(whole())
     LongContextAttention(**given)(q.requires_grad_(gradient), k, v, **(call or {}))
     return "nothing was raised"
+
+
+def case_fused(rank: int) -> str:
+    """Head size 32, which the fused kernel has not."""
+    set_up(args=replace(ARGS, kernel="fused"))
+    LongContextAttention()(*mine(whole()))
+
+
+def case_fused_scale(rank: int) -> str:
+    set_up(args=replace(ARGS, kernel="fused"))
+    LongContextAttention()(*mine(whole()), softmax_scale=0.3)
 
 
 def case_causal(rank: int) -> str:

@@ -85,14 +85,14 @@ def case_the_same_bits_as_gloo(rank):
 def case_attention(rank):
     """Thousands of calls with delays on the GPU and the host; each has the bits of the first with the same inputs."""
     world, wait = dist.get_world_size(), random.Random(rank)
-    mesh, counts = mesh_of(), {"q_tokens": [64] * world, "kv_tokens": [64] * world}
+    mesh, counts = mesh_of(), ([64] * world, [64] * world)
 
     def inputs(of, seed):
         make = torch.Generator().manual_seed(seed * 16 + of)
         return [torch.randn(1, world, 64, 32, generator=make).cuda().bfloat16() for _ in range(3)]
 
     given = [inputs(rank, seed) for seed in range(5)]
-    first = [torus_attention(*each, mesh=mesh, **counts) for each in given]
+    first = [torus_attention(*each, mesh=mesh, tokens=counts) for each in given]
     for seed, out in enumerate(first):
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(inputs(w, seed) for w in range(world)), strict=True))
         whole = torch.nn.functional.scaled_dot_product_attention(q, k, v).chunk(world, dim=2)[rank]
@@ -100,7 +100,7 @@ def case_attention(rank):
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     for number in range(EPOCHS):
         delay(wait)
-        differing += (torus_attention(*given[number % 5], mesh=mesh, **counts) != first[number % 5]).sum()
+        differing += (torus_attention(*given[number % 5], mesh=mesh, tokens=counts) != first[number % 5]).sum()
     mesh.close()
     return f"{int(differing)} differ in {EPOCHS} calls"
 

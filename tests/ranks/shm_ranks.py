@@ -41,7 +41,7 @@ def inputs(rank, seed, tokens=8, heads=4):
 
 
 def call(mesh, tensors, tokens=8):
-    return torus_attention(*tensors, mesh=mesh, q_tokens=[tokens] * 4, kv_tokens=[tokens] * 4)
+    return torus_attention(*tensors, mesh=mesh, tokens=([tokens] * 4, [tokens] * 4))
 
 
 def case_the_same_bits_as_over_tcp(rank):
@@ -60,7 +60,7 @@ def case_the_same_bits_as_over_tcp(rank):
 
 
 def case_chaos(rank):
-    """10,000 calls with pauses before any access to shared memory, attended together and then in stages; each has the
+    """10,000 calls with pauses before any access to shared memory, without overlap and then with it; each has the
     bits of the same call over TCP."""
     over_tcp, mesh, wait = mesh_of("tcp"), mesh_of("shm"), random.Random(rank)
     given = [inputs(rank, seed) for seed in range(7)]
@@ -72,13 +72,13 @@ def case_chaos(rank):
             time.sleep(wait.random() * 2e-3)
 
     mesh.window.pause = pause
-    for together in (True, False):
-        over_tcp.one_host = mesh.one_host = together
+    for overlap in (False, True):
+        over_tcp.one_host = mesh.one_host = not overlap
         over_tcp.calls.clear()
         mesh.calls.clear()
         wanted = [call(over_tcp, tensors) for tensors in given]
         for number in range(EPOCHS // 2):
-            assert torch.equal(call(mesh, given[number % 7]), wanted[number % 7]), f"call {number} {together=}"
+            assert torch.equal(call(mesh, given[number % 7]), wanted[number % 7]), f"call {number} {overlap=}"
     assert min(paused.values()) > 0, paused
     return f"{EPOCHS} calls equal"
 
@@ -263,7 +263,7 @@ def case_attention_fails_on_one_rank(rank):
 
     started, said = time.monotonic(), "went unnoticed"
     try:
-        torus_attention(*tensors, mesh=mesh, attend=attend, q_tokens=[8] * 4, kv_tokens=[8] * 4)
+        torus_attention(*tensors, mesh=mesh, attention=attend, tokens=([8] * 4, [8] * 4))
     except (MemoryError, TransportError) as error:
         said = f"{type(error).__name__}: {error}"
     assert time.monotonic() - started < 10

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from sf_xfuser.kernels import may_fuse, prepare
+from sf_xfuser.kernels import prepare
 from sf_xfuser.torus.attention import torus_attention
 from tests import virtual
 
@@ -27,23 +27,23 @@ def whole(world, rank, seed, heads, dtype):
 
 def check(machines, ranks_per_machine, heads, dtype, calls):
     world = machines * ranks_per_machine
-    counts = dict.fromkeys(("q_tokens", "kv_tokens"), [64] * world)
+    counts = ([64] * world, [64] * world)
     make = virtual.meshes(machines, ranks_per_machine, heads, timeout_s=60.0, where="cuda")
     given = [[inputs(w, seed, heads, dtype) for seed in range(5)] for w in range(world)]
     # Loading a kernel may wait for all streams of the GPU, and ranks that wait for each other share it here.
-    prepare(given[0][0][0].device, dtype, 32, "none", may_fuse())
+    prepare(given[0][0][0].device, dtype, 32)
     torch.cuda.synchronize()
 
     def rank(position):
         wait = random.Random(position)
         with torch.cuda.stream(torch.cuda.Stream()):
             mesh = make[position]()
-            first = [torus_attention(*each, mesh=mesh, **counts).clone() for each in given[position]]
+            first = [torus_attention(*each, mesh=mesh, tokens=counts).clone() for each in given[position]]
             differing = torch.zeros((), dtype=torch.int64, device="cuda")
             for number in range(calls):
                 if wait.random() < 0.2:
                     torch.cuda._sleep(wait.randrange(1_000_000))
-                out = torus_attention(*given[position][number % 5], mesh=mesh, **counts)
+                out = torus_attention(*given[position][number % 5], mesh=mesh, tokens=counts)
                 differing += (out != first[number % 5]).sum()
             torch.cuda.current_stream().synchronize()
             mesh.close()

@@ -29,9 +29,10 @@ def test_every_spelling(spelled):
 
 
 def test_all_flags():
-    line = "--sp-backend auto --sp-plan torus=2,ulysses=3,ring=1 --sp-topology 2x3 --sp-timeout 7.5 --sp-strict"
+    plan = "torus=2,ulysses=3,ring=1"
+    line = f"--sp-backend auto --sp-plan {plan} --sp-topology 2x3 --sp-timeout 7.5 --sp-kernel fused --sp-strict"
     given = parse(*line.split())
-    assert given == TorusArgs(backend="auto", plan="torus=2,ulysses=3,ring=1", topology="2x3", timeout=7.5, strict=True)
+    assert given == TorusArgs(backend="auto", plan=plan, topology="2x3", timeout=7.5, kernel="fused", strict=True)
     assert given.explicit_plan() == {"torus": 2, "ulysses": 3, "ring": 1}
 
 

@@ -16,7 +16,9 @@ import torch
 
 from sf_xfuser.integrations.xdit import usp
 from sf_xfuser.integrations.yunchang import all_to_all
+from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.call import Joint
 from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
 from sf_xfuser.transport.gpu import device
 from sf_xfuser.transport.gpu.block import CHUNKS, Block, Staging, grown
@@ -324,23 +326,19 @@ def test_the_fused_kernel_computes_the_same(machines, ranks_per_machine, heads, 
             torch.randn(2, tokens[position], H, 64, generator=some).to(dtype).transpose(1, 2)
             for H in (heads, kv_heads, kv_heads)
         )
-        more = dict(
-            zip(
-                ("joint_key", "joint_value"), torch.randn(2, 2, kv_heads, 5, 64, generator=joint).to(dtype), strict=True
-            )
-        )
+        more = torch.randn(2, 2, kv_heads, 5, 64, generator=joint).to(dtype)
         mesh, found = make[position](), []
-        for given in ({}, more | {"joint_strategy": "front"}, more | {"joint_strategy": "rear"}):
-            found.append([torus_attention(q, k, v, mesh=mesh, kernel=name, **given) for name in ("library", "fused")])
+        for given in (None, Joint(*more, "front"), Joint(*more, "rear")):
+            kernels = sdpa_attend, "fused"
+            found.append([torus_attention(q, k, v, mesh=mesh, attention=x, joint=given) for x in kernels])
         mesh.close()
-        return found, mesh.pieces
+        return found
 
     rounding = max(4 * torch.finfo(dtype).eps, 1e-5)
-    for position, (found, pieces) in enumerate(unraised(virtual.together(world, rank))):
+    for position, found in enumerate(unraised(virtual.together(world, rank))):
         for library, fused in found:
             assert fused.shape == (2, heads, tokens[position], 64) and fused.isfinite().all()
             torch.testing.assert_close(fused, library, rtol=rounding, atol=rounding)
-        assert {choice.fused for choice in pieces} == {True, False} and len(set(pieces.values())) == 1
 
 
 def test_many_calls_under_delays_have_the_same_bits(monkeypatch):
@@ -357,7 +355,7 @@ def test_many_calls_under_delays_have_the_same_bits(monkeypatch):
             if wait.random() < 0.1:
                 time.sleep(wait.random() * 1e-2)
             counts = [24 + 8 * (number % 3)] * 4
-            out = torus_attention(*given[number % 3], mesh=mesh, q_tokens=counts, kv_tokens=counts)
+            out = torus_attention(*given[number % 3], mesh=mesh, tokens=(counts, counts))
             assert torch.equal(out, first[number % 3]), number
         mesh.close()
 

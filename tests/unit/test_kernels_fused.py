@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, attend_twin
+from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, attend_twin, fused_unsupported_reason
 from tests.kernel_cases import (
     ADVERSARIAL,
     attention64,
@@ -34,6 +35,21 @@ def _bf16(monkeypatch):
 def attend(*tensors):
     """The kernel; a test changes it for one with a fault."""
     triton_fused.launch(Chunks(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "D", "reason"),
+    [
+        ("cuda", torch.bfloat16, 128, None),
+        ("cpu", torch.float32, 72, None),
+        ("cuda", torch.float64, 128, "its dtypes are .*, got torch.float64"),
+        ("cuda", torch.bfloat16, 80, "its head sizes are .*, got 80"),
+        ("xpu", torch.bfloat16, 64, "it needs a CUDA device and Triton, got xpu with Triton"),
+    ],
+)
+def test_unsupported_calls_have_a_reason(device, dtype, D, reason):
+    found = fused_unsupported_reason(torch.device(device), dtype, D)
+    assert found is None if reason is None else re.fullmatch(reason, found)
 
 
 def chunks(D, dtype, q_sizes, kv_sizes, B=2, H=2, H_kv=1):

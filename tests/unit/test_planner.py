@@ -108,9 +108,9 @@ def test_one_rank_stands_for_all(grid, pattern, kv_heads, joint_tokens):
     shape = CallShape(seq_len=3 * 4096, heads=24, kv_heads=kv_heads, head_dim=64, joint_tokens=joint_tokens)
     cluster = preset("p4de").sized(*grid)
     variants: list[TorusVariant | XditConfig] = [
-        TorusVariant(layout=layout, pattern=pattern, overlap=overlap, together=together)
+        TorusVariant(layout=layout, pattern=pattern, overlap=overlap, unstaged=unstaged)
         for layout in legal_layouts(*grid, kv_heads)
-        for overlap, together in ((True, False), (False, False), (True, True))
+        for overlap, unstaged in ((True, False), (False, False), (True, True))
     ]
     variants += legal_configs(cluster.world_size, grid[1], 24, kv_heads)
     for variant in variants:
@@ -187,8 +187,8 @@ def test_times_on_the_emulated_cluster_follow_from_the_probes_figures(name):
             n, m = cluster.num_machines, cluster.ranks_per_machine
             torus, ulysses = map(int, re.match(r"torus=(\d+) ulysses=(\d+)", row["layout"]).groups())
             layout = Layout(torus=torus, ulysses=ulysses, ring_across=n // torus, ring_inside=m // ulysses)
-            overlap, together = row["variant"] != "torus-no-overlap", row["variant"] == "torus-together"
-            variant = TorusVariant(layout=layout, overlap=overlap, together=together)
+            overlap, unstaged = row["variant"] != "torus-no-overlap", row["variant"] == "torus-together"
+            variant = TorusVariant(layout=layout, overlap=overlap, unstaged=unstaged)
         else:
             ulysses, ring = map(int, re.match(r"ulysses=(\d+) ring=(\d+)", row["layout"]).groups())
             rotation = "alltoall" if "alltoall" in row["layout"] else "allgather"

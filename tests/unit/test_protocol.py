@@ -241,8 +241,8 @@ GROUPS = {
     "ring of three": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut()),
     "ring across three": (Layout(torus=1, ulysses=1, ring_across=3, ring_inside=1), Cut(kv=2, last_kv=2)),
     "ulysses and ring": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=2), Cut()),
-    "two machines together": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(together=True)),
-    "ring together": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut(together=True)),
+    "two machines without overlap": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(overlap=False)),
+    "ring without overlap": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut(overlap=False)),
 }
 
 
@@ -257,8 +257,8 @@ def test_two_halves_and_no_barrier_are_safe(group):
     assert fault is None and visited > 50
 
 
-# Without a ring, what is attended together is read before the outputs leave.
-@pytest.mark.parametrize("group", [name for name in GROUPS if name != "two machines together"])
+# Without a ring and without overlap, all inputs are read before the outputs leave.
+@pytest.mark.parametrize("group", [name for name in GROUPS if name != "two machines without overlap"])
 def test_a_single_window_would_not_be(group):
     assert "writes begun" in explored(group, halves=1)[1]
 
@@ -270,7 +270,7 @@ def inside_a_machine(layout, cut=Cut(kv=2, last_kv=2), **planted):  # noqa: B008
 
 @pytest.mark.parametrize("torus", [2, 3, 4])
 @pytest.mark.parametrize("ulysses", [2, 3])
-@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(together=True)], ids=["in stages", "together"])
+@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(overlap=False)], ids=["overlap", "no overlap"])
 def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses, cut):
     layout = Layout(torus=torus, ulysses=ulysses, ring_across=1, ring_inside=1)
     visited, fault = inside_a_machine(layout, cut, halves=1)
@@ -283,7 +283,7 @@ def test_one_half_is_not_enough_on_a_single_machine():
 
 @pytest.mark.parametrize("ulysses", [2, 3])
 @pytest.mark.parametrize("other", ["mixed", "changing"])
-@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(together=True)], ids=["in stages", "together"])
+@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(overlap=False)], ids=["overlap", "no overlap"])
 def test_in_one_half_ranks_meet_before_a_call_of_another_kind(ulysses, other, cut):
     layout = Layout(torus=2, ulysses=ulysses, ring_across=1, ring_inside=1)
     visited, fault = inside_a_machine(layout, cut, halves=1, **{other: True})

@@ -27,7 +27,7 @@ from sf_xfuser.layout.schedule import (
 
 SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
 CUTS = [Cut(kv=kv, last_kv=last_kv) for kv, last_kv in product((1, 2, 3), repeat=2)]
-CUTS += [Cut(together=True)]
+CUTS += [Cut(overlap=False)]
 
 layouts = st.builds(
     Layout,
@@ -336,7 +336,7 @@ def test_every_small_layout(joint):
 
 
 @pytest.mark.parametrize(
-    "cut", CUTS, ids=lambda cut: f"kv{cut.kv} last{cut.last_kv} {'together' if cut.together else ''}"
+    "cut", CUTS, ids=lambda cut: f"kv{cut.kv} last{cut.last_kv} {'' if cut.overlap else 'no overlap'}"
 )
 def test_every_cut(cut):
     """Three machines that split heads, two rings across: there are slabs of every kind."""
@@ -346,9 +346,9 @@ def test_every_cut(cut):
 
 
 @pytest.mark.parametrize("joint", [None, "front", "rear"])
-def test_together_is_one_attention(joint):
+def test_without_overlap_there_is_one_attention(joint):
     for layout in SMALL:
-        s = build_schedule(layout, layout.world_size - 1, joint, Cut(together=True))
+        s = build_schedule(layout, layout.world_size - 1, joint, Cut(overlap=False))
         (attend,) = (step for step in s.steps if isinstance(step, Attend))
         assert attend.queries == s.queries and (attend.keys,) == s.slabs and s.remote == ()
         assert attend.keys_last and attend.queries_last
@@ -357,9 +357,9 @@ def test_together_is_one_attention(joint):
         assert list(attend.keys) == front + sources + rear
 
 
-def test_what_is_attended_together_is_not_cut():
-    with pytest.raises(ValueError, match="not cut"):
-        Cut(kv=2, together=True)
+def test_keys_are_not_cut_without_overlap():
+    with pytest.raises(ValueError, match="not cut without overlap"):
+        Cut(kv=2, overlap=False)
 
 
 @settings(max_examples=25)

@@ -238,6 +238,7 @@ def _use(mesh: Mesh, choice: Choice | None, given: TorusArgs) -> None:
             choice=choice,
             strict=given.strict,
             log=log,
+            kernel=given.kernel,
             check=given.check == "first",
         )
     else:

@@ -17,6 +17,7 @@ from sf_xfuser.autotune.selector import Choice
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.call import Joint, Tokens
 from sf_xfuser.torus.compression import EPS
 from sf_xfuser.torus.mesh import Mesh
 
@@ -162,10 +163,10 @@ class TorusUSP(DropIn):
         backend: str,
         valid_kv_len: int | None = None,
         mesh: Mesh | None = None,
-        together: bool = False,
+        overlap: bool = True,
     ) -> torch.Tensor:
-        """Over ``mesh``; None: the first. ``together``: without stages. ``valid_kv_len``: only that many keys count,
-        from the first of the lowest rank on; the others are padding."""
+        """Over ``mesh`` (None: the first), with ``overlap`` as in ``torus_attention``. ``valid_kv_len``: only that many
+        keys count, from the first of the lowest rank on; the others are padding."""
         mesh = mesh or self.mesh
         world_size = mesh.layout.world_size
         kv_tokens = (key.shape[2],) * world_size  # xDiT gives every rank of a group the same number of tokens
@@ -179,14 +180,10 @@ class TorusUSP(DropIn):
             key,
             value,
             mesh=mesh,
-            q_tokens=(query.shape[2],) * world_size,
-            kv_tokens=kv_tokens,
-            attend=as_attend_function(self.host.raw_attention(backend)),
-            library=backend,
-            joint_key=joint_key,
-            joint_value=joint_value,
-            joint_strategy=joint_strategy,
-            together=together,
+            attention=self.attention(as_attend_function(self.host.raw_attention(backend)), None, query.shape[3]),
+            joint=None if joint_key is None or joint_value is None else Joint(joint_key, joint_value, joint_strategy),
+            tokens=Tokens((query.shape[2],) * world_size, kv_tokens),
+            overlap=overlap,
         )
 
     def agrees(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.fallback import DropIn, log_on_rank_0
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh, build_mesh
 
 # Names of yunchang's AttnType whose result PyTorch's fused kernels give: dense attention of unquantised tensors.
@@ -83,7 +84,7 @@ def set_seq_parallel_pg(
         yunchang = importlib.import_module("yunchang")
         yunchang.set_seq_parallel_pg(sp_ulysses_degree, sp_ring_degree, rank, world_size, use_ulysses_low)
         make_own = yunchang.LongContextAttention
-    _layers = TorusLayers(make_own=make_own, mesh=mesh, strict=args.strict, log=log_on_rank_0)
+    _layers = TorusLayers(make_own=make_own, mesh=mesh, strict=args.strict, log=log_on_rank_0, kernel=args.kernel)
     return mesh
 
 
@@ -159,9 +160,8 @@ class LongContextAttention(torch.nn.Module):
         out = torus_attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             mesh=self.layers.mesh,
-            q_tokens=(query.shape[1],) * world_size,
-            kv_tokens=(key.shape[1],) * world_size,
-            attend=sdpa_attend if softmax_scale is None else partial(sdpa_attend, scale=softmax_scale),
+            attention=self.layers.attention(partial(sdpa_attend, scale=softmax_scale), softmax_scale, query.shape[3]),
+            tokens=Tokens((query.shape[1],) * world_size, (key.shape[1],) * world_size),
         ).transpose(1, 2)
         if self.use_sync and out.is_cuda:
             torch.cuda.synchronize()
