@@ -1,12 +1,12 @@
-"""Runtime hooks on another package, as data: which attribute, the wrapper, why, and when it can go.
+"""Runtime hooks on another package, as data.
 
 A :class:`Hook` names a module attribute and a function that turns the original into its replacement. A
-:class:`HookSet` applies hooks the moment their module has been imported (or at once, where it already is),
-keeps the originals, and puts them back. It knows nothing of xDiT.
+:class:`HookSet` applies hooks as soon as their module is imported, keeps the originals, and restores them.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -21,13 +21,13 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
-    """One attribute of one module of the host, and what replaces it.
+    """Replaces one attribute of one module of the host.
 
     ``name`` is dotted below the module (``"xFuserArgs.create_config"``). ``wrap`` receives the original (for a
     ``staticmethod`` or ``classmethod``: the plain function inside it) and returns the replacement. ``sweep`` also
-    rebinds the same object where other modules of the host hold it by ``from ... import``. ``required=False`` marks
-    an attribute that some supported versions do not have. ``native`` names an attribute of the module that is there
-    where the host does by itself what this hook is for: the hook is then not applied.
+    rebinds the object in other modules of the host that got it by ``from ... import``. ``required=False`` marks an
+    attribute that some supported versions do not have. ``native`` names a module attribute: if it exists, the host does
+    the same natively, and the hook is not applied.
     """
 
     module: str
@@ -40,11 +40,24 @@ class Hook:
     native: str | None = None
 
 
+def wrapper(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turn ``function(original, *args, **kwargs)`` into a ``Hook.wrap``."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        return replacement
+
+    return wrap
+
+
 @dataclass(slots=True)
 class _Undo:
     owner: Any
     attribute: str
-    original: Any  # _ABSENT where the owner inherited the attribute
+    original: Any  # _ABSENT if the owner inherits the attribute
     replacement: Any
 
 
@@ -52,14 +65,13 @@ class _Undo:
 class HookSet:
     """Applies ``hooks`` when their modules are imported; ``remove()`` restores every original.
 
-    ``roots`` are the top-level packages whose imports matter and whose modules are swept.
+    ``roots`` are the top-level packages that ``Hook.sweep`` covers.
     """
 
     hooks: Sequence[Hook]
     roots: tuple[str, ...] = ("xfuser",)
     _undo: dict[Hook, list[_Undo]] = field(default_factory=dict)
-    _missing: set[Hook] = field(default_factory=set)
-    _native: set[Hook] = field(default_factory=set)
+    _skipped: dict[Hook, str] = field(default_factory=dict)  # with the reason: "missing" or "native"
     _finder: _PostImportFinder | None = None
 
     @property
@@ -67,7 +79,7 @@ class HookSet:
         return self._finder is not None
 
     def install(self) -> None:
-        """Variant the import hook and apply what is already imported. Calling it twice changes nothing."""
+        """Start to watch imports, and hook the modules that are imported already. Idempotent."""
         if self._finder is not None:
             return
         self._finder = _PostImportFinder(frozenset(hook.module for hook in self.hooks), self._module_imported)
@@ -77,41 +89,39 @@ class HookSet:
             if module is None:
                 continue
             if _is_initializing(module):
-                self._finder.late.add(module_name)  # it imports torch, which is what installs us
+                self._finder.late.add(module_name)  # it is importing torch, and torch loads this package
             else:
                 self._module_imported(module)
 
     def add(self, hook: Hook) -> None:
-        """One more, whose module has been imported. A second one for the same attribute changes nothing."""
+        """Apply one more hook, if its attribute has none. Its module must have been imported."""
         if self.installed and all((hook.module, hook.name) != (other.module, other.name) for other in self.hooks):
             self.hooks = (*self.hooks, hook)
             self._apply(hook, sys.modules[hook.module])
 
     def remove(self) -> None:
-        """Put every original back, newest first, and disarm the import hook. Idempotent."""
+        """Restore every original, newest first, and stop watching imports. Idempotent."""
         if self._finder is None:
             return
         sys.meta_path.remove(self._finder)
         self._finder = None
         for hook in reversed(list(self._undo)):
             for undo in reversed(self._undo.pop(hook)):
-                self._restore(undo)
+                if undo.original is _ABSENT:
+                    delattr(undo.owner, undo.attribute)
+                else:
+                    setattr(undo.owner, undo.attribute, undo.original)
                 if hook.sweep:
                     for owner, attribute in _holders(self.roots, undo.replacement):
                         setattr(owner, attribute, _unwrap_descriptor(undo.original))
-        self._missing.clear()
-        self._native.clear()
+        self._skipped.clear()
 
     def state(self, hook: Hook) -> str:
         """``"applied"``, ``"pending"`` (module not imported yet), ``"missing"`` (attribute not found), ``"native"``
-        (not applied, because the host does it by itself) or ``"off"``."""
+        (not applied: the host does the same) or ``"off"``."""
         if not self.installed:
             return "off"
-        if hook in self._undo:
-            return "applied"
-        if hook in self._native:
-            return "native"
-        return "missing" if hook in self._missing else "pending"
+        return "applied" if hook in self._undo else self._skipped.get(hook, "pending")
 
     def _module_imported(self, module: ModuleType) -> None:
         for hook in self.hooks:
@@ -120,14 +130,14 @@ class HookSet:
 
     def _apply(self, hook: Hook, module: ModuleType) -> None:
         if hook.native is not None and hasattr(module, hook.native):
-            self._native.add(hook)
+            self._skipped[hook] = "native"
             return
         *path, attribute = hook.name.split(".")
         owner: Any = module
         for part in path:
             owner = getattr(owner, part, _ABSENT)
         if owner is _ABSENT or not hasattr(owner, attribute):
-            self._missing.add(hook)
+            self._skipped[hook] = "missing"
             return
         own = vars(owner).get(attribute, _ABSENT)
         raw = getattr(owner, attribute) if own is _ABSENT else own
@@ -136,18 +146,10 @@ class HookSet:
             replacement = type(raw)(replacement)
         undo = [_Undo(owner, attribute, own, replacement)]
         if hook.sweep:
-            for holder, name in _holders(self.roots, raw):
-                undo.append(_Undo(holder, name, raw, replacement))
+            undo += [_Undo(holder, name, raw, replacement) for holder, name in _holders(self.roots, raw)]
         for entry in undo:
             setattr(entry.owner, entry.attribute, replacement)
         self._undo[hook] = undo
-
-    @staticmethod
-    def _restore(undo: _Undo) -> None:
-        if undo.original is _ABSENT:
-            delattr(undo.owner, undo.attribute)
-        else:
-            setattr(undo.owner, undo.attribute, undo.original)
 
 
 def _unwrap_descriptor(raw: Any) -> Any:
@@ -159,30 +161,32 @@ def _is_initializing(module: ModuleType) -> bool:
 
 
 def _holders(roots: Iterable[str], value: Any) -> list[tuple[ModuleType, str]]:
-    """Every (module, attribute) below ``roots`` that is bound to this very object."""
+    """Every (module, attribute) below ``roots`` that is bound to the same object as ``value``."""
     prefixes = tuple(f"{root}." for root in roots)
-    found = []
-    for name, module in list(sys.modules.items()):
-        if module is not None and (name in roots or name.startswith(prefixes)):
-            found += [(module, key) for key, held in list(vars(module).items()) if held is value]
-    return found
+    return [
+        (module, attribute)
+        for name, module in list(sys.modules.items())
+        if module is not None and (name in roots or name.startswith(prefixes))
+        for attribute, item in list(vars(module).items())
+        if item is value
+    ]
 
 
 class _PostImportFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a watched module, then calls ``imported`` right after it has executed."""
+    """Finds a watched module with the other finders, and calls ``imported`` right after its execution."""
 
     def __init__(self, watched: frozenset[str], imported: Callable[[ModuleType], None]) -> None:
         self._watched = watched
         self._imported = imported
         self._finding: set[str] = set()
-        self.late: set[str] = set()  # watched modules whose import was under way already
+        self.late: set[str] = set()  # watched modules that were being imported already
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         for name in list(self.late):
             module = sys.modules.get(name)
-            if module is None:  # its import has failed; the next one is noticed as that of any watched module
+            if module is None:  # its import has failed; find_spec sees the next one
                 self.late.discard(name)
             elif not _is_initializing(module):
                 self.late.discard(name)
@@ -208,14 +212,14 @@ class _NotifyingLoader(importlib.abc.Loader):
         self._imported = imported
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)  # get_code and friends: `python -m` and inspect ask for them
+        return getattr(self._loader, name)  # `python -m` and inspect need get_code and others
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
         return created
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module must look as if it had been loaded without us (inspect, pickle and reload read these).
+        # inspect, pickle and reload read these: they must be those of an unhooked module.
         spec = module.__spec__
         if spec is not None:
             spec.loader = self._loader

@@ -1,4 +1,4 @@
-"""Tiny models that xDiT 0.7 splits wrongly and ``tiny_models.py`` does not have: Flux2, Latte, Qwen-Image."""
+"""Tiny Flux2, Latte and Qwen-Image, which xDiT 0.7 computes wrongly."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def save(family: str, folder: Path) -> Path:
 
 
 def inputs(family: str, text: int, steps: int) -> dict[str, Any]:
-    """Arguments of one call, the same on every rank."""
+    """Arguments of one call, equal on all ranks."""
     torch.manual_seed(1)
     if family == "qwen":
         return {
@@ -84,7 +84,7 @@ OPTIONS = {"torch_dtype": torch.float32, "text_encoder": None, "tokenizer": None
 
 @torch.no_grad()
 def single(family: str, folder: Path, text: int, steps: int = 2) -> torch.Tensor:
-    """The result of diffusers in this process."""
+    """The result of diffusers in one process."""
     if family == "qwen":
         model = QwenImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
     else:

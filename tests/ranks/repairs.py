@@ -1,7 +1,7 @@
-"""What xDiT 0.7 computes wrongly, case by case, on ranks. Usage: repairs.py CASES.json
+"""Run models that xDiT 0.7 computes wrongly. Usage: repairs.py CASES.json
 
-CASES.json maps names to argument lists of run_pipeline.py, whose families flux and sd3 are served here too; flux2,
-qwen and latte are those of repaired_models.py. A case that raises is reported by every rank, and the next one goes on.
+CASES.json maps names to argument lists of run_pipeline.py, for its families flux and sd3 and for those of
+repaired_models.py. If a case raises, every rank prints its error, and the next case runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import run_pipeline  # the directory of a script is on its path
+import run_pipeline
 import torch
 import torch.distributed as dist
 from diffusers import QwenImageTransformer2DModel
@@ -25,7 +25,7 @@ import sf_xfuser
 
 @torch.no_grad()
 def run_rank(arguments: Any) -> None:
-    """As run_pipeline.run_rank, for the families of repaired_models.py."""
+    """Like run_pipeline.run_rank, for the families of repaired_models.py."""
     import xfuser
     from xfuser import xFuserArgs
     from xfuser.core.distributed import initialize_runtime_state
@@ -45,12 +45,12 @@ def run_rank(arguments: Any) -> None:
         model = wrapper.from_pretrained(arguments.model, engine_config=engine_config, **OPTIONS)
         model.set_progress_bar_config(disable=True)
     result = model(**inputs(family, arguments.text_length, arguments.num_inference_steps))
-    held: list[torch.Tensor | None] = [None] * dist.get_world_size()
+    gathered: list[torch.Tensor | None] = [None] * dist.get_world_size()
     latents = result[0] if result else None
-    dist.all_gather_object(held, latents if isinstance(latents, torch.Tensor) else None)
+    dist.all_gather_object(gathered, latents if isinstance(latents, torch.Tensor) else None)
     if dist.get_rank() == 0:
-        by_rank = {rank: latents for rank, latents in enumerate(held) if latents is not None}
-        torch.save({"world_size": len(held), "latents": by_rank}, arguments.out)
+        by_rank = {rank: latents for rank, latents in enumerate(gathered) if latents is not None}
+        torch.save({"world_size": len(gathered), "latents": by_rank}, arguments.out)
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
             text = f"{type(error).__name__}: {error}|"
         print(f"@<{name}|{dist.get_rank()}|{text}>@", flush=True)
         if "--pipefusion_parallel_degree" in argv and not text.startswith("ok"):
-            raise SystemExit(1)  # another stage waits for this one
+            raise SystemExit(1)  # the other pipeline stages would hang
         destroy_model_parallel()
         dist.barrier()
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Two requests whose masks of padded text lie at the same address. Usage: stale_masks.py FOLDER
+"""Two requests with different masks of padded text at the same address. Usage: stale_masks.py FOLDER
 
-FOLDER holds the models of ``model_table.py``. Prints ``@@name rank text@@``: by model, the largest differences from one
-process for both requests, as JSON.
+FOLDER has the models of ``model_table.py``. Prints ``@@model rank JSON@@`` with the largest difference from one process
+of each request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from model_table import MODELS, SIZES, krea2_call, ltx2_call  # the directory of a script is on its path
+from model_table import MODELS, SIZES, krea2_call, ltx2_call
 from run_transformers import difference, flat, xdit_model
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
@@ -36,14 +36,14 @@ def main() -> None:
             if "mask" not in argument:
                 return value
             memory.setdefault(argument, torch.empty_like(value)).copy_(value)
-            return memory[argument].view_as(value)  # another tensor
+            return memory[argument].view_as(value)  # a new tensor object
 
-        found = []
+        differences = []
         for padded in (3, 9):
             torch.manual_seed(padded)
             call = {key: at_the_same_address(key, x) for key, x in call_of(SIZES["even"], padded=padded).items()}
-            found.append(difference(flat(model(**call)), flat(single(**call))))
-        print(f"@@{name} {dist.get_rank()} {json.dumps(found)}@@", flush=True)
+            differences.append(difference(flat(model(**call)), flat(single(**call))))
+        print(f"@@{name} {dist.get_rank()} {json.dumps(differences)}@@", flush=True)
     dist.destroy_process_group()
 
 

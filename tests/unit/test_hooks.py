@@ -1,4 +1,4 @@
-"""HookSet on a package made for the test: applied on import, once, and undone exactly."""
+"""HookSet on a small package: applies hooks once, on import, and restores the originals."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from sf_xfuser.integrations.hooks import Hook, HookSet
+from sf_xfuser.integrations.hooks import Hook, HookSet, wrapper
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """hosted/core.py defines things; hosted/user.py binds one of them by from-import."""
+    """hosted/core.py defines attributes; hosted/user.py has one of them by from-import."""
     folder = tmp_path / "hosted"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
@@ -21,8 +21,8 @@ def package(tmp_path, monkeypatch):
         "def call(x):\n    return x\n"
         "class Base:\n    def inherited(self):\n        return 'base'\n"
         "class Thing(Base):\n"
-        "    @staticmethod\n    def fixed(x):\n        return x\n"
-        "    @classmethod\n    def made(cls, x):\n        return (cls.__name__, x)\n"
+        "    @staticmethod\n    def static(x):\n        return x\n"
+        "    @classmethod\n    def of_class(cls, x):\n        return (cls.__name__, x)\n"
         "    def method(self, x):\n        return x\n"
     )
     (folder / "user.py").write_text("from hosted.core import call\n")
@@ -36,11 +36,12 @@ def hook(name, wrap, **options):
     return Hook(module="hosted.core", name=name, wrap=wrap, why="test", remove_when="never", **options)
 
 
-def plus_one(original):
-    return lambda *args: (original(*args), "hooked")
+@wrapper
+def mark(original, *args):
+    return original(*args), "hooked"
 
 
-NAMES = ("LIMIT", "call", "Thing.fixed", "Thing.made", "Thing.method", "Thing.inherited")
+NAMES = ("LIMIT", "call", "Thing.static", "Thing.of_class", "Thing.method", "Thing.inherited")
 
 
 def snapshot(core):
@@ -53,24 +54,24 @@ def snapshot(core):
 
 
 @pytest.mark.parametrize("imported_first", [False, True])
-def test_applied_and_undone_exactly(package, imported_first):
+def test_apply_and_restore(package, imported_first):
     hooks = HookSet(
-        [hook("LIMIT", lambda limit: limit + 1)] + [hook(name, plus_one, sweep=name == "call") for name in NAMES[1:]],
+        [hook("LIMIT", lambda limit: limit + 1)] + [hook(name, mark, sweep=name == "call") for name in NAMES[1:]],
         roots=("hosted",),
     )
     before = None
-    finders = list(sys.meta_path)  # the plugin's own may be among them, where another test has enabled it
+    finders = list(sys.meta_path)
     if imported_first:
         core, user = importlib.import_module("hosted.core"), importlib.import_module("hosted.user")
         before = snapshot(core)
     hooks.install()
-    hooks.install()  # a second time changes nothing
+    hooks.install()  # idempotent
     core, user = importlib.import_module("hosted.core"), importlib.import_module("hosted.user")
     thing = core.Thing()
     assert core.LIMIT == 4
     assert user.call(1) == core.call(1) == (1, "hooked")
-    assert core.Thing.fixed(2) == thing.fixed(2) == (2, "hooked")
-    assert core.Thing.made(3) == (("Thing", 3), "hooked")
+    assert core.Thing.static(2) == thing.static(2) == (2, "hooked")
+    assert core.Thing.of_class(3) == (("Thing", 3), "hooked")
     assert thing.method(4) == (4, "hooked") and thing.inherited() == ("base", "hooked")
     assert core.Base().inherited() == "base"
     assert {hooks.state(h) for h in hooks.hooks} == {"applied"}
@@ -84,8 +85,8 @@ def test_applied_and_undone_exactly(package, imported_first):
     assert sys.meta_path == finders
 
 
-def test_what_is_not_there_is_reported_and_nothing_else_changes(package):
-    hooks = HookSet([hook("gone", plus_one), hook("Gone.method", plus_one), hook("call", plus_one)], roots=("hosted",))
+def test_missing_attributes_are_reported(package):
+    hooks = HookSet([hook("gone", mark), hook("Gone.method", mark), hook("call", mark)], roots=("hosted",))
     assert [hooks.state(h) for h in hooks.hooks] == ["off"] * 3
     hooks.install()
     assert [hooks.state(h) for h in hooks.hooks] == ["pending"] * 3
@@ -95,11 +96,11 @@ def test_what_is_not_there_is_reported_and_nothing_else_changes(package):
     assert core.call(1) == 1
 
 
-def test_a_hooked_module_still_looks_like_itself(package):
+def test_a_hooked_module_keeps_its_source_and_loader(package):
     import inspect
     import runpy
 
-    hooks = HookSet([hook("call", plus_one)], roots=("hosted",))
+    hooks = HookSet([hook("call", mark)], roots=("hosted",))
     hooks.install()
     core = importlib.import_module("hosted.core")
     assert "def call" in inspect.getsource(core) and type(core.__loader__).__name__ == "SourceFileLoader"
@@ -107,12 +108,12 @@ def test_a_hooked_module_still_looks_like_itself(package):
     hooks.remove()
 
 
-def test_a_hook_that_is_added_later(package):
+def test_add_a_hook_after_import(package):
     hooks = HookSet([], roots=("hosted",))
     hooks.install()
     core = importlib.import_module("hosted.core")
     for _ in range(2):
-        hooks.add(hook("Thing.method", plus_one))
+        hooks.add(hook("Thing.method", mark))
     assert core.Thing().method(1) == (1, "hooked") and len(hooks.hooks) == 1
     hooks.remove()
     assert core.Thing().method(1) == 1
