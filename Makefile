@@ -15,7 +15,7 @@ VERSIONS := 0.5.0 0.6.0 0.7.0
 VERSION_TESTS := tests/integration/test_plugin.py tests/integration/test_usp.py tests/distributed/test_all_to_all.py tests/integration/test_launchers.py \
     tests/integration/test_pipelines.py
 
-.PHONY: demo test test-all test-versions test-upstream lint bench kernels-table clean
+.PHONY: demo test test-all test-versions test-upstream lint bench kernels-table docs pictures clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -63,6 +63,15 @@ bench: $(STAMP)
 # Registers, shared memory and spills of each kernel, compiled ahead of time; no GPU is needed.
 kernels-table: $(STAMP)
 	$(BIN)/python -m sf_xfuser.bench.kernels
+
+# The documentation as a site, in out/site.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# docs/images, from the schedules and from docs/results.
+pictures: $(STAMP)
+	$(BIN)/python -m sf_xfuser.bench.pictures
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

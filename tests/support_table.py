@@ -1,4 +1,4 @@
-"""README's table of models, from the rows that the tests check. Usage: python -m tests.support_table [--write]"""
+"""Writes the table of docs/models.md from the rows that tests check. Usage: python -m tests.support_table [--write]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.pipelines.test_pipelines import FAMILIES
 from tests.ranks.model_table import HEIGHT, MODELS, SIZES, But
 
 START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/models.md"
 
 # What tests/integration/ runs whole, by family, where it is not a wrapper of the rows.
 PIPELINES = {"flux": "Flux (pipeline)", "sd3": "SD3 (pipeline)", "cogvideox": "CogVideoX (pipeline)"}
@@ -34,14 +34,14 @@ def _line(name: str, but: Mapping[str, But]) -> str:
 def _result(but: But | None) -> str:
     if but is None:
         return "exact"
-    return {"xdit": "as xDiT", "handed back": "handed back", "fails": "xDiT cannot", "never": "xDiT cannot"}[but.kind]
+    return {"xdit": "as xDiT", "handed back": "falls back", "fails": "xDiT cannot", "never": "xDiT cannot"}[but.kind]
 
 
 def main() -> None:
     if "--write" in sys.argv:
-        text = README.read_text()
+        text = PAGE.read_text()
         start, end = text.index(START) + len(START), text.index(END)
-        README.write_text(f"{text[:start]}\n{table()}\n{text[end:]}")
+        PAGE.write_text(f"{text[:start]}\n{table()}\n{text[end:]}")
     else:
         print(table())
 

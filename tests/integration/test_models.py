@@ -1,7 +1,7 @@
 """Every transformer of xDiT that calls USP, under ``--sp-backend torus`` on 2x2 ranks: the rows of ``model_table.py``.
 
 All of them run in one launch. A row says what torus has to equal; its exceptions are checked too, by the reason that is
-logged or by xDiT's own error. README's table is printed from the rows: ``python -m tests.support_table``.
+logged or by xDiT's own error. The table of docs/models.md is printed from the rows: ``python -m tests.support_table``.
 """
 
 from __future__ import annotations
@@ -123,6 +123,6 @@ def test_heads_are_read_from_the_models_folder(model: Model, tmp_path):
     assert facts.kv_heads == {"Lumina 2": 4}.get(model.name, HEADS) or "Krea" in model.name
 
 
-def test_the_readme_has_the_table_of_the_rows():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_page_of_models_has_the_table_of_the_rows():
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
     assert text[text.index(START) + len(START) : text.index(END)].strip() == table().strip()

@@ -2,7 +2,7 @@
 
 ``MODELS`` is the table: how each is built, which wrapper of xDiT runs it, and what has to come out of it under
 ``--sp-backend torus``. ``run_transformers.py`` runs it on ranks, ``test_models.py`` checks what that says, and
-``support_table.py`` prints it for the README.
+``support_table.py`` prints it for docs/models.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class But:
-    """What differs for one size of input, one way to split the ranks, or one of both. ``why`` stands in the README.
+    """What differs for one size of input, one way to split the ranks, or one of both. ``why`` is in docs/models.md.
 
     ``xdit``: xDiT's own result differs from that of one process, and torus equals xDiT's. ``handed back``: torus hands
     the calls to xDiT's USP, and ``says`` is the reason it logs. ``fails``: every rank raises, with and without torus;
@@ -379,7 +379,7 @@ def latte_call(size: Input) -> dict[str, Any]:
 
 ONCE = But(kind="xdit", why="xDiT attends to the text once for each rank")
 PADDING = But(kind="xdit", why="xDiT attends to its own padding")
-HEIGHT = But(kind="fails", why="xDiT wants a height that the ranks divide", says="The height of the")
+HEIGHT = But(kind="fails", why="xDiT requires a height that the ranks divide", says="The height of the")
 NO_RING = But(kind="never", why="xDiT has no ring for it")
 MASK = But(kind="handed back", why="masked keys", says="attention_kwargs['attn_mask'] needs keys in order")
 BATCH = "each prompt of a batch attends to its own text where lengths differ"
@@ -461,7 +461,7 @@ MODELS = (
             **HAS_HEADS, in_channels=64, num_layers=1, num_single_layers=1, joint_attention_dim=TEXT,
             timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4)),
         call=flux2_call,
-        but={"text 13": But(kind="never", why="xDiT cuts the text unevenly"), "odd": PADDING},
+        but={"text 13": But(kind="never", why="xDiT splits the text unevenly"), "odd": PADDING},
     ),
     Model(
         name="SD3.5 with dual attention",
@@ -477,7 +477,8 @@ MODELS = (
         but={
             "odd": HEIGHT,
             **dict.fromkeys(
-                ("even", "text 13"), But(kind="fails", why="xDiT's processor forgets it", says="joint_strategy")
+                ("even", "text 13"),
+                But(kind="fails", why="xDiT's processor omits joint_strategy", says="joint_strategy"),
             ),
         },
     ),
@@ -486,7 +487,7 @@ MODELS = (
         wrapper="transformer_hunyuan_video:xFuserHunyuanVideoTransformer3DWrapper",
         build=hunyuan_video,
         call=hunyuan_video_call,
-        but={"odd": But(kind="never", why="xDiT cuts the video unevenly")},
+        but={"odd": But(kind="never", why="xDiT splits the video unevenly")},
     ),
     Model(
         name="HunyuanVideo, prompts of different length",
@@ -494,7 +495,7 @@ MODELS = (
         wrapper="transformer_hunyuan_video:xFuserHunyuanVideoTransformer3DWrapper",
         build=hunyuan_video,
         call=two_prompts(hunyuan_video_call, "encoder_attention_mask"),
-        but={"odd": But(kind="never", why="xDiT cuts the video unevenly")},
+        but={"odd": But(kind="never", why="xDiT splits the video unevenly")},
     ),
     Model(
         name="HunyuanVideo 1.5",
