@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.pipelines.test_pipelines import FAMILIES
+from tests.integration.test_pipelines import FAMILIES
 from tests.ranks.model_table import HEIGHT, MODELS, SIZES, But
 
 START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"

@@ -38,7 +38,7 @@ def usp_traffic(config: XditConfig) -> Traffic:
 
 def torus_traffic(layout: Layout) -> Traffic:
     """One call of Torus Attention: what the schedule of each rank sends."""
-    cut = choose_cut(layout, TOKENS_PER_RANK, "cuda", together=False)
+    cut = choose_cut(layout, TOKENS_PER_RANK, "cuda", overlap=True)
     share = 1 / (layout.world_size * layout.ulysses_degree)
     traffic: Traffic = {}
     for rank in range(layout.world_size):

@@ -67,6 +67,7 @@ def test_the_page_of_flags_has_every_flag_with_its_values_and_default():
     assert set(rows) == {field.name for field in fields(config.TorusArgs)}
     choices = {
         "backend": config.BACKENDS,
+        "kernel": config.KERNELS,
         "transport": config.TRANSPORTS,
         "check": config.CHECKS,
         "compress": config.COMPRESSIONS,
