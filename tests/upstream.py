@@ -82,7 +82,7 @@ MEANINGS = {
     "AttnType.*TORCH'|no attribute 'TORCH'|^AttributeError: TORCH": "yunchang 0.6.4 has no AttnType.TORCH",
 }
 # Tests of flags, which give torus four ranks and neither degrees nor a model to read the heads from
-REFUSAL = "--sp-backend torus: the number of attention heads is not known"
+REFUSAL = "--sp-backend torus: cannot plan for"
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction, merge_
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.layout.usp_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses
+from sf_xfuser.layout.usp_layouts import Traffic, XditConfig, ring_hop_traffic, ulysses_traffic
 from sf_xfuser.simulator import MERGE_BYTES, CallShape, TorusVariant, predict
 from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
 from sf_xfuser.torus.attention import attend_nothing, torus_attention
@@ -200,13 +200,15 @@ class _Probe:
         """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
         seen: list[tuple[str, int, float, float, float]] = []  # pattern, members, start_s, Gbit/s, takes
         for pattern, config in self._patterns(inside=inside):
-            sent = sent_by_ulysses(config, *self.grid) if pattern == "exchange" else sent_by_a_hop(config, *self.grid)
+            sent = (
+                ulysses_traffic(config, *self.grid) if pattern == "exchange" else ring_hop_traffic(config, *self.grid)
+            )
             groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
             members = len(groups[0])
             hops = members - 1 if pattern == "allgather" else 1
             # Of one byte on each rank: what goes out of a machine, or, inside, out of the rank that sends most.
             parts = [part * self.world_size * hops for part in (sent.inside if inside else sent.across)]
-            busiest = max(parts) if inside else Sent((), tuple(parts)).out_of_a_machine(self.grid[1])
+            busiest = max(parts) if inside else Traffic((), tuple(parts)).egress(self.grid[1])
             small, large, nbytes = self._collective(pattern, self._groups.mine(groups, self.mesh.members))
             takes = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
             moved_s = max(large.seconds - small.seconds, large.seconds / 2)

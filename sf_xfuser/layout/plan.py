@@ -1,10 +1,13 @@
-"""Machines x ranks and a head count in, a layout with its reasons out. Pure.
+"""Chooses the degrees of a sequence-parallel group of N machines x M ranks, and gives the reason. Pure.
 
-W = N*M ranks; position w = n*M + m; n = t + T*r_x, m = u + U*r_i   (design: "Mesh: who sits where")
+    axis              degree   splits
+    torus             T        heads across machines         (inter-machine Ulysses)
+    ulysses           U        heads inside a machine        (intra-machine Ulysses)
+    ring, across      R_x      KV across machines
+    ring, inside      R_i      KV inside a machine
 
-    torus T         heads split across machines          (inter-machine Ulysses degree)
-    ulysses U       heads split inside a machine         (intra-machine Ulysses degree)
-    ring R_x * R_i  KV that stays split across / inside machines
+N = T * R_x and M = U * R_i. A rank's position is w = n*M + m, with n = t + T*r_x and m = u + U*r_i. Example: 2 machines
+x 4 ranks and 12 heads give T=2, U=2, R_i=2: rank 5 (n=1, m=1) attends head group t*U + u = 3, which is heads 9 to 11.
 """
 
 from __future__ import annotations
@@ -16,15 +19,15 @@ from itertools import pairwise
 from math import gcd
 
 EVEN = Fraction(1)
-"""The ``max_imbalance`` of plans that split heads evenly, as code that exchanges whole tensors needs."""
+"""``max_imbalance`` that only allows equal head counts, which xDiT's own collectives need."""
 UNEVEN = Fraction(9, 8)
-"""That of Torus Attention: 8 heads over 3 machines give the busiest rank 1/8 more to compute than the mean, and a third
-fewer bytes cross machines."""
+"""``max_imbalance`` of Torus Attention. 8 heads over 3 machines: the busiest rank computes 1/8 more than the mean, and
+a third fewer bytes cross machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Degrees of one sequence-parallel group. Validates itself; maps positions to coordinates and groups."""
+    """The degrees of one sequence-parallel group, and the map from positions to coordinates and groups."""
 
     torus: int
     ulysses: int
@@ -37,8 +40,8 @@ class Layout:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @classmethod
-    def fitting(cls, num_machines: int, ranks_per_machine: int, torus: int, ulysses: int) -> Layout:
-        """The layout of N x M ranks with these head degrees (``torus`` divides N, ``ulysses`` divides M)."""
+    def on_grid(cls, num_machines: int, ranks_per_machine: int, torus: int, ulysses: int) -> Layout:
+        """The layout of N x M ranks with these head degrees; ``torus`` divides N, ``ulysses`` divides M."""
         return cls(
             torus=torus,
             ulysses=ulysses,
@@ -60,12 +63,12 @@ class Layout:
 
     @property
     def ulysses_degree(self) -> int:
-        """xDiT's ``ulysses_degree``: how many ways heads are split in all."""
+        """xDiT's ``ulysses_degree``: T * U."""
         return self.torus * self.ulysses
 
     @property
     def ring_degree(self) -> int:
-        """xDiT's ``ring_degree``: how many ways KV stays split."""
+        """xDiT's ``ring_degree``: R_x * R_i."""
         return self.ring_across * self.ring_inside
 
     def coordinates(self, position: int) -> tuple[int, int, int, int]:
@@ -76,7 +79,7 @@ class Layout:
         return t, u, r_x, r_i
 
     def position(self, t: int, u: int, r_x: int, r_i: int) -> int:
-        """Inverse of :meth:`coordinates`; each coordinate is taken modulo its degree (rotations wrap)."""
+        """Inverse of :meth:`coordinates`. Each coordinate wraps at its degree."""
         n = t % self.torus + self.torus * (r_x % self.ring_across)
         m = u % self.ulysses + self.ulysses * (r_i % self.ring_inside)
         return n * self.ranks_per_machine + m
@@ -85,33 +88,32 @@ class Layout:
         return position // self.ranks_per_machine
 
     def head_group(self, position: int) -> int:
-        """Which of the ``ulysses_degree`` head groups this position attends with."""
+        """Index of the head group that this position attends, of ``ulysses_degree``."""
         t, u, _, _ = self.coordinates(position)
         return t * self.ulysses + u
 
     def ulysses_group(self, position: int) -> tuple[int, ...]:
-        """Positions that share this one's ring coordinates, ordered by head group."""
+        """Positions with the same ring coordinates, ordered by head group."""
         _, _, r_x, r_i = self.coordinates(position)
         return tuple(self.position(t, u, r_x, r_i) for t in range(self.torus) for u in range(self.ulysses))
 
     def ring_group(self, position: int) -> tuple[int, ...]:
-        """Positions that share this one's heads, ordered by ring index ``r_x*R_i + r_i``."""
+        """Positions with the same heads, ordered by ring index ``r_x*R_i + r_i``."""
         t, u, _, _ = self.coordinates(position)
         return tuple(self.position(t, u, x, i) for x in range(self.ring_across) for i in range(self.ring_inside))
 
     def egress(self, kv_ratio: Fraction = Fraction(1)) -> Fraction:
-        """Elements that leave one machine per attention call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H.
+        """Elements that one machine sends to others per attention call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H.
 
-        Ulysses sends Q, K, V and O to the T-1 other machines of its group; each KV block then crosses R_x - 1 times.
-        The two pure forms are design.md section 2's formulas.
+        Ulysses sends Q, K, V and O to the T-1 other machines of its group. The ring sends each KV block R_x - 1 times.
         """
-        heads_leave = (2 + 2 * kv_ratio) * Fraction(self.torus - 1, self.torus)
-        ring_leaves = 2 * kv_ratio * (self.ring_across - 1)
-        return (heads_leave + ring_leaves) / self.num_machines
+        ulysses = (2 + 2 * kv_ratio) * Fraction(self.torus - 1, self.torus)
+        ring = 2 * kv_ratio * (self.ring_across - 1)
+        return (ulysses + ring) / self.num_machines
 
     @property
     def flag(self) -> str:
-        """As ``--sp-plan`` takes it."""
+        """The value of ``--sp-plan`` that gives this layout."""
         return f"torus={self.torus},ulysses={self.ulysses},ring={self.ring_degree}"
 
     def __str__(self) -> str:
@@ -123,7 +125,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutOption:
-    """One layout that was looked at; ``rejected`` is empty for the chosen one."""
+    """One possible layout and the reason why it was rejected; empty for the chosen one."""
 
     layout: Layout
     egress: Fraction
@@ -132,10 +134,10 @@ class LayoutOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The chosen layout, the rule that chose it and why, and every layout that was not taken.
+    """The chosen layout, the rule and reason for it, and all ``options``.
 
-    ``even`` is the layout of code that can only split heads evenly, as xDiT's own, on the same ranks: ``layout`` itself
-    where heads divide.
+    ``even`` is the layout of xDiT's own USP on the same ranks, which splits heads evenly; equal to ``layout`` where the
+    heads divide.
     """
 
     layout: Layout
@@ -143,7 +145,7 @@ class Plan:
     rule: str
     reason: str
     heads: int | None
-    candidates: tuple[LayoutOption, ...] = ()
+    options: tuple[LayoutOption, ...] = ()
 
     def __str__(self) -> str:
         layout = self.layout
@@ -152,29 +154,28 @@ class Plan:
         return f"{shape}: {layout} (rule {self.rule}: {self.reason}{uneven})"
 
     def lines(self) -> list[str]:
-        """The plan as text: the choice, then every layout with the reason why it was not taken."""
-        text = [str(self)]
-        for candidate in self.candidates:
-            verdict = candidate.rejected or "chosen"
-            text.append(f"  {candidate.layout!s:<52} out of a machine: {float(candidate.egress):.3f} BLHD  {verdict}")
-        return text
+        """The plan as text: the choice, then every layout with the reason for or against it."""
+        return [str(self)] + [
+            f"  {option.layout!s:<52} inter-machine: {float(option.egress):.3f} BLHD  {option.rejected or 'chosen'}"
+            for option in self.options
+        ]
 
 
 def legal_layouts(
     num_machines: int, ranks_per_machine: int, heads: int | None, max_imbalance: Fraction = EVEN
 ) -> Iterator[Layout]:
-    """Every layout with T | N, U | M whose T*U ways split ``heads`` (None: any) no less evenly than allowed."""
+    """Every layout that splits ``heads`` (None: unknown) over T*U ranks within ``max_imbalance``."""
     for torus in _divisors(num_machines):
         for ulysses in _divisors(ranks_per_machine):
             if heads is None or imbalance(heads, torus * ulysses) <= max_imbalance:
-                yield Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
+                yield Layout.on_grid(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def head_ranges(
     heads: int, kv_heads: int, ways: int
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """(query heads, KV heads) of each of ``ways`` head groups, as half-open ranges. The first groups have one query
-    head more where ``ways`` does not divide ``heads``; a KV head that two groups' query heads share is in both."""
+    """(query heads, KV heads) of each of ``ways`` head groups, as half-open ranges. Where ``ways`` does not divide
+    ``heads``, the first groups have one query head more. A KV head whose query heads lie in two groups is in both."""
     repeat = heads // kv_heads
     bounds = [group * (heads // ways) + min(group, heads % ways) for group in range(ways + 1)]
     queries = tuple(pairwise(bounds))
@@ -182,12 +183,12 @@ def head_ranges(
 
 
 def imbalance(heads: int, ways: int) -> Fraction:
-    """Heads of the rank that has most, over the mean: 1 where they divide, 9/8 for 8 heads over 3."""
+    """Maximum over mean of the heads per rank: 1 where ``ways`` divides ``heads``, 9/8 for 8 heads over 3."""
     return Fraction(-(-heads // ways) * ways, heads)
 
 
 def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
-    """Place a total Ulysses degree across machines first. Any divisor of N*M has such a placement."""
+    """The layout with this total Ulysses degree, across machines first. Every divisor of N*M has one."""
     torus = gcd(num_machines, ulysses_degree)
     ulysses = ulysses_degree // torus
     if ranks_per_machine % ulysses:
@@ -195,7 +196,7 @@ def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int)
             f"ulysses_degree={ulysses_degree} does not divide the {num_machines * ranks_per_machine} ranks of the "
             f"sequence-parallel group; allowed: {_divisors(num_machines * ranks_per_machine)}"
         )
-    return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
+    return Layout.on_grid(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def paper_layout(num_machines: int, ranks_per_machine: int, heads: int) -> Layout:
@@ -212,7 +213,7 @@ def usp_layout(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -
             f"ulysses_degree={ulysses_degree} cannot be laid out as xDiT does over {num_machines} machine(s) of "
             f"{ranks_per_machine} rank(s); use a divisor of {num_machines * ranks_per_machine} or --sp-plan auto"
         )
-    return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
+    return Layout.on_grid(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def make_plan(
@@ -228,11 +229,10 @@ def make_plan(
 ) -> Plan:
     """Choose the layout of a sequence-parallel group of ``num_machines`` x ``ranks_per_machine`` ranks.
 
-    ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees; otherwise ``rule``
-    decides: ``"paper"``, ``"usp"`` or ``"auto"`` (the fewest bytes between machines; ties go to the paper's layout).
-    Where heads do not divide, some ranks may take more than others up to ``max_imbalance`` times the mean; a given
-    ``ulysses_degree`` is xDiT's and thus that of ``Plan.even``.
-    Raises ValueError naming what was wrong, what was given and what is allowed.
+    ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees. Otherwise ``rule``
+    decides: ``"paper"``, ``"usp"`` or ``"auto"`` (fewest bytes between machines; the paper's layout on a tie).
+    No rank gets more than ``max_imbalance`` times the mean number of heads. A given ``ulysses_degree`` is that of
+    ``Plan.even`` as well. Raises ValueError with the wrong value and the allowed ones.
     """
     world_size = num_machines * ranks_per_machine
     divisible = heads if kv_heads is None or heads is None else gcd(heads, kv_heads)
@@ -240,7 +240,7 @@ def make_plan(
 
     if explicit is not None:
         chosen = _explicit_layout(num_machines, ranks_per_machine, divisible, explicit, max_imbalance)
-        reason = "degrees given"
+        reason = "explicit degrees"
     elif rule == "usp":
         degree = ulysses_degree or gcd(ranks_per_machine, divisible or ranks_per_machine)
         chosen, reason = usp_layout(num_machines, ranks_per_machine, degree), "xDiT's layout: Ulysses inside machines"
@@ -255,8 +255,8 @@ def make_plan(
                 reason = f"ulysses_degree={ulysses_degree}, fewest bytes between machines"
     elif divisible is None:
         raise ValueError(
-            f"the number of attention heads is not known, so {world_size} ranks cannot be laid out; give "
-            f"--ulysses_degree and --ring_degree, or --sp-plan torus=T,ulysses=U,ring=R"
+            f"cannot plan for {world_size} ranks: the number of attention heads is unknown; give --ulysses_degree and "
+            f"--ring_degree, or --sp-plan torus=T,ulysses=U,ring=R"
         )
     elif rule == "paper":
         chosen = paper_layout(num_machines, ranks_per_machine, divisible)
@@ -266,15 +266,15 @@ def make_plan(
         legal = legal_layouts(num_machines, ranks_per_machine, divisible, max_imbalance)
         chosen = _fewest_bytes(legal, divisible, kv_ratio, paper)
         if num_machines == 1:
-            reason = "the group sits inside one machine: nothing crosses machines, the paper's degrees"
+            reason = "one machine, no inter-machine traffic: the paper's degrees"
         else:
             reason = "fewest bytes between machines" + (", which is the paper's layout" if chosen == paper else "")
-    # A degree that xDiT was given is xDiT's to check: it pads the heads of some models (Z-Image) to fit.
+    # xDiT checks its own --ulysses_degree: it pads the heads of some models (Z-Image).
     illegal = divisible is not None and imbalance(divisible, chosen.ulysses_degree) > max_imbalance
     if ulysses_degree is None and divisible is not None and illegal:
         raise ValueError(_indivisible(divisible, chosen, world_size, max_imbalance))
     even_ways = gcd(divisible, chosen.ulysses_degree) if divisible else chosen.ulysses_degree
-    # To a given degree that does not divide the heads, xDiT pads them.
+    # xDiT pads heads that its own --ulysses_degree does not divide.
     evenly = chosen.ulysses_degree in (even_ways, ulysses_degree)
     even = chosen if evenly else split_degree(num_machines, ranks_per_machine, even_ways)
     return Plan(
@@ -283,7 +283,7 @@ def make_plan(
         rule="explicit" if explicit else rule,
         reason=reason,
         heads=heads,
-        candidates=_explain(num_machines, ranks_per_machine, divisible, kv_ratio, chosen, max_imbalance),
+        options=_options(num_machines, ranks_per_machine, divisible, kv_ratio, chosen, max_imbalance),
     )
 
 
@@ -314,9 +314,9 @@ def _explicit_layout(
         raise ValueError(
             f"--sp-plan {given} does not fit {num_machines} machine(s) x {ranks_per_machine} rank(s): torus must "
             f"divide {num_machines} and ulysses must divide {ranks_per_machine}; legal: "
-            f"{_spell(legal_layouts(num_machines, ranks_per_machine, heads, max_imbalance))}"
+            f"{_flags(legal_layouts(num_machines, ranks_per_machine, heads, max_imbalance))}"
         )
-    return Layout.fitting(num_machines, ranks_per_machine, torus, ulysses)
+    return Layout.on_grid(num_machines, ranks_per_machine, torus, ulysses)
 
 
 def _indivisible(heads: int, layout: Layout, world_size: int, max_imbalance: Fraction) -> str:
@@ -324,15 +324,15 @@ def _indivisible(heads: int, layout: Layout, world_size: int, max_imbalance: Fra
     legal = legal_layouts(layout.num_machines, layout.ranks_per_machine, heads, max_imbalance)
     return (
         f"{heads} heads cannot be split over torus={layout.torus} x ulysses={layout.ulysses} = {ways} ranks; "
-        f"legal for {world_size} ranks: {_spell(legal)}"
+        f"legal for {world_size} ranks: {_flags(legal)}"
     )
 
 
-def _spell(layouts: Iterator[Layout]) -> str:
+def _flags(layouts: Iterator[Layout]) -> str:
     return " or ".join(layout.flag for layout in layouts)
 
 
-def _explain(
+def _options(
     num_machines: int,
     ranks_per_machine: int,
     heads: int | None,
@@ -341,21 +341,21 @@ def _explain(
     max_imbalance: Fraction,
 ) -> tuple[LayoutOption, ...]:
     best = chosen.egress(kv_ratio)
-    candidates = []
+    options = []
     for layout in legal_layouts(num_machines, ranks_per_machine, None):
         egress = layout.egress(kv_ratio)
         if layout == chosen:
             rejected = ""
         elif heads is not None and imbalance(heads, layout.ulysses_degree) > max_imbalance:
-            rejected = f"illegal: {heads} heads do not split {layout.ulysses_degree} ways"
+            rejected = f"illegal: {heads} heads cannot be split over {layout.ulysses_degree} ranks"
         elif egress > best:
             rejected = f"{float(egress / best) if best else float('inf'):.2f}x the bytes between machines"
         elif egress < best:
-            rejected = "fewer bytes between machines, but not what the rule takes"
+            rejected = "fewer bytes between machines, but not this rule's layout"
         else:
-            rejected = "same bytes between machines, not the rule's Ulysses degree"
-        candidates.append(LayoutOption(layout=layout, egress=egress, rejected=rejected))
-    return tuple(candidates)
+            rejected = "same bytes between machines, but not this rule's Ulysses degree"
+        options.append(LayoutOption(layout=layout, egress=egress, rejected=rejected))
+    return tuple(options)
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Which ranks share a machine: probe facts on each rank, gather them, decide.
+"""Which ranks share a machine: ``probe`` each rank, then ``Topology.from_facts`` of the gathered facts.
 
-A *machine* is a set of ranks joined by a fast link: one host, or one NVLink domain where that spans hosts. Probing
-never raises; deciding is pure (fakes for tests are ordinary values); nothing here communicates.
+A *machine* is a set of ranks with a fast link: one host, or one NVLink domain that spans hosts. Nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sf_xfuser.config import launch_environment, parse_grid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """What one rank knows of where it runs. ``machine`` is equal exactly on ranks that share a fast link."""
+    """Where one rank runs. ``machine`` is equal exactly on ranks that share a fast link."""
 
     machine: str
     host: str
@@ -30,8 +30,8 @@ class RankFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """The job's ranks by machine. ``machines[n]`` holds the ascending ranks of machine ``n``; machines are ordered
-    by their lowest rank. ``source`` says where this was learnt."""
+    """The job's ranks by machine. ``machines[n]`` lists the ranks of machine ``n`` in ascending order; machines are
+    ordered by their lowest rank. ``source`` is the origin of this information, for logs."""
 
     machines: tuple[tuple[int, ...], ...]
     source: str
@@ -75,10 +75,10 @@ class Topology:
         return cls(machines=tuple(tuple(ranks) for ranks in machines.values()), source=f"{source} of the ranks")
 
     def fold(self, ranks: Sequence[int]) -> MachineGrid:
-        """The machines that one sequence-parallel group (``ranks``, global, ascending) covers, as a full N x M grid.
+        """One sequence-parallel group (``ranks``, global, ascending) as a full N x M grid.
 
-        Where the group holds unequal numbers of ranks per machine, machines are cut into equal virtual machines of
-        the greatest common divisor, which is always legal and never mixes two machines; ``note`` then says so.
+        Machines with unequal numbers of ranks are split into equal virtual machines, whose size is the greatest common
+        divisor. A virtual machine never spans two machines. ``note`` is the explanation for logs.
         """
         member = set(ranks)
         covered = [[rank for rank in machine if rank in member] for machine in self.machines]
@@ -90,7 +90,7 @@ class Topology:
         if len(set(counts)) > 1:
             spelled = ", ".join(f"{count} x {ranks}" for ranks, count in sorted(Counter(counts).items()))
             note = (
-                f"unequal machines (machines x ranks: {spelled}) are used as {len(rows)} equal ones of {size} rank(s)"
+                f"machines of unequal size (machines x ranks: {spelled}) are split into {len(rows)} of {size} rank(s)"
             )
         return MachineGrid(rows=rows, note=note)
 
@@ -117,7 +117,7 @@ class MachineGrid:
 
 
 def probe() -> RankFacts:
-    """Facts about this process. Local; never raises: what cannot be learnt is left out."""
+    """Facts about this process. Local. Never raises: what is unknown keeps its default."""
     launched = launch_environment()
     host = f"{socket.gethostname()}/{boot_id()}"
     accelerator, domain = _probe_gpu(launched.local_rank or 0)
@@ -138,8 +138,8 @@ def boot_id() -> str:
 
 
 def _probe_gpu(local_rank: int) -> tuple[str, str | None]:
-    """(name of this rank's accelerator, its NVLink domain). A domain is named only where the driver reports a
-    multi-node NVLink fabric (NVML ``nvmlDeviceGetGpuFabricInfo``: cluster uuid and clique), as on GB200 NVL72."""
+    """(name of this rank's accelerator, its NVLink domain). The domain is None unless the driver reports a multi-node
+    NVLink fabric, as on GB200 NVL72 (NVML ``nvmlDeviceGetGpuFabricInfo``: cluster uuid and clique)."""
     try:
         import torch
 

@@ -1,4 +1,4 @@
-"""xDiT's own ways to lay out one attention call: degrees, placement, groups, and the bytes they move. Pure."""
+"""The layouts of xDiT's own USP: degrees, placement, process groups, and their traffic. Pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Groups = list[tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XditConfig:
-    """How xDiT is launched: ``--ulysses_degree``, ``--ring_degree``, and what has no flag.
+    """xDiT's ``--ulysses_degree`` and ``--ring_degree``, and two settings without a flag.
 
-    ``rotation`` is how a ring moves KV: ``"allgather"`` (PyTorch's default, so xDiT's) or ``"alltoall"``, hop by hop;
-    it says nothing where ``ring_degree`` is 1. ``placement`` ``"xdit"`` puts Ulysses on neighbouring ranks and Ring
-    across, as xDiT does; ``"machines-first"`` is the mapping alone: Ulysses across machines, Ring inside, no overlap.
+    ``rotation`` is how a ring moves KV: ``"allgather"`` (the default of PyTorch and xDiT) or ``"alltoall"`` (hop by
+    hop). It has no effect where ``ring_degree`` is 1. ``placement`` ``"xdit"`` puts Ulysses on neighbouring ranks and
+    Ring across them, as xDiT does. ``"machines-first"`` puts Ulysses across machines and Ring inside, without overlap.
     """
 
     ulysses_degree: int
@@ -64,10 +64,10 @@ def legal_configs(
     *,
     placement: Placement = "xdit",
 ) -> list[XditConfig]:
-    """Every pair of degrees that xDiT can run, with both rotations where there is a ring. Pure.
+    """Every pair of degrees that xDiT can run, with both rotations where there is a ring.
 
-    Ulysses must divide the query heads and, because xDiT splits compact KV, the KV heads. ``"machines-first"`` gives
-    those configurations alone whose groups differ from xDiT's own, so that no variant appears twice.
+    The Ulysses degree must divide the query heads and the KV heads, since xDiT splits KV before repeating it.
+    ``"machines-first"`` omits configurations whose groups are the same as with xDiT's placement.
     """
     if world_size % ranks_per_machine:
         raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")
@@ -93,7 +93,7 @@ def legal_configs(
 
 
 def variant_name(config: XditConfig, own_ulysses: int) -> str:
-    """What an A/B run calls this configuration. ``own_ulysses``: the Ulysses degree of xDiT's own layout."""
+    """The name of this configuration in a benchmark. ``own_ulysses``: the Ulysses degree of xDiT's own layout."""
     rotation = config.rotation if config.ring_degree > 1 else ""
     if config.placement == "machines-first":
         return f"mapping-{rotation}" if rotation else "mapping"
@@ -107,21 +107,21 @@ def variant_name(config: XditConfig, own_ulysses: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """What each rank sends inside its machine and to others: bytes, or parts of ``B*L*H*D``."""
+class Traffic:
+    """What each rank sends inside its machine and across machines, in bytes or in fractions of ``B*L*H*D``."""
 
     inside: tuple[float, ...]
     across: tuple[float, ...]
 
-    def out_of_a_machine(self, ranks_per_machine: int) -> float:
-        """Of the machine that sends most."""
+    def egress(self, ranks_per_machine: int) -> float:
+        """What the machine that sends most sends to other machines."""
         firsts = range(0, len(self.across), ranks_per_machine)
         return max(sum(self.across[first : first + ranks_per_machine]) for first in firsts)
 
 
 @lru_cache
-def sent_by_ulysses(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Sent:
-    """One tensor with all heads: each rank holds 1/W of it and sends each other member that member's heads."""
+def ulysses_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Traffic:
+    """Of one tensor through a Ulysses all-to-all: each rank holds 1/W of it and sends every peer the peer's heads."""
     share = 1 / (config.ulysses_degree * num_machines * ranks_per_machine)
     ulysses, _ = config.groups(num_machines, ranks_per_machine)
     inside, across = [0.0] * num_machines * ranks_per_machine, [0.0] * num_machines * ranks_per_machine
@@ -129,12 +129,12 @@ def sent_by_ulysses(config: XditConfig, num_machines: int, ranks_per_machine: in
         for rank in group:
             near = sum(other // ranks_per_machine == rank // ranks_per_machine for other in group)
             inside[rank], across[rank] = (near - 1) * share, (len(group) - near) * share
-    return Sent(tuple(inside), tuple(across))
+    return Traffic(tuple(inside), tuple(across))
 
 
 @lru_cache
-def sent_by_a_hop(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Sent:
-    """One tensor: each rank passes its 1/W to the next member of its ring. An all-gather is R - 1 of these."""
+def ring_hop_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Traffic:
+    """Of one tensor in one ring hop: each rank sends its 1/W to the next. An all-gather is R - 1 hops."""
     share = 1 / (num_machines * ranks_per_machine)
     _, rings = config.groups(num_machines, ranks_per_machine)
     inside, across = [0.0] * num_machines * ranks_per_machine, [0.0] * num_machines * ranks_per_machine
@@ -142,21 +142,21 @@ def sent_by_a_hop(config: XditConfig, num_machines: int, ranks_per_machine: int)
         for rank, following in zip(group, (*group[1:], group[0]), strict=True):
             near = following // ranks_per_machine == rank // ranks_per_machine
             (inside if near else across)[rank] = share
-    return Sent(tuple(inside), tuple(across))
+    return Traffic(tuple(inside), tuple(across))
 
 
-def sent_in_a_call(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> Sent:
-    """Q, K, V and O through Ulysses, K and V through the ring, before which xDiT repeats KV heads that several query
-    heads share; ``kv_ratio`` = H_kv/H."""
-    exchanged = sent_by_ulysses(config, num_machines, ranks_per_machine)
-    passed_on = sent_by_a_hop(config, num_machines, ranks_per_machine)
+def call_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> Traffic:
+    """Of one attention call: Q, K, V and O through Ulysses, then K and V through the ring. ``kv_ratio`` = H_kv/H; xDiT
+    repeats shared KV heads before the ring."""
+    all_to_all = ulysses_traffic(config, num_machines, ranks_per_machine)
+    hop = ring_hop_traffic(config, num_machines, ranks_per_machine)
     tensors, hops = 2 + 2 * kv_ratio, 2 * (config.ring_degree - 1)
-    return Sent(
-        tuple(tensors * a + hops * b for a, b in zip(exchanged.inside, passed_on.inside, strict=True)),
-        tuple(tensors * a + hops * b for a, b in zip(exchanged.across, passed_on.across, strict=True)),
+    return Traffic(
+        tuple(tensors * a + hops * b for a, b in zip(all_to_all.inside, hop.inside, strict=True)),
+        tuple(tensors * a + hops * b for a, b in zip(all_to_all.across, hop.across, strict=True)),
     )
 
 
 def egress(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> float:
-    """Elements that leave the machine that sends most in one call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H."""
-    return sent_in_a_call(config, num_machines, ranks_per_machine, kv_ratio).out_of_a_machine(ranks_per_machine)
+    """As ``Layout.egress``, of the machine that sends most."""
+    return call_traffic(config, num_machines, ranks_per_machine, kv_ratio).egress(ranks_per_machine)

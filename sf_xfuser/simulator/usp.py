@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from sf_xfuser.layout.usp_layouts import Sent, XditConfig, sent_by_a_hop, sent_by_ulysses, sent_in_a_call
+from sf_xfuser.layout.usp_layouts import Traffic, XditConfig, call_traffic, ring_hop_traffic, ulysses_traffic
 from sf_xfuser.simulator.cluster import Cluster, Way
 from sf_xfuser.simulator.replay import Program, Replay, Round
 from sf_xfuser.simulator.variant import CallShape, ReplayedVariant, Work
@@ -21,8 +21,8 @@ class Usp(ReplayedVariant):
         super().__init__(cluster, shape, Work(cluster, shape))
         self.config = config
         grid = cluster.num_machines, cluster.ranks_per_machine
-        self.exchanged: Sent = sent_by_ulysses(config, *grid)
-        self.hop: Sent = sent_by_a_hop(config, *grid)
+        self.exchanged: Traffic = ulysses_traffic(config, *grid)
+        self.hop: Traffic = ring_hop_traffic(config, *grid)
         self.kv_bytes = shape.nbytes * shape.kv_heads / shape.heads
         self._seconds_per_byte: dict[tuple[str, str], float] = {}
 
@@ -30,11 +30,11 @@ class Usp(ReplayedVariant):
     def alike(self) -> bool:
         return True  # every collective goes as its slowest rank
 
-    def sent(self, replay: Replay) -> Sent:
+    def sent(self, replay: Replay) -> Traffic:
         """Ranks alike in time need not send as much to other machines."""
         grid = self.cluster.num_machines, self.cluster.ranks_per_machine
-        of_a_call = sent_in_a_call(self.config, *grid, self.shape.kv_heads / self.shape.heads)
-        return Sent(*(tuple(x * self.shape.nbytes for x in link) for link in (of_a_call.inside, of_a_call.across)))
+        of_a_call = call_traffic(self.config, *grid, self.shape.kv_heads / self.shape.heads)
+        return Traffic(*(tuple(x * self.shape.nbytes for x in link) for link in (of_a_call.inside, of_a_call.across)))
 
     def programs(self, replay: Replay) -> list[Program]:
         return [self._program(replay, number) for number in range(len(replay.ranks))]
@@ -81,7 +81,9 @@ class Usp(ReplayedVariant):
     def _rounds(self, replay: Replay, number: int) -> int:
         return len(replay.ranks[number].rounds["across"])
 
-    def _collective(self, replay: Replay, number: int, name: str, pattern: str, sent: Sent, nbytes: float) -> Program:
+    def _collective(
+        self, replay: Replay, number: int, name: str, pattern: str, sent: Traffic, nbytes: float
+    ) -> Program:
         self._start(replay, number, name, pattern, sent, nbytes, self.config.ulysses_degree, 1)
         for link in ("across", "inside"):
             replay.wait(number, (yield (number,), (link, self._rounds(replay, number) - 1)), name)
@@ -92,7 +94,7 @@ class Usp(ReplayedVariant):
         number: int,
         name: str,
         pattern: str,
-        sent: Sent,
+        sent: Traffic,
         nbytes: float,
         members: int,
         hops: int,

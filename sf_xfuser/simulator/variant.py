@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from sf_xfuser.layout.usp_layouts import Sent
+from sf_xfuser.layout.usp_layouts import Traffic
 from sf_xfuser.simulator.cluster import Cluster, Way
 from sf_xfuser.simulator.replay import Program, Replay
 
@@ -124,11 +124,11 @@ class ReplayedVariant(ABC):
     def buffer_bytes(self) -> float:
         """What a rank holds besides inputs and result."""
 
-    def sent(self, replay: Replay) -> Sent:
+    def sent(self, replay: Replay) -> Traffic:
         """Bytes that each rank sends inside its machine and to others."""
         each = self.cluster.world_size // len(replay.ranks)
         inside, across = ([rank.sent.get(link, 0.0) for rank in replay.ranks] * each for link in ("inside", "across"))
-        return Sent(tuple(inside), tuple(across))
+        return Traffic(tuple(inside), tuple(across))
 
     def predict(self, every_rank: bool) -> Prediction:
         mirrored = self.alike and not every_rank
@@ -141,7 +141,7 @@ class ReplayedVariant(ABC):
             seconds=slowest.now,
             compute_s=self.work.alone_s,
             exposed_s=slowest.now - slowest.computed_s,
-            across_bytes=sent.out_of_a_machine(self.cluster.ranks_per_machine),
+            across_bytes=sent.egress(self.cluster.ranks_per_machine),
             inside_bytes=max(sent.inside),
             buffer_bytes=self.buffer_bytes,
             timeline=self._timeline(replay, slowest.now) if every_rank else None,

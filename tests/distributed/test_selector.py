@@ -140,12 +140,12 @@ def test_flat_ulysses_where_it_is_legal_and_not_xdits_own():
 
 def test_without_a_trial_torus_comes_first_where_it_hides_something_and_moves_no_more_bytes():
     own = XditConfig(ulysses_degree=2, ring_degree=4)
-    assert torus_first(Layout.fitting(4, 2, torus=4, ulysses=2), own, Fraction(1))
-    assert torus_first(Layout.fitting(4, 2, torus=4, ulysses=2), own, Fraction(1, 8))  # xDiT's ring moves all heads
+    assert torus_first(Layout.on_grid(4, 2, torus=4, ulysses=2), own, Fraction(1))
+    assert torus_first(Layout.on_grid(4, 2, torus=4, ulysses=2), own, Fraction(1, 8))  # xDiT's ring moves all heads
     ulysses = XditConfig(ulysses_degree=8, ring_degree=1)
-    assert not torus_first(Layout.fitting(4, 2, torus=1, ulysses=2), ulysses, Fraction(1))
+    assert not torus_first(Layout.on_grid(4, 2, torus=1, ulysses=2), ulysses, Fraction(1))
     inside = XditConfig(ulysses_degree=4, ring_degree=1)
-    assert not torus_first(Layout.fitting(1, 4, torus=1, ulysses=4), inside, Fraction(1))
+    assert not torus_first(Layout.on_grid(1, 4, torus=1, ulysses=4), inside, Fraction(1))
 
 
 # -- real ranks -------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_without_the_flag_nothing_is_marked_or_filled(launched):
 
 REFUSED = {
     "degrees": (["--sp-backend", "torus", "--ulysses_degree", "3"], r"ulysses_degree=3 x ring_degree=1 = 3, but 2 "),
-    "unknown heads": (["--sp-backend", "torus"], r"heads is not known.*--ulysses_degree.*no transformer/config.json"),
+    "unknown heads": (["--sp-backend", "torus"], r"heads is unknown.*--ulysses_degree.*no transformer/config.json"),
     "other degrees": (["--sp-backend", "torus", "--pipefusion_parallel_degree", "3"], r"multiply to 3, which does not"),
     "conflict": (["--sp-backend", "ring", "--ulysses_degree", "2"], r"--sp-backend ring excludes ulysses_degree=2"),
     "topology": (["--sp-backend", "torus", "--sp-topology", "2x2"], r"describes 4 ranks, but the job has 2"),

@@ -118,10 +118,10 @@ def test_auto_takes_the_fewest_bytes_and_says_why_not_the_others():
     assert mha.layout == paper_layout(4, 8, 24) and "paper" in mha.reason
     gqa = make_plan(2, 4, heads=32, kv_heads=8)  # g = 1/4 on two machines: Ulysses across would lose
     assert gqa.layout.torus == 1
-    rejected = {c.layout: c.rejected for c in mha.candidates}
+    rejected = {c.layout: c.rejected for c in mha.options}
     assert rejected[mha.layout] == "" and all(rejected[x] for x in rejected if x != mha.layout)
     assert rejected[Layout(torus=1, ulysses=8, ring_across=4, ring_inside=1)] == "2.00x the bytes between machines"
-    assert "24 heads do not split 16 ways" in rejected[Layout(torus=2, ulysses=8, ring_across=2, ring_inside=1)]
+    assert "24 heads cannot be split over 16 ranks" in rejected[Layout(torus=2, ulysses=8, ring_across=2, ring_inside=1)]
     assert any("chosen" in line for line in mha.lines())
 
 
@@ -132,7 +132,7 @@ def test_auto_takes_the_fewest_bytes_and_says_why_not_the_others():
         (dict(heads=24, explicit=dict(torus=2, ulysses=2, ring=2)), "describes 8 ranks, but .* has 16"),
         (dict(heads=24, explicit=dict(torus=1, ulysses=8, ring=2)), "ulysses must divide 4"),
         (dict(ulysses_degree=3), "ulysses_degree=3 does not divide the 16 ranks"),
-        (dict(rule="paper"), "number of attention heads is not known.*--ulysses_degree"),
+        (dict(rule="paper"), "number of attention heads is unknown.*--ulysses_degree"),
     ],
 )  # fmt: skip
 def test_refusals_say_what_is_allowed(call, message):
@@ -155,7 +155,7 @@ def test_topology_follows_hosts_not_rank_arithmetic():
 def test_unequal_machines_become_equal_virtual_ones_that_never_mix_hosts():
     topology = Topology.from_facts(facts(*"aaaabb"))
     grid = topology.fold(range(6))
-    assert grid.rows == ((0, 1), (2, 3), (4, 5)) and "unequal machines" in grid.note
+    assert grid.rows == ((0, 1), (2, 3), (4, 5)) and "unequal size" in grid.note
     assert Topology.from_facts(facts(*"aaab")).fold(range(4)).rows == ((0,), (1,), (2,), (3,))
 
 
