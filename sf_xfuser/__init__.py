@@ -25,7 +25,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sf_xfuser.config import TorusArgs
-    from sf_xfuser.integrations.diffusers import parallelize
+    from sf_xfuser.integrations.diffusers.parallelize import parallelize
     from sf_xfuser.integrations.xdit.plugin import disable, enable
     from sf_xfuser.integrations.xdit.session import explain
     from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "TorusArgs": "config",
     "torus_attention": "torus.attention",
-    "parallelize": "integrations.diffusers",
+    "parallelize": "integrations.diffusers.parallelize",
     "LongContextAttention": "integrations.yunchang.attention",
     "set_seq_parallel_pg": "integrations.yunchang.attention",
     "Mesh": "torus.mesh",
