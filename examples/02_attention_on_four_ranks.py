@@ -1,4 +1,4 @@
-"""2. Torus Attention alone: four ranks, pretended to be two machines, against attention on one process.
+"""2. Torus Attention alone: four ranks that emulate two machines, compared with attention in one process.
 
 torchrun --nproc-per-node 4 examples/02_attention_on_four_ranks.py
 """
@@ -19,12 +19,12 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if backend == "nccl" else torch.device("cpu")
 
-    # One sequence-parallel group of all ranks. On real machines leave the topology out: it is gathered from the hosts.
+    # One sequence-parallel group of all ranks. On real machines omit the topology: it is detected from the hosts.
     mesh = build_mesh([list(range(world))], TorusArgs(backend="torus", topology=f"2x{world // 2}"), heads=HEADS)
     if rank == 0:
         print("\n".join(mesh.lines()))
 
-    torch.manual_seed(0)  # every rank makes the whole q, k, v and keeps its own tokens
+    torch.manual_seed(0)  # every rank creates the whole q, k, v and keeps its own tokens
     q, k, v = (torch.randn(1, HEADS, TOKENS, HEAD_DIM).to(device) for _ in range(3))
     mine = [x.chunk(world, dim=2)[rank] for x in (q, k, v)]
     out = torus_attention(*mine, mesh=mesh)

@@ -20,14 +20,12 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if backend == "nccl" else torch.device("cpu")
 
-    # On real machines leave args out: topology and transport are chosen.
-    pretended = TorusArgs(backend="torus", topology=f"2x{world // 2}")
-    set_seq_parallel_pg(sp_ulysses_degree=2, sp_ring_degree=world // 2, rank=rank, world_size=world, args=pretended)
+    # One host emulates two machines here. On real machines omit args: topology and transport are detected.
+    two_machines = TorusArgs(backend="torus", topology=f"2x{world // 2}")
+    set_seq_parallel_pg(sp_ulysses_degree=2, sp_ring_degree=world // 2, rank=rank, world_size=world, args=two_machines)
     attention = LongContextAttention(ring_impl_type="basic")
 
-    torch.manual_seed(
-        0
-    )  # every rank makes the whole q, k, v [batch, tokens, heads, head size] and keeps its own tokens
+    torch.manual_seed(0)  # every rank creates the whole q, k, v [B, S, H, D] and keeps its own tokens
     q, k, v = (torch.randn(1, TOKENS, HEADS, HEAD_DIM).to(device) for _ in range(3))
     with torch.no_grad():
         out = attention(*(x.chunk(world, dim=1)[rank] for x in (q, k, v)), causal=False)

@@ -26,15 +26,15 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16 if cuda else torch.float32)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    # On real machines leave args out: topology and transport are chosen.
-    pretended = sf_xfuser.TorusArgs(backend="torus", topology=f"2x{dist.get_world_size() // 2}")
-    torus = sf_xfuser.parallelize(pipe.transformer, args=pretended)
+    # One host emulates two machines here. On real machines omit args: topology and transport are detected.
+    two_machines = sf_xfuser.TorusArgs(backend="torus", topology=f"2x{dist.get_world_size() // 2}")
+    torus = sf_xfuser.parallelize(pipe.transformer, args=two_machines)
 
-    # Every rank gives the same inputs and the same seed, and gets the whole picture. Without generator= each rank
-    # would start from noise of its own: parallelize() raises an error.
-    picture = pipe(
+    # Every rank passes the same inputs and seed, and gets the whole image. Without generator= the noise would differ
+    # between ranks, which raises an error.
+    latents = pipe(
         prompt="a red chair in the rain",
-        height=112,  # 7 x 7 tokens: nothing has to divide
+        height=112,  # 7 x 7 tokens: need not be divisible by the number of ranks
         width=112,
         num_inference_steps=2,
         max_sequence_length=13,
@@ -43,8 +43,8 @@ def main() -> None:
     ).images
     if rank == 0:
         print("\n".join(torus.mesh.lines()))
-        print(f"latents {tuple(picture.shape)}, mean {picture.float().mean().item():.4f}")
-        print(f"attention calls served by torus: {torus.served}, handed back: {dict(torus.handed_back)}")
+        print(f"latents {tuple(latents.shape)}, mean {latents.float().mean().item():.4f}")
+        print(f"attention calls on torus: {torus.handled}, fallbacks: {dict(torus.fallbacks)}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sf_xfuser.config import TorusArgs
-    from sf_xfuser.integrations.diffusers import parallelize
+    from sf_xfuser.integrations.diffusers.parallelize import parallelize
     from sf_xfuser.integrations.xdit.plugin import disable, enable
     from sf_xfuser.integrations.xdit.session import explain
     from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "TorusArgs": "config",
     "torus_attention": "torus.attention",
-    "Joint": "call",
-    "Tokens": "call",
-    "parallelize": "integrations.diffusers",
+    "Joint": "torus.call",
+    "Tokens": "torus.call",
+    "parallelize": "integrations.diffusers.parallelize",
     "LongContextAttention": "integrations.yunchang.attention",
     "set_seq_parallel_pg": "integrations.yunchang.attention",
     "Mesh": "torus.mesh",

@@ -1,7 +1,8 @@
-"""All ranks' parts of a tensor, over a mesh's links: a model's output is put together with the guarantees of its calls.
+"""All-gather over the links of a mesh, for a model's outputs: with the timeouts and failure reports of its other calls.
 
-Links join a rank with its Ulysses group and its ring only. So parts go in two rounds: to the Ulysses group, and then
-what that holds to the ring. Rank ``(h, r)``, at head group h and ring index r, keeps its part in slot ``r * P + h``.
+Links connect a rank only with its Ulysses group and its ring. So parts are sent in two rounds: to the Ulysses group,
+then everything the Ulysses group has to the ring. Rank ``(h, r)``, at head group h and ring index r, has slot
+``r * P + h`` of P Ulysses ranks.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from sf_xfuser.transport.base import Parcel, window_view
 
 @torch.no_grad()
 def all_gather(part: torch.Tensor, dim: int, mesh: Mesh, *, uneven: bool = False) -> torch.Tensor:
-    """The parts of all ranks of ``mesh``, in the order of global ranks, joined at dimension ``dim``. Collective.
+    """Concatenate the parts of all ranks of ``mesh`` along ``dim``, in ascending order of global ranks. Collective.
 
-    ``part``: floating point, any strides, alike on all ranks but for the length of ``dim``, which may differ where
-    ``uneven``; ranks then tell each other. Raises as ``torus_attention``; ValueError on every rank where shapes differ.
+    ``part``: floating point, any strides, the same dtype and shape on all ranks. With ``uneven`` the length of ``dim``
+    may differ; ranks then exchange their lengths in every call. Raises ValueError on every rank if shapes differ, else
+    as ``torus_attention``.
     """
     dim %= part.dim()
 
@@ -30,21 +32,21 @@ def all_gather(part: torch.Tensor, dim: int, mesh: Mesh, *, uneven: bool = False
 
 
 def _lengths(part: torch.Tensor, dim: int, mesh: Mesh, uneven: bool) -> list[int]:
-    """Of ``dim``, by position; all ranks make this call, and their windows hold it."""
+    """Length of ``dim`` by position. Checks that all ranks make this call, and reserves window memory for it."""
     length = part.shape[dim]
     known = ("all-gather", part.shape, part.dtype, part.device.type, dim)
     if not uneven and known in mesh.calls:
         return [length] * mesh.layout.world_size
     others = [*part.shape[:dim], *part.shape[dim + 1 :]]
-    said = mesh.control.gather("all-gather", [others, str(part.dtype), part.device.type, dim, uneven, length])
-    alike = [each if not uneven else each[:-1] for each in said]
-    if any(each != alike[0] for each in alike):
-        seen = "; ".join(f"rank {rank}: {each}" for rank, each in zip(mesh.members, said, strict=True))
+    reports = mesh.control.gather("all-gather", [others, str(part.dtype), part.device.type, dim, uneven, length])
+    compared = [report[:-1] if uneven else report for report in reports]
+    if any(report != compared[0] for report in compared):
+        found = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
         mesh.refuse(
-            f"ranks disagree on an all-gather (other dimensions, dtype, device, dimension, uneven, length): {seen}; "
+            f"ranks disagree on an all-gather (other dimensions, dtype, device, dimension, uneven, length): {found}; "
             f"give all ranks of a sequence-parallel group the same shape and dtype"
         )
-    lengths = [each[-1] for each in said]
+    lengths = [report[-1] for report in reports]
     rest = part.numel() // max(1, length)
     mesh.reserve(len(lengths) * max(lengths) * rest * part.element_size())
     if not uneven:
@@ -53,44 +55,44 @@ def _lengths(part: torch.Tensor, dim: int, mesh: Mesh, uneven: bool) -> list[int
 
 
 def _run(part: torch.Tensor, dim: int, lengths: list[int], mesh: Mesh) -> torch.Tensor:
-    """``part`` [S, ...]; returns [all S, ...]. ``dim``: where S was."""
+    """``part`` [S, ...] -> [sum of S, ...]. ``dim``: the dimension of S in the caller's tensor."""
     layout, own = mesh.layout, mesh.position
-    ways = layout.ulysses_degree
+    degree = layout.ulysses_degree
     ring_index = {
         w: index for group in map(layout.ring_group, layout.ulysses_group(own)) for index, w in enumerate(group)
     }
-    slot = {w: ring_index[w] * ways + layout.head_group(w) for w in range(layout.world_size)}
+    slot = {w: ring_index[w] * degree + layout.head_group(w) for w in range(layout.world_size)}
     longest, rest = max(lengths), part.shape[1:]
     table = part.new_empty(len(lengths), longest, *rest)
     table[slot[own], : len(part)].copy_(part)
     digest = f"all-gather of {lengths} x {list(rest)} at {dim}, {part.dtype}, {layout}"
-    window = mesh.begin(object(), digest)  # like no other call: even two alike must not follow each other in one half
+    window = mesh.begin(object(), digest)  # a unique key: two equal calls must not use the same half
     slot_bytes = table[0].numel() * table.element_size()
     peers = link_peers(layout, own)
     for round, with_ring in enumerate((False, True)):
-        arriving = []
+        pending = []
         for link, transport in mesh.links.items():
             others = [peer for peer in peers[link] if (layout.head_group(peer) == layout.head_group(own)) == with_ring]
-            sends, places = [], {}
+            sends, buffers = [], {}
             for peer in others:
-                first, count = (ring_index[own] * ways, ways) if with_ring else (slot[own], 1)
+                first, count = (ring_index[own] * degree, degree) if with_ring else (slot[own], 1)
                 parts = table[first : first + count].flatten(0, 1)
                 if with_ring and mesh.window is not None and transport.one_sided is None:
-                    mesh.window.poison(parts)  # its receiver does not hear of a chunk that was lost here
+                    mesh.window.poison(parts)  # so that a lost chunk reaches the receiver as NaN
                 sends.append(Parcel((parts,), table.dtype, peer, slot=0, offset=first * slot_bytes))
-                first = ring_index[peer] * ways if with_ring else slot[peer]
+                first = ring_index[peer] * degree if with_ring else slot[peer]
                 into = table[first : first + count].flatten(0, 1)
                 if transport.one_sided is not None and window is not None:
-                    places[peer] = window_view(window, first * slot_bytes, into.shape, into.dtype), into
+                    buffers[peer] = window_view(window, first * slot_bytes, into.shape, into.dtype), into
                 else:
-                    places[peer] = into, into
-            receives = [Parcel((place,), table.dtype, peer, slot=0) for peer, (place, _) in places.items()]
-            arriving.append((transport.exchange(round, sends, receives), places))
-        for ticket, places in arriving:
+                    buffers[peer] = into, into
+            receives = [Parcel((buffer,), table.dtype, peer, slot=0) for peer, (buffer, _) in buffers.items()]
+            pending.append((transport.exchange(round, sends, receives), buffers))
+        for ticket, buffers in pending:
             ticket.wait()
-            for place, into in places.values():
-                if place is not into:
-                    into.copy_(place)
+            for buffer, into in buffers.values():
+                if buffer is not into:
+                    into.copy_(buffer)
     mesh.end(mesh.links, table)
     by_rank = sorted(range(layout.world_size), key=mesh.members.__getitem__)
     return torch.cat([table[slot[w], : lengths[w]] for w in by_rank])

@@ -1,4 +1,4 @@
-"""The layer in place of yunchang's: without yunchang against float64 in one process, with it against its own class."""
+"""LongContextAttention: without yunchang against float64 in one process, with yunchang against its own class."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ import pytest
 
 from tests.launch import reports, torchrun
 
-NOT_INSTALLED = r"; yunchang's own class can \(pip install yunchang\)"
+NOT_INSTALLED = "; pip install yunchang to run it there"
 
-# case -> what every rank says where nothing but PyTorch and NumPy can be imported
+# case -> regex of what every rank prints if only PyTorch and NumPy can be imported
 WITHOUT = {
     "before_set_up": r"RuntimeError: call sf_xfuser\.set_seq_parallel_pg on all ranks",
-    "ulysses": "equal; 1 served, 0 handed back",
-    "unified": "equal; 1 served, 0 handed back",
-    "ring": "equal; 1 served, 0 handed back",
-    "scale": "equal; 1 served, 0 handed back",
-    "grouped_queries": "equal; 1 served, 0 handed back",
-    "attention_type": "equal; 1 served, 0 handed back",
-    "two_groups": "equal; 1 served, 0 handed back",
+    "ulysses": "equal; 1 on torus, 0 fell back",
+    "unified": "equal; 1 on torus, 0 fell back",
+    "ring": "equal; 1 on torus, 0 fell back",
+    "scale": "equal; 1 on torus, 0 fell back",
+    "grouped_queries": "equal; 1 on torus, 0 fell back",
+    "attention_type": "equal; 1 on torus, 0 fell back",
+    "two_groups": "equal; 1 on torus, 0 fell back",
+    "causal": f"ValueError: torus cannot run .*: causal attention needs keys in order{NOT_INSTALLED}",
     "fused": "ValueError: the fused kernel does not support this call: its head sizes are .*, got 32; use --sp-kernel",
     "fused_scale": r"ValueError: the fused kernel .*: its scale is 1/sqrt\(32\), got 0.3; use --sp-kernel library",
-    "causal": f"ValueError: torus cannot serve .*: causal attention needs keys in order{NOT_INSTALLED}",
     "dropout": f"ValueError: .*: attention dropout{NOT_INSTALLED}",
     "window": rf"ValueError: .*: a window of \(8, 0\) needs keys in order{NOT_INSTALLED}",
     "softcap": f"ValueError: .*: softcap=30.0{NOT_INSTALLED}",
     "alibi": f"ValueError: .*: ALiBi needs keys in order{NOT_INSTALLED}",
-    "quantised": f"ValueError: .*: attention of type SAGE_FP8 is not dense attention.*{NOT_INSTALLED}",
-    "other_exchange": rf"ValueError: .*: scatter_idx and gather_idx \(1, 2\) are not Ulysses'.*{NOT_INSTALLED}",
+    "quantized": f"ValueError: .*: attention of type SAGE_FP8 is not dense attention.*{NOT_INSTALLED}",
+    "other_exchange": rf"ValueError: .*: scatter_idx and gather_idx \(1, 2\) are not Ulysses' .*{NOT_INSTALLED}",
     "gradient": f"ValueError: .*: a gradient is asked for, and Torus Attention computes none{NOT_INSTALLED}",
     "gradient_of_torus_attention": "ValueError: a gradient is asked for.*: call it under torch.no_grad",
-    "degrees": r"ValueError: sp_ulysses_degree=3 x sp_ring_degree=1 = 3, but 4 ranks can be cut into groups",
-    "wrong_rank": r"ValueError: rank \d of 4 is not what torch\.distributed says: \d of 4",
+    "degrees": r"ValueError: sp_ulysses_degree=3 x sp_ring_degree=1 = 3: the product must be above 1 and divide the 4",
+    "wrong_rank": r"ValueError: got rank \d of 4, but torch\.distributed has rank \d of 4",
     "another_backend": r"ValueError: these layers run Torus Attention: .* got 'usp'",
 }
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def printed() -> dict[str, dict[str, str]]:
     return reports(torchrun("long_context.py", "--without-yunchang", *WITHOUT, nproc=4, warm=False).output, WITHOUT)
 
 
 @pytest.mark.parametrize("case", WITHOUT)
-def test_without_yunchang_or_xdit(case, said):
-    assert set(said[case]) == {"0", "1", "2", "3"}
-    for text in said[case].values():
-        assert re.fullmatch(f"{WITHOUT[case]}.*", text, re.DOTALL), said[case]
+def test_without_yunchang_or_xdit(case, printed):
+    assert set(printed[case]) == {"0", "1", "2", "3"}
+    for text in printed[case].values():
+        assert re.fullmatch(f"{WITHOUT[case]}.*", text, re.DOTALL), printed[case]
 
 
 def test_with_yunchang():
-    """Served calls agree with yunchang's own class; causal ones are handed to it, in its own groups."""
+    """Calls on torus agree with yunchang's own class; causal calls fall back to it, in its own groups."""
     finished = torchrun("long_context.py", "yunchangs_own", nproc=4)
-    causal = "equal; 0 served, 1 handed back causal attention needs keys in order"
-    wanted = " | ".join(["equal; 1 served, 0 handed back"] * 3 + [causal] * 2)
+    causal = "equal; 0 on torus, 1 fell back causal attention needs keys in order"
+    wanted = " | ".join(["equal; 1 on torus, 0 fell back"] * 3 + [causal] * 2)
     assert set(reports(finished.output, ["yunchangs_own"])["yunchangs_own"].values()) == {wanted}, finished.output
-    assert finished.output.count("handed back to yunchang's own LongContextAttention: causal attention") == 2
+    assert finished.output.count("falls back to yunchang's own LongContextAttention: causal attention") == 2

@@ -69,7 +69,7 @@ def test_strict_raises_on_every_rank_and_before_any_communication():
     for name in HANDED_BACK:
         assert len(found[name]) == 4
         for difference, how in found[name]:
-            assert math.isnan(difference) and "--sp-strict: torus cannot serve" in how and HANDED_BACK[name] in how
+            assert math.isnan(difference) and "--sp-strict: torus cannot run" in how and HANDED_BACK[name] in how
     assert all(how == "served" for name in (*SERVED, *PADDED) for _, how in found[name])
 
 

@@ -1,4 +1,4 @@
-"""Rank side of test_all_to_all.py: four ranks of one host against yunchang's own all-to-all in the same groups."""
+"""Rank side of test_all_to_all.py: four ranks of one host, against yunchang's own all-to-all in the same groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS, CALLS = 8, 2000
 
 
 def mesh_of(transport, topology="2x2", heads=4, timeout=20.0):
-    """Four heads: one Ulysses group of four. Two heads: two of two, and a ring."""
+    """Four heads: one Ulysses group of four ranks. Two heads: two groups of two, and a ring."""
     return build_mesh(
         [[0, 1, 2, 3]], TorusArgs(backend="torus", topology=topology, transport=transport, timeout=timeout), heads=heads
     )
@@ -35,14 +35,14 @@ def tensor(*shape, dtype=torch.float32, seed=0):
 
 
 def inputs():
-    """[B, S, H, D], each side of which is split in one of the two directions."""
+    """[B, S, H, D] with S and H divisible by the Ulysses degree."""
     for batch, dtype in product((1, 2), (torch.float32, torch.bfloat16)):
         yield tensor(batch, 12, 8, 16, dtype=dtype)
         yield tensor(batch, 8, 4, 5, dtype=dtype)  # chunks of an odd number of elements
         yield tensor(batch, 12, 8, 32, dtype=dtype)[..., ::2]
         yield tensor(batch, 8, 12, 16, dtype=dtype).transpose(1, 2)
     yield tensor(2, 12, 8, 16).to(torch.int64)
-    yield torch._neg_view(tensor(1, 12, 8, 16))  # as conj().imag is
+    yield torch._neg_view(tensor(1, 12, 8, 16))  # like conj().imag
     yield tensor(1, 0, 8, 16)
     yield tensor(3, 4, 4, 1)
 
@@ -82,8 +82,8 @@ def case_two_sided(rank):
     return over("two_sided")
 
 
-def case_ranks_in_another_order(rank):
-    """Two machines that hold ranks 0, 2 and 1, 3: positions are not in the order of ranks."""
+def case_ranks_out_of_order(rank):
+    """Machines with ranks 0, 2 and 1, 3: positions are not in the order of ranks."""
     os.environ[MACHINE_VARIABLE] = "ab"[rank % 2]
     try:
         meshes = [mesh_of(transport, "auto") for transport in ("shm", "two_sided")]
@@ -94,7 +94,7 @@ def case_ranks_in_another_order(rank):
 
 
 def interleaved(mesh, number):
-    """One attention call or one all-to-all, by number, with inputs of that number. (Result, what it is to be.)"""
+    """Attention call or all-to-all ``number``, on inputs of that number."""
     q, k, v = (tensor(1, 4, TOKENS, 8, seed=3 * number + n) for n in range(3))
     if number % 3 == 1:
         return torus_attention(q, k, v, mesh=mesh, tokens=([TOKENS] * 4, [TOKENS] * 4))
@@ -102,8 +102,8 @@ def interleaved(mesh, number):
 
 
 def case_interleaved(rank):
-    """Attention calls and all-to-alls in turn, with pauses before any access to shared memory: the bits of the same
-    calls over TCP. A ring is what an all-to-all has nothing for."""
+    """Attention calls and all-to-alls in turn, with random pauses before accesses to shared memory, give the same bits
+    as over TCP. All-to-alls send nothing to the ring neighbours."""
     wait = random.Random(rank)
 
     def pause(where):
@@ -122,7 +122,7 @@ def case_interleaved(rank):
 
 
 def case_windows_grow(rank):
-    """A larger shape after a smaller one, and a smaller one again."""
+    """Larger and smaller shapes in turn."""
     mesh = mesh_of("shm")
     for tokens in (4, 400, 8, 4000, 4):
         given = tensor(1, tokens, 8, 16)
@@ -133,15 +133,15 @@ def case_windows_grow(rank):
 
 
 def case_many_shapes(rank):
-    """No more is kept of calls than of attention's."""
+    """The cache of known calls is bounded."""
     mesh = mesh_of("shm")
-    for tokens in range(4 * 80, 0, -4):  # windows that grow forget calls, too
+    for tokens in range(4 * 80, 0, -4):  # from large to small: a growing window clears the cache
         all_to_all_4d(tensor(1, tokens, 4, 2), *FORTH, mesh)
     return f"{len(mesh.calls)} kept"
 
 
 def case_no_gradient(rank):
-    """As with yunchang's: a gradient flows through SeqAllToAll4D, not through the function."""
+    """Like yunchang's function: gradients flow through SeqAllToAll4D, not through all_to_all_4D."""
     mesh = mesh_of("shm")
     given = tensor(1, 4, 4, 8).requires_grad_()
     assert not yunchangs(given, *FORTH, group=mesh.ulysses_group).requires_grad
@@ -150,15 +150,15 @@ def case_no_gradient(rank):
 
 def case_disagree(rank):
     all_to_all_4d(tensor(1, 5 if rank == 2 else 4, 4, 8), *FORTH, mesh_of("shm"))
-    return "went unnoticed"
+    return "nothing was raised"
 
 
 def case_a_rank_has_failed(rank):
-    """All fail at once, with that rank's reason, and the next call works."""
+    """All ranks fail at once with the reason of rank 3, and the next call works."""
     mesh, given = mesh_of("shm", timeout=2.0), tensor(1, 4, 4, 8)
     wanted = all_to_all_4d(given, *FORTH, mesh)
     dist.barrier()
-    started, text = time.monotonic(), "went unnoticed"
+    started, text = time.monotonic(), "nothing was raised"
     try:
         all_to_all_4d(given if rank != 3 else None, *FORTH, mesh)
     except (TransportError, AttributeError) as error:

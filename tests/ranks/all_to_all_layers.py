@@ -1,9 +1,9 @@
-"""Rank side of test_all_to_all.py: the layers that use yunchang's all-to-all, hooked, against yunchang's own function.
+"""Rank side of test_all_to_all.py: layers that call the hooked all-to-all, against yunchang's own function.
 
     torchrun --nproc-per-node 4 all_to_all_layers.py FLAGS OF XDIT... | groups ULYSSES RING
 
-``groups``: they are made without xFuserArgs, as scripts do that use the layers alone; SF_XFUSER_ARGS says the rest.
-Prints ``@@case rank text@@``: whether the result has the same bits, and whether the mesh served its all-to-alls.
+``groups``: make them without xFuserArgs, like scripts that use only the layers; SF_XFUSER_ARGS has the other flags.
+Prints ``@@case rank text@@``: whether the result has the same bits, and how many all-to-alls ran on the mesh.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ JOINT = 3
 
 
 def xfusers_layer():
-    """xDiT's class. Its modules take yunchang in only where there is a GPU or an NPU, and its ring package asks for a
-    function that yunchang 0.6.4 has not (and that only an NPU calls): they are imported here as if both were there."""
+    """xDiT's class, imported as if there were an NPU: its modules import yunchang only with a GPU or NPU, and its ring
+    package imports a function that yunchang 0.6.4 lacks and only an NPU calls."""
     yunchang.ring.utils.update_npu_out = None
     envs._is_npu, kept = (lambda: True), envs._is_npu
     try:
@@ -61,7 +61,7 @@ def joint(strategy):
 
 
 def cases():
-    """(name, a function without arguments that computes a tensor)."""
+    """(name, function () -> tensor)."""
     layer = xfusers_layer()
     yield "xfusers_layer", lambda: layer(None, *tensors())
     yield "xfusers_layer_causal", lambda: layer(None, *tensors(), causal=True)
@@ -92,7 +92,7 @@ def gradient():
 
 
 def compiled():
-    """What torch.compile sees is yunchang's own function."""
+    """torch.compile traces yunchang's own function."""
     seen = []
 
     def look(graph, example_inputs):
@@ -113,11 +113,11 @@ def outcome(call):
 
 
 def counts() -> tuple[int, dict[str, int]]:
-    """All-to-alls that were served, and those handed back with the reason, so far."""
+    """All-to-alls that ran on the mesh so far, and those that fell back, by reason."""
     text = sf_xfuser.explain()
-    served = re.search(r"yunchang served by the mesh: (\d+)", text)
-    handed_back = re.findall(r"handed back to yunchang (\d+) times: (.*)", text)
-    return int(served[1]) if served else 0, {why: int(n) for n, why in handed_back}
+    handled = re.search(r"yunchang all-to-all calls handled by the mesh: (\d+)", text)
+    fallbacks = re.findall(r"fell back to yunchang (\d+) times: (.*)", text)
+    return int(handled[1]) if handled else 0, {reason: int(n) for n, reason in fallbacks}
 
 
 def with_yunchangs_own(call):
@@ -144,22 +144,23 @@ def main() -> None:
         with_xfuser_args()
     hooked = all_to_all.all_to_all_4D
 
-    def say(name, text):
+    def report(name, text):
         print(f"@@{name} {dist.get_rank()} {text}@@", flush=True)
 
     for name, call in cases():
-        wanted, its_error = with_yunchangs_own(call)
-        served, handed_back = counts()
+        wanted, own_error = with_yunchangs_own(call)
+        handled, fallbacks = counts()
         found, error = outcome(call)
-        now_served, now_handed_back = counts()
-        new = [why for why, n in now_handed_back.items() if n > handed_back.get(why, 0)]
-        how = "; ".join(new) or (f"{now_served - served} served" if now_served > served else "untouched")
+        handled_after, fallbacks_after = counts()
+        reasons = [reason for reason, n in fallbacks_after.items() if n > fallbacks.get(reason, 0)]
+        on_mesh = f"{handled_after - handled} on mesh" if handled_after > handled else "unchanged"
+        how = "; ".join(reasons) or on_mesh
         if error is not None or wanted is None:
-            say(name, f"{'same error' if error == its_error else error} | {how}")
+            report(name, f"{'same error' if error == own_error else error} | {how}")
         else:
-            say(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
+            report(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
     links = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser tcp")})
-    say("links", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {links}")
+    report("links", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {links}")
     dist.barrier()
     sf_xfuser.disable()
     assert all_to_all.all_to_all_4D is yunchang.comm.all_to_all_4D is hooked.__wrapped__ is not hooked

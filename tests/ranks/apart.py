@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 
 from sf_xfuser.autotune.selector import Choice
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.integrations.diffusers import parallelize
+from sf_xfuser.integrations.diffusers.parallelize import parallelize
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout.usp_layouts import XditConfig
 from sf_xfuser.torus import links as links

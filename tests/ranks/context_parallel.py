@@ -1,6 +1,6 @@
-"""Rank side of test_diffusers.py: plain diffusers models, whole in this process and then over 2 x 2 ranks.
+"""Rank side of test_diffusers.py: diffusers models in one process and then parallelized over 2 x 2 ranks.
 
-torchrun --nproc-per-node 4 context_parallel.py FOLDER CASE...     # FOLDER holds the tiny models flux and wan
+torchrun --nproc-per-node 4 context_parallel.py FOLDER CASE...     # FOLDER has the tiny models flux and wan
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from diffusers.models.attention_dispatch import attention_backend, dispatch_atte
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from run_pipeline import PROMPT, SEED, STEPS, small_input  # the directory of a script is on its path
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import sf_xfuser
-from sf_xfuser.integrations.diffusers import TorusContextParallel, as_attend_function
+from sf_xfuser.integrations.diffusers.attention import TorusContextParallel, local_attention
 from sf_xfuser.kernels import sdpa_attend
 
 FOLDER = Path(sys.argv[1])
@@ -51,7 +51,7 @@ def args(plan: str = RING, **options: object) -> sf_xfuser.TorusArgs:
 
 
 def compare(model: torch.nn.Module, call: Callable[[], torch.Tensor], plan: str = "auto", **options: object) -> str:
-    """Whether ``call()`` gives the same with the model whole and parallelized, and who computed the attention."""
+    """Compare ``call()`` before and after ``parallelize``, and report how many attention calls ran on torus."""
     wanted = call()
     torus = sf_xfuser.parallelize(model, **{"args": args(plan)} | options)
     return difference(call(), wanted, torus)
@@ -61,7 +61,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor, torus: TorusContextPar
     torus.mesh.close()
     assert found.shape == wanted.shape and wanted.abs().max() > 0.01
     error = (found - wanted).abs().max().item()
-    counted = f"{torus.served} served, {sum(torus.handed_back.values())} handed back {'; '.join(torus.handed_back)}"
+    counted = f"{torus.handled} on torus, {sum(torus.fallbacks.values())} fell back {'; '.join(torus.fallbacks)}"
     return f"{'equal' if error < 1e-4 else error}; {counted.strip()}"
 
 
@@ -86,23 +86,6 @@ def pipeline(family: str, text_length: int, plan: str, **size: int) -> str:
     pipe.set_progress_bar_config(disable=True)
     size = {**small_input(FOLDER / family), **size}
     return compare(pipe.transformer, partial(denoise, pipe, text_length, **size), plan)
-
-
-def case_flux(rank: int) -> str:
-    return pipeline("flux", 16, "auto")
-
-
-def case_flux_ring(rank: int) -> str:
-    return pipeline("flux", 16, RING)
-
-
-def case_flux_uneven(rank: int) -> str:
-    """13 text tokens and 7 x 7 of the image."""
-    return pipeline("flux", 13, RING, height=112, width=112)
-
-
-def case_wan(rank: int) -> str:
-    return pipeline("wan", 13, RING)
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------
@@ -141,22 +124,13 @@ def qwen(mask: bool) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     )  # fmt: skip
 
 
-def case_flux2(rank: int) -> str:
-    return compare(*flux2(), RING)
-
-
-def case_flux2_with_a_plan(rank: int) -> str:
-    """A plan of the caller's, here the model's own."""
-    return compare(*flux2(), cp_plan=dict(Flux2Transformer2DModel._cp_plan))
-
-
 def case_flux2_compiled(rank: int) -> str:
     model, call = flux2()
     wanted = call()
     torus = sf_xfuser.parallelize(model, args=args())
     model.compile(backend="aot_eager")
     error = (call() - wanted).abs().max().item()
-    return f"{'equal' if error < 1e-4 else error}; {torus.served} served"
+    return f"{'equal' if error < 1e-4 else error}; {torus.handled} on torus"
 
 
 def case_two_models_on_one_mesh(rank: int) -> str:
@@ -165,35 +139,15 @@ def case_two_models_on_one_mesh(rank: int) -> str:
     torus = [sf_xfuser.parallelize(first[0], args=args())]
     torus.append(sf_xfuser.parallelize(second[0], torus[0].mesh))
     errors = [(call() - one).abs().max().item() for (_, call), one in zip((first, second), wanted, strict=True)]
-    return f"{'equal' if max(errors) < 1e-4 else errors}; {[one.served for one in torus]} served"
+    return f"{'equal' if max(errors) < 1e-4 else errors}; {[one.handled for one in torus]} on torus"
 
 
 def case_two_groups(rank: int) -> str:
-    """Data parallel 2: ranks 0, 1 and ranks 2, 3 have pictures of their own, on a mesh of the caller's."""
+    """Data parallel 2: ranks 0, 1 and ranks 2, 3 have different inputs, on a mesh that the caller passes."""
     model, call = flux2()
     call = partial(call.func, call.args[0].flip(1) if rank >= 2 else call.args[0], *call.args[1:], **call.keywords)
     mesh = sf_xfuser.build_mesh([[0, 1], [2, 3]], args("torus=1,ulysses=1,ring=2"))
     return compare(model, call, mesh=mesh)
-
-
-def case_device_mesh(rank: int) -> str:
-    """Of two dimensions, as diffusers makes it."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
-    return compare(*flux2(), mesh=mesh, args=args())
-
-
-def case_device_mesh_of_a_group(rank: int) -> str:
-    """Data parallel 2: ranks 0, 2 and ranks 1, 3."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "dp"))["sp"]
-    return compare(*flux2(), mesh=mesh, args=args("torus=2"))
-
-
-def case_qwen_masked(rank: int) -> str:
-    return compare(*qwen(mask=True), ULYSSES)
-
-
-def case_qwen_masked_ring(rank: int) -> str:
-    return compare(*qwen(mask=True), RING)
 
 
 def case_qwen_masked_uneven(rank: int) -> str:
@@ -203,18 +157,14 @@ def case_qwen_masked_uneven(rank: int) -> str:
     return compare(model, call, ULYSSES)
 
 
-def case_qwen_strict(rank: int) -> str:
-    return compare(*qwen(mask=True), args=args(ULYSSES, strict=True))
-
-
 def case_with_gradients(rank: int) -> None:
     model, call = flux2()
     sf_xfuser.parallelize(model, args=args())
     model(*call.args, **call.keywords)
 
 
-def case_other_models_are_untouched(rank: int) -> str:
-    """After all of that, a model that is not parallelized computes what it did."""
+def case_other_models_are_unchanged(rank: int) -> str:
+    """A model that is not parallelized keeps its result."""
     call = flux2()[1]
     wanted = call()
     sf_xfuser.parallelize(flux2()[0], args=args())
@@ -242,7 +192,7 @@ def flux(
 
 
 def masked(mask: torch.Tensor, **sizes: int) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
-    """Flux with a mask, which changes its result."""
+    """Flux with a mask that changes its result."""
     model, call = flux(**sizes)
     with_mask = partial(call, joint_attention_kwargs={"attention_mask": mask})
     assert mask.is_floating_point() or (call() - with_mask()).abs().max() > 1e-3
@@ -250,7 +200,7 @@ def masked(mask: torch.Tensor, **sizes: int) -> tuple[torch.nn.Module, Callable[
 
 
 def padded(*lengths: int, text: int = 13, keys: int = 62) -> torch.Tensor:
-    """A mask of all keys, [batch, keys], for text of these lengths; some keys of the image are left out, too."""
+    """Mask [batch, keys] for text of these lengths; it also drops some keys of the image."""
     mask = torch.ones(len(lengths), keys, dtype=torch.bool)
     for n, length in enumerate(lengths):
         mask[n, length:text] = False
@@ -259,7 +209,7 @@ def padded(*lengths: int, text: int = 13, keys: int = 62) -> torch.Tensor:
 
 
 def ltx(text: int) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
-    """LTX makes an additive mask of its text mask, and repeats it for each head."""
+    """LTX turns its text mask into an additive mask and repeats it for each head."""
     torch.manual_seed(0)
     model = LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=HEADS, attention_head_dim=16, cross_attention_dim=64,
@@ -271,12 +221,8 @@ def ltx(text: int) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     return model, lambda: torch.no_grad()(model)(*given, return_dict=False)[0]
 
 
-def case_flux_masked(rank: int) -> str:
-    return compare(*masked(padded(7, 13)[:, None, None]), RING)
-
-
 def case_flux_masked_alike(rank: int) -> str:
-    """One mask for both samples, and no sequence that is cut unevenly."""
+    """One mask for both samples; even sequence lengths."""
     return compare(*masked(padded(10, text=16, keys=64)[:, None, None], text=16, image=48), ULYSSES)
 
 
@@ -286,29 +232,21 @@ def case_flux2_masked(rank: int) -> str:
     return compare(model, partial(call, joint_attention_kwargs={"attention_mask": mask}))
 
 
-def case_ltx_masked(rank: int) -> str:
-    return compare(*ltx(text=16), RING)
-
-
-def case_mask_of_queries(rank: int) -> str:
-    return compare(*masked(torch.ones(62, 62, dtype=torch.bool).tril()))
-
-
-def case_mask_that_weighs(rank: int) -> str:
-    """Only keys of the last rank have values between."""
+def case_mask_of_weights(rank: int) -> str:
+    """Only the last rank has a key with such a value."""
     mask = torch.zeros(1, 1, 1, 62)
     mask[..., -1] = -1.5
     return compare(*masked(mask))
 
 
-def case_mask_of_everything(rank: int) -> str:
+def case_mask_of_all_keys(rank: int) -> str:
     mask = padded(13, 13)
     mask[1] = False
     return compare(*masked(mask[:, None, None]))
 
 
 class CausalProcessor(FluxAttnProcessor):
-    """As a subclass that computes something else."""
+    """A subclass that computes causal attention."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
@@ -322,11 +260,11 @@ def case_causal(rank: int) -> None:
     call()
 
 
-# -- attention that would stay on one rank ---------------------------------------------------------------------------
+# -- processors that attend on one rank only --------------------------------------------------------------------------
 
 
 class LocalProcessor(FluxAttnProcessor):
-    """As one that takes the configuration and does not use it."""
+    """Accepts the configuration and does not use it."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
@@ -368,19 +306,19 @@ def case_function_as_processor(rank: int) -> None:
 
 
 def case_ip_adapter(rank: int) -> str:
-    """Its processor attends twice: also to tokens of a picture, which every rank has."""
+    """Its processor attends a second time, to image tokens that every rank has."""
     model, call = flux()
     model.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(64, 24))
     return compare(model, partial(call, joint_attention_kwargs={"ip_hidden_states": [random(2, 5, 24)]}), RING)
 
 
-def case_places(rank: int) -> str:
-    """What a mesh is told: the forwards, and to which module the next call belongs."""
-    requests, places = [], []
+def case_trace_names(rank: int) -> str:
+    """The mesh knows the current forward, and the module of the next call."""
+    requests, names = [], []
 
     class Processor(FluxAttnProcessor):
         def __call__(self, *args, **kwargs):
-            places.append(torus.mesh.place)
+            names.append(torus.mesh.place)
             return super().__call__(*args, **kwargs)
 
     model, call = flux()
@@ -390,11 +328,11 @@ def case_places(rank: int) -> str:
         block.attn.set_processor(Processor())
     call(), call()
     assert requests == requests[:1] * 2 and "FluxTransformer2DModel: hidden_states [2, 49, 16] float32" in requests[0]
-    return f"{', '.join([*places, torus.mesh.place])}"
+    return f"{', '.join([*names, torus.mesh.place])}"
 
 
 def case_wan_with_split_text(rank: int) -> None:
-    """Wan's cross-attention stays on each rank, which has all of the text, unless a plan splits it."""
+    """Wan's cross-attention is local, because every rank has the whole text, unless a plan splits the text."""
     model = WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
         ffn_dim=64, num_layers=1,
@@ -415,8 +353,11 @@ def case_forward_by_itself(rank: int) -> None:
 # -- caches ----------------------------------------------------------------------------------------------------------
 
 
+PYRAMID = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
+
+
 def cached(config: object) -> str:
-    """Six steps with a cache that skips some attention, or all of a step."""
+    """Six steps with a cache that skips some attention calls or whole steps."""
 
     def steps(model: torch.nn.Module, call: Callable[..., torch.Tensor]) -> torch.Tensor:
         model.enable_cache(config)
@@ -432,38 +373,10 @@ def cached(config: object) -> str:
     return difference(steps(*split), wanted, torus)
 
 
-def case_cache_first_block(rank: int) -> str:
-    return cached(FirstBlockCacheConfig(threshold=10))
-
-
-def case_cache_first_block_by_rank(rank: int) -> str:
-    """Each rank decides by its own tokens, and they decide differently."""
-    return cached(FirstBlockCacheConfig(threshold=0.3))
-
-
-def case_cache_mag(rank: int) -> str:
-    return cached(MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=0.5, retention_ratio=0.2))
-
-
-def case_cache_pyramid(rank: int) -> str:
-    every = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
-    return cached(every)
-
-
-def case_cache_taylor(rank: int) -> str:
-    return cached(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2))
-
-
-def case_cache_taylor_lite(rank: int) -> str:
-    return cached(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, use_lite_mode=True))
-
-
 def case_cache_before_parallelize(rank: int) -> str:
-    """A cache that replaces the forward of attention, and a processor that stays on one rank."""
+    """A cache that replaces the forward of attention, and a processor that attends on one rank only."""
     model, call = flux()
-    model.enable_cache(
-        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
-    )
+    model.enable_cache(PYRAMID)
     sf_xfuser.parallelize(model, args=args())
     model.single_transformer_blocks[0].attn.set_processor(LocalProcessor())
     call()
@@ -481,27 +394,7 @@ def short(text: int, mask: bool = False) -> str:
     return compare(model, partial(call.func, call.args[0], call.args[1][:, :text], **call.keywords | options), RING)
 
 
-def case_qwen_one_text_token(rank: int) -> str:
-    return short(1)
-
-
-def case_qwen_three_text_tokens(rank: int) -> str:
-    return short(3)
-
-
-def case_qwen_three_text_tokens_masked(rank: int) -> str:
-    return short(3, mask=True)
-
-
-def case_ltx_three_text_tokens(rank: int) -> str:
-    return compare(*ltx(text=3), RING)
-
-
-def case_flux_three_text_tokens(rank: int) -> str:
-    return compare(*flux(text=3))
-
-
-# -- modules that are replaced ---------------------------------------------------------------------------------------
+# -- replaced modules ------------------------------------------------------------------------------------------------
 
 
 def add_adapter(model: torch.nn.Module) -> None:
@@ -511,7 +404,7 @@ def add_adapter(model: torch.nn.Module) -> None:
 
 
 def adapted(whole: Callable[[torch.nn.Module], object], split: Callable[[torch.nn.Module], object]) -> str:
-    """``whole`` of a model in this process, and ``split`` of one that has run across ranks before, as both."""
+    """Apply ``whole`` to a model in one process and ``split`` to a parallelized one after a forward; compare both."""
     model, call = flux()
     whole(model)
     wanted = call()
@@ -520,10 +413,6 @@ def adapted(whole: Callable[[torch.nn.Module], object], split: Callable[[torch.n
     call()
     split(model)
     return difference(call(), wanted, torus)
-
-
-def case_adapter_added(rank: int) -> str:
-    return adapted(add_adapter, add_adapter)
 
 
 def case_adapter_fused(rank: int) -> str:
@@ -561,7 +450,7 @@ def case_compiled_before(rank: int) -> str:
 
 
 def case_compiled_blocks(rank: int) -> str:
-    """Text and image that are cut unevenly, blocks that are compiled once for all of them."""
+    """Uneven text and image; the blocks are compiled once."""
     model, call = flux(layers=3)
     wanted = call()
     model.compile_repeated_blocks(backend="eager")
@@ -580,7 +469,7 @@ def case_compiled_blocks_wrapped(rank: int) -> str:
 
 
 def case_compiled_full_graph(rank: int) -> None:
-    torch._dynamo.reset()  # else code that other cases have compiled
+    torch._dynamo.reset()  # drop the code that other cases compiled
     model, call = flux()
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     sf_xfuser.parallelize(model, args=args())
@@ -642,10 +531,6 @@ def ltx2(**options: object) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]
     return model, lambda: torch.cat([x.flatten() for x in torch.no_grad()(model)(**given)])
 
 
-def case_ltx2(rank: int) -> str:
-    return compare(*ltx2())
-
-
 def case_ltx2_with_a_plan(rank: int) -> str:
     model, call = ltx2()
     plan = model._cp_plan
@@ -653,7 +538,7 @@ def case_ltx2_with_a_plan(rank: int) -> str:
 
 
 def case_ltx2_split_rope(rank: int) -> str:
-    """Its rotary embeddings have a dimension for heads."""
+    """Its rotary embeddings have a head dimension."""
     model, call = ltx2(rope_type="split")
     parts = dict.fromkeys(range(2), ContextParallelInput(split_dim=2, expected_dims=4, split_output=True))
     return compare(model, call, cp_plan={**model._cp_plan, "rope": parts, "cross_attn_rope": parts})
@@ -680,25 +565,25 @@ def case_flux2_with_a_kv_cache(rank: int) -> str:
     return compare(model, partial(call, kv_cache_mode="extract", num_ref_tokens=4))
 
 
-def case_other_seeds(rank: int) -> str:
-    """Ranks whose noise differs; then with the same."""
+def case_different_seeds(rank: int) -> str:
+    """Different noise on each rank; then the same."""
     model, call = flux()
     wanted = call()
     torus = sf_xfuser.parallelize(model, args=args())
     try:
         call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
     except RuntimeError as error:
-        said = str(error)
+        message = str(error)
     found = call()
-    try:  # shapes that have been compared before
+    try:  # shapes that were compared before
         call(hidden_states=torch.randn(2, 49, 16, generator=torch.Generator().manual_seed(rank)))
     except RuntimeError as error:
         again = "again" if "different inputs" in str(error) else str(error)
-    return f"{said}; {difference(found, wanted, torus)}; {again}"
+    return f"{message}; {difference(found, wanted, torus)}; {again}"
 
 
 def case_a_hook_raises_on_one_rank(rank: int) -> str:
-    """In the middle of a forward; that rank goes on to the next one, which its peers must not take for theirs."""
+    """In the middle of a forward. The rank continues with its next forward; its peers must not mix it with theirs."""
     model, call = flux()
     wanted = call()
     torus = sf_xfuser.parallelize(model, args=args())
@@ -706,7 +591,7 @@ def case_a_hook_raises_on_one_rank(rank: int) -> str:
 
     def raise_once(*_):
         hook.remove()
-        raise KeyError("as it should")
+        raise KeyError("expected")
 
     if rank == 1:
         hook = model.single_transformer_blocks[0].register_forward_pre_hook(raise_once)
@@ -718,7 +603,7 @@ def case_a_hook_raises_on_one_rank(rank: int) -> str:
         return f"{'named' if 'rank 1 on' in str(error) else error}; {difference(call(), wanted, torus)}"
 
 
-def case_other_shapes(rank: int) -> None:
+def case_different_shapes(rank: int) -> None:
     model, call = flux()
     sf_xfuser.parallelize(model, args=args())
     call(encoder_hidden_states=random(2, 14 if rank == 2 else 13, 24))
@@ -733,22 +618,6 @@ def case_twice(rank: int) -> None:
     sf_xfuser.parallelize(model, args=args())
 
 
-def case_no_plan(rank: int) -> None:
-    sf_xfuser.parallelize(SD3Transformer2DModel(num_layers=1, num_attention_heads=HEADS), args=args())
-
-
-def case_no_processor(rank: int) -> None:
-    sf_xfuser.parallelize(SD3Transformer2DModel(num_layers=1, num_attention_heads=HEADS), args=args(), cp_plan={})
-
-
-def case_unknown_module(rank: int) -> None:
-    sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"blocks.*": {}})
-
-
-def case_unknown_argument(rank: int) -> None:
-    sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"": {"tokens": SAMPLE}})
-
-
 def case_backend_without_context_parallelism(rank: int) -> None:
     with attention_backend("_native_math"):
         sf_xfuser.parallelize(flux2()[0], args=args())
@@ -761,24 +630,11 @@ def case_backend_changed_afterwards(rank: int) -> None:
         call()
 
 
-def case_heads_that_no_plan_splits(rank: int) -> None:
-    sf_xfuser.parallelize(flux2()[0], args=args("torus=2,ulysses=2,ring=2"))
+# -- backends other than native --------------------------------------------------------------------------------------
 
 
-def case_fused(rank: int) -> None:
-    """Head size 32, which the fused kernel has not."""
-    compare(*flux2(), args=args(kernel="fused"))
-
-
-def case_another_backend(rank: int) -> None:
-    sf_xfuser.parallelize(flux2()[0], args=sf_xfuser.TorusArgs(backend="usp"))
-
-
-# -- backends other than the native one ------------------------------------------------------------------------------
-
-
-def case_operators_of_other_backends(rank: int) -> str:
-    """Operators that return a log-sum-exp, as diffusers' flash ones do: [B, S, H], or [B, S, H, 1] with cuDNN."""
+def case_operators_with_log_sum_exp(rank: int) -> str:
+    """Flash operators return a log-sum-exp [B, S, H]; cuDNN's is [B, S, H, 1]."""
 
     def flash(ctx, q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _save_ctx=True):
         assert (mask, dropout_p, is_causal, enable_gqa, return_lse, _save_ctx) == (None, 0.0, False, False, True, False)
@@ -792,13 +648,67 @@ def case_operators_of_other_backends(rank: int) -> str:
     q, k, v = random(1, HEADS, 9, 16), random(1, HEADS, 10, 16), random(1, HEADS, 10, 16).flip(2)
     wanted = sdpa_attend(q, k, v, scale=0.3)
     for forward_op in (flash, cudnn):
-        torch.testing.assert_close(as_attend_function(forward_op, 0.3)(q, k, v), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(local_attention(forward_op, 0.3)(q, k, v), wanted, rtol=0, atol=0)
     return "equal"
+
+
+def sd3() -> torch.nn.Module:
+    return SD3Transformer2DModel(num_layers=1, num_attention_heads=HEADS)
+
+
+def device_mesh(*names: str) -> DeviceMesh:
+    """2 x 2 ranks; without names the dimensions that diffusers makes."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=names or ("ring", "ulysses"))
+
+
+CASES = {
+    "flux": lambda: pipeline("flux", 16, "auto"),
+    "flux_ring": lambda: pipeline("flux", 16, RING),
+    "flux_uneven": lambda: pipeline("flux", 13, RING, height=112, width=112),  # 13 text tokens, 7 x 7 image tokens
+    "wan": lambda: pipeline("wan", 13, RING),
+    "flux2": lambda: compare(*flux2(), RING),
+    "flux2_with_a_plan": lambda: compare(*flux2(), cp_plan=dict(Flux2Transformer2DModel._cp_plan)),
+    "qwen_masked": lambda: compare(*qwen(mask=True), ULYSSES),
+    "qwen_masked_ring": lambda: compare(*qwen(mask=True), RING),
+    "qwen_strict": lambda: compare(*qwen(mask=True), args=args(ULYSSES, strict=True)),
+    "flux_masked": lambda: compare(*masked(padded(7, 13)[:, None, None]), RING),
+    "ltx_masked": lambda: compare(*ltx(text=16), RING),
+    "mask_of_queries": lambda: compare(*masked(torch.ones(62, 62, dtype=torch.bool).tril())),
+    "cache_first_block": lambda: cached(FirstBlockCacheConfig(threshold=10)),
+    "cache_first_block_by_rank": lambda: cached(
+        FirstBlockCacheConfig(threshold=0.3)
+    ),  # ranks decide differently, from their own tokens
+    "cache_mag": lambda: cached(
+        MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=0.5, retention_ratio=0.2)
+    ),
+    "cache_pyramid": lambda: cached(PYRAMID),
+    "cache_taylor": lambda: cached(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2)),
+    "cache_taylor_lite": lambda: cached(
+        TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, use_lite_mode=True)
+    ),
+    "qwen_one_text_token": lambda: short(1),
+    "qwen_three_text_tokens": lambda: short(3),
+    "qwen_three_text_tokens_masked": lambda: short(3, mask=True),
+    "ltx_three_text_tokens": lambda: compare(*ltx(text=3), RING),
+    "flux_three_text_tokens": lambda: compare(*flux(text=3)),
+    "adapter_added": lambda: adapted(add_adapter, add_adapter),
+    "ltx2": lambda: compare(*ltx2()),
+    "no_plan": lambda: sf_xfuser.parallelize(sd3(), args=args()),
+    "no_processor": lambda: sf_xfuser.parallelize(sd3(), args=args(), cp_plan={}),
+    "unknown_module": lambda: sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"blocks.*": {}}),
+    "unknown_argument": lambda: sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"": {"tokens": SAMPLE}}),
+    "heads_that_no_plan_splits": lambda: sf_xfuser.parallelize(flux2()[0], args=args("torus=2,ulysses=2,ring=2")),
+    "device_mesh": lambda: compare(*flux2(), mesh=device_mesh(), args=args()),
+    "device_mesh_of_a_group": lambda: compare(*flux2(), mesh=device_mesh("sp", "dp")["sp"], args=args("torus=2")),
+    "fused": lambda: compare(*flux2(), args=args(kernel="fused")),  # head size 32 is unsupported
+    "another_backend": lambda: sf_xfuser.parallelize(flux2()[0], args=sf_xfuser.TorusArgs(backend="usp")),
+}
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    run_cases(globals(), sys.argv[2:], (ValueError, RuntimeError))
+    cases = {f"case_{name}": lambda rank, call=call: call() for name, call in CASES.items()}
+    run_cases(globals() | cases, sys.argv[2:], (ValueError, RuntimeError))
     dist.destroy_process_group()
 
 

@@ -1,14 +1,15 @@
-"""Rank side of test_long_context.py: the layer in place of yunchang's, on 2 machines x 2 ranks.
+"""Rank side of test_long_context.py: LongContextAttention on 2 machines x 2 ranks.
 
     torchrun --nproc-per-node 4 long_context.py [--without-yunchang] CASE...
 
-``--without-yunchang``: no package but PyTorch and NumPy (with what they need) can be imported.
+``--without-yunchang``: only PyTorch, NumPy and their dependencies can be imported.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 FOREIGN = ("xfuser", "yunchang", "diffusers", "transformers", "accelerate", "huggingface_hub", "rich", "einops")
@@ -52,50 +53,26 @@ def compare(layer: LongContextAttention, wanted: torch.Tensor, *call: object, **
     out = layer(*call, **options)
     assert out.shape == call[0].shape and out.is_contiguous()
     error = (out - wanted).abs().max().item()
-    counted = f"{layer.layers.served} served, {sum(layer.layers.handed_back.values())} handed back"
-    return f"{'equal' if error < 2e-6 else error}; {counted} {'; '.join(layer.layers.handed_back)}".strip()
+    counted = f"{layer.layers.handled} on torus, {sum(layer.layers.fallbacks.values())} fell back"
+    return f"{'equal' if error < 2e-6 else error}; {counted} {'; '.join(layer.layers.fallbacks)}".strip()
 
 
-def served(ulysses: int, ring: int, kv_heads: int = H, scale: float | None = None, **given: object) -> str:
+def on_torus(ulysses: int, ring: int, kv_heads: int = H, scale: float | None = None, **given: object) -> str:
     set_up(ulysses, ring)
     tensors = whole(kv_heads)
     wanted = mine([expected(*tensors, scale=scale)])[0]
     return compare(LongContextAttention(**given), wanted, *mine(tensors), softmax_scale=scale, causal=False)
 
 
-def case_ulysses(rank: int) -> str:
-    return served(4, 1)
-
-
-def case_unified(rank: int) -> str:
-    return served(2, 2, ring_impl_type="zigzag", use_pack_qkv=True, use_sync=True)
-
-
-def case_ring(rank: int) -> str:
-    return served(1, 4)
-
-
-def case_scale(rank: int) -> str:
-    return served(2, 2, scale=0.3)
-
-
-def case_grouped_queries(rank: int) -> str:
-    return served(2, 2, kv_heads=2)
-
-
-def case_attention_type(rank: int) -> str:
-    return served(2, 2, attn_type=SimpleNamespace(name="FA"))  # a member of yunchang's AttnType has a name, too
-
-
 def case_two_groups(rank: int) -> str:
-    """Data parallel 2: ranks 0, 1 and ranks 2, 3 have sequences of their own."""
+    """Data parallel 2: ranks 0, 1 and ranks 2, 3 have different sequences."""
     set_up(2, 1)
     tensors = [x.flip(0) if rank >= 2 else x for x in whole()]
     return compare(LongContextAttention(), mine([expected(*tensors)], world=2)[0], *mine(tensors, world=2))
 
 
 def case_yunchangs_own(rank: int) -> str:
-    """The same call of both classes: whether they agree, on calls that are served and on calls that are handed back."""
+    """Both classes agree on calls that run on torus and on calls that fall back."""
     import yunchang
     from yunchang.kernels import AttnType, attention
 
@@ -112,54 +89,17 @@ def case_yunchangs_own(rank: int) -> str:
     return " | ".join(results)
 
 
-def refused(call: dict[str, object] | None = None, gradient: bool = False, **given: object) -> str:
+def fallback(call: dict[str, object] | None = None, gradient: bool = False, **given: object) -> str:
     set_up()
     q, k, v = mine(whole())
     LongContextAttention(**given)(q.requires_grad_(gradient), k, v, **(call or {}))
     return "nothing was raised"
 
 
-def case_fused(rank: int) -> str:
-    """Head size 32, which the fused kernel has not."""
+def fused(**call: object) -> None:
+    """Head size 32, which the fused kernel does not support."""
     set_up(args=replace(ARGS, kernel="fused"))
-    LongContextAttention()(*mine(whole()))
-
-
-def case_fused_scale(rank: int) -> str:
-    set_up(args=replace(ARGS, kernel="fused"))
-    LongContextAttention()(*mine(whole()), softmax_scale=0.3)
-
-
-def case_causal(rank: int) -> str:
-    return refused({"causal": True})
-
-
-def case_dropout(rank: int) -> str:
-    return refused({"dropout_p": 0.1})
-
-
-def case_window(rank: int) -> str:
-    return refused({"window_size": (8, 0)})
-
-
-def case_softcap(rank: int) -> str:
-    return refused({"softcap": 30.0})
-
-
-def case_alibi(rank: int) -> str:
-    return refused({"alibi_slopes": torch.ones(H)})
-
-
-def case_quantised(rank: int) -> str:
-    return refused(attn_type=SimpleNamespace(name="SAGE_FP8"))
-
-
-def case_other_exchange(rank: int) -> str:
-    return refused(scatter_idx=1, gather_idx=2)
-
-
-def case_gradient(rank: int) -> str:
-    return refused(gradient=True)
+    LongContextAttention()(*mine(whole()), **call)
 
 
 def case_gradient_of_torus_attention(rank: int) -> None:
@@ -183,9 +123,30 @@ def case_another_backend(rank: int) -> None:
     set_seq_parallel_pg(2, 2, rank, 4, args=TorusArgs(backend="usp"))
 
 
+CASES = {
+    "ulysses": partial(on_torus, 4, 1),
+    "unified": partial(on_torus, 2, 2, ring_impl_type="zigzag", use_pack_qkv=True, use_sync=True),
+    "ring": partial(on_torus, 1, 4),
+    "scale": partial(on_torus, 2, 2, scale=0.3),
+    "grouped_queries": partial(on_torus, 2, 2, kv_heads=2),
+    "attention_type": partial(on_torus, 2, 2, attn_type=SimpleNamespace(name="FA")),  # like yunchang's AttnType.FA
+    "fused": fused,
+    "fused_scale": partial(fused, softmax_scale=0.3),
+    "causal": partial(fallback, {"causal": True}),
+    "dropout": partial(fallback, {"dropout_p": 0.1}),
+    "window": partial(fallback, {"window_size": (8, 0)}),
+    "softcap": partial(fallback, {"softcap": 30.0}),
+    "alibi": partial(fallback, {"alibi_slopes": torch.ones(H)}),
+    "quantized": partial(fallback, attn_type=SimpleNamespace(name="SAGE_FP8")),
+    "other_exchange": partial(fallback, scatter_idx=1, gather_idx=2),
+    "gradient": partial(fallback, gradient=True),
+}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    run_cases(globals(), sys.argv[1:], (ValueError, RuntimeError))
+    cases = {f"case_{name}": lambda rank, call=call: call() for name, call in CASES.items()}
+    run_cases(globals() | cases, sys.argv[1:], (ValueError, RuntimeError))
     if WITHOUT:
         assert not [
             name for name, module in sys.modules.items() if name.split(".")[0] in FOREIGN and module is not None

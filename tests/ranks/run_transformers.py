@@ -100,10 +100,10 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     model = xdit_model(row, folder, engine_config)
     row.prepare(model, get_runtime_state(), size)
     torus = session.current.usp
-    torus.served, torus.handed_back = 0, Counter()
+    torus.handled, torus.fallbacks = 0, Counter()
     repairs.used.clear()
     result = run()
-    found.served, found.handed_back = torus.served, dict(torus.handed_back)
+    found.served, found.handed_back = torus.handled, dict(torus.fallbacks)
     with session.xdits_own():
         xdit = run()
         found.repaired = list(repairs.used)

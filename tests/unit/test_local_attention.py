@@ -1,7 +1,7 @@
-"""What xDiT's attention functions return, in the layouts that each was recorded to return it, can be merged.
+"""Results of xDiT's attention functions, in the layouts recorded for each backend, can be merged.
 
-``(out, lse)`` by backend, xDiT 0.7.0: FLASH (flash-attn 2), FLASH_3 and AITER a view of [B,S,H,D] and [B,H,Sq]; CUDNN
-[B,H,Sq,1] in some versions; SDPA_EFFICIENT on CUDA [B,H, Sq up to the next multiple of 32], with anything behind Sq.
+``(out, lse)`` by backend, xDiT 0.7.0: FLASH (flash-attn 2), FLASH_3 and AITER return a view of [B,S,H,D] and [B,H,Sq];
+CUDNN [B,H,Sq,1] in some versions; SDPA_EFFICIENT on CUDA [B,H,Sq rounded up to a multiple of 32], undefined after Sq.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ B, H, S, D = 2, 3, 50, 16
 
 
 def exact(q, k, v, base=None):
-    """Softmax attention and its log-sum-exp, plainly."""
+    """Softmax attention and its log-sum-exp in float64."""
     scores = (q.double() @ k.double().transpose(-1, -2)) / q.shape[-1] ** 0.5
     lse = torch.logsumexp(scores, -1)
     return (torch.softmax(scores, -1) @ v.double()).float(), (lse if base is None else lse / base).float()
@@ -53,7 +53,7 @@ RECORDED = {
 
 
 def in_two_parts(attend, q, k, v):
-    """Attention to two parts of the keys, merged as ``torus_attention`` does."""
+    """Attend to two parts of the keys and merge, like ``torus_attention``."""
     out, lse = attend(q, k[:, :, :33], v[:, :, :33])
     total, total_lse = out.float().contiguous(), lse.clone()
     merge_(total, total_lse, *attend(q, k[:, :, 33:], v[:, :, 33:]))
@@ -65,7 +65,7 @@ def tensors(device="cpu", dtype=torch.float32, d=D):
     return tuple(torch.randn(B, S, H, d, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
 
 
-def test_every_backend_that_torus_accepts_has_a_recorded_layout():
+def test_every_accepted_backend_has_a_recorded_layout():
     assert set(RECORDED) == LSE_BACKENDS
 
 
@@ -80,8 +80,8 @@ def test_recorded_layouts_are_merged(backend):
     assert error < 1e-5
 
 
-def test_a_logarithm_to_base_2_would_be_seen():
-    """Which no accepted backend returns: SAGE's kernel does, and xDiT's function for it converts."""
+def test_a_base_2_logarithm_gives_a_wrong_result():
+    """No accepted backend returns one: SAGE's kernel does, but xDiT's function converts it."""
     q, k, v = tensors()
     base_2 = torch.log(torch.tensor(2.0)).item()
     attend = as_attend_function(lambda q, k, v, **_: exact(q, k, v, base_2))
@@ -92,7 +92,7 @@ def test_a_logarithm_to_base_2_would_be_seen():
     not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None,
     reason="needs a GPU and flash-attn (pip install 'sf-xfuser[flash-attn]')",
 )
-def test_flash_attn_itself():
+def test_flash_attn_on_a_gpu():
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
     q, k, v = tensors("cuda", torch.bfloat16, 64)

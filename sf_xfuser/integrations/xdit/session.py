@@ -76,13 +76,13 @@ def explain() -> str:
     if current.choice is not None:
         lines += current.choice.lines()
     if current.all_to_all is not None:
-        lines.append(f"all-to-alls of yunchang served by the mesh: {current.all_to_all.served}")
-        lines += [f"handed back to yunchang {n} times: {why}" for why, n in current.all_to_all.handed_back.items()]
+        lines.append(f"yunchang all-to-all calls handled by the mesh: {current.all_to_all.handled}")
+        lines += [f"fell back to yunchang {n} times: {reason}" for reason, n in current.all_to_all.fallbacks.items()]
     if current.usp is not None:
         if current.usp.check:
             lines.append(current.usp.check_line())
-        lines.append(f"attention calls served by torus: {current.usp.served}")
-        lines += [f"handed back to xDiT {n} times: {why}" for why, n in current.usp.handed_back.items()]
+        lines.append(f"attention calls served by torus: {current.usp.handled}")
+        lines += [f"handed back to xDiT {n} times: {why}" for why, n in current.usp.fallbacks.items()]
     elif current.mesh is not None:
         lines.append(f"attention runs xDiT's own code: --sp-backend {current.args.backend} is xDiT's own")
     lines += [f"repaired in xDiT: {what}" for what in repairs.used]

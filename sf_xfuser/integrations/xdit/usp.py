@@ -51,9 +51,8 @@ class TorusUSP(DropIn):
     """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function, ``ring_degree`` that of the
     groups in which it runs."""
 
-    cannot = "torus cannot serve this attention call exactly"
-    owner = "xDiT's own USP"
-    handing = "handed back to xDiT's own USP"
+    unsupported = "torus cannot run this attention call exactly"
+    original_name = "xDiT's own USP"
 
     original: Callable[..., torch.Tensor]
     host: Host
@@ -114,13 +113,13 @@ class TorusUSP(DropIn):
             )
 
         name = self.host.attention_backend(backend)
-        reason = self.why_not(
+        reason = self.fallback_reason(
             name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
         )
         if reason is None and asks_gradient(query, key, value, joint_query, joint_key, joint_value):
             reason = NO_GRADIENT
         if reason is not None:
-            self.note(reason)
+            self.count_fallback(reason)
             return xdits()
         keys, values, rows = joint_key, joint_value, query
         if not joint_strategy:
@@ -147,9 +146,9 @@ class TorusUSP(DropIn):
             session = self.mesh.control.session
             shape = (session, rows.shape, key.shape, valid, joint, rows.dtype, name)
             if shape not in self.checked and not self.agrees(shape, out, expected := xdits()):
-                self.note(self.wrong)
+                self.count_fallback(self.wrong)
                 return expected
-        self.served += 1
+        self.handled += 1
         return out
 
     def attend(
@@ -211,7 +210,9 @@ class TorusUSP(DropIn):
         )
         if found > limit:
             self.wrong = f"--sp-check first: {shared}"
-            warnings.warn(f"{self.wrong}; from now on {self.owner} serves all calls", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.wrong}; from now on {self.original_name} runs all calls", RuntimeWarning, stacklevel=2
+            )
         else:
             self.log(f"--sp-check first: {shared}")
         return not self.wrong
@@ -225,7 +226,7 @@ class TorusUSP(DropIn):
             f"--sp-check first: {len(self.checked)} shape(s), at most {worst:.2g} times the difference that is allowed"
         )
 
-    def why_not(
+    def fallback_reason(
         self,
         backend: str,
         dropout_p: float,
@@ -313,7 +314,7 @@ def _torus_usp(
 ) -> torch.Tensor:
     if _active is None:
         raise RuntimeError("a compiled model calls Torus Attention, but its mesh is gone; compile again after set-up")
-    _active.served += 1
+    _active.handled += 1
     return _active.attend(query, key, value, joint_key, joint_value, joint_strategy or None, backend, valid_kv_len)
 
 

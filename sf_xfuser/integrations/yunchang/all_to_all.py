@@ -1,7 +1,6 @@
-"""Ulysses' all-to-all over a mesh's links, and the drop-in for yunchang's ``all_to_all_4D`` that is made of it.
+"""Ulysses' all-to-all over the links of a mesh, and its drop-in replacement for yunchang's ``all_to_all_4D``.
 
-Tensors are [B, S, H, D]: B batch, S tokens, H heads, D head size. Knows the contract of that function and nothing of
-where it lives.
+Tensors are [B, S, H, D]: B batch, S tokens, H heads, D head size. Imports nothing of yunchang.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import Parcel, Ticket, window_view
 
 _TOKENS, _HEADS = 1, 2  # dimensions
-_LINKS: tuple[Link, ...] = ("across", "inside")  # the longer way first
+_LINKS: tuple[Link, ...] = ("across", "inside")  # the slower link first
 
 
 @torch.no_grad()
 def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> torch.Tensor:
-    """Among the P ranks of this one's Ulysses group, split one dimension of ``input`` and gather another. Collective
-    over the whole sequence-parallel group, with one shape, dtype and direction on all of its ranks.
+    """Split one dimension of ``input`` over the P ranks of the Ulysses group and gather another. Collective over the
+    whole sequence-parallel group: all its ranks pass the same shape, dtype and direction.
 
-    Scatter 2, gather 1: [B, S, H, D] of any strides -> [B, P*S, H/P, D]; scatter 1, gather 2: -> [B, S/P, P*H, D]. The
-    dimension that is split has to divide by P. Parts are in the order of global ranks. The result is contiguous, and
-    nothing stays posted. On CUDA the work is on the current stream, and over a one-sided transport the dtype has to be
-    one of floating point with 16 bits or more: where a chunk is lost the result becomes NaN. No gradient flows through.
+    Scatter 2, gather 1: [B, S, H, D] -> [B, P*S, H/P, D]; scatter 1, gather 2: [B, S, H, D] -> [B, S/P, P*H, D]. P must
+    divide the split dimension. Parts are in ascending order of global ranks. ``input`` may have any strides; the result
+    is contiguous. On CUDA the work is on the current stream, and one-sided transports need a floating-point dtype of 16
+    bits or more, because a lost chunk makes the result NaN. No gradient flows through.
 
-    Once a shape has been seen, nothing but chunks is exchanged. Raises ValueError on every rank when ranks disagree,
-    RuntimeError when a rank is missing and TransportError when a transfer is not done in time.
+    Only the first call of a shape exchanges more than chunks. Raises ValueError on every rank if ranks disagree,
+    RuntimeError if a rank is missing, TransportError if a transfer times out.
     """
-    with mesh.call(lambda: input.resolve_conj().resolve_neg()) as given:  # transports move memory as it is
+    with mesh.call(lambda: input.resolve_conj().resolve_neg()) as given:  # transports copy raw memory
 
         def call() -> torch.Tensor:
             _agree(mesh, given, scatter_dim, gather_dim)
@@ -45,17 +44,17 @@ def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: 
 
 
 def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:
-    """That all ranks make this call, and that their windows hold it."""
+    """Check that all ranks make this call, and reserve window memory for it."""
     call = ("all-to-all", input.shape, input.dtype, input.device.type, scatter_dim, gather_dim)
     if call in mesh.calls:
         return
     described = [list(input.shape), str(input.dtype), input.device.type, scatter_dim, gather_dim]
     reports = mesh.control.gather("all-to-all", described)
     if any(report != reports[0] for report in reports):
-        seen = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
+        found = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
         mesh.refuse(
-            f"ranks disagree on an all-to-all; all ranks of a sequence-parallel group have to give it one shape and "
-            f"dtype: {seen} (shape, dtype, device, scattered dimension, gathered dimension)"
+            f"ranks disagree on an all-to-all; give all ranks of a sequence-parallel group the same shape and dtype: "
+            f"{found} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
     mesh.reserve(input.numel() * input.element_size())
     mesh.remember(call, True)
@@ -71,35 +70,35 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     outgoing = dict(zip(group, input.tensor_split(len(group), scatter_dim), strict=True))
     incoming = dict(zip(group, out.tensor_split(len(group), gather_dim), strict=True))
 
-    # Each member has a slot in the window of each other, of one size and in the order of the group.
+    # In every window, each member of the group has a slot of the same size, in the order of the group.
     digest = f"all-to-all of {list(input.shape)}, {input.dtype}, scattered {scatter_dim}, gathered {gather_dim}"
-    window = mesh.begin(object(), digest)  # like no other call: even two alike must not follow each other in one half
+    window = mesh.begin(object(), digest)  # a unique key: two equal calls must not use the same half
     chunk_bytes = outgoing[own].numel() * input.element_size()
     slot = {peer: index * chunk_bytes for index, peer in enumerate(group)}
 
-    def landing(peer: int, one_sided: bool) -> torch.Tensor:
-        """Where the chunk of this member arrives: in the window, in the result, or beside it where that is strided."""
+    def buffer(peer: int, one_sided: bool) -> torch.Tensor:
+        """Receives the chunk of ``peer``: in the window, in the result, or a temporary if the result is strided."""
         if one_sided and window is not None:
             return window_view(window, slot[peer], incoming[peer].shape, input.dtype)
         return incoming[peer] if incoming[peer].is_contiguous() else incoming[peer].new_empty(incoming[peer].shape)
 
-    # Ring neighbours, who write into each other's windows in attention calls, are sent a chunk of no tokens: that it is
-    # here says that its sender has finished the call before, which one-sided links rely on (transport/shm.py).
-    nothing = input.new_empty(0)
-    arriving: list[tuple[Ticket, dict[int, torch.Tensor]]] = []
+    # Ring neighbours write into each other's windows in attention calls, so they get an empty chunk. Its arrival proves
+    # that the sender has finished its previous call, which one-sided links rely on (transport/cpu/shm.py).
+    empty = input.new_empty(0)
+    pending: list[tuple[Ticket, dict[int, torch.Tensor]]] = []
     peers = link_peers(layout, own)
     for link in _LINKS:
         transport = mesh.links[link]
-        places = {peer: landing(peer, transport.one_sided is not None) for peer in peers[link] if peer in slot}
+        buffers = {peer: buffer(peer, transport.one_sided is not None) for peer in peers[link] if peer in slot}
         sends = [
-            Parcel((outgoing.get(peer, nothing),), input.dtype, peer, slot=0, offset=slot[own]) for peer in peers[link]
+            Parcel((outgoing.get(peer, empty),), input.dtype, peer, slot=0, offset=slot[own]) for peer in peers[link]
         ]
-        receives = [Parcel((places.get(peer, nothing),), input.dtype, peer, slot=0) for peer in peers[link]]
-        arriving.append((transport.exchange(0, sends, receives), places))
+        receives = [Parcel((buffers.get(peer, empty),), input.dtype, peer, slot=0) for peer in peers[link]]
+        pending.append((transport.exchange(0, sends, receives), buffers))
     incoming[own].copy_(outgoing[own])
-    for ticket, places in arriving:
+    for ticket, buffers in pending:
         ticket.wait()
-        for peer, chunk in places.items():
+        for peer, chunk in buffers.items():
             if chunk is not incoming[peer]:
                 incoming[peer].copy_(chunk)
     mesh.end(mesh.links, out)
@@ -108,34 +107,30 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
 
 @dataclass(eq=False, kw_only=True)
 class MeshAllToAll4D(DropIn):
-    """The replacement: call it as ``all_to_all_4D`` is called. ``original`` is yunchang's own.
+    """Replaces yunchang's ``all_to_all_4D`` (``original``). yunchang's ``SeqAllToAll4D`` calls it forward and backward,
+    so gradients use it, too."""
 
-    It is what yunchang's ``SeqAllToAll4D`` calls forward and backward, so gradients go the same way.
-    """
-
-    cannot = "the mesh cannot serve this all-to-all"
-    owner = "yunchang's own"
-    handing = "all-to-all handed back to yunchang"
+    unsupported = "the mesh cannot run this all-to-all"
+    original_name = "yunchang's own all-to-all"
 
     original: Callable[..., torch.Tensor]
 
     def __call__(
         self, input: torch.Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: Any = None, use_sync: bool = False
     ) -> torch.Tensor:
-        """As :func:`all_to_all_4d`, to the bit what ``original`` returns. ``use_sync``: return when it is done."""
-        reason = self.why_not(input, scatter_idx, gather_idx, group)
+        """Same bits as ``original``, by :func:`all_to_all_4d`. ``use_sync``: synchronize the GPU before returning."""
+        reason = self.fallback_reason(input, scatter_idx, gather_idx, group)
         if reason is not None:
-            self.note(reason)
+            self.count_fallback(reason)
             return self.original(input, scatter_idx, gather_idx, group=group, use_sync=use_sync)
-        self.served += 1
+        self.handled += 1
         out = all_to_all_4d(input, scatter_idx, gather_idx, self.mesh)
         if use_sync and out.is_cuda:
             torch.cuda.synchronize()
         return out
 
-    def why_not(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
-        """Why this call goes to yunchang's own function; None if the links serve it. No communication; alike on all
-        ranks, because everything it looks at is."""
+    def fallback_reason(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
+        """Why this call falls back to ``original``; None if it runs on the mesh. Local; all ranks decide alike."""
         if (reason := self.mesh.why_not_now()) is not None:
             return reason
         if torch.compiler.is_compiling():
@@ -143,10 +138,10 @@ class MeshAllToAll4D(DropIn):
         if group is not self.mesh.ulysses_group:
             return "its process group is not the mesh's Ulysses group"
         if input.dim() != 4 or {scatter_idx, gather_idx} != {_TOKENS, _HEADS}:
-            return f"{input.dim()} dimensions, scattered {scatter_idx} and gathered {gather_idx}, are not Ulysses'"
+            return f"not Ulysses: {input.dim()} dimensions, scattered {scatter_idx}, gathered {gather_idx}"
         if input.is_cuda and self.mesh.window is not None and not (input.is_floating_point() and input.itemsize > 1):
-            return f"a result of {input.dtype} cannot be made NaN where a chunk is lost"
-        ways, length = self.mesh.layout.ulysses_degree, input.shape[scatter_idx]
-        if length % ways:
-            return f"{length} {'heads' if scatter_idx == _HEADS else 'tokens'} do not divide by {ways} ranks"
+            return f"a result of {input.dtype} cannot be set to NaN if a chunk is lost"
+        degree, length = self.mesh.layout.ulysses_degree, input.shape[scatter_idx]
+        if length % degree:
+            return f"{length} {'heads' if scatter_idx == _HEADS else 'tokens'} are not divisible by {degree} ranks"
         return None

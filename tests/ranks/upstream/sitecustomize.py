@@ -50,7 +50,7 @@ def told(module, answer):
 
 def report():
     counted = (session.current.usp, session.current.all_to_all, long_context._layers)
-    served = sum(each.served for each in counted if each is not None)
+    served = sum(each.handled for each in counted if each is not None)
     os.write(1, f"@@served {served}@@\n".encode())  # sys.stdout may be closed
 
 

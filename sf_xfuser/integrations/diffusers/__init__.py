@@ -1,0 +1,1 @@
+"""Torus Attention as the context parallelism of plain diffusers models, without xDiT."""
