@@ -75,7 +75,7 @@ REFUSALS = {
     "topology_does_not_match": ("ValueError", "describes 6 ranks, but the job has 4"),
     "different_flags": ("ValueError", r"different flags: --sp-plan by rank: .*1: 'paper'"),
     "degrees_are_not_the_world": ("ValueError", r"ulysses_degree=3 x ring_degree=1 = 3, but .* has 4 ranks"),
-    "a_rank_is_missing": ("TransportError", r"rank 1 on \S+ did not come to 'attention call'"),
+    "a_rank_is_missing": ("TransportError", r"rank 1 on \S+ did not reach 'attention call'"),
 }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import pytest
 
-from sf_xfuser.transport.control_plane import _STRANGERS, Greeter
-from sf_xfuser.transport.rendezvous import bounded
+from sf_xfuser.transport.rendezvous import run_with_timeout
+from sf_xfuser.transport.sockets import MAX_PENDING, Acceptor
 from tests.launch import reports, torchrun
 
 GONE = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"
@@ -21,7 +21,7 @@ CASES = {
     "another_topic": (
         r"GroupError: ranks make different calls \(.*rank 3 on \S+ is at 'dinner'; rank 2 on \S+ is at 'lunch'\).*",
     ) * 4,
-    "nobody_comes": (r"GroupError: rank 2 on \S+ did not come to 'dinner', for which the other ranks wait.*",) * 4,
+    "nobody_comes": (r"GroupError: rank 2 on \S+ did not reach 'dinner', for which the other ranks wait.*",) * 4,
     "first_reason_stays": (r"rank 3 on \S+ failed: KeyError: 'it'",) * 4,
     "who_makes_no_call": (
         r"rank 1 on \S+ is in no call, while the other ranks wait for it .*",
@@ -56,26 +56,28 @@ def test_a_forked_child_that_outlives_its_parent_hides_nothing():
 def test_a_store_that_does_not_answer_is_not_waited_for():
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"waiting: the store of torch.distributed did not answer within 0.2 s"):
-        bounded(lambda: time.sleep(5), 0.2, "waiting")
+        run_with_timeout(lambda: time.sleep(5), 0.2, "waiting")
     assert time.monotonic() - started < 2
-    assert bounded(lambda: "value", 1.0, "waiting") == "value"
+    assert run_with_timeout(lambda: "value", 1.0, "waiting") == "value"
     with pytest.raises(KeyError):
-        bounded(lambda: {}["missing"], 1.0, "waiting")
+        run_with_timeout(lambda: {}["missing"], 1.0, "waiting")
 
 
-def test_the_oldest_stranger_speaks_while_it_makes_room():
-    with ExitStack() as open_links, socket.create_server(("127.0.0.1", 0), backlog=_STRANGERS) as listener:
-        greeter = Greeter(listener, 4)
+def test_the_oldest_pending_connection_is_closed_even_while_it_sends():
+    with ExitStack() as opened, closing(Acceptor("127.0.0.1", MAX_PENDING, handshake_bytes=4)) as acceptor:
+
+        def connect():
+            return opened.enter_context(socket.create_connection(("127.0.0.1", acceptor.port)))
+
         connections = []
-        for _ in range(_STRANGERS):
-            connections.append(open_links.enter_context(socket.create_connection(listener.getsockname())))
-            assert greeter.poll(1.0) == []
-        connections.append(open_links.enter_context(socket.create_connection(listener.getsockname())))
+        for _ in range(MAX_PENDING):
+            connections.append(connect())
+            assert acceptor.poll(1.0) == []
+        connections.append(connect())
         connections[0].sendall(b"no")
         connections[-1].sendall(b"here")
-        found = []
-        while not found:
-            found = greeter.poll(1.0)
-        assert [said for _, said in found] == [b"here"]
-        found[0][0].close()
-        greeter.close()
+        accepted = []
+        while not accepted:
+            accepted = acceptor.poll(1.0)
+        assert [handshake for _, handshake in accepted] == [b"here"]
+        accepted[0][0].close()

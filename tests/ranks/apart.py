@@ -30,9 +30,9 @@ from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import TransportError
-from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.cpu import segment
 
-shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
+segment.PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
 
 TRANSPORTS = ("shm", "tcp", "two_sided")
 COUNTS = {"q_tokens": [16] * 4, "kv_tokens": [16] * 4}
@@ -166,11 +166,11 @@ def case_interrupted_while_it_fails(rank):
     def work(transport):
         mesh, said = mesh_of(transport, timeout=1.0, heads=2), []
         attempt(mesh, rank, 9)
-        fail = mesh.control.fail
+        fail = mesh.control.report_failure
         if rank == 1:
-            mesh.control.fail = interrupted
+            mesh.control.report_failure = interrupted
         said.append(attempt(mesh, rank, 0, **({"attend": interrupted} if rank == 1 else {})))
-        mesh.control.fail = fail
+        mesh.control.report_failure = fail
         if rank == 1 or said == ["right"]:  # who has not heard of it does now
             said.append(attempt(mesh, rank, 1))
         dist.barrier()

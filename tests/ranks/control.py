@@ -12,13 +12,13 @@ import torch.distributed as dist
 from cases import run_cases
 
 from sf_xfuser.transport.control_plane import ControlPlane, GroupError
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
 RANKS = [0, 1, 2, 3]
 
 
 def plane(rank, timeout_s=5.0):
-    return ControlPlane(Agreement.of_world(timeout_s), RANKS, rank, timeout_s)
+    return ControlPlane(StoreGroup.world(timeout_s), RANKS, rank, timeout_s)
 
 
 def case_values(rank):
@@ -62,9 +62,9 @@ def case_first_reason_stays(rank):
     control = plane(rank)
     if rank == 3:
         time.sleep(0.1)
-        said = control.fail("KeyError: 'it'", own=True)
+        said = control.report_failure("KeyError: 'it'", is_cause=True)
     else:
-        said = control.fail(f"rank {rank}: nothing came from rank 3", own=False)
+        said = control.report_failure(f"rank {rank}: nothing came from rank 3", is_cause=False)
     dist.barrier()
     control.reconnect(time.monotonic(), time.monotonic())
     assert control.failure is None and control.gather("again", rank) == RANKS
@@ -74,11 +74,11 @@ def case_first_reason_stays(rank):
 
 def case_who_makes_no_call(rank):
     control = plane(rank)
-    control.doing = lambda: ("is in no call" if rank == 1 else "is in call 7", rank != 1)
+    control.call_status = lambda: ("is in no call" if rank == 1 else "is in call 7", rank != 1)
     control.gather("all here", None)
     said = control.failure
     if rank != 1:
-        said = control.fail(f"rank {rank}: nothing came from rank {(rank + 1) % 4}", own=False)
+        said = control.report_failure(f"rank {rank}: nothing came from rank {(rank + 1) % 4}", is_cause=False)
     dist.barrier()
     control.close()
     return said or "nothing"

@@ -31,9 +31,9 @@ from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import TransportError
-from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.cpu import segment, shm
 
-shm._PREFIX = "sf-xfuser_faults-"  # apart from jobs that come and go meanwhile
+segment.PREFIX = "sf-xfuser_faults-"  # apart from jobs that come and go meanwhile
 WORLD = 4
 TIMEOUT_S = 2.0
 WHERE = ("put", "flag", "wait", "read")
@@ -85,8 +85,8 @@ def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: 
         left[0] = nth + 1
         if mesh.window is not None:
             mesh.window.pause = strike
-        create = shm._Segment.create
-        shm._Segment.create = lambda *sizes: (create(*sizes), strike("grow"))[0]
+        create = segment.Segment.create
+        segment.Segment.create = lambda *sizes: (create(*sizes), strike("grow"))[0]
     try:
         if where == "grow":
             call(times=64)
@@ -155,7 +155,7 @@ def scenario(kind: str, how: str, victim: int, where: str, nth: int) -> dict:
 
 
 def shared_names() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)}
+    return {name for name in os.listdir("/dev/shm") if name.startswith(segment.PREFIX)}
 
 
 def main() -> None:

@@ -22,11 +22,11 @@ from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import Parcel, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
-from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.cpu import segment, shm
 from sf_xfuser.transport.cpu.shm import Shm
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
-shm._PREFIX = "sf-xfuser_ranks-"  # apart from jobs that come and go meanwhile
+segment.PREFIX = "sf-xfuser_ranks-"  # apart from jobs that come and go meanwhile
 
 
 def mesh_of(transport, topology="2x2", timeout=20.0, heads=4):
@@ -149,7 +149,7 @@ def case_memory(rank):
 
 def transport(timeout_s=20.0):
     rank = dist.get_rank()
-    control = ControlPlane(Agreement.of_world(timeout_s), [0, 1, 2, 3], rank, timeout_s)
+    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1, 2, 3], rank, timeout_s)
     return Shm(control, [0, 1, 2, 3], rank, [p for p in range(4) if p != rank], timeout_s)
 
 
@@ -159,18 +159,18 @@ def byte(peer, value=0, offset=0):
 
 def case_only_the_user_may_open_it(rank):
     modes = []
-    create = shm._Segment.create
+    create = segment.Segment.create
 
     def look(*sizes):
         segment = create(*sizes)
         modes.append(oct(os.stat(segment.path).st_mode & 0o7777))
         return segment
 
-    shm._Segment.create = look
+    segment.Segment.create = look
     try:
         link = transport()
     finally:
-        shm._Segment.create = create
+        segment.Segment.create = create
     link.close()
     return " ".join(modes)
 
@@ -178,24 +178,24 @@ def case_only_the_user_may_open_it(rank):
 def case_no_name_is_left(rank):
     link = transport()
     dist.barrier()
-    names = [name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)]
+    names = [name for name in os.listdir("/dev/shm") if name.startswith(segment.PREFIX)]
     link.close()
     return f"names: {names}"
 
 
 def case_what_the_dead_left_is_removed(rank):
-    mine = shm._Segment.create(64, 4096, 2)
+    mine = segment.Segment.create(1, 4096, 2)
     dist.barrier()
     if rank == 0:
         child = os.fork()
         if child == 0:
-            shm._Segment.create(64, 4096, 2)
+            segment.Segment.create(1, 4096, 2)
             os._exit(0)
         os.waitpid(child, 0)
-    plain = Path(f"/dev/shm/{shm._PREFIX}{os.geteuid()}-{rank:032x}")  # a file of this user's that looks like one
+    plain = Path(f"/dev/shm/{segment.PREFIX}{os.geteuid()}-{rank:032x}")  # a file of this user's that looks like one
     plain.write_text("somebody's")
     dist.barrier()
-    before = {name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)}
+    before = {name for name in os.listdir("/dev/shm") if name.startswith(segment.PREFIX)}
     dist.barrier()
     transport().close()  # sees to it
     dist.barrier()

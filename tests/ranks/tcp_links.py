@@ -17,14 +17,14 @@ from cases import run_cases
 from sf_xfuser.transport.base import Parcel, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import tcp
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
 PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
 
 
 def join(timeout_s=20.0):
     rank = dist.get_rank()
-    control = ControlPlane(Agreement.of_world(timeout_s), [0, 1, 2], rank, timeout_s)
+    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1, 2], rank, timeout_s)
     return tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
 
 
@@ -138,7 +138,7 @@ def case_strangers(rank):
 
     def beset(address, **options):
         listener = create_server(address, **options)
-        impostor = tcp._HELLO.pack(os.urandom(16), 0, rank + 1)  # a peer that is due, but for the token
+        impostor = tcp._HANDSHAKE.pack(os.urandom(16), 0, rank + 1)  # a peer that is due, but for the token
         quiet = [None] * 10
         for said in (impostor, os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", *quiet):
             stranger = socket.create_connection(listener.getsockname())
@@ -156,7 +156,7 @@ def case_strangers(rank):
         threading.Thread(target=trickle, daemon=True).start()
         return listener
 
-    control = ControlPlane(Agreement.of_world(5.0), [0, 1, 2], rank, 5.0)
+    control = ControlPlane(StoreGroup.world(5.0), [0, 1, 2], rank, 5.0)
     socket.create_server = beset
     started = time.monotonic()
     try:
