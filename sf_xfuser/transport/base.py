@@ -39,8 +39,8 @@ def raise_if_unavailable(name: str, members: Sequence[int], reasons: Sequence[st
 class Parcel:
     """A chunk to send to, or to receive from, ``peer`` (a position).
 
-    Send: ``parts`` are views of equal shape [S, ...] with any strides. The chunk stores them as ``dtype``, several parts
-    as [S, parts, ...]. Receive: one contiguous part, the destination.
+    Send: ``parts`` are views of equal shape [S, ...] with any strides. The chunk stores them as ``dtype``. Several
+    parts are stored as [S, parts, ...]. Receive: one contiguous part, the destination.
 
     ``slot`` numbers the parcels of one round between two ranks, equally on both ends. A one-sided transport writes the
     chunk into the receiver's window at byte ``offset``. ``pitch``: see ``window_view``; only shared memory has chunks

@@ -91,7 +91,7 @@ class Hub:
         self._selector.register(self._stop_receiver, selectors.EVENT_READ)
         self._connections: dict[socket.socket, _Member] = {}
         self._joins: dict[int, _Join] = {}  # by position
-        self._ended: dict[int, str] = {}  # ranks that cannot join again: their process ended, or they closed the mesh
+        self._ended: dict[int, str] = {}  # why a rank cannot reconnect: it has ended or closed its mesh
         self._epoch = _Epoch()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="sf-xfuser hub", daemon=True)
@@ -176,7 +176,7 @@ class Hub:
             self._send(position, message)
 
     def _on_lost(self, connection: socket.socket, reason: str, *, ended: bool = False) -> None:
-        """A rank has disconnected. ``ended``: it cannot join again."""
+        """A rank has disconnected. ``ended``: it cannot reconnect."""
         position, epoch = self._connections[connection].position, self._epoch
         reason = f"{self._names[position]} {reason}"
         self._disconnect(connection)
@@ -321,7 +321,7 @@ class Hub:
                 )
 
     def _set_outcome(self, outcome: str) -> None:
-        """Fail the group with the same text on all ranks, until they join again."""
+        """Fail the group, with the same text on all ranks, until they reconnect."""
         self._epoch.outcome = outcome
         self._epoch.query_deadline = None
         self._broadcast(["outcome", outcome, self._epoch.failed_call])

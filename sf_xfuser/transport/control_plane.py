@@ -8,10 +8,11 @@ reports the failure. The hub then decides on one *outcome* and sends it to all r
 
 1. the first error that a rank raised itself (the *cause*; a timeout while it waits for a peer is not one),
 2. else a rank that is lost: its process ended, or it disconnected,
-3. else, after a query for the status of all ranks, a rank that does not answer, is in another call, or is in no call.
+3. else, after a query for the status of all ranks, a rank that does not answer, is in another
+   call, is in no call, or still computes.
 
-Before the next call all ranks reconnect: they open new connections and join again. A rank that waits for the others to
-join is a live connection, so a stale join cannot complete.
+Before the next call all ranks reconnect: they open new connections and send ``join``. A rank that waits for the others
+is a live connection, so a stale ``join`` cannot complete.
 
 ============  =============  ===========================================================================================
 message       from -> to     fields and meaning
@@ -167,7 +168,7 @@ class ControlPlane:
         """Report to all ranks that this rank's call number ``call`` has failed. Returns the outcome. Local; takes at
         most a few seconds.
 
-        ``is_cause``: this rank raised an error itself; False: it waited in vain for data of a peer. ``mismatch``: it
+        ``is_cause``: this rank raised an error itself; False: data of a peer did not arrive. ``mismatch``: it
         received data of another call."""
         self._send(["failure", is_cause, text, mismatch, call])
         self._wait_for_outcome(_OUTCOME_S)

@@ -30,8 +30,8 @@ class TwoSided(Transport):
     **The call's identity.** gloo matches messages by tag, and the tag is the identity: data of another call is never
     received, and the wait times out (gloo ends a process that receives another size than it posted). NCCL has no tags
     and matches by order alone, so a label goes with the first chunk to each peer in a call, in the same batch of sends
-    and receives. The receiver compares it on the stream, turns its result into NaN if it differs (``poison``), and raises
-    at its next call. Under NCCL chunks of different sizes do not match at all, and its watchdog ends the job.
+    and receives. The receiver compares it on the stream, turns its result into NaN if it differs (``poison``), and
+    raises at its next call. Under NCCL chunks of different sizes do not match at all, and its watchdog ends the job.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The control plane of a group: values, failures and deaths between real ranks, and the store that it starts from."""
+"""The control plane between real ranks: gathers, failure reports, lost ranks; and the store that it starts from."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from sf_xfuser.transport.rendezvous import run_with_timeout
 from sf_xfuser.transport.sockets import MAX_PENDING, Acceptor
 from tests.launch import reports, torchrun
 
-GONE = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"
-# case -> what ranks 0 to 3 print
+LOST = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"
+# case -> what each rank prints
 CASES = {
-    "values": ("right",) * 4,
-    "large_values": ("True",) * 4,
-    "another_topic": (
-        r"GroupError: ranks make different calls \(.*rank 3 on \S+ is at 'dinner'; rank 2 on \S+ is at 'lunch'\).*",
+    "gathers": ("correct",) * 4,
+    "large_values": ("correct",) * 4,
+    "different_topics": (
+        r"GroupError: ranks make different calls \(.*rank 3 on \S+ is at 'topic b'; rank 2 on \S+ is at 'topic a'\).*",
     ) * 4,
-    "nobody_comes": (r"GroupError: rank 2 on \S+ did not reach 'dinner', for which the other ranks wait.*",) * 4,
-    "first_reason_stays": (r"rank 3 on \S+ failed: KeyError: 'it'",) * 4,
-    "who_makes_no_call": (
+    "missing_rank": (r"GroupError: rank 2 on \S+ did not reach 'topic b', for which the other ranks wait.*",) * 4,
+    "cause_before_timeouts": (r"rank 3 on \S+ failed: KeyError: 'x'",) * 4,
+    "rank_in_no_call": (
         r"rank 1 on \S+ is in no call, while the other ranks wait for it .*",
-        "nothing|rank 1 on .*",
+        "no failure|rank 1 on .*",
         *[r"rank 1 on \S+ is in no call, while the other ranks wait for it .*"] * 2,
     ),
-    "strangers": ("right",) * 4,
-    "one_closes": (*[r"GroupError: rank 2 on \S+ has closed its mesh.*"] * 2, "closed", "GroupError: rank 2 on .*"),
+    "strangers": ("correct",) * 4,
+    "closed_rank": (*[r"GroupError: rank 2 on \S+ has closed its mesh.*"] * 2, "closed", "GroupError: rank 2 on .*"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def output() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
     return reports(torchrun("control.py", *CASES, nproc=4, timeout=120).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_four_ranks(case, said):
+def test_four_ranks(case, output):
     for rank, expected in enumerate(CASES[case]):
-        assert re.fullmatch(expected, said[case][str(rank)], re.DOTALL), said[case]
+        assert re.fullmatch(expected, output[case][str(rank)], re.DOTALL), output[case]
 
 
-def test_a_forked_child_that_outlives_its_parent_hides_nothing():
-    case = "a_forked_child_hides_nothing"
+def test_a_forked_child_does_not_hide_that_its_parent_ended():
+    case = "forked_child"
     output = torchrun("control.py", case, nproc=4, timeout=60, expect_failure=True).output
-    found = dict(re.findall(rf"@@{case} (\d) (.*?)@@", output, re.DOTALL))
+    printed = dict(re.findall(rf"@@{case} (\d) (.*?)@@", output, re.DOTALL))
     for rank in "023":
-        assert re.fullmatch(GONE, found[rank], re.DOTALL), output
+        assert re.fullmatch(LOST, printed[rank], re.DOTALL), output
 
 
-def test_a_store_that_does_not_answer_is_not_waited_for():
+def test_the_wait_for_a_silent_store_is_bounded():
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"waiting: the store of torch.distributed did not answer within 0.2 s"):
         run_with_timeout(lambda: time.sleep(5), 0.2, "waiting")

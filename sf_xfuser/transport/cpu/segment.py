@@ -1,8 +1,8 @@
-"""Shared memory segments of ``shm``: files in /dev/shm with one line of flags per writer, then the buffers of the window.
+"""Shared memory segments of ``shm``: files in /dev/shm that hold a line of flags per writer, then a window.
 
 A segment has a name only while the peers open it (mode 0600). Its owner holds a record lock on it for as long as the
 owner lives, however it ends; forked children do not inherit the lock. So a peer can detect that the owner is gone, and
-the next start removes names that a killed job has left: nobody holds their lock.
+the next start can remove the segments of a killed job: their lock is free.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _window_offset(num_writers: int) -> int:
 
 
 def _unlocked(file: int) -> bool:
-    """Whether nobody holds the lock of an open segment of another process."""
+    """Whether the lock of an open segment of another process is free."""
     try:
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -186,6 +186,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _futex(line: _Line, operation: int, value: int, seconds: float | None) -> None:
-    """Futex on the low half of the line's flag, between processes. Releases the GIL; a signal or a change ends a wait."""
+    """Futex on the low half of the flag, between processes. Releases the GIL. A signal or a change ends a wait."""
     timeout = None if seconds is None else ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
     _libc.syscall(_FUTEX, ctypes.byref(line), operation, ctypes.c_uint32(value), timeout, None, 0)

@@ -6,7 +6,7 @@ transfer. Each rank owns one *segment* (``segment``): flags, then its window.
 **Flags.** ``flag[s]`` in the segment of rank ``r`` has one writer, ``s``. Its value is the number of chunks that ``s``
 has put into ``r``'s window, as ``epoch * 2**16 + chunks of this epoch``; an epoch is one attention call or one
 all-to-all. Both ranks know the order of their chunks from the schedule, so chunk k of epoch e has arrived when
-``flag >= e * 2**16 + k``. Values only grow, and nobody resets them.
+``flag >= e * 2**16 + k``. Values only grow and are never reset.
 
 **Identity.** Next to the flag the writer stores which call it is in, one word for epochs of each parity, before the
 first flag of the epoch. A reader compares it once the flag shows that its chunk has arrived. The word of epoch e is
@@ -15,11 +15,11 @@ shapes, a chunk may be written to a wrong offset, but still inside the window's 
 again.
 
 **Why nothing is overwritten too early.** A window has two halves, and epoch e uses half ``e mod 2``. Let ``s`` put a
-chunk into ``r``'s window in epoch e. Then ``s`` has finished epoch e-1, in which it waited for all of its chunks. One of
-them was put by ``r`` in epoch e-1, or is forwarded from one that was: in a Ulysses group every pair exchanges in both
-directions, in a ring ``s`` receives every member's chunk, and in an all-to-all a chunk from each; empty chunks raise
-their flag like others. ``r`` put that chunk after it had finished epoch e-2, the last one that read half ``e mod 2``. So
-no rank waits before it writes, and there is no barrier.
+chunk into ``r``'s window in epoch e. Then ``s`` has finished epoch e-1, in which it waited for all of its chunks. One
+of them was put by ``r`` in epoch e-1, or was forwarded from ``r``: in a Ulysses group every pair exchanges in both
+directions, in a ring ``s`` receives every member's chunk, and in an all-to-all a chunk from each. Empty chunks raise
+their flag like others. ``r`` put that chunk after it had finished epoch e-2, the last epoch that read half ``e mod 2``.
+So no rank waits before it writes, and there is no barrier.
 
 One half is enough if ``r`` sends something to ``s`` after it has read everything that ``s`` put except O, as inside the
 machines of a group without a ring (O is last there), and if consecutive calls use the same offsets, with O's apart from
@@ -73,8 +73,8 @@ def identity() -> str:
 
 
 class Shm(OneSided):
-    """``control`` connects the ranks of ``members``, all of which make the collective calls. This rank is at ``position``
-    and exchanges chunks with the positions ``peers``. Parcels name peers by position.
+    """``control`` connects the ranks of ``members``, which make the collective calls. This rank is at ``position`` and
+    exchanges chunks with the positions ``peers``. Parcels name peers by position.
 
     ``pause(where)``, if set, is called between any two accesses to shared memory, so that tests can delay them.
     """
@@ -184,7 +184,7 @@ class Shm(OneSided):
         return _Exchange(self, round, {parcel.peer: self._expected[parcel.peer] for parcel in receives})
 
     def _peer_views(self, parcel: Parcel) -> Sequence[torch.Tensor]:
-        """The destination of each part in the peer's window. Cached: a call of the same shapes uses the same offsets."""
+        """The destination of each part in the peer's window. Cached: calls of the same shapes use the same offsets."""
         first = parcel.parts[0]
         parts = len(parcel.parts)
         key = parcel.peer, self._epoch % self.halves, parcel.offset, parcel.pitch, parts, first.shape, parcel.dtype
