@@ -70,7 +70,9 @@ class Group:
             # NCCL's may make its communicator at once, for the device of this thread.
             on_cpus = (self.backend or dist.get_backend()) == "gloo"
             try:
-                self.handle = run_with_timeout(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+                self.handle = (
+                    run_with_timeout(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+                )
             except RuntimeError as error:
                 if (why := control.failure) is not None:
                     raise TransportError(why) from error

@@ -28,13 +28,6 @@ _DELAY_S = 0.02  # by which delays of messages from two hosts may differ
 _SAME_CALLS = "All ranks of a group must make the same calls in the same order, from one thread"
 
 
-class _Member(NamedTuple):
-    """An accepted connection."""
-
-    position: int
-    frames: FrameReader
-
-
 class _Join(NamedTuple):
     """A rank that waits for all others to join. All times are of this host's clock.
 
@@ -47,11 +40,11 @@ class _Join(NamedTuple):
 
 
 class _Status(NamedTuple):
-    """Answer to a query. ``waited_s``: for how long the rank has waited for others, None if it computes."""
+    """Answer to a query. ``waiting``: the rank waits for others; else it computes."""
 
     text: str
     in_call: bool
-    waited_s: float | None
+    waiting: bool
 
 
 @dataclass
@@ -89,7 +82,7 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._acceptor, selectors.EVENT_READ)
         self._selector.register(self._stop_receiver, selectors.EVENT_READ)
-        self._connections: dict[socket.socket, _Member] = {}
+        self._connections: dict[socket.socket, tuple[int, FrameReader]] = {}  # with positions
         self._joins: dict[int, _Join] = {}  # by position
         self._ended: dict[int, str] = {}  # why a rank cannot reconnect: it has ended or closed its mesh
         self._epoch = _Epoch()
@@ -118,7 +111,7 @@ class Hub:
                     if key.fileobj is self._acceptor:
                         for connection, handshake in self._acceptor.poll(0):
                             self._accept(connection, handshake)
-                    elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._connections:
+                    elif key.fileobj in self._connections:
                         self._receive(key.fileobj)
                 self._check_deadlines()
         finally:
@@ -137,7 +130,7 @@ class Hub:
             return
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(SEND_TIMEOUT_S)
-        self._connections[connection] = _Member(position, FrameReader())
+        self._connections[connection] = position, FrameReader()
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _disconnect(self, connection: socket.socket) -> None:
@@ -154,9 +147,10 @@ class Hub:
         if not data:
             return self._on_lost(connection, "is gone: its process ended", ended=True)
         try:
-            for message in self._connections[connection].frames.feed(data):
+            position, frames = self._connections[connection]
+            for message in frames.feed(data):
                 if connection in self._connections:
-                    self._on_message(connection, self._connections[connection].position, message)
+                    self._on_message(connection, position, message)
         except ValueError:
             self._on_lost(connection, "was interrupted while it sent a message")
 
@@ -177,7 +171,7 @@ class Hub:
 
     def _on_lost(self, connection: socket.socket, reason: str, *, ended: bool = False) -> None:
         """A rank has disconnected. ``ended``: it cannot reconnect."""
-        position, epoch = self._connections[connection].position, self._epoch
+        (position, _), epoch = self._connections[connection], self._epoch
         reason = f"{self._names[position]} {reason}"
         self._disconnect(connection)
         joining = position in self._joins and self._joins[position].connection is connection
@@ -316,8 +310,8 @@ class Hub:
             if now >= gather.deadline:
                 topic = next(iter(gather.values.values()))[0]
                 return self._set_outcome(
-                    f"{self._names_without(gather.values)} did not reach {topic!r}, for which the other ranks wait: it "
-                    f"failed, was started without the same --sp-* flags, or needs a longer --sp-timeout"
+                    f"{self._names_without(gather.values)} did not reach {topic!r} while the other ranks wait for it: "
+                    f"it failed, was started without the same --sp-* flags, or needs a longer --sp-timeout"
                 )
 
     def _set_outcome(self, outcome: str) -> None:
@@ -344,7 +338,7 @@ class Hub:
             return f"{self._by_text(idle)}, while the other ranks wait for it ({report})"
         if len(set(calls.values())) > 1:
             return f"ranks make different calls ({self._by_text(calls)}). {_SAME_CALLS}"
-        computing = [self._names[position] for position, status in epoch.statuses.items() if status.waited_s is None]
+        computing = [self._names[position] for position, status in epoch.statuses.items() if not status.waiting]
         if computing and len(computing) < len(self._names):
             return f"{', '.join(computing)} computes, while the other ranks wait for it ({report})"
         return report

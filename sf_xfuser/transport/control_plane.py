@@ -25,7 +25,7 @@ gather        rank -> hub    number, topic, value, timeout
 gathered      hub -> ranks   number, values by position
 failure       rank -> hub    whether this rank is the cause, error, whether it got data of another call, call number
 query         hub -> ranks   asks for the status; sent when a failure is reported that is not the cause
-status        rank -> hub    text, whether the rank is in a call, seconds for which it has waited for others, or None
+status        rank -> hub    text, whether the rank is in a call, whether it waits for others
 lost          hub -> ranks   position, reason: a rank has disconnected
 outcome       hub -> ranks   reason, number of the failed call or None: the group has failed, or a join is refused
 leave         rank -> hub    whether the rank closes (True) or reconnects (False): it disconnects next
@@ -83,7 +83,7 @@ class ControlPlane:
         self._gathered: dict[int, list[Any]] = {}
         self._num_gathers = 0
         self._all_notified: bool | None = None  # None until all ranks have joined
-        self._waiting_since: float | None = None
+        self._waiting = False
         self._send_lock = threading.Lock()
         self._hub = Hub(self.address, members) if position == 0 else None
         endpoint = [self._hub.port, self._hub.token.hex()] if self._hub is not None else None
@@ -146,11 +146,11 @@ class ControlPlane:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside, this rank waits for others, so the hub does not name it as the rank that is late."""
-        outer, self._waiting_since = self._waiting_since, time.monotonic()
+        outer, self._waiting = self._waiting, True
         try:
             yield
         finally:
-            self._waiting_since = outer
+            self._waiting = outer
 
     def abort_reason(self, peers: Collection[int] = ()) -> str | None:
         """Why a wait for ``peers`` (positions) cannot complete: the call has failed on another rank, or one of them is
@@ -165,8 +165,8 @@ class ControlPlane:
         return None
 
     def report_failure(self, text: str, *, is_cause: bool, mismatch: bool = False, call: int = 0) -> str:
-        """Report to all ranks that this rank's call number ``call`` has failed. Returns the outcome. Local; takes at
-        most a few seconds.
+        """Report to all ranks that this rank's call number ``call`` has failed. Returns the outcome. Local; takes a
+        few seconds at most.
 
         ``is_cause``: this rank raised an error itself; False: data of a peer did not arrive. ``mismatch``: it
         received data of another call."""
@@ -306,8 +306,7 @@ class ControlPlane:
             text, in_call = self.call_status()
         except Exception as error:  # the hub needs an answer in any case
             text, in_call = f"cannot report its status: {error}", True
-        since = self._waiting_since
-        self._send(["status", text, in_call, None if since is None else time.monotonic() - since])
+        self._send(["status", text, in_call, self._waiting])
 
 
 def _no_call() -> tuple[str, bool]:

@@ -21,7 +21,7 @@ CASES = {
     "different_topics": (
         r"GroupError: ranks make different calls \(.*rank 3 on \S+ is at 'topic b'; rank 2 on \S+ is at 'topic a'\).*",
     ) * 4,
-    "missing_rank": (r"GroupError: rank 2 on \S+ did not reach 'topic b', for which the other ranks wait.*",) * 4,
+    "missing_rank": (r"GroupError: rank 2 on \S+ did not reach 'topic b' while the other ranks wait for it.*",) * 4,
     "cause_before_timeouts": (r"rank 3 on \S+ failed: KeyError: 'x'",) * 4,
     "rank_in_no_call": (
         r"rank 1 on \S+ is in no call, while the other ranks wait for it .*",

@@ -17,6 +17,7 @@ import platform
 import re
 import secrets
 import sys
+from io import FileIO
 
 import torch
 
@@ -58,26 +59,23 @@ def remove_stale_segments() -> list[str]:
     for entry in os.scandir(FOLDER):
         if not name.fullmatch(entry.name) or entry.path in _named:
             continue  # closing any descriptor of a segment of this process would release its lock
-        with contextlib.suppress(OSError):  # another user's, or another process has removed it
-            file = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                magic = os.pread(file, len(_MAGIC), _Line.magic.offset)
-                if os.fstat(file).st_uid == os.geteuid() and magic == _MAGIC and _unlocked(file):
-                    os.unlink(entry.path)
-                    removed.append(entry.name)
-            finally:
-                os.close(file)
+        # OSError: another user's, or another process has removed it.
+        with contextlib.suppress(OSError), _open(entry.path, os.O_NONBLOCK) as file:
+            magic = os.pread(file.fileno(), len(_MAGIC), _Line.magic.offset)
+            if os.fstat(file.fileno()).st_uid == os.geteuid() and magic == _MAGIC and _unlocked(file):
+                os.unlink(entry.path)
+                removed.append(entry.name)
     return removed
 
 
 class Segment:
     """The shared memory of one rank, mapped into this process."""
 
-    def __init__(self, file: int, path: str, num_writers: int, half_bytes: int, halves: int) -> None:
+    def __init__(self, file: FileIO, path: str, num_writers: int, half_bytes: int, halves: int) -> None:
         self._file = file
         self.path = path
         offset = _window_offset(num_writers)
-        memory = mmap.mmap(file, offset + halves * half_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        memory = mmap.mmap(file.fileno(), offset + halves * half_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._lines = list((_Line * num_writers).from_buffer(memory))
         window = torch.frombuffer(memory, dtype=torch.uint8)[offset:]
         self._halves = [window[n * half_bytes : (n + 1) * half_bytes] for n in range(halves)]
@@ -86,31 +84,23 @@ class Segment:
     def create(cls, num_writers: int, half_bytes: int, halves: int) -> Segment:
         """Allocates all pages, since a page that is missing later would kill the process. Raises OSError if memory is
         short."""
-        file = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            free = os.fstatvfs(file)
-            total = _window_offset(num_writers) + halves * half_bytes
-            if total > free.f_bavail * free.f_frsize:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.posix_fallocate(file, 0, total)
-            os.pwrite(file, _MAGIC, _Line.magic.offset)
-            path = f"{FOLDER}/{PREFIX}{os.geteuid()}-{secrets.token_hex(16)}"
-            _named.add(path)
-            os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file, follow_symlinks=True)  # names the unnamed file
-            return cls(file, path, num_writers, half_bytes, halves)
-        except BaseException:
-            os.close(file)
-            raise
+        file = _open(FOLDER, os.O_TMPFILE)
+        number = file.fileno()
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        free = os.fstatvfs(number)
+        total = _window_offset(num_writers) + halves * half_bytes
+        if total > free.f_bavail * free.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(number, 0, total)
+        os.pwrite(number, _MAGIC, _Line.magic.offset)
+        path = f"{FOLDER}/{PREFIX}{os.geteuid()}-{secrets.token_hex(16)}"
+        _named.add(path)
+        os.link(f"/proc/self/fd/{number}", path, src_dir_fd=number, follow_symlinks=True)  # names the unnamed file
+        return cls(file, path, num_writers, half_bytes, halves)
 
     @classmethod
     def open(cls, path: str, num_writers: int, half_bytes: int, halves: int) -> Segment:
-        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            return cls(file, path, num_writers, half_bytes, halves)
-        except BaseException:
-            os.close(file)
-            raise
+        return cls(_open(path), path, num_writers, half_bytes, halves)
 
     def unlink(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -119,10 +109,7 @@ class Segment:
 
     def close(self) -> None:
         """Release the lock. Idempotent. The memory stays mapped until its last view is freed."""
-        file, self._file = self._file, -1
-        if file >= 0:
-            fcntl.lockf(file, fcntl.LOCK_UN)
-            os.close(file)
+        self._file.close()
 
     def half(self, epoch: int) -> torch.Tensor:
         return self._halves[epoch % len(self._halves)]
@@ -164,11 +151,16 @@ def creation_error(error: OSError, window_bytes: int) -> str:
     return f"no shared memory: {error}"
 
 
+def _open(path: str, flags: int = 0) -> FileIO:
+    """The file is closed with its last reference, so also when a caller fails."""
+    return FileIO(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600), "r+")
+
+
 def _window_offset(num_writers: int) -> int:
     return -(-num_writers * ctypes.sizeof(_Line) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _unlocked(file: int) -> bool:
+def _unlocked(file: FileIO) -> bool:
     """Whether the lock of an open segment of another process is free."""
     try:
         fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -76,10 +76,10 @@ class Shm(OneSided):
     """``control`` connects the ranks of ``members``, which make the collective calls. This rank is at ``position`` and
     exchanges chunks with the positions ``peers``. Parcels name peers by position.
 
-    ``pause(where)``, if set, is called between any two accesses to shared memory, so that tests can delay them.
+    ``pause(where)`` is called between any two accesses to shared memory, so that a test can replace it with a delay.
     """
 
-    pause: Callable[[str], None] | None = None
+    pause: Callable[[Literal["put", "flag", "wait", "read"]], object] = staticmethod(lambda where: None)
 
     def __init__(
         self,
@@ -171,13 +171,13 @@ class Shm(OneSided):
         self._check_usable()
         for index, parcel in enumerate(sends):
             peer = parcel.peer
-            self._pause("put")
+            self.pause("put")
             if parcel.parts[0].numel():
                 for part, view in zip(parcel.parts, self._peer_views(parcel), strict=True):
                     view.copy_(part)
             self._sent[peer] += 1
             if index + 1 == len(sends) or sends[index + 1].peer != peer:  # a receiver waits for whole rounds
-                self._pause("flag")
+                self.pause("flag")
                 self._segments[peer].raise_flag(self._position, self._sent[peer], self._identity)
         for parcel in receives:
             self._expected[parcel.peer] += 1
@@ -206,7 +206,7 @@ class Shm(OneSided):
         gone, has aborted, or makes other calls than this rank."""
         self._check_usable()
         assert self._own is not None
-        self._pause("wait")
+        self.pause("wait")
         if self._own.flag(peer) < expected:
             with self._control.waiting():
                 self._wait_for_flag(round, peer, expected)
@@ -216,7 +216,7 @@ class Shm(OneSided):
         if (identity := self._own.identity(peer, expected // CHUNKS)) != self._identity:
             reason = f"it makes another call ({identity:08x}, not {self._identity:08x})"
             self._fail(round, peer, expected, reason, CallMismatch)
-        self._pause("read")
+        self.pause("read")
 
     def _wait_for_flag(self, round: int, peer: int, expected: int) -> None:
         assert self._own is not None
@@ -247,10 +247,6 @@ class Shm(OneSided):
     def _check_usable(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _pause(self, where: Literal["put", "flag", "wait", "read"]) -> None:
-        if self.pause is not None:
-            self.pause(where)
 
     def _fail(
         self, round: int, peer: int, expected: int, reason: str, kind: type[TransportError] = TransportError

@@ -26,12 +26,10 @@ from sf_xfuser.transport.base import CallMismatch, Parcel, Ticket, Transport, Tr
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.sockets import TOKEN_BYTES, Acceptor, close_on_fork, shut_down
 
-UNSENT_BYTES = 128 << 10
-"""A send returns when at most this many bytes of its chunk are still unsent in the kernel."""
-
 _Link = TypeVar("_Link", bound=str)
 _HANDSHAKE = struct.Struct(f"!{TOKEN_BYTES}sII")  # the acceptor's token, link number, position
 _HEADER = struct.Struct("!IQIIQ")  # call identity, exchange number on the link, round, slot, bytes
+_UNSENT_BYTES = 128 << 10  # a send returns when at most this much of its chunk is unsent in the kernel
 _POLL_S = 0.1  # interval at which a waiting rank checks for failures elsewhere
 
 
@@ -93,7 +91,7 @@ def connect(
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Otherwise a chunk would share the wire with the next one.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     return {link: Tcp(link, found, members, position, timeout_s, control) for link, found in connections.items()}
 
 
