@@ -736,25 +736,25 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the names of all scenarios")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times of faults")
     parser.add_argument("--json", action="store_true", help="print one line of JSON per scenario instead of the table")
-    given = parser.parse_args()
-    if given.list:
+    options = parser.parse_args()
+    if options.list:
         print("\n".join(NAMES))
         return 0
     if reason := emulate.unavailable():
         sys.exit(reason)
     rows: list[Result] = []
     with clusters() as cluster:
-        for scenario in map(Scenario.parse, given.names):
+        for scenario in map(Scenario.parse, options.names):
             current = cluster(scenario.machines)
             with tempfile.TemporaryDirectory(dir=current.folder) as folder:
-                rows.append(result := ScenarioRun(current, scenario, given.seed, Path(folder)).run())
-            if given.json:
+                rows.append(result := ScenarioRun(current, scenario, options.seed, Path(folder)).run())
+            if options.json:
                 print(json.dumps(asdict(result)), flush=True)
             else:
                 print(
                     f"{result.name}: {'; '.join(result.problems) or 'good'} ({result.seconds:.0f} s)", file=sys.stderr
                 )
-    if not given.json:
+    if not options.json:
         Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
     return int(any(row.problems for row in rows))
 

@@ -63,7 +63,7 @@ def case_random_pauses(rank):
     """10,000 calls with random pauses before accesses to shared memory, first unstaged, then staged. Each is bitwise
     equal to the same call over TCP."""
     over_tcp, mesh, rng = mesh_of("tcp"), mesh_of("shm"), random.Random(rank)
-    given = [inputs(rank, seed) for seed in range(7)]
+    batches = [inputs(rank, seed) for seed in range(7)]
     paused = dict.fromkeys(("put", "flag", "wait", "read"), 0)
 
     def pause(where):
@@ -76,9 +76,9 @@ def case_random_pauses(rank):
         over_tcp.one_host = mesh.one_host = unstaged
         over_tcp.calls.clear()
         mesh.calls.clear()
-        wanted = [call(over_tcp, tensors) for tensors in given]
+        wanted = [call(over_tcp, tensors) for tensors in batches]
         for number in range(5000):
-            assert torch.equal(call(mesh, given[number % 7]), wanted[number % 7]), f"call {number} {unstaged=}"
+            assert torch.equal(call(mesh, batches[number % 7]), wanted[number % 7]), f"call {number} {unstaged=}"
     assert min(paused.values()) > 0, paused
     return "10000 calls equal"
 
@@ -98,12 +98,12 @@ def case_changing_shapes_in_a_single_half(rank):
     over_tcp = mesh_of("tcp")
     over_tcp.one_host = False
     sizes, rng = [8, 40, 24, 8, 8, 56], random.Random(rank)
-    given = {tokens: inputs(rank, tokens, tokens) for tokens in sizes}
-    wanted = {tokens: call(over_tcp, given[tokens], tokens) for tokens in given}
+    batches = {tokens: inputs(rank, tokens, tokens) for tokens in sizes}
+    wanted = {tokens: call(over_tcp, batches[tokens], tokens) for tokens in batches}
     mesh.window.pause = lambda where: time.sleep(1e-3) if where == "read" and rng.random() < 0.2 else None
     for number in range(300):
         tokens = sizes[number % len(sizes)]
-        assert torch.equal(call(mesh, given[tokens], tokens), wanted[tokens]), f"call {number} of {tokens} tokens"
+        assert torch.equal(call(mesh, batches[tokens], tokens), wanted[tokens]), f"call {number} of {tokens} tokens"
     return "300 calls equal"
 
 
