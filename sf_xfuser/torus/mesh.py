@@ -187,8 +187,8 @@ class Mesh:
         """Around everything that one call does. Collective: where the last one failed, ranks meet first. ``check``
         makes what the call takes, and raises where this rank's own arguments are wrong, whatever has failed elsewhere.
 
-        Whatever is raised on this rank but not on all (``refuse``, ``TransportUnavailable``) fails the call on all of them: they
-        wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
+        Whatever is raised on this rank but not on all (``refuse``, ``TransportUnavailable``) fails the call on all:
+        they wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
         ranks name the rank that failed first."""
         if os.getpid() != self._process:  # what it put into memory that ranks share would be taken for its parent's
             raise RuntimeError(
@@ -372,8 +372,8 @@ class Mesh:
             group.end()
 
     def use(self, transport: str) -> None:
-        """Make the links those of ``transports[transport]``. Collective between calls. TransportUnavailable where it cannot be had:
-        then another one has to be used."""
+        """Make the links those of ``transports[transport]``. Collective between calls. Raises
+        TransportUnavailable if it is not available: then another one has to be used."""
         if transport != self.transport:
             self.dirty = True
             self._close_links(failed=False)
@@ -539,8 +539,8 @@ def build_mesh(
 
 
 def _connect(transports: dict[str, Connect], control: ControlPlane) -> tuple[str, Links, list[str]]:
-    """The first that can be had; those before it leave ``transports``, with why. Collective over a group. TransportUnavailable on
-    every rank where none can be had."""
+    """The first that can be had; those before it leave ``transports``, with why. Collective over a group.
+    TransportUnavailable on every rank where none can be had."""
     refusals: list[str] = []
     for name, connect in list(transports.items()):
         try:
