@@ -47,10 +47,10 @@ class ThreadControl:
         assert {each[0] for each in said} == {topic}
         return [each[1] for each in said]
 
-    def hopeless(self, peers=()):
+    def abort_reason(self, peers=()):
         return None
 
-    def fail(self, text, *, own, differs=False, number=0):
+    def report_failure(self, text, *, is_cause, mismatch=False, call=0):
         return text
 
     def close(self):

@@ -29,10 +29,10 @@ class Alone:
     def gather(self, topic: str, value: Any) -> list[Any]:
         return [value] * self._ranks
 
-    def hopeless(self, peers: Collection[int] = ()) -> None:
+    def abort_reason(self, peers: Collection[int] = ()) -> None:
         return None
 
-    def fail(self, text: str, *, own: bool, differs: bool = False, number: int = 0) -> str:
+    def report_failure(self, text: str, *, is_cause: bool, mismatch: bool = False, call: int = 0) -> str:
         return text
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ from sf_xfuser.integrations.xdit.degrees import read_model_facts
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 from sf_xfuser.layout.usp_layouts import legal_configs
 from sf_xfuser.torus.mesh import build_mesh, gather_topology
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)
@@ -151,7 +151,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     pipeline = _load(family, options, engine_config)
 
     world_size = dist.get_world_size()
-    grid = gather_topology(flags, Agreement.of_world(options.timeout), world_size).fold(range(world_size))
+    grid = gather_topology(flags, StoreGroup.world(options.timeout), world_size).fold(range(world_size))
     shape = grid.num_machines, grid.ranks_per_machine
     own = make_plan(*shape, heads=facts.heads, kv_heads=facts.kv_heads, rule="usp").layout
     legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)

@@ -22,7 +22,7 @@ from rich.table import Table
 from sf_xfuser.transport.base import Parcel
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu.shm import Shm
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
 SIZES = tuple(1 << n for n in range(12, 23, 2))
 _WARMUP = 3
@@ -31,9 +31,7 @@ _WARMUP = 3
 def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) -> list[dict[str, Any]]:
     """One row per size: medians in seconds per chunk over ``repeat`` rounds of each kind. Collective over two ranks."""
     rank = dist.get_rank()
-    link = Shm(
-        ControlPlane(Agreement.of_world(timeout_s), [0, 1], rank, timeout_s), [0, 1], rank, [1 - rank], timeout_s
-    )
+    link = Shm(ControlPlane(StoreGroup.world(timeout_s), [0, 1], rank, timeout_s), [0, 1], rank, [1 - rank], timeout_s)
     link.reserve(chunks * max(sizes))
     rows = []
     for size in sizes:

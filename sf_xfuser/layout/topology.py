@@ -119,7 +119,7 @@ class MachineGrid:
 def probe() -> RankFacts:
     """Facts about this process. Local. Never raises: what is unknown keeps its default."""
     launched = launch_environment()
-    host = f"{socket.gethostname()}/{boot_id()}"
+    host = host_id()
     accelerator, domain = _probe_gpu(launched.local_rank or 0)
     return RankFacts(
         machine=launched.machine or domain or host,
@@ -128,6 +128,11 @@ def probe() -> RankFacts:
         accelerator=accelerator,
         nvlink_domain=domain,
     )
+
+
+def host_id() -> str:
+    """Equal on ranks that run on the same host."""
+    return f"{socket.gethostname()}/{boot_id()}"
 
 
 def boot_id() -> str:

@@ -21,7 +21,7 @@ from sf_xfuser.transport.cpu.shm import Shm
 from sf_xfuser.transport.gpu import device, nvshmem, symm_mem
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
-from sf_xfuser.transport.rendezvous import Agreement, bounded
+from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
 from sf_xfuser.transport.two_sided import TwoSided
 
 PATIENCE = 5
@@ -70,7 +70,9 @@ class Group:
             # NCCL's may make its communicator at once, for the device of this thread.
             on_cpus = (self.backend or dist.get_backend()) == "gloo"
             try:
-                self.handle = bounded(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+                self.handle = (
+                    run_with_timeout(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+                )
             except RuntimeError as error:
                 if (why := control.failure) is not None:
                     raise TransportError(why) from error
@@ -131,7 +133,7 @@ def need_groups(wanted: str | None, backend: str) -> bool:
     return wanted in ("two_sided", "symm_mem") or (wanted == "auto" and backend != "gloo")
 
 
-def gather_domains(world: Agreement, wanted: str | None, backend: str) -> list[MemoryDomain]:
+def gather_domains(world: StoreGroup, wanted: str | None, backend: str) -> list[MemoryDomain]:
     """The domain of each rank of the job: that of its memory, or of its GPU where peers may map that. Collective."""
     memory = symm_mem if wanted != "two_sided" and need_groups(wanted, backend) else shm
     return [MemoryDomain(*said) for said in world.gather("domain", [memory.identity(), memory.unavailable()])]

@@ -27,10 +27,10 @@ from sf_xfuser.torus import links as links
 from sf_xfuser.torus.compression import Compression
 from sf_xfuser.torus.links import PATIENCE, Connect, Group, Links, RankInfo
 from sf_xfuser.torus.trace import Trace
-from sf_xfuser.transport.base import OneSided, OtherCall, Parcel, TransportError, Unusable
+from sf_xfuser.transport.base import CallMismatch, OneSided, Parcel, TransportError, TransportUnavailable
 from sf_xfuser.transport.control_plane import ControlPlane, GroupError
 from sf_xfuser.transport.gpu.device import captures
-from sf_xfuser.transport.rendezvous import Agreement, bounded
+from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
 
 _CALLS_KEPT = 64
 _TRIES, _LONG_S = 2, 0.5  # a transport is tried so often, the last time counts; once where a call takes longer
@@ -99,7 +99,7 @@ class Mesh:
     _process: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
-        self.control.doing = lambda: self._said
+        self.control.call_status = lambda: self._said
 
     @property
     def layout(self) -> Layout:
@@ -122,7 +122,7 @@ class Mesh:
         """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
         if not self.chosen and captures():
             return "a CUDA graph is being captured, and the transports have not been tried yet"
-        return None if self.window is None else self.window.why_not_now()
+        return None if self.window is None else self.window.fallback_reason()
 
     def reserve(self, nbytes: int) -> None:
         """From now on the window, where there is one, has ``nbytes`` for each call; the same on every rank. Collective
@@ -134,7 +134,7 @@ class Mesh:
                 self.dirty = True  # some ranks have new memory, and others not
             try:
                 window.reserve(nbytes)
-            except Unusable:  # nobody has
+            except TransportUnavailable:  # nobody has
                 self.dirty = False
                 raise
             self.dirty = False
@@ -173,7 +173,7 @@ class Mesh:
                 self.choose_by(trial, device)
             try:
                 return make()
-            except Unusable as refusal:
+            except TransportUnavailable as refusal:
                 if self.begun or len(self.transports) < 2:
                     raise
                 del self.transports[self.transport]
@@ -186,8 +186,8 @@ class Mesh:
         """Around everything that one call does. Collective: where the last one failed, ranks meet first. ``check``
         makes what the call takes, and raises where this rank's own arguments are wrong, whatever has failed elsewhere.
 
-        Whatever is raised on this rank but not on all (``refuse``, ``Unusable``) fails the call on all of them: they
-        wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
+        Whatever is raised on this rank but not on all (``refuse``, ``TransportUnavailable``) fails the call on all:
+        they wait for this rank, and would else take its next call for this one. TransportError or RuntimeError on those
         ranks name the rank that failed first."""
         if os.getpid() != self._process:  # what it put into memory that ranks share would be taken for its parent's
             raise RuntimeError(
@@ -225,7 +225,7 @@ class Mesh:
                 yield given
                 self.failed = False
             except BaseException as error:
-                alike = error is self._refusal or (isinstance(error, Unusable) and not self.begun)
+                alike = error is self._refusal or (isinstance(error, TransportUnavailable) and not self.begun)
                 if alike:
                     self.failed = False
                 else:
@@ -258,8 +258,9 @@ class Mesh:
     def _report(self, error: BaseException) -> str:
         own = self._is_own(error)
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        differs = isinstance(error, OtherCall)
-        return self.control.fail(words if own else str(error), own=own, differs=differs, number=self.number)
+        differs = isinstance(error, CallMismatch)
+        text = words if own else str(error)
+        return self.control.report_failure(text, is_cause=own, mismatch=differs, call=self.number)
 
     def _is_own(self, error: BaseException) -> bool:
         """Whether it is of this rank's own making, not that something did not come."""
@@ -370,8 +371,8 @@ class Mesh:
             group.end()
 
     def use(self, transport: str) -> None:
-        """Make the links those of ``transports[transport]``. Collective between calls. Unusable where it cannot be had:
-        then another one has to be used."""
+        """Make the links those of ``transports[transport]``. Collective between calls. Raises
+        TransportUnavailable if it is not available: then another one has to be used."""
         if transport != self.transport:
             self.dirty = True
             self._close_links(failed=False)
@@ -396,7 +397,7 @@ class Mesh:
                     seconds[name] = max(self.control.gather("transport probe", time.perf_counter() - started_s))
                     if seconds[name] > _LONG_S:
                         break
-            except Unusable as refusal:
+            except TransportUnavailable as refusal:
                 refusals.append(str(refusal))
         if not seconds:
             raise TransportError(f"--sp-transport auto found nothing: {'; '.join(refusals)}")
@@ -425,7 +426,7 @@ class Mesh:
         return text
 
 
-def gather_topology(args: TorusArgs, agreement: Agreement, world_size: int) -> Topology:
+def gather_topology(args: TorusArgs, agreement: StoreGroup, world_size: int) -> Topology:
     """The job's topology, the same on every rank. Collective over the world, also where it is pretended.
 
     Raises ValueError on every rank if ranks were started with different ``--sp-*`` flags.
@@ -436,7 +437,7 @@ def gather_topology(args: TorusArgs, agreement: Agreement, world_size: int) -> T
     return Topology.from_facts([RankFacts(**facts) for facts in agreement.gather("host", asdict(probe()))])
 
 
-def _rank_lists(device_mesh: DeviceMesh, world: Agreement) -> list[list[int]]:
+def _rank_lists(device_mesh: DeviceMesh, world: StoreGroup) -> list[list[int]]:
     """The ranks of every group, where each rank has its own group as a DeviceMesh. Collective over the world."""
     names, ranks, error = device_mesh.mesh_dim_names, device_mesh.mesh.flatten().tolist(), ""
     if device_mesh.ndim != 1 and names != ("ring", "ulysses"):
@@ -473,7 +474,7 @@ def build_mesh(
     """
     world_size = dist.get_world_size()
     rank = dist.get_rank()
-    world = Agreement.of_world(PATIENCE * args.timeout)
+    world = StoreGroup.world(PATIENCE * args.timeout)
     topology = gather_topology(args, world, world_size)
     if isinstance(sp_rank_lists, DeviceMesh):
         sp_rank_lists = _rank_lists(sp_rank_lists, world)
@@ -513,7 +514,7 @@ def build_mesh(
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
     grid, plan, (ulysses, ring) = grids[index], plans[index], made[index]
     position = grid.members.index(rank)
-    control = ControlPlane(world.of_group(index, grid.members), grid.members, position, PATIENCE * args.timeout)
+    control = ControlPlane(world.subgroup(index, grid.members), grid.members, position, PATIENCE * args.timeout)
     rank_info = RankInfo(plan.layout, grid.members, position, args.timeout)
     groups = _link_groups(plan.layout, grid.members, position, backend, args.timeout) if with_groups else {}
     transports = {} if wanted is None else links.ways(wanted, rank_info, shared[index], groups)
@@ -539,10 +540,10 @@ def build_mesh(
         try:
             mesh.transport, mesh.links, refusals = _connect(transports, control)
             mesh.chosen = "; ".join([text for text in [_why(args, len(transports)), *refusals] if text])
-        except (Unusable, GroupError) as error:  # on all ranks of the group
+        except (TransportUnavailable, GroupError) as error:  # on all ranks of the group
             failure = error
         except Exception as error:
-            control.fail(f"{type(error).__name__}: {error}", own=not isinstance(error, TransportError))
+            control.report_failure(f"{type(error).__name__}: {error}", is_cause=not isinstance(error, TransportError))
             failure = error
         if wanted is not None:
             said = sorted({text for text in world.gather("links", failure and str(failure)) if text})
@@ -555,13 +556,13 @@ def build_mesh(
 
 
 def _connect(transports: dict[str, Connect], control: ControlPlane) -> tuple[str, Links, list[str]]:
-    """The first that can be had; those before it leave ``transports``, with why. Collective over a group. Unusable on
-    every rank where none can be had."""
+    """The first that can be had; those before it leave ``transports``, with why. Collective over a group.
+    TransportUnavailable on every rank where none can be had."""
     refusals: list[str] = []
     for name, connect in list(transports.items()):
         try:
             return name, connect(control), refusals
-        except Unusable as refusal:
+        except TransportUnavailable as refusal:
             del transports[name]
             if not transports:
                 raise
@@ -621,7 +622,7 @@ def _collective_groups(
     for positions in parts:
         new = partial(dist.new_group, sorted(members[p] for p in positions), backend=backend)
         # NCCL's may make its communicator at once, for the device of this thread.
-        handle = bounded(new, PATIENCE * timeout_s, "making process groups") if backend == "gloo" else new()
+        handle = run_with_timeout(new, PATIENCE * timeout_s, "making process groups") if backend == "gloo" else new()
         found.update(dict.fromkeys(positions, handle))
     return found
 

@@ -1,1 +1,1 @@
-"""Moves chunks between the ranks of a link: peers and bytes only, no heads, no attention."""
+"""Moves chunks between the ranks of a link. It handles peers and bytes, not heads or attention."""

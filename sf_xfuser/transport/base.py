@@ -1,4 +1,4 @@
-"""The interface between the schedule and the wire."""
+"""The interface between the schedule and the transports."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from sf_xfuser.kernels import place
 
 
 class TransportError(RuntimeError):
-    """A transfer did not complete in time or its peer is gone. The group cannot be used any more."""
+    """A transfer timed out or a peer is lost. The transport cannot be used any more."""
 
 
-class OtherCall(TransportError):
-    """A peer has sent what belongs to another call than this rank's."""
+class CallMismatch(TransportError):
+    """A peer has sent data of another call than this rank's."""
 
 
-class Unusable(TransportError):
-    """A transport cannot be set up here: raised alike on every rank, with nothing on its way, so that all of them can
-    take another one."""
+class TransportUnavailable(TransportError):
+    """A transport cannot be set up here. Raised on every rank of the group, with no transfer active, so that all ranks
+    can use another transport."""
 
 
-def raise_together(name: str, members: Sequence[int], refusals: Sequence[str | None]) -> None:
-    """Unusable where there is a refusal; they are those of all ranks, so every rank raises alike."""
-    words = [f"rank {members[w]}: {text}" for w, text in enumerate(refusals) if text]
-    if len(words) > 1 and len(words) == len(refusals) and len(set(refusals)) == 1:
-        words = [f"every rank: {refusals[0]}"]
-    if words:
-        raise Unusable(f"{name} cannot be used: {'; '.join(words)}")
+def raise_if_unavailable(name: str, members: Sequence[int], reasons: Sequence[str | None]) -> None:
+    """Raise TransportUnavailable if any rank gives a reason. ``reasons`` are those of all ranks, by position, so that
+    every rank raises the same error."""
+    texts = [f"rank {members[w]}: {reason}" for w, reason in enumerate(reasons) if reason]
+    if len(texts) > 1 and len(texts) == len(reasons) and len(set(reasons)) == 1:
+        texts = [f"every rank: {reasons[0]}"]
+    if texts:
+        raise TransportUnavailable(f"{name} cannot be used: {'; '.join(texts)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A chunk on its way to, or from, ``peer`` (a position).
+    """A chunk to send to, or to receive from, ``peer`` (a position).
 
-    To be sent: ``parts`` are views of equal shape [S, ...], any strides; the chunk holds them as ``dtype``, several of
-    them side by side as [S, parts, ...]. To be received: one contiguous part, where the chunk is to lie.
+    Send: ``parts`` are views of equal shape [S, ...] with any strides. The chunk stores them as ``dtype``. Several
+    parts are stored as [S, parts, ...]. Receive: one contiguous part, the destination.
 
-    ``slot`` numbers the parcel among those of one round between the same two ranks, alike at both ends. Where the
-    transport writes into a window of the receiver, the chunk lies there from the byte ``offset`` on, ``pitch`` as in
-    ``window_view``; only shared memory has other chunks than contiguous ones.
+    ``slot`` numbers the parcels of one round between two ranks, equally on both ends. A one-sided transport writes the
+    chunk into the receiver's window at byte ``offset``. ``pitch``: see ``window_view``; only shared memory has chunks
+    that are not contiguous.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -67,7 +68,7 @@ class Parcel:
         place(self.parts, into)
 
     def packed(self) -> torch.Tensor:
-        """The chunk as one contiguous tensor: the part itself where that is one."""
+        """The chunk as one contiguous tensor. A single contiguous part is returned without a copy."""
         first = self.parts[0]
         if len(self.parts) == 1 and first.dtype == self.dtype and first.is_contiguous():
             return first
@@ -79,8 +80,8 @@ class Parcel:
 def window_view(
     window: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype, pitch: int | None = None
 ) -> torch.Tensor:
-    """A chunk [S, ..., H, D] in the bytes of a window, from ``offset`` on: contiguous, or, where ``pitch`` is given, as
-    [..., H, S, D] with so many elements from one head to the next."""
+    """View the chunk [S, ..., H, D] at byte ``offset`` of a window. It is contiguous without ``pitch``. With ``pitch``,
+    memory holds [..., H, S, D] with that many elements from one head to the next."""
     if pitch is None:
         nbytes = math.prod(shape) * dtype.itemsize
         return window[offset : offset + nbytes].view(dtype).view(tuple(shape))
@@ -91,86 +92,87 @@ def window_view(
 
 
 class Ticket(ABC):
-    """A started exchange. ``arrived_s``: when all that it receives was here (``time.perf_counter``), where the
-    transport knows; for traces."""
+    """An exchange that has started. ``arrived_s``: when its last receive completed (``time.perf_counter``), for traces;
+    None if the transport does not measure it."""
 
     arrived_s: float | None = None
 
     @abstractmethod
     def wait(self) -> None:
-        """Until everything received is usable on the current stream. Bounded; raises TransportError. Idempotent."""
+        """Wait until all receives are usable on the current stream. Bounded; raises TransportError. Idempotent."""
 
 
 class Transport(ABC):
-    """One link of one sequence-parallel group."""
+    """Moves chunks on one link of one sequence-parallel group."""
 
     @property
     def one_sided(self) -> OneSided | None:
-        """This link, where its chunks are written into windows."""
+        """This transport if it writes into windows, else None."""
         return None
 
     def begin_call(self, identity: int) -> None:
-        """A call begins. ``identity``, 32 bits, is the same on all ranks that make the same call and goes with all that
-        is sent in it: where a rank gets something of another call, the transport fails, or what was sent never arrives.
-        Local."""
+        """Start a call. ``identity`` (32 bits) is equal on all ranks that make the same call, and is sent with the
+        call's data. A rank that receives data of another call fails, or its receive times out. Local."""
         self._identity = identity
 
     _identity = 0
     enqueues = False
-    """Whether waits are enqueued on a GPU, so that a call may fail after its host has ended it."""
+    """Whether waits are enqueued on a GPU, so that a call may fail after its host has returned."""
 
     @abstractmethod
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        """Start moving ``sends`` and filling ``receives``; returns at once.
+        """Start to send and receive; return at once.
 
-        The k-th exchange of a call on one rank matches the k-th on every peer, with chunks of equal size at both ends.
-        What a parcel names must be untouched until the ticket (receives) or ``drain`` (sends) has returned.
+        The k-th exchange of a call on one rank matches the k-th on every peer, with chunks of equal size on both ends.
+        Tensors of ``receives`` must not be used before the ticket's wait returns, those of ``sends`` not be changed
+        before ``drain`` returns.
         """
 
     @abstractmethod
     def drain(self) -> None:
-        """Until every send of this call has left its tensor: nothing stays posted across calls. Bounded."""
+        """Wait until every send of this call is done with its tensor. Nothing stays posted across calls. Bounded."""
 
-    def poison(self, result: torch.Tensor) -> None:  # noqa: B027  (where the host waits, it has raised by then)
-        """Where waits are enqueued and not waited for: let the current stream turn ``result``, which this call
-        computed, into NaN if anything that it waited for did not arrive, or was of another call. Floating point, any
-        shape. After ``drain`` for what the call returns; during it for what goes on over another transport, whose
-        receivers hear of nothing."""
+    def poison(self, result: torch.Tensor) -> None:  # noqa: B027  (a transport that waits on the host raises instead)
+        """Turn ``result`` into NaN, on the current stream, if data of this call was lost or belongs to another call.
 
-    def close(self) -> None:  # noqa: B027  (nothing to close is a legal implementation)
-        """Let go of what the link holds; idempotent. Local. No exchange may follow."""
+        For transports that enqueue their waits. ``result``: floating point, any shape. Call it after ``drain`` for the
+        tensor that the call returns, and earlier for a tensor that is sent on over another transport, since its
+        receivers are not notified of the failure."""
+
+    def close(self) -> None:  # noqa: B027  (not every transport owns resources)
+        """Release all resources. Idempotent. Local. No exchange may follow."""
 
 
 class OneSided(Transport):
-    """Senders write into a window of the receiver, at ``Parcel.offset``, and raise a flag. One object serves all links
-    of a group that move chunks that way, since they share the window."""
+    """Senders write into the receiver's window at ``Parcel.offset`` and raise a flag. One object handles all one-sided
+    links of a group, since they share the window."""
 
     @property
     def one_sided(self) -> OneSided:
         return self
 
     halves: int
-    """Parts of a window that calls use in turn. With one, a rank may write to a peer as soon as that has sent it what
-    it sends last in an attention call; ``Mesh.begin`` sees to what follows from that."""
+    """Buffers of a window, which calls use in turn: 2, or 1. With 1, a rank may write to a peer as soon as it has
+    received the peer's last chunk of an attention call; ``Mesh.begin`` synchronizes ranks where that is too early."""
 
     last_call: object = None
-    """What ``Mesh.begin`` was given last."""
+    """Last argument of ``Mesh.begin``."""
 
     @property
     @abstractmethod
     def window_bytes(self) -> int:
-        """Memory that this rank's window holds, also between calls."""
+        """Size of this rank's window, which is also held between calls."""
 
     @abstractmethod
     def reserve(self, nbytes: int) -> None:
-        """From now on a window has at least ``nbytes`` for each call, the same number on every rank. Collective over
-        the group, between calls. Raises TransportError on every rank if one of them cannot."""
+        """Grow the window to at least ``nbytes`` per call, equal on all ranks. Collective over the group, between
+        calls. Raises TransportError on every rank if one of them cannot."""
 
     @abstractmethod
     def begin(self) -> torch.Tensor:
-        """Start a call, of the identity that ``begin_call`` was given. This rank's window in it, as bytes [nbytes]:
-        valid until the next call."""
+        """Start the call of the last ``begin_call``. Returns this rank's window as bytes [nbytes], valid until the next
+        call."""
 
-    def why_not_now(self) -> str | None:
-        """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
+    def fallback_reason(self) -> str | None:
+        """Why no call is possible at this moment, equal on all ranks; None if one is. Local."""
         return None

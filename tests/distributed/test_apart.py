@@ -1,6 +1,6 @@
-"""Ranks that come apart: what fails on one of them, or differs, fails on all with one reason, and the next call works.
+"""A call that fails or differs on one rank fails on all ranks with the same reason, and the next call succeeds.
 
-No case may end with a wrong result: ``ranks/apart.py`` compares each with float64."""
+No case may return a wrong result: ``ranks/apart.py`` compares each result with float64."""
 
 from __future__ import annotations
 
@@ -13,91 +13,91 @@ from tests.launch import reports, torchrun
 TRANSPORTS = ("shm", "tcp", "two_sided")
 
 
-def alone(reason):
-    """What ranks print where rank 1 alone fails for this reason: the others name it, and then all is right."""
-    others = rf"TransportError: rank 1 on \S+ failed: {reason}[^|]*, right, right, right"
-    own = rf"{reason}[^|]*, right, right, right"
+def fails_on_rank_1(reason):
+    """What ranks print if only rank 1 fails: the others name it, and the next three calls are correct."""
+    others = rf"TransportError: rank 1 on \S+ failed: {reason}[^|]*, correct, correct, correct"
+    own = rf"{reason}[^|]*, correct, correct, correct"
     return tuple(" \\| ".join(f"{t}: {own if rank == 1 else others}" for t in TRANSPORTS) for rank in range(4))
 
 
-def each(*words):
-    return (" \\| ".join(f"{t}: {', '.join(words)}" for t in TRANSPORTS),) * 4
+def each(*texts):
+    return (" \\| ".join(f"{t}: {', '.join(texts)}" for t in TRANSPORTS),) * 4
 
 
-OTHER_CALLS = r"TransportError: ranks make different calls[^|]*?"
-# case -> what ranks 0 to 3 print
+MISMATCH = r"TransportError: ranks make different calls[^|]*?"
+# case -> what each rank prints
 CASES = {
-    "a_gradient": alone("ValueError: a gradient is asked for"),
-    "no_query": alone("TypeError: query must be a dense tensor"),
-    "counts_of_another_type": alone("TypeError: tokens must be two lists"),
-    "attention_raises": alone("ZeroDivisionError: as it should"),
-    "goes_on_at_once": each("True", "right"),
-    "goes_on_late": each("True", "right"),
-    "interrupted_while_counts_are_exchanged": tuple(
+    "requires_grad": fails_on_rank_1("ValueError: a gradient is asked for"),
+    "query_is_none": fails_on_rank_1("TypeError: query must be a dense tensor"),
+    "counts_of_wrong_type": fails_on_rank_1("TypeError: tokens must be two lists"),
+    "attention_raises": fails_on_rank_1("ZeroDivisionError: planted"),
+    "failure_in_the_last_step": each("True", "correct"),
+    "late_failure_in_the_last_step": each("True", "correct"),
+    "interrupt_during_gather_of_counts": tuple(
         " \\| ".join(
-            f"{t}: {'' if rank == 1 else 'TransportError: rank 1 on .* failed: '}KeyboardInterrupt(: )?, right, right"
+            f"{t}: {'' if rank == 1 else 'TransportError: rank 1 on .* failed: '}KeyboardInterrupt(: )?(, correct){{2}}"
             for t in TRANSPORTS
         )
         for rank in range(4)
     ),
-    "interrupted_while_it_fails": each("right"),
-    "interrupted_between_two_lines": ("right",) * 4,
-    "a_forked_child_uses_the_mesh": tuple(
-        " \\| ".join(rf"{t}: right{', RuntimeError: this process was forked.*' * (rank == 1)}" for t in TRANSPORTS)
+    "interrupt_during_failure_report": each("correct"),
+    "interrupt_before_call_begins": ("correct",) * 4,
+    "forked_child_uses_the_mesh": tuple(
+        " \\| ".join(rf"{t}: correct{', RuntimeError: this process was forked.*' * (rank == 1)}" for t in TRANSPORTS)
         for rank in range(4)
     ),
     "use_after_close": (r"(RuntimeError: this mesh has been closed[^,]*, and no call[^,]*(, |$)){2}",) * 4,
-    "two_known_calls_in_another_order": each(
-        OTHER_CALLS, "ValueError: tokens must be the same[^|]*?", "right",
-        OTHER_CALLS, "ValueError: ranks disagree on shape, dtype[^|]*?", "right",
+    "calls_in_different_order": each(
+        MISMATCH, "ValueError: tokens must be the same[^|]*?", "correct",
+        MISMATCH, "ValueError: ranks disagree on shape, dtype[^|]*?", "correct",
     ),
-    "counts_that_contradict": each(
-        "ValueError: tokens must be the same on all ranks[^|]*?", "right",
-        r"(TransportError|ValueError): [^|]*?", "right",
+    "different_counts": each(
+        "ValueError: tokens must be the same on all ranks[^|]*?", "correct",
+        r"(TransportError|ValueError): [^|]*?", "correct",
     ),
-    "another_request": each(
-        "right", rf"{OTHER_CALLS}a dog[^|]*?a cow[^|]*?", "right", "right", rf"{OTHER_CALLS}third[^|]*?", "right"
+    "different_requests": each(
+        "correct", rf"{MISMATCH}a dog[^|]*?a cow[^|]*?", "correct", "correct", rf"{MISMATCH}third[^|]*?", "correct"
     ),
-    "requests_without_links": ("right, ValueError: ranks are in different requests: .*rank 3: a cow.*, right",) * 4,
+    "different_requests_without_links": ("correct, ValueError: ranks are in different .*rank 3: a cow.*, correct",) * 4,
     "two_threads": (
-        *[r"\[\], (right|TransportError: rank 2 on \S+ failed: RuntimeError: two threads use one mesh.*), right"] * 2,
-        r"RuntimeError: two threads use one mesh.*, (right|TransportError: rank 2 on \S+ failed: .*), right",
-        r"\[\], (right|TransportError: rank 2 on \S+ failed: RuntimeError: two threads use one mesh.*), right",
+        *[r"\[\], (correct|TransportError: rank 2 on \S+ failed: RuntimeError: two threads use .*), correct"] * 2,
+        r"RuntimeError: two threads use one mesh.*, (correct|TransportError: rank 2 on \S+ failed: .*), correct",
+        r"\[\], (correct|TransportError: rank 2 on \S+ failed: RuntimeError: two threads use one mesh.*), correct",
     ),
-    "meet_after_failing_at_different_times": ("right",) * 4,
-    "one_rank_cannot_make_a_transport": (
-        *[r"TransportError: rank 2 on \S+ failed: .*as it should, right, (shm|tcp)$"] * 2,
-        r"TransportError: as it should, right, (shm|tcp)$",
-        r"TransportError: rank 2 on \S+ failed: .*as it should, right, (shm|tcp)$",
+    "reconnect_after_timeouts": ("correct",) * 4,
+    "trial_fails_on_one_rank": (
+        *[r"TransportError: rank 2 on \S+ failed: .*planted, correct, (shm|tcp)$"] * 2,
+        r"TransportError: planted, correct, (shm|tcp)$",
+        r"TransportError: rank 2 on \S+ failed: .*planted, correct, (shm|tcp)$",
     ),
-    "one_rank_cannot_build": each(
-        "right", r"[^|,]*Error: (rank 2 on \S+ failed: OSError: )?as it should", "nothing left"
+    "build_fails_on_one_rank": each(
+        "correct", r"[^|,]*Error: (rank 2 on \S+ failed: OSError: )?planted", "no leak"
     ),
-    "closing_keeps_nothing": ("nothing",) * 4,
-    "a_model_output": (r"\{True\}",) * 4,
-    "a_model_output_of_other_shape": (r"ValueError: ranks disagree on an all-gather.*, \[8, 3\]",) * 4,
-    "a_model_output_at_another_dimension": (rf"{OTHER_CALLS}at 0[^|]*?at 1.*",) * 4,
-    "inputs_compared_on_some_ranks_only": tuple(
-        rf"{'' if rank == 1 else r'TransportError: rank 1 on .* failed: '}KeyboardInterrupt(: )?, right"
+    "close_frees_everything": ("no leak",) * 4,
+    "all_gather": (r"\{True\}",) * 4,
+    "all_gather_of_different_shapes": (r"ValueError: ranks disagree on an all-gather.*, \[8, 3\]",) * 4,
+    "all_gather_of_different_dimensions": (rf"{MISMATCH}at 0[^|]*?at 1.*",) * 4,
+    "interrupt_during_comparison_of_inputs": tuple(
+        rf"{'' if rank == 1 else r'TransportError: rank 1 on .* failed: '}KeyboardInterrupt(: )?, correct"
         for rank in range(4)
     ),
-    "a_trial_fails": tuple(
-        rf"right, {why}, right, right, right"
-        for why in (
+    "usp_trial_fails": tuple(
+        rf"correct, {reason}, correct, correct, correct"
+        for reason in (
             "ArithmeticError: planted" if rank == 1 else r"RuntimeError: [^,]* failed: rank 1: .*" for rank in range(4)
         )
     ),
-    "labels_in_place_of_tags": (r"right, off by nan, TransportError: .*ranks .*different calls.*, right",) * 4,
+    "labels_instead_of_tags": (r"correct, off by nan, TransportError: .*ranks .*different calls.*, correct",) * 4,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def output() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
     return reports(torchrun("apart.py", *CASES, nproc=4, timeout=300).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_that_come_apart(case, said):
+def test_failures_and_differences(case, output):
     for rank, expected in enumerate(CASES[case]):
-        assert re.fullmatch(expected, said[case][str(rank)], re.DOTALL), said[case][str(rank)]
+        assert re.fullmatch(expected, output[case][str(rank)], re.DOTALL), output[case][str(rank)]

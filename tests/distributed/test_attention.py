@@ -89,7 +89,7 @@ REFUSALS = {
         "ValueError",
         r"each of the 4 ranks must be in one group, got .* \[\(0, 1\), \(1, 2",
     ),
-    "a_rank_is_missing": ("TransportError", r"rank 1 on \S+ did not come to 'attention call'"),
+    "a_rank_is_missing": ("TransportError", r"rank 1 on \S+ did not reach 'attention call'"),
 }
 
 

@@ -1,81 +1,83 @@
-"""The control plane of a group: values, failures and deaths between real ranks, and the store that it starts from."""
+"""The control plane between real ranks: gathers, failure reports, lost ranks; and the store that it starts from."""
 
 from __future__ import annotations
 
 import re
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import pytest
 
-from sf_xfuser.transport.control_plane import _STRANGERS, Greeter
-from sf_xfuser.transport.rendezvous import bounded
+from sf_xfuser.transport.rendezvous import run_with_timeout
+from sf_xfuser.transport.sockets import MAX_PENDING, Acceptor
 from tests.launch import reports, torchrun
 
-GONE = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"
-# case -> what ranks 0 to 3 print
+LOST = r"rank 1 on \S+ is gone: its process ended.* \(at once\)"
+# case -> what each rank prints
 CASES = {
-    "values": ("right",) * 4,
-    "large_values": ("True",) * 4,
-    "another_topic": (
-        r"GroupError: ranks make different calls \(.*rank 3 on \S+ is at 'dinner'; rank 2 on \S+ is at 'lunch'\).*",
+    "gathers": ("correct",) * 4,
+    "large_values": ("correct",) * 4,
+    "different_topics": (
+        r"GroupError: ranks make different calls \(.*rank 3 on \S+ is at 'topic b'; rank 2 on \S+ is at 'topic a'\).*",
     ) * 4,
-    "nobody_comes": (r"GroupError: rank 2 on \S+ did not come to 'dinner', for which the other ranks wait.*",) * 4,
-    "first_reason_stays": (r"rank 3 on \S+ failed: KeyError: 'it'",) * 4,
-    "who_makes_no_call": (
+    "missing_rank": (r"GroupError: rank 2 on \S+ did not reach 'topic b' while the other ranks wait for it.*",) * 4,
+    "cause_before_timeouts": (r"rank 3 on \S+ failed: KeyError: 'x'",) * 4,
+    "rank_in_no_call": (
         r"rank 1 on \S+ is in no call, while the other ranks wait for it .*",
-        "nothing|rank 1 on .*",
+        "no failure|rank 1 on .*",
         *[r"rank 1 on \S+ is in no call, while the other ranks wait for it .*"] * 2,
     ),
-    "strangers": ("right",) * 4,
-    "one_closes": (*[r"GroupError: rank 2 on \S+ has closed its mesh.*"] * 2, "closed", "GroupError: rank 2 on .*"),
+    "strangers": ("correct",) * 4,
+    "closed_rank": (*[r"GroupError: rank 2 on \S+ has closed its mesh.*"] * 2, "closed", "GroupError: rank 2 on .*"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def output() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
     return reports(torchrun("control.py", *CASES, nproc=4, timeout=120).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_four_ranks(case, said):
+def test_four_ranks(case, output):
     for rank, expected in enumerate(CASES[case]):
-        assert re.fullmatch(expected, said[case][str(rank)], re.DOTALL), said[case]
+        assert re.fullmatch(expected, output[case][str(rank)], re.DOTALL), output[case]
 
 
-def test_a_forked_child_that_outlives_its_parent_hides_nothing():
-    case = "a_forked_child_hides_nothing"
+def test_a_forked_child_does_not_hide_that_its_parent_ended():
+    case = "forked_child"
     output = torchrun("control.py", case, nproc=4, timeout=60, expect_failure=True).output
-    found = dict(re.findall(rf"@@{case} (\d) (.*?)@@", output, re.DOTALL))
+    printed = dict(re.findall(rf"@@{case} (\d) (.*?)@@", output, re.DOTALL))
     for rank in "023":
-        assert re.fullmatch(GONE, found[rank], re.DOTALL), output
+        assert re.fullmatch(LOST, printed[rank], re.DOTALL), output
 
 
-def test_a_store_that_does_not_answer_is_not_waited_for():
+def test_the_wait_for_a_silent_store_is_bounded():
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"waiting: the store of torch.distributed did not answer within 0.2 s"):
-        bounded(lambda: time.sleep(5), 0.2, "waiting")
+        run_with_timeout(lambda: time.sleep(5), 0.2, "waiting")
     assert time.monotonic() - started < 2
-    assert bounded(lambda: "value", 1.0, "waiting") == "value"
+    assert run_with_timeout(lambda: "value", 1.0, "waiting") == "value"
     with pytest.raises(KeyError):
-        bounded(lambda: {}["missing"], 1.0, "waiting")
+        run_with_timeout(lambda: {}["missing"], 1.0, "waiting")
 
 
-def test_the_oldest_stranger_speaks_while_it_makes_room():
-    with ExitStack() as open_links, socket.create_server(("127.0.0.1", 0), backlog=_STRANGERS) as listener:
-        greeter = Greeter(listener, 4)
+def test_the_oldest_pending_connection_is_closed_even_while_it_sends():
+    with ExitStack() as opened, closing(Acceptor("127.0.0.1", MAX_PENDING, handshake_bytes=4)) as acceptor:
+
+        def connect():
+            return opened.enter_context(socket.create_connection(("127.0.0.1", acceptor.port)))
+
         connections = []
-        for _ in range(_STRANGERS):
-            connections.append(open_links.enter_context(socket.create_connection(listener.getsockname())))
-            assert greeter.poll(1.0) == []
-        connections.append(open_links.enter_context(socket.create_connection(listener.getsockname())))
+        for _ in range(MAX_PENDING):
+            connections.append(connect())
+            assert acceptor.poll(1.0) == []
+        connections.append(connect())
         connections[0].sendall(b"no")
         connections[-1].sendall(b"here")
-        found = []
-        while not found:
-            found = greeter.poll(1.0)
-        assert [said for _, said in found] == [b"here"]
-        found[0][0].close()
-        greeter.close()
+        accepted = []
+        while not accepted:
+            accepted = acceptor.poll(1.0)
+        assert [handshake for _, handshake in accepted] == [b"here"]
+        accepted[0][0].close()

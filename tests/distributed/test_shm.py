@@ -1,5 +1,5 @@
-"""Shared-memory windows between real ranks of one host: the same bits as over TCP, and what is said when something goes
-wrong. (``test_protocol.py`` has the argument; ``ranks/faults.py`` kills and stops ranks.)"""
+"""Shared-memory windows between real ranks of one host: bitwise equality with TCP, errors, and faults
+(``ranks/faults.py`` kills and stops ranks; ``test_protocol.py`` checks the protocol in every interleaving)."""
 
 from __future__ import annotations
 
@@ -19,75 +19,76 @@ REASON = shm.unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 EACH = 4
-# case -> what ranks 0 to 3 print
+# case -> what each rank prints
 CASES = {
-    "the_same_bits_as_over_tcp": ("equal",) * EACH,
-    "chaos": ("10000 calls equal",) * EACH,
-    "shapes_that_change_in_a_single_half": ("300 calls equal",) * EACH,
-    "first_in_inference_mode": ("equal",) * EACH,
-    "memory": ("as small as they should be",) * EACH,
-    "only_the_user_may_open_it": ("0o600",) * EACH,
-    "no_name_is_left": (r"names: \[\]",) * EACH,
-    "what_the_dead_left_is_removed": (r"removed 1 of 9, kept .*: \(True, True\)",) * EACH,
-    "nothing_comes": (
+    "bitwise_equal_to_tcp": ("equal",) * EACH,
+    "random_pauses": ("10000 calls equal",) * EACH,
+    "changing_shapes_in_a_single_half": ("300 calls equal",) * EACH,
+    "inference_mode_first": ("equal",) * EACH,
+    "memory": ("bounded",) * EACH,
+    "file_mode": ("0o600",) * EACH,
+    "no_name_remains": (r"names: \[\]",) * EACH,
+    "stale_segments_are_removed": (r"removed 1 of 9, kept .*: \(True, True\)",) * EACH,
+    "timeout": (
         *[r"TransportError: .*from rank 3 in round 5: .*Expected flag \(call=1, chunk=1\), got \(call=0"] * 3,
         "silent",
     ),
-    "one_gives_up": (
+    "peer_aborts": (
         r"TransportError: .*nothing came from rank 3 in round 0: waited 1\.",
-        *[r"TransportError: .*nothing came from rank 0 in round 0: it gave up"] * 2,
+        *[r"TransportError: .*nothing came from rank 0 in round 0: it has aborted"] * 2,
         "silent",
     ),
-    "one_is_ahead": (
-        *[r"TransportError: .*rank 3 in round 0: it is calls ahead.*\(call=1, chunk=1\), got \(call=3"] * 3,
+    "peer_is_ahead": (
+        *[r"TransportError: .*rank 3 in round 0: it is more than one call ahead.*\(call=1, .*got \(call=3"] * 3,
         "silent",
     ),
     "attention_fails_on_one_rank": (
-        r"TransportError: rank 1 on \S+ failed: MemoryError: as it should",
-        "MemoryError: as it should",
-        *[r"TransportError: rank 1 on \S+ failed: MemoryError: as it should"] * 2,
+        r"TransportError: rank 1 on \S+ failed: MemoryError: planted",
+        "MemoryError: planted",
+        *[r"TransportError: rank 1 on \S+ failed: MemoryError: planted"] * 2,
     ),
-    "a_transport_cannot_be_tried": (r"TransportError: .*as it should",) * EACH,
+    "trial_fails": (r"TransportError: .*planted",) * EACH,
     "use_after_close": (r"TransportError: rank \d: the shm transport was closed",) * EACH,
-    "different_windows": (r"Unusable: shm cannot be used: rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
-    "too_little_memory": (r"Unusable: shm cannot be used: (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
-    "auto_does_without_too_little_memory": (r"tcp, .*fastest of tcp .*; shm cannot be used: rank 2: /dev/shm",) * EACH,
-    "auto_chooses_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: another one than shm",) * EACH,
-    "auto_does_without_any_memory": (r"tcp, the only one here; shm cannot be used: rank 2: .* needs 8192",) * EACH,
-    "shared_memory_is_not_there": (r"ValueError: --sp-transport shm needs ranks that share .*elsewhere",) * EACH,
-    "what_auto_takes": ("tcp",) * EACH,
+    "different_windows": (r"TransportUnavailable: .* rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
+    "too_little_memory": (r"TransportUnavailable: .* (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
+    "auto_with_too_little_memory": (r"tcp, .*fastest of tcp .*; shm cannot be used: rank 2: /dev/shm",) * EACH,
+    "auto_selects_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: another one than shm",) * EACH,
+    "auto_without_memory": (r"tcp, the only one here; shm cannot be used: rank 2: .* needs 8192",) * EACH,
+    "no_shared_memory": (r"ValueError: --sp-transport shm needs ranks that share .*elsewhere",) * EACH,
+    "selected_by_auto": ("tcp",) * EACH,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def output() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
-    programs = [case for case in CASES if case != "what_auto_takes"]
-    return reports(torchrun("shm_ranks.py", *programs, nproc=EACH, timeout=300).output, CASES)
+    cases = [case for case in CASES if case != "selected_by_auto"]
+    return reports(torchrun("shm_ranks.py", *cases, nproc=EACH, timeout=300).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_windows(case, said):
+def test_windows(case, output):
     for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+        assert re.match(expected, output[case][str(rank)], re.DOTALL), output[case]
 
 
-def test_shared_memory_is_used_where_ranks_share_it():
+def test_shm_is_used_if_ranks_share_memory():
     layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
     rank_info = links.RankInfo(layout, range(4), 0, 1.0)
 
-    def of(names, wanted):
-        """MemoryDomain names; - for a rank that cannot."""
+    def ways_for(names, wanted):
+        """Ways to connect ranks of these memory domains; "-" is a rank without shared memory."""
         domains = [links.MemoryDomain(name, "no /dev/shm" if name == "-" else None) for name in names]
         return list(links.ways(wanted, rank_info, links.shared_links(wanted, domains, layout), {}))
 
-    assert of("aaaa", "auto") == ["shm", "tcp"]
-    assert of("aabb", "auto") == ["shm inside, tcp across", "tcp"]
-    assert of("abba", "auto") == of("aa--", "auto") == of("----", "auto") == of("aaaa", "tcp") == ["tcp"]
-    assert of("aaaa", "shm") == ["shm"]
-    for names, told in (("aabb", "'b'"), ("aaa-", "'no /dev/shm'")):
-        with pytest.raises(ValueError, match=rf"shm needs ranks that share the memory of one host; .*{told}"):
-            of(names, "shm")
+    assert ways_for("aaaa", "auto") == ["shm", "tcp"]
+    assert ways_for("aabb", "auto") == ["shm inside, tcp across", "tcp"]
+    for names, wanted in (("abba", "auto"), ("aa--", "auto"), ("----", "auto"), ("aaaa", "tcp")):
+        assert ways_for(names, wanted) == ["tcp"]
+    assert ways_for("aaaa", "shm") == ["shm"]
+    for names, text in (("aabb", "'b'"), ("aaa-", "'no /dev/shm'")):
+        with pytest.raises(ValueError, match=rf"shm needs ranks that share the memory of one host; .*{text}"):
+            ways_for(names, "shm")
     alone = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
     assert links.shared_links("auto", [links.MemoryDomain("a"), links.MemoryDomain("b")], alone) == []
 
@@ -98,35 +99,35 @@ FAULTS += [f"{kind}:kill:{n}:{faults.WHERE[n]}:{5 * n}" for kind in ("ring", "al
 FAULTS += ["shm:kill:2:attend:3", "mixed:kill:1:attend:2", "ring:stop:0:flag:5", "mixed:stop:3:wait:3"]
 
 
-def test_a_rank_that_dies_while_windows_grow_leaves_nothing():
-    """Ranks that agree would wait for five time-outs, but hear of it."""
+def test_a_rank_killed_while_windows_grow_leaves_nothing():
+    """The others wait in a gather, with five times the timeout, and are notified before that."""
     output = run([sys.executable, str(RANKS / "faults.py"), "shm:kill:1:grow:0"], timeout=100).output
-    found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-    assert found["left"] == [] and found["statuses"] == [3, -9, 3, 3]
-    for told in (found["told"][rank] for rank in (0, 2, 3)):
-        assert re.match(r"rank 1 on \S+ is gone", told["error"]), found
-        assert told["after_s"] < faults.TIMEOUT_S, found
+    result = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    assert result["left"] == [] and result["statuses"] == [3, -9, 3, 3]
+    for report in (result["errors"][rank] for rank in (0, 2, 3)):
+        assert re.match(r"rank 1 on \S+ is gone", report["error"]), result
+        assert report["after_s"] < faults.TIMEOUT_S, result
 
 
 @pytest.fixture(scope="module")
-def fared() -> dict[str, dict]:
-    """scenario -> how the ranks fared."""
+def results() -> dict[str, dict]:
+    """The result of each scenario, from one process."""
     lines = run([sys.executable, str(RANKS / "faults.py"), *FAULTS], timeout=300).output.splitlines()
-    return {found["scenario"]: found for found in map(json.loads, (x for x in lines if x.startswith("{")))}
+    return {result["scenario"]: result for result in map(json.loads, (x for x in lines if x.startswith("{")))}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_survivor_raises_in_time_and_nothing_is_left(fault, fared):
-    """All name the rank at fault first. Where all live, ranks meet again and the next call succeeds."""
-    found = fared[fault]
-    _, how, victim, *_ = fault.split(":")
-    assert found["left"] == []
-    assert found["statuses"] == [-9 if how == "kill" and str(rank) == victim else 3 for rank in range(4)], found
-    for rank, told in enumerate(found["told"]):
-        if how == "kill" and str(rank) == victim:
+def test_every_survivor_raises_in_time_and_nothing_is_left(fault, results):
+    """Every error names the rank at fault first. If all ranks live, they reconnect and the next call succeeds."""
+    result = results[fault]
+    _, action, victim, *_ = fault.split(":")
+    assert result["left"] == []
+    assert result["statuses"] == [-9 if action == "kill" and str(rank) == victim else 3 for rank in range(4)], result
+    for rank, report in enumerate(result["errors"]):
+        if action == "kill" and str(rank) == victim:
             continue
-        assert told["after_s"] < (1.5 if how == "kill" else faults.TIMEOUT_S + 4), found
-        how_named = " is gone" if how == "kill" else "( did not|, which coordinates the group, does not) answer"
-        assert str(rank) == victim or re.match(rf"rank {victim} on [^ ,]+{how_named}", told["error"]), found
-        if how == "stop":
-            assert told["again"] == "equal", found
+        assert report["after_s"] < (1.5 if action == "kill" else faults.TIMEOUT_S + 4), result
+        named = " is gone" if action == "kill" else "( did not|, which coordinates the group, does not) answer"
+        assert str(rank) == victim or re.match(rf"rank {victim} on [^ ,]+{named}", report["error"]), result
+        if action == "stop":
+            assert report["next_call"] == "equal", result

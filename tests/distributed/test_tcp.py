@@ -1,4 +1,4 @@
-"""TCP links between three real ranks: what arrives, in which order, and what is said when something goes wrong."""
+"""TCP links between three real ranks: data, order, and errors."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.links import wanted
 from tests.launch import reports, torchrun
 
-# case -> what ranks 0, 1 and 2 print
+# case -> what each rank prints
 CASES = {
-    "everything_arrives": ("all equal",) * 3,
-    "a_later_send_waits_for_an_earlier_one": (r"after [1-9]\.", r"after [1-9]\.", r"after [1-9]\."),
-    "another_call": (
+    "all_data_arrives": ("all equal",) * 3,
+    "sends_keep_their_order": (r"after [1-9]\.", r"after [1-9]\.", r"after [1-9]\."),
+    "call_mismatch": (
         r"TransportError: rank 0 on .*: receiving round \d of exchange 0 from rank 1 failed",
-        r"OtherCall: .*expected \(call's identity, .*\) \(0, 0, 2, 0, 32\) from rank 0, got \(0, 0, 1, 0, 32\)",
-        "not concerned",
+        r"CallMismatch: .*expected \(call identity, .*\) \(0, 0, 2, 0, 32\) from rank 0, got \(0, 0, 1, 0, 32\)",
+        "no transfer",
     ),
-    "nothing_comes": (
+    "receive_timeout": (
         r"TransportError: .*nothing came from rank\(s\) \[1\] for round 7 of exchange 0 \(rank 1's last: nothing yet\) "
         r"within 2 s \(link across, tcp\)",
-        "sent or not",
-        "sent or not",
+        "not waiting",
+        "not waiting",
     ),
-    "nobody_takes_it": (
-        r"TransportError: .*what was to be sent was not taken within 2 s",
-        "did not ask",
-        "did not ask",
+    "send_timeout": (
+        r"TransportError: .*a peer did not take the chunks sent to it within 2 s",
+        "no receive",
+        "no receive",
     ),
-    "a_peer_leaves": (
+    "peer_closes": (
         r"TransportError: .*receiving round \d of exchange 0 from rank 1 failed: the connection was closed",
-        "left",
+        "closed",
         r"TransportError: .*receiving round \d of exchange 0 from rank 1 failed: the connection was closed",
     ),
     "use_after_close": (r"TransportError: .*the link was closed",) * 3,
@@ -41,18 +41,18 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def output() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
     return reports(torchrun("tcp_links.py", *CASES, nproc=3, timeout=150).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_link(case, said):
+def test_link(case, output):
     for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+        assert re.match(expected, output[case][str(rank)], re.DOTALL), output[case]
 
 
-def test_tcp_is_for_cpu_ranks():
+def test_cpu_transports_require_gloo():
     assert wanted(TorusArgs(), "gloo") == "auto"
     assert wanted(TorusArgs(), "nccl") == "auto"
     assert wanted(TorusArgs(transport="two_sided"), "gloo") == "two_sided"

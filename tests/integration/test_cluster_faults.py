@@ -1,4 +1,4 @@
-"""Faults on an emulated cluster: no wrong result, no wait without end, nothing left (``ranks/cluster_faults.py``)."""
+"""Faults on an emulated cluster: no wrong result, no hang, nothing left behind (``ranks/cluster_faults.py``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from sf_xfuser.bench import emulate
 from sf_xfuser.bench.emulate import EmulationError
 from tests.launch import RANKS, finish
-from tests.ranks.cluster_faults import NAMES, Found, Scenario, judge
+from tests.ranks.cluster_faults import NAMES, Result, Scenario, check
 
 REASON = emulate.unavailable()
 needs_namespaces = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -26,28 +26,28 @@ QUICK = [
 ]
 
 
-def fared(names: list[str], timeout: float) -> dict[str, dict]:
-    """name -> how that scenario went, of one launch."""
+def run_scenarios(names: list[str], timeout: float) -> dict[str, dict]:
+    """The result of each scenario, from one launch."""
     output = finish([sys.executable, str(RANKS / "cluster_faults.py"), "--json", *names], timeout=timeout).output
     lines = [line for line in output.splitlines() if line.startswith("{")]
     assert len(lines) == len(names), output[-8000:]
-    return {found["name"]: found for found in map(json.loads, lines)}
+    return {result["name"]: result for result in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
 def quick() -> dict[str, dict]:
-    return fared(QUICK, 200)
+    return run_scenarios(QUICK, 200)
 
 
 @pytest.fixture(scope="module")
 def slow() -> dict[str, dict]:
-    return fared([name for name in NAMES if name not in QUICK], 5400)
+    return run_scenarios([name for name in NAMES if name not in QUICK], 5400)
 
 
 @needs_namespaces
 @pytest.mark.parametrize("name", QUICK)
-def test_ranks_fail_together_or_not_at_all(name, quick):
-    assert quick[name]["bad"] == [], quick[name]
+def test_all_ranks_fail_or_none_does(name, quick):
+    assert quick[name]["problems"] == [], quick[name]
     assert quick[name]["calls"] >= 4 * 5 and quick[name]["worst"] < 1e-5
 
 
@@ -55,7 +55,7 @@ def test_ranks_fail_together_or_not_at_all(name, quick):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
 def test_more_faults(name, slow):
-    assert slow[name]["bad"] == [], slow[name]
+    assert slow[name]["problems"] == [], slow[name]
 
 
 @pytest.mark.parametrize("verb", [emulate.cut, emulate.restore])
@@ -64,27 +64,27 @@ def test_links_outside_a_cluster(verb):
         verb(1)
 
 
-# --- the judge ------------------------------------------------------------------------------------------------------
+# --- check ------------------------------------------------------------------------------------------------------
 
 
 def call(index: int, began: float, t: float | None = None, **what) -> dict:
     return {"call": index, "began": began, "t": began + 0.1 if t is None else t, **({"off": 0.0} | what)}
 
 
-def error(index: int, began: float, t: float, text: str = "said") -> dict:
+def error(index: int, began: float, t: float, text: str = "an error") -> dict:
     return {"call": index, "began": began, "t": t, "error": "TransportError", "text": text}
 
 
-# The fault began at 10 and ended at 12. Ranks make calls 0 and 1 before it, fail at call 2, and succeed at call 3.
-GONE = "rank 0 on machine0: nothing came from rank 1"
-WELL = {
-    rank: [call(0, 1), call(1, 9), error(2, 10, 11 + rank, GONE.replace("rank 0", f"rank {rank}", 1)), call(3, 14)]
+# The fault lasts from 10 to 12. Ranks make calls 0 and 1 before it, fail at call 2, and succeed at call 3.
+TEXT = "rank 0 on machine0: nothing came from rank 1"
+GOOD = {
+    rank: [call(0, 1), call(1, 9), error(2, 10, 11 + rank, TEXT.replace("rank 0", f"rank {rank}", 1)), call(3, 14)]
     for rank in range(4)
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "bad"),
+    ("name", "changed", "problems"),
     [
         ("4x1/tcp/raise:1", {}, []),
         ("4x1/tcp/calm:0", {}, ["rank(s) [0, 1, 2, 3] raised"]),
@@ -98,28 +98,28 @@ WELL = {
         ("4x1/tcp/cut:1:20/no-counts", {rank: call(2, 10) for rank in range(4)}, []),
         ("4x1/tcp/raise:1", {2: error(1, 8, 9)}, ["an error before the fault"]),
         ("4x1/tcp/raise:1", {2: error(3, 14, 15)}, ["no call succeeds"]),
-        ("4x1/tcp/raise:1", {2: error(2, 10, 11, "")}, ["an error without a word"]),
+        ("4x1/tcp/raise:1", {2: error(2, 10, 11, "")}, ["an error without a text"]),
         ("4x1/tcp/kill:1/goes-on", {1: call(1, 9, off=0.1)}, ["1 wrong results"]),
     ],
 )
-def test_what_the_judge_says(name, changed, bad):
-    heard = {rank: list(events) for rank, events in WELL.items()}
+def test_check(name, changed, problems):
+    events = {rank: list(events) for rank, events in GOOD.items()}
     for rank, event in changed.items():
-        heard[rank][event["call"]] = event
-    found = Found(name=name, bound_s=Scenario.parse(name).bound_s)
-    judge(Scenario.parse(name), heard, 10.0, 12.0, found)
-    assert found.bad == bad
-    if not bad and found.after_s:
-        assert found.tries == 1 and found.after_s == pytest.approx({0: 1, 1: 2, 2: found.after_s[2], 3: 4})
-        assert found.named == f"{3 - (2 in changed)}/3"
+        events[rank][event["call"]] = event
+    result = Result(name=name, bound_s=Scenario.parse(name).bound_s)
+    check(Scenario.parse(name), events, 10.0, 12.0, result)
+    assert result.problems == problems
+    if not problems and result.after_s:
+        assert result.tries == 1 and result.after_s == pytest.approx({0: 1, 1: 2, 2: result.after_s[2], 3: 4})
+        assert result.named == f"{3 - (2 in changed)}/3"
 
 
 @pytest.mark.parametrize("name", ["3x1/tcp/kill:1", "4x1/tcp/melt:1", "4x1/tcp/kill:7", "4x1/tcp/kill:1/blindly"])
-def test_a_scenario_that_nobody_knows_is_refused(name):
+def test_an_invalid_scenario_is_refused(name):
     with pytest.raises(ValueError, match="a scenario is SHAPE/TRANSPORT/FAULT"):
         Scenario.parse(name)
 
 
-def test_every_scenario_of_the_table_is_known():
+def test_every_scenario_of_the_table_is_valid():
     assert len({Scenario.parse(name) for name in NAMES}) == len(NAMES) >= 30
     assert {*QUICK} <= {*NAMES}

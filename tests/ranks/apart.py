@@ -1,6 +1,7 @@
-"""Rank side of test_apart.py: four ranks that come apart, over each transport; each case prints what a rank saw.
+"""Rank side of test_apart.py: four ranks, of which one fails or differs, over each transport. Each case prints what the
+rank saw.
 
-Every result is compared with float64 attention over the tokens of all ranks, so a case says "right" or how far off."""
+Every result is compared with float64 attention over the tokens of all ranks: "correct", or the error."""
 
 from __future__ import annotations
 
@@ -30,9 +31,9 @@ from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import TransportError
-from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.cpu import segment
 
-shm._PREFIX = "sf-xfuser_apart-"  # apart from jobs that come and go meanwhile
+segment.PREFIX = "sf-xfuser_apart-"  # distinct from other jobs on this host
 
 TRANSPORTS = ("shm", "tcp", "two_sided")
 COUNTS = {"tokens": ([16] * 4, [16] * 4)}
@@ -48,20 +49,20 @@ def qkv(rank, seed, tokens=16, dtype=torch.float32):
     return [torch.randn(1, 4, tokens, 8, generator=make).to(dtype) for _ in range(3)]
 
 
-def right(out, rank, seed, tokens=16, dtype=torch.float32):
-    """Whether this is attention to the keys of all ranks."""
+def compare(out, rank, seed, tokens=16, dtype=torch.float32):
+    """Compare with attention to the keys of all ranks."""
     q, k, v = (torch.cat(x, 2).double() for x in zip(*(qkv(r, seed, tokens, dtype) for r in range(4)), strict=True))
     wanted = F.scaled_dot_product_attention(q[:, :, tokens * rank : tokens * (rank + 1)], k, v)
     off = float((out.double() - wanted).abs().max())
-    return "right" if off < 30 * torch.finfo(dtype).eps else f"off by {off:.1e}"
+    return "correct" if off < 30 * torch.finfo(dtype).eps else f"off by {off:.1e}"
 
 
 def attempt(mesh, rank, seed, size=16, dtype=torch.float32, **changes):
-    """What came of one call: "right", how far it was off, or what it raised."""
+    """The result of one call: "correct", its error, or the exception."""
     counts = {"tokens": ([size] * 4, [size] * 4)}
     q, k, v = changes.pop("qkv", None) or qkv(rank, seed, size, dtype)
     try:
-        return right(torus_attention(q, k, v, mesh=mesh, **(counts | changes)), rank, seed, size, dtype)
+        return compare(torus_attention(q, k, v, mesh=mesh, **(counts | changes)), rank, seed, size, dtype)
     except (ValueError, TypeError, RuntimeError, KeyboardInterrupt, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -70,77 +71,77 @@ def over_each(work):
     return " | ".join(f"{transport}: {work(transport)}" for transport in TRANSPORTS)
 
 
-def fails_alone(transport, rank, **changes):
-    """Rank 1 alone makes a wrong call; what came of it, and of the three after it."""
+def fail_on_rank_1(transport, rank, **changes):
+    """Only rank 1 makes a wrong call. The results of this call and the next three."""
     mesh = mesh_of(transport)
     attempt(mesh, rank, 9)
     if rank == 1 and callable(changes.get("qkv")):
         changes["qkv"] = changes["qkv"]()
     first = attempt(mesh, rank, 0, **(changes if rank == 1 else {}))
-    said = [first, *(attempt(mesh, rank, seed) for seed in (1, 2, 3))]
+    results = [first, *(attempt(mesh, rank, seed) for seed in (1, 2, 3))]
     mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
-def case_a_gradient(rank):
-    return over_each(lambda t: fails_alone(t, rank, qkv=lambda: [x.requires_grad_() for x in qkv(1, 0)]))
+def case_requires_grad(rank):
+    return over_each(lambda t: fail_on_rank_1(t, rank, qkv=lambda: [x.requires_grad_() for x in qkv(1, 0)]))
 
 
-def case_no_query(rank):
-    return over_each(lambda t: fails_alone(t, rank, qkv=lambda: [None, *qkv(1, 0)[1:]]))
+def case_query_is_none(rank):
+    return over_each(lambda t: fail_on_rank_1(t, rank, qkv=lambda: [None, *qkv(1, 0)[1:]]))
 
 
-def case_counts_of_another_type(rank):
-    return over_each(lambda t: fails_alone(t, rank, tokens=16))
+def case_counts_of_wrong_type(rank):
+    return over_each(lambda t: fail_on_rank_1(t, rank, tokens=16))
 
 
 def case_attention_raises(rank):
     def attend(q, k, v):
-        raise ZeroDivisionError("as it should")
+        raise ZeroDivisionError("planted")
 
-    return over_each(lambda t: fails_alone(t, rank, attention=attend))
+    return over_each(lambda t: fail_on_rank_1(t, rank, attention=attend))
 
 
-def goes_on(transport, rank, attend):
-    """Rank 1's first call fails in its last step, when the others of a ring do not need it any more. No rank waits for
+def fail_in_last_step(transport, rank, attend):
+    """Rank 1's first call fails in its last step, when the other ranks of the ring no longer need it. No rank waits for
     the others before its next calls."""
     args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=1.0, plan="ring=4")
     mesh = build_mesh([[0, 1, 2, 3]], args, heads=4)
-    mesh.one_host = False  # in stages
+    mesh.one_host = False  # staged
     attempt(mesh, rank, 9)
     pieces = []
-    said = [attempt(mesh, rank, 0, **({"attention": partial(attend, pieces)} if rank == 1 else {}))]
-    said += [attempt(mesh, rank, seed) for seed in range(1, 6)]
+    results = [attempt(mesh, rank, 0, **({"attention": partial(attend, pieces)} if rank == 1 else {}))]
+    results += [attempt(mesh, rank, seed) for seed in range(1, 6)]
     dist.barrier()
     mesh.close()
-    wrong = [words for words in said if words.startswith("off")]
-    return f"{sum(words == 'right' for words in said) >= 3}, {said[-1]}{wrong or ''}"
+    wrong = [words for words in results if words.startswith("off")]
+    return f"{sum(words == 'correct' for words in results) >= 3}, {results[-1]}{wrong or ''}"
 
 
-def case_goes_on_at_once(rank):
+def case_failure_in_the_last_step(rank):
     def attend(pieces, q, k, v):
         pieces.append(None)
         if len(pieces) == 4:
-            raise ZeroDivisionError("as it should")
+            raise ZeroDivisionError("planted")
         return sdpa_attend(q, k, v)
 
-    return over_each(lambda t: goes_on(t, rank, attend))
+    return over_each(lambda t: fail_in_last_step(t, rank, attend))
 
 
-def case_goes_on_late(rank):
-    """The others have failed in the call after that by then."""
+def case_late_failure_in_the_last_step(rank):
+    """By then the others have failed in the next call."""
 
     def attend(pieces, q, k, v):
         pieces.append(None)
         if len(pieces) == 4:
             time.sleep(2.5)
-            raise ZeroDivisionError("as it should")
+            raise ZeroDivisionError("planted")
         return sdpa_attend(q, k, v)
 
-    return over_each(lambda t: goes_on(t, rank, attend))
+    return over_each(lambda t: fail_in_last_step(t, rank, attend))
 
 
-def case_interrupted_while_counts_are_exchanged(rank):
+def case_interrupt_during_gather_of_counts(rank):
     def work(transport):
         mesh = mesh_of(transport)
         attempt(mesh, rank, 9, tokens=None)
@@ -149,51 +150,51 @@ def case_interrupted_while_counts_are_exchanged(rank):
             signal.setitimer(signal.ITIMER_REAL, 0.2)
         if rank == 3:
             time.sleep(0.5)
-        said = [attempt(mesh, rank, seed, tokens=None) for seed in range(3)]
+        results = [attempt(mesh, rank, seed, tokens=None) for seed in range(3)]
         mesh.close()
-        return ", ".join(said)
+        return ", ".join(results)
 
     return over_each(work)
 
 
-def case_interrupted_while_it_fails(rank):
-    """Rank 1 has sent chunks when Ctrl-C comes, and again before it has told anybody: nobody takes its next call for
-    this one."""
+def case_interrupt_during_failure_report(rank):
+    """Rank 1 is interrupted after it has sent chunks, and again before it reports the failure. No rank uses chunks of
+    its next call for this one."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     def work(transport):
-        mesh, said = mesh_of(transport, timeout=1.0, heads=2), []
+        mesh, results = mesh_of(transport, timeout=1.0, heads=2), []
         attempt(mesh, rank, 9)
-        fail = mesh.control.fail
+        fail = mesh.control.report_failure
         if rank == 1:
-            mesh.control.fail = interrupted
-        said.append(attempt(mesh, rank, 0, **({"attention": interrupted} if rank == 1 else {})))
-        mesh.control.fail = fail
-        if rank == 1 or said == ["right"]:  # who has not heard of it does now
-            said.append(attempt(mesh, rank, 1))
+            mesh.control.report_failure = interrupted
+        results.append(attempt(mesh, rank, 0, **({"attention": interrupted} if rank == 1 else {})))
+        mesh.control.report_failure = fail
+        if rank == 1 or results == ["correct"]:  # a rank that was not notified fails in this call
+            results.append(attempt(mesh, rank, 1))
         dist.barrier()
-        said = [attempt(mesh, rank, 2), *(text for text in said if "off" in text)]
+        results = [attempt(mesh, rank, 2), *(text for text in results if "off" in text)]
         mesh.close()
-        return ", ".join(said)
+        return ", ".join(results)
 
     return over_each(work)
 
 
-def case_interrupted_between_two_lines(rank):
-    """Of the call's own, before it has begun: the thread is not taken for another one afterwards."""
+def case_interrupt_before_call_begins(rank):
+    """An interrupt in ``Mesh.call`` before the call begins: the next call is not refused as one of a second thread."""
     mesh = mesh_of("tcp", timeout=1.0)
     attempt(mesh, rank, 9)
     if rank == 1:
         mesh._user[""] = threading.get_ident()
-    said = attempt(mesh, rank, 0)
+    result = attempt(mesh, rank, 0)
     mesh.close()
-    return said
+    return result
 
 
-def case_a_forked_child_uses_the_mesh(rank):
-    """Its chunks would look like those of rank 1's next call."""
+def case_forked_child_uses_the_mesh(rank):
+    """The child's chunks would look like those of rank 1's next call."""
 
     def work(transport):
         mesh = mesh_of(transport, timeout=2.0)
@@ -205,11 +206,11 @@ def case_a_forked_child_uses_the_mesh(rank):
                 mesh.close()
                 os._exit(0)
             os.waitpid(child, 0)
-        said = [attempt(mesh, rank, 0)]
+        results = [attempt(mesh, rank, 0)]
         if rank == 1:
-            said.append(os.read(read, 1000).decode())
+            results.append(os.read(read, 1000).decode())
         mesh.close()
-        return ", ".join(said)
+        return ", ".join(results)
 
     return over_each(work)
 
@@ -222,99 +223,99 @@ def case_use_after_close(rank):
     return f"{attempt(mesh, rank, 0)}, {attempt(mesh, rank, 1)}"
 
 
-def case_two_known_calls_in_another_order(rank):
-    """Of other sizes, and of other dtypes of one size."""
+def case_calls_in_different_order(rank):
+    """Two cached calls of different sizes, then of different dtypes of the same size."""
 
     def work(transport):
-        mesh, said = mesh_of(transport, timeout=1.0), []
-        for kinds in (({"size": 16}, {"size": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
+        mesh, results = mesh_of(transport, timeout=1.0), []
+        for kinds in (({"tokens": 16}, {"tokens": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
             for kind in kinds:
                 attempt(mesh, rank, 9, **kind)
-            said += [attempt(mesh, rank, 0, **kind) for kind in (kinds if rank != 1 else kinds[::-1])]
-            said.append(attempt(mesh, rank, 1))
+            results += [attempt(mesh, rank, 0, **kind) for kind in (kinds if rank != 1 else kinds[::-1])]
+            results.append(attempt(mesh, rank, 1))
         mesh.close()
-        return ", ".join(said)
+        return ", ".join(results)
 
     return over_each(work)
 
 
-def case_counts_that_contradict(rank):
-    """Each rank's own count is right; rank 2 says that rank 0 has a token more."""
+def case_different_counts(rank):
+    """Each rank gives its own count correctly; rank 2 gives one token too many for rank 0."""
 
     def work(transport):
         mesh = mesh_of(transport, timeout=1.0)
         wrong = {"tokens": ([16] * 4, [17, 16, 16, 16])} if rank == 2 else {}
-        said = [attempt(mesh, rank, 0, **wrong), attempt(mesh, rank, 1), attempt(mesh, rank, 2, **wrong)]
-        said.append(attempt(mesh, rank, 3))
+        results = [attempt(mesh, rank, 0, **wrong), attempt(mesh, rank, 1), attempt(mesh, rank, 2, **wrong)]
+        results.append(attempt(mesh, rank, 3))
         mesh.close()
-        return ", ".join(said)
+        return ", ".join(results)
 
     return over_each(work)
 
 
-def case_another_request(rank):
-    """Rank 3 has left out a request, and one layer of the next: nothing but what was said of them differs."""
+def case_different_requests(rank):
+    """Rank 3 skips a request, and a layer of the next one: only the descriptions differ."""
 
     def work(transport):
-        mesh, said = mesh_of(transport, timeout=1.0), []
+        mesh, results = mesh_of(transport, timeout=1.0), []
         for seed, what in enumerate(["a cat", "a dog" if rank != 3 else "a cow"]):
             mesh.begin_request(what)
-            said.append(attempt(mesh, rank, seed))
+            results.append(attempt(mesh, rank, seed))
         mesh.begin_request("a cow")
-        said.append(attempt(mesh, rank, 2))  # ranks meet
+        results.append(attempt(mesh, rank, 2))  # ranks reconnect
         for place in ("first", "second" if rank != 3 else "third"):
             mesh.place = place
-            said.append(attempt(mesh, rank, 3))
+            results.append(attempt(mesh, rank, 3))
         mesh.place = ""
-        said.append(attempt(mesh, rank, 4))
+        results.append(attempt(mesh, rank, 4))
         mesh.close()
-        return ", ".join(said)
+        return ", ".join(results)
 
     return over_each(work)
 
 
-def case_requests_without_links(rank):
-    """--sp-backend usp: xDiT's own collectives carry nothing of ours."""
+def case_different_requests_without_links(rank):
+    """--sp-backend usp: xDiT's own collectives do not send the identity of a call."""
     mesh = build_mesh([[0, 1, 2, 3]], TorusArgs(backend="usp", topology="2x2", timeout=5.0), heads=4)
-    said = []
+    results = []
     for what in ("a cat", "a dog" if rank != 3 else "a cow", "a cow"):
         try:
             mesh.begin_request(what)
-            said.append("right")
+            results.append("correct")
         except ValueError as error:
-            said.append(f"ValueError: {error}")
+            results.append(f"ValueError: {error}")
     mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
 def case_two_threads(rank):
-    """The second thread's call comes while the first one computes."""
+    """A second thread makes a call while the first one computes."""
     mesh = mesh_of("tcp")
     attempt(mesh, rank, 9)
-    computing, told = threading.Event(), []
+    computing, results = threading.Event(), []
 
     def attend(q, k, v):
         computing.set()
         time.sleep(0.3)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v), q.new_zeros(q.shape[:3])
 
-    other = threading.Thread(target=lambda: (computing.wait(), told.append(attempt(mesh, rank, 1))))
+    other = threading.Thread(target=lambda: (computing.wait(), results.append(attempt(mesh, rank, 1))))
     if rank == 2:
         other.start()
     first = attempt(mesh, rank, 0, attention=attend)
     if rank == 2:
         other.join()
     dist.barrier()
-    if first == "right":  # a rank whose own call was over hears of it at its next
+    if first == "correct":  # a rank that had finished its call fails in the next one
         first = attempt(mesh, rank, 2)
     dist.barrier()
-    said = f"{told and told[0]}, {first}, {attempt(mesh, rank, 3)}"
+    text = f"{results and results[0]}, {first}, {attempt(mesh, rank, 3)}"
     mesh.close()
-    return said
+    return text
 
 
-def case_meet_after_failing_at_different_times(rank):
-    """Rank 0 stays away while the others try in vain to meet, more often than it does; then all live and meet."""
+def case_reconnect_after_timeouts(rank):
+    """Rank 0 is absent while the others time out twice in reconnecting. Then all ranks reconnect."""
     mesh = mesh_of("tcp", timeout=0.3)
     attempt(mesh, rank, 9)
     tries = 0
@@ -323,61 +324,61 @@ def case_meet_after_failing_at_different_times(rank):
         time.sleep(4.0)
     else:
         while tries < 2:
-            tries += "right" not in attempt(mesh, rank, 1)
+            tries += "correct" not in attempt(mesh, rank, 1)
     dist.barrier()
-    said = attempt(mesh, rank, 2)
+    result = attempt(mesh, rank, 2)
     mesh.close()
-    return said
+    return result
 
 
-def case_one_rank_cannot_make_a_transport(rank):
-    """While auto tries them: the next call tries again on all ranks."""
+def case_trial_fails_on_one_rank(rank):
+    """During the trials of auto. The next call repeats them on all ranks."""
     mesh = mesh_of("auto")
     connect = mesh.transports["tcp"]
 
     def fail(control):
-        raise TransportError("as it should")
+        raise TransportError("planted")
 
     if rank == 2:
         mesh.transports["tcp"] = fail
-    said = [attempt(mesh, rank, 0)]
+    results = [attempt(mesh, rank, 0)]
     if rank == 2:
         mesh.transports["tcp"] = connect
-    said += [attempt(mesh, rank, 1), mesh.transport if "fastest of shm" in mesh.chosen else mesh.chosen]
+    results += [attempt(mesh, rank, 1), mesh.transport if "fastest of shm" in mesh.chosen else mesh.chosen]
     mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
-def case_one_rank_cannot_build(rank):
-    """A mesh, three times, whose links rank 2 cannot make; then it can. What is left of them afterwards."""
+def case_build_fails_on_one_rank(rank):
+    """Rank 2 fails three times to create the links of a mesh, then succeeds. Descriptors must not leak."""
 
     def fail(*_):
-        raise OSError("as it should")
+        raise OSError("planted")
 
     def work(transport):
         name = "_connect_groups" if transport == "two_sided" else "_connect_cpus"
-        connect, said, seen = getattr(links, name), [], []
+        connect, results, seen = getattr(links, name), [], []
         for n in range(5):
             setattr(links, name, fail if rank == 2 and n in (1, 2, 3) else connect)
             try:
                 mesh = mesh_of(transport, timeout=1.0)
-                said.append(attempt(mesh, rank, 0))
+                results.append(attempt(mesh, rank, 0))
                 dist.barrier()
                 mesh.close()
             except (RuntimeError, OSError) as error:
-                said.append(f"{type(error).__name__}: {error}")
+                results.append(f"{type(error).__name__}: {error}")
             dist.barrier()
-            gc.collect()  # tracebacks hold what they saw
+            gc.collect()  # tracebacks hold references
             time.sleep(0.1)
             seen.append(len(os.listdir("/proc/self/fd")))
         more = seen[3] - seen[0]
-        return ", ".join([*dict.fromkeys(said), f"{more} descriptors more" if more > 9 else "nothing left"])
+        return ", ".join([*dict.fromkeys(results), f"{more} descriptors more" if more > 9 else "no leak"])
 
     return over_each(work)
 
 
-def case_closing_keeps_nothing(rank):
-    """Descriptors and threads after one mesh of each transport, and after ten."""
+def case_close_frees_everything(rank):
+    """Descriptors and threads after one mesh of each transport, and after eleven."""
     seen = []
     for n in range(11):
         for transport in TRANSPORTS:
@@ -389,12 +390,12 @@ def case_closing_keeps_nothing(rank):
         if n in (0, 10):
             seen.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
     more = [after - before for before, after in zip(*seen, strict=True)]
-    return f"{more[0]} descriptors and {more[1]} threads more" if max(more) > 2 else "nothing"
+    return f"{more[0]} descriptors and {more[1]} threads more" if max(more) > 2 else "no leak"
 
 
-def case_a_model_output(rank):
-    """Parts of all ranks in their order: lengths that differ, layouts with and without a ring, each transport."""
-    said = set()
+def case_all_gather(rank):
+    """Different lengths, layouts with and without a ring, each transport."""
+    results = set()
     for transport in TRANSPORTS:
         for topology, heads in (("2x2", 4), ("1x4", 2), ("4x1", 2), ("2x2", 1)):
             args = TorusArgs(backend="torus", topology=topology, transport=transport, timeout=5.0)
@@ -406,38 +407,38 @@ def case_a_model_output(rank):
                     uneven = len(set(lengths)) > 1
                     for _ in range(2):
                         out = all_gather(parts[rank], dim, mesh, uneven=uneven)
-                        said.add(bool(torch.equal(out, torch.cat(parts, dim))))
+                        results.add(bool(torch.equal(out, torch.cat(parts, dim))))
             mesh.close()
-    return f"{said}"
+    return f"{results}"
 
 
-def case_a_model_output_of_other_shape(rank):
+def case_all_gather_of_different_shapes(rank):
     mesh = mesh_of("shm")
-    said = []
+    results = []
     for shape in ((2, 3 + (rank == 1)), (2, 3)):
         try:
-            said.append(str(list(all_gather(torch.ones(shape), 0, mesh).shape)))
+            results.append(str(list(all_gather(torch.ones(shape), 0, mesh).shape)))
         except ValueError as error:
-            said.append(f"ValueError: {error}")
+            results.append(f"ValueError: {error}")
     mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
-def case_a_model_output_at_another_dimension(rank):
-    """All parts are square, and both gathers known."""
+def case_all_gather_of_different_dimensions(rank):
+    """All parts are square, and both gathers are cached."""
     mesh, part = mesh_of("shm", timeout=1.0), torch.ones(3, 3)
     for dim in (0, 1):
         all_gather(part, dim, mesh)
     try:
-        said = str(all_gather(part, int(rank == 1), mesh).shape)
+        result = str(all_gather(part, int(rank == 1), mesh).shape)
     except TransportError as error:
-        said = f"TransportError: {error}"
+        result = f"TransportError: {error}"
     mesh.close()
-    return said
+    return result
 
 
-def case_inputs_compared_on_some_ranks_only(rank):
-    """Rank 1 is interrupted where the others go on: they compare again."""
+def case_interrupt_during_comparison_of_inputs(rank):
+    """Rank 1 is interrupted while the others continue. The next call compares the inputs again."""
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4}
     dims = {"joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)}
@@ -450,7 +451,7 @@ def case_inputs_compared_on_some_ranks_only(rank):
         "img_ids": torch.zeros(16, 3),
         "txt_ids": torch.zeros(8, 3),
     }
-    said = []
+    results = []
     with torch.no_grad():
         wanted = model(**inputs)[0]
         torus = parallelize(model, args=TorusArgs(backend="torus", topology="2x2", timeout=5.0))
@@ -466,17 +467,17 @@ def case_inputs_compared_on_some_ranks_only(rank):
         for _ in range(2):
             try:
                 off = float((model(**inputs)[0] - wanted).abs().max())
-                said.append("right" if off < 1e-5 else f"off by {off:.1e}")
+                results.append("correct" if off < 1e-5 else f"off by {off:.1e}")
             except (KeyboardInterrupt, TransportError) as error:
-                said.append(f"{type(error).__name__}: {error}")
+                results.append(f"{type(error).__name__}: {error}")
             dist.barrier()
     torus.mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
-def case_a_trial_fails(rank):
-    """--sp-backend auto: on rank 1 xDiT's own fails, the first time it is called."""
-    mesh, said, failures = mesh_of("shm"), [], iter([True])
+def case_usp_trial_fails(rank):
+    """--sp-backend auto: xDiT's own attention fails on rank 1 the first time it is called."""
+    mesh, results, failures = mesh_of("shm"), [], iter([True])
     config = XditConfig(ulysses_degree=4, ring_degree=1)
     choice = Choice(config, [], None, [mesh], kv_ratio=Fraction(1), log=lambda _: None)
 
@@ -494,25 +495,25 @@ def case_a_trial_fails(rank):
             return torus(mesh=mesh, overlap=overlap)
 
         try:
-            said.append(right(choice.serve(q, k, None, "kind", run_on, xdits)[1], rank, seed))
+            results.append(compare(choice.serve(q, k, None, "kind", run_on, xdits)[1], rank, seed))
         except (RuntimeError, ArithmeticError) as error:
-            said.append(f"{type(error).__name__}: {error}")
+            results.append(f"{type(error).__name__}: {error}")
     mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
-def case_labels_in_place_of_tags(rank):
-    """As over NCCL, which has no tags: chunks of the same sizes that belong to another call."""
+def case_labels_instead_of_tags(rank):
+    """As over NCCL, which has no tags: chunks of another call, with the same sizes."""
     mesh = mesh_of("two_sided")
     for link in mesh.links.values():
         link._labels = True
-    said = [attempt(mesh, rank, 9)]
+    results = [attempt(mesh, rank, 9)]
     mesh.place = "here" if rank != 3 else "there"
-    said += [attempt(mesh, rank, 0), attempt(mesh, rank, 1)]
+    results += [attempt(mesh, rank, 0), attempt(mesh, rank, 1)]
     mesh.place = ""
-    said.append(attempt(mesh, rank, 2))
+    results.append(attempt(mesh, rank, 2))
     mesh.close()
-    return ", ".join(said)
+    return ", ".join(results)
 
 
 def main() -> None:

@@ -1,31 +1,36 @@
-"""Cuts links, and stops, kills and interrupts ranks, on an emulated cluster, while four ranks compare every attention
-call with float64. One scenario after the other; a table says how the ranks fared.
+"""Injects faults into an emulated cluster while four ranks compare every attention call with float64: cuts links, and
+stops, kills and interrupts ranks. Runs one scenario after another and prints a table of the results.
 
     python tests/ranks/cluster_faults.py                         all scenarios of the table below
     python tests/ranks/cluster_faults.py NAME ... [--seed 1]     these, or others of the same grammar
     python tests/ranks/cluster_faults.py --list | --json
 
-A name is SHAPE/TRANSPORT/FAULT[/OPTION ...]. SHAPE: 4x1 or 2x2. FAULT is KIND[@MOMENT]:WHOM[:SECONDS]:
+A name is SHAPE/TRANSPORT/FAULT[/OPTION ...]. SHAPE: 4x1 or 2x2. FAULT is KIND[@MOMENT]:TARGETS[:SECONDS]:
 
-    calm:0                  nothing happens
-    cut:0+1:20              nothing passes between these machines and the others; "ever" for good
+    calm:0                  no fault
+    cut:0+1:20              no packets between these machines and the others; "ever" never ends
     slow:1:15               the machine sends at 1 kbit/s
     stop:1:10               SIGSTOP, then SIGCONT
-    kill:1  orphan:1        SIGKILL; a child that the rank has forked lives on and holds its sockets
+    kill:1  orphan:1        SIGKILL; orphan: a forked child of the rank survives and holds its sockets
     raise:1                 attention raises MemoryError
-    grad:1  none:1          the call has an input that requires a gradient, or no query
+    grad:1  none:1          an input of the call requires a gradient, or the query is None
     sigint:1                Ctrl-C while the rank waits for its peers
 
-WHOM are machines for cut and slow, else ranks. MOMENT: any (from outside, at a random time), attend (inside the call),
-before (before the call) or setup. OPTION: no-counts (no tokens), new-shapes (each call has another
-one), store:N (a launcher on machine N holds the c10d store instead of rank 0), goes-on (ranks go on to the next call at
-once, instead of meeting in a file after an error).
+TARGETS are machines for cut and slow, else ranks. MOMENT: any (from outside, at a random time), attend (inside the
+call), before (before the call) or setup. OPTION: no-counts (no tokens), new-shapes (each call has a new
+shape), store:N (a launcher on machine N hosts the c10d store instead of rank 0), goes-on (ranks make the next call
+immediately after an error, without synchronizing through files).
 
-What is expected, with T = --sp-timeout: a fault shorter than T changes nothing. After any other, every rank that lives
-raises within 1.5 T; within 1.5 x 5 T where ranks agree on the call first, or set up. (No rank at all may raise where a
-link is slow, or where ranks agree first and the fault is shorter than 5 T.) Where all ranks live, the next call after
-the fault succeeds. No result is ever wrong, no call takes longer than 1.5 x 5 T, and no process and no shared memory is
-left. Exit status 1 where any of this fails. The table also says whether errors name a rank at fault.
+Expected, with T = --sp-timeout:
+
+- A fault shorter than T has no effect.
+- After any other fault every living rank raises within 1.5 T, or within 1.5 x 5 T if ranks gather values first (new
+  shapes, no counts, setup). It is also correct that no rank raises if a link is slow, or if ranks gather values first
+  and the fault is shorter than 5 T.
+- If all ranks live, the next call after the fault succeeds.
+- No result is wrong, no call takes longer than 1.5 x 5 T, and no process or shared memory is left.
+
+The exit status is 1 if any of this fails. The table also shows how many errors name a rank at fault.
 """
 
 from __future__ import annotations
@@ -63,9 +68,9 @@ TIMEOUT_S = 6.0
 PATIENCE_S = 5 * TIMEOUT_S
 SLACK = 1.5
 RATE_BPS, SLOW_BPS = 1_000_000_000, 1_000
-WARM, AFTER = 5, 3  # calls before a fault, and after it
+WARM, AFTER = 5, 3  # calls before and after a fault
 TOLERANCE = 1e-5
-LIMIT_S = 110.0  # from the fault's end: twice the longest call that is allowed, and some
+LIMIT_S = 110.0  # after the end of the fault: more than twice the longest call allowed
 MOMENT = {"raise": "attend", "grad": "before", "none": "before", "sigint": "wait"}
 KINDS = ("calm", "cut", "slow", "stop", "kill", "orphan", *MOMENT)
 
@@ -101,28 +106,28 @@ class Scenario:
     transport: str
     kind: str
     moment: str
-    whom: tuple[int, ...]
-    seconds: float | None  # None: for good, or not a matter of time
+    targets: tuple[int, ...]
+    seconds: float | None  # None: unlimited or instantaneous
     options: tuple[str, ...]
 
     @classmethod
     def parse(cls, name: str) -> Scenario:
-        """Raises ValueError for what the grammar does not have."""
+        """Raises ValueError for an invalid name."""
         fault = r"(\w+)(?:@(\w+))?:([0-3](?:\+[0-3])*)(?::(ever|[\d.]+))?"
         match = re.fullmatch(rf"(4x1|2x2)/(\w+)/{fault}((?:/\S+)*)", name)
         options = tuple(match[7].split("/")[1:]) if match else ()
         known = all(re.fullmatch(r"no-counts|new-shapes|goes-on|store:[0-3]", option) for option in options)
         if match is None or match[3] not in KINDS or not known:
             raise ValueError(f"a scenario is SHAPE/TRANSPORT/FAULT[/OPTION ...], got {name!r}: see --help")
-        shape, transport, kind, moment, whom, seconds, _ = match.groups()
+        shape, transport, kind, moment, targets, seconds, _ = match.groups()
         return cls(
             name=name, machines=int(shape[0]), transport=transport, kind=kind, options=options,
-            moment=moment or MOMENT.get(kind, "any"), whom=tuple(map(int, whom.split("+"))),
+            moment=moment or MOMENT.get(kind, "any"), targets=tuple(map(int, targets.split("+"))),
             seconds=float(seconds) if seconds not in (None, "ever") else None,
         )  # fmt: skip
 
     @property
-    def passes_unnoticed(self) -> bool:
+    def has_no_effect(self) -> bool:
         return self.kind == "calm" or (self.seconds or TIMEOUT_S) < TIMEOUT_S
 
     @property
@@ -131,24 +136,24 @@ class Scenario:
 
     @property
     def recovers(self) -> bool:
-        """Whether all ranks live again, in a job that can go on."""
+        """Whether all ranks live after the fault and the job continues."""
         lasting = self.kills or (self.kind in ("cut", "slow", "stop") and self.seconds is None)
         return not (lasting or self.moment == "setup" or "goes-on" in self.options)
 
     @property
     def attempts(self) -> int:
-        """Errors of a rank after which it ends, where nothing recovers."""
+        """Errors after which a rank ends if the job does not recover."""
         return 1 if self.kills or self.moment == "setup" else 2
 
     @property
     def survivors(self) -> list[int]:
-        return [rank for rank in range(WORLD) if not (self.kills and rank in self.whom)]
+        return [rank for rank in range(WORLD) if not (self.kills and rank in self.targets)]
 
     @property
     def due_s(self) -> float:
-        """How long a rank waits for another one, as README says: for a chunk, or to agree on the call first."""
-        agree_first = self.moment == "setup" or {"no-counts", "new-shapes"} & {*self.options}
-        return PATIENCE_S if agree_first else TIMEOUT_S
+        """How long a rank waits for another, as documented: for a chunk, or for a gather before the call."""
+        gathers_first = self.moment == "setup" or {"no-counts", "new-shapes"} & {*self.options}
+        return PATIENCE_S if gathers_first else TIMEOUT_S
 
     @property
     def bound_s(self) -> float:
@@ -156,11 +161,11 @@ class Scenario:
 
     @property
     def may_pass(self) -> bool:
-        """Whether chance decides if ranks notice it: small chunks get through a slow link, and longer waits than for a
-        chunk may be what is hit."""
+        """Whether it depends on chance that ranks raise: small chunks pass a slow link, and the fault may hit a gather,
+        which has a longer timeout."""
         return self.kind == "slow" or (self.seconds or self.due_s) < self.due_s
 
-    def chance(self, seed: int) -> random.Random:
+    def rng(self, seed: int) -> random.Random:
         return random.Random(f"{seed} {self.name}")
 
 
@@ -179,128 +184,128 @@ def reference(index: int, rank: int, tokens: int) -> torch.Tensor:
 
 
 class Rank:
-    """Calls until told to stop. What happens goes to ``{rank}.jsonl`` of the scenario's folder."""
+    """Makes calls until the ``stop`` file exists. Logs events to ``{rank}.jsonl`` in the scenario's folder."""
 
     def __init__(self, scenario: Scenario, seed: int, rank: int, folder: Path) -> None:
         self.scenario, self.rank, self.folder = scenario, rank, folder
-        self.events = -1
-        chance = scenario.chance(seed)
-        self.strike_at, self.strike_piece = WARM + chance.randrange(1, 5), chance.randrange(1, 4)
-        self.pieces_left = 0  # of attention, until this rank strikes itself
-        self.meetings = 0
+        self.log_file = -1
+        rng = scenario.rng(seed)
+        self.fault_call, self.fault_piece = WARM + rng.randrange(1, 5), rng.randrange(1, 4)
+        self.pieces_left = 0  # of attention, until this rank injects its fault
+        self.num_syncs = 0
 
-    def say(self, **what: Any) -> None:
-        os.write(self.events, json.dumps({"t": time.monotonic(), **what}).encode() + b"\n")
+    def log(self, **what: Any) -> None:
+        os.write(self.log_file, json.dumps({"t": time.monotonic(), **what}).encode() + b"\n")
 
     def main(self) -> None:
-        self.events = os.open(self.folder / f"{self.rank}.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        self.log_file = os.open(self.folder / f"{self.rank}.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         torch.set_num_threads(1)
         dist.init_process_group("gloo", store=self.store(), rank=self.rank, world_size=WORLD)
-        self.say(up=True)
-        if self.strikes("setup"):
-            self.strike()
+        self.log(up=True)
+        if self.injects("setup"):
+            self.inject()
         began = time.monotonic()
         args = TorusArgs(backend="torus", transport=self.scenario.transport, timeout=TIMEOUT_S)
         try:
             mesh = build_mesh([range(WORLD)], args, heads=4)
         except Exception as error:
-            return self.say(call=-1, began=began, error=type(error).__name__, text=str(error))
-        if self.scenario.kind == "orphan" and self.rank in self.scenario.whom:
+            return self.log(call=-1, began=began, error=type(error).__name__, text=str(error))
+        if self.scenario.kind == "orphan" and self.rank in self.scenario.targets:
             child = os.fork()
             if not child:
                 signal.pause()
-            self.say(child=child)
+            self.log(child=child)
         self.calls(mesh)
         (self.folder / f"done-{self.rank}").touch()
         mesh.close()
-        self.say(closed=True)
+        self.log(closed=True)
 
     def store(self) -> dist.TCPStore:
-        """Of rank 0, or of a launcher, which have told where it is."""
-        place = self.folder / "store"
+        """The store of rank 0 or of a launcher. The ``store`` file holds its address."""
+        path = self.folder / "store"
         if self.rank == 0 and not any(option.startswith("store:") for option in self.scenario.options):
             store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
-            publish(place, f"{store.host} {store.port}")
+            publish(path, f"{store.host} {store.port}")
             return store
-        while not place.exists():
+        while not path.exists():
             time.sleep(0.01)
-        host, port = place.read_text().split()
+        host, port = path.read_text().split()
         return dist.TCPStore(host, int(port))
 
     def calls(self, mesh: Any) -> None:
         index, errors, goes_on = 0, 0, "goes-on" in self.scenario.options
-        last = self.strike_at + AFTER if goes_on else None
+        last = self.fault_call + AFTER if goes_on else None
         while last is None or index <= last:
             if self.rank == 0 and last is None and (self.folder / "stop").exists():
-                # The others come to the next call only after this rank has begun this one: they read it in time.
+                # The others cannot finish this call before this rank begins it, so they read the file in time.
                 publish(self.folder / "last", str(last := index))
             if not self.call(mesh, index):
                 errors += 1
                 if not (self.scenario.recovers or goes_on) and errors == self.scenario.attempts:
                     return
-                index = index if goes_on else self.meet(index)
+                index = index if goes_on else self.synchronize(index)
             index += 1
             with suppress(FileNotFoundError):
                 last = int((self.folder / "last").read_text())
             time.sleep(0.02)
 
     def call(self, mesh: Any, index: int) -> bool:
-        scenario, mine = self.scenario, self.rank in self.scenario.whom
+        scenario, is_target = self.scenario, self.rank in self.scenario.targets
         tokens = 16 + (index if "new-shapes" in scenario.options else 0)
         q, k, v = inputs(index, self.rank, tokens)
         counts = None if "no-counts" in scenario.options else ([tokens] * WORLD, [tokens] * WORLD)
-        now = index == self.strike_at
-        if now and scenario.moment == "attend" and mine:
-            self.pieces_left = self.strike_piece
+        now = index == self.fault_call
+        if now and scenario.moment == "attend" and is_target:
+            self.pieces_left = self.fault_piece
         if now and scenario.kind == "sigint":
-            if mine:
-                threading.Timer(0.3, self.strike).start()
+            if is_target:
+                threading.Timer(0.3, self.inject).start()
             else:
                 time.sleep(1.0)
-        if now and self.strikes("before"):
-            self.strike()
+        if now and self.injects("before"):
+            self.inject()
             q.requires_grad_(scenario.kind == "grad")
             q = None if scenario.kind == "none" else q
         began = time.monotonic()
         try:
             found = torus_attention(q, k, v, mesh=mesh, attention=self.attend, tokens=counts)
         except BaseException as error:
-            self.say(call=index, began=began, error=type(error).__name__, text=str(error))
+            self.log(call=index, began=began, error=type(error).__name__, text=str(error))
             return False
         t = time.monotonic()
-        self.say(call=index, began=began, t=t, off=float((found - reference(index, self.rank, tokens)).abs().max()))
+        self.log(call=index, began=began, t=t, off=float((found - reference(index, self.rank, tokens)).abs().max()))
         return True
 
     def attend(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.pieces_left -= 1
         if self.pieces_left == 0:
-            self.strike()
+            self.inject()
         return kernels.sdpa_attend(*tensors)
 
-    def strikes(self, moment: str) -> bool:
-        return self.scenario.moment == moment and self.scenario.kind != "cut" and self.rank in self.scenario.whom
+    def injects(self, moment: str) -> bool:
+        return self.scenario.moment == moment and self.scenario.kind != "cut" and self.rank in self.scenario.targets
 
-    def strike(self) -> None:
-        self.say(fault=True)
+    def inject(self) -> None:
+        self.log(fault=True)
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "sigint": signal.SIGINT}.get(self.scenario.kind)
         if number is not None:
             os.kill(os.getpid(), number)
         elif self.scenario.kind == "raise":
             raise MemoryError("planted")
 
-    def meet(self, index: int) -> int:
-        """The highest index that a rank has failed at, when all ranks that live have come here."""
-        self.meetings += 1
-        publish(self.folder / f"met-{self.meetings}-{self.rank}", str(index))
-        met = [self.folder / f"met-{self.meetings}-{rank}" for rank in range(WORLD)]
+    def synchronize(self, index: int) -> int:
+        """Wait for all living ranks. Returns the highest index at which a rank has failed."""
+        self.num_syncs += 1
+        publish(self.folder / f"sync-{self.num_syncs}-{self.rank}", str(index))
+        synced = [self.folder / f"sync-{self.num_syncs}-{rank}" for rank in range(WORLD)]
         done = [self.folder / f"done-{rank}" for rank in range(WORLD)]
-        while not all(a.exists() or b.exists() for a, b in zip(met, done, strict=True)):
+        while not all(a.exists() or b.exists() for a, b in zip(synced, done, strict=True)):
             time.sleep(0.01)
-        return max(int(path.read_text()) for path in met if path.exists())
+        return max(int(path.read_text()) for path in synced if path.exists())
 
 
 def publish(path: Path, text: str) -> None:
-    """All of it at once."""
+    """Write atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.rename(path)
@@ -310,7 +315,7 @@ def publish(path: Path, text: str) -> None:
 
 
 class Machine:
-    """Runs on each machine of the cluster: forks ranks from itself, which has the libraries, and strikes."""
+    """Runs on each machine of the cluster. Forks ranks, which inherit the imported libraries, and injects faults."""
 
     def __init__(self, folder: Path) -> None:
         self.number = int(os.environ["RANK"])
@@ -375,12 +380,12 @@ class Machine:
 
     def shape(self, rate_bps: int) -> None:
         emulate.shape(rate_bps)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as kick:
-            # The kernel looks at a queue that waits at the old rate when one more packet comes.
-            kick.sendto(b"", (f"10.77.0.{2 - self.number % 2}", 9))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # The kernel applies the new rate to a waiting queue only when another packet arrives.
+            probe.sendto(b"", (f"10.77.0.{2 - self.number % 2}", 9))
 
     def finish(self) -> list[str]:
-        """End what still runs; what is left in shared memory, which is removed."""
+        """Kill running ranks. Remove and return what is left in shared memory."""
         for rank in self.pids.keys() - self.statuses.keys():
             self.signal(rank, signal.SIGKILL)
             os.waitpid(self.pids[rank], 0)
@@ -390,8 +395,8 @@ class Machine:
         return left
 
     def strays(self) -> list[str]:
-        """Processes of the cluster that were not there before, which are ended. Of all machines."""
-        until = time.monotonic() + 2  # orphans are collected by process 1
+        """Kill and return new processes of the cluster, on all machines."""
+        until = time.monotonic() + 2  # process 1 reaps orphans
         while (left := processes() - self.before) and time.monotonic() < until:
             time.sleep(0.02)
         for pid in left:
@@ -408,7 +413,7 @@ def processes() -> set[str]:
 
 
 def hold_store(folder: Path, machine: int) -> NoReturn:
-    """What torchrun's agent does."""
+    """Host the store, as torchrun's agent does."""
     store = dist.TCPStore(f"10.77.0.{machine + 1}", 0, is_master=True, wait_for_workers=False)
     publish(folder / "store", f"{store.host} {store.port}")
     while True:
@@ -419,12 +424,12 @@ def hold_store(folder: Path, machine: int) -> NoReturn:
 
 
 @dataclass(kw_only=True)
-class Found:
-    """How one scenario went. ``after_s``: by rank, from the fault to its first error; ``named``: how many of the first
-    errors of other ranks name a rank at fault; ``tries``: calls until one succeeded after the fault."""
+class Result:
+    """``after_s``: by rank, time from the fault to its first error. ``named``: how many first errors of other ranks
+    name a rank at fault. ``tries``: calls after the fault until one succeeded."""
 
     name: str
-    bad: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     after_s: dict[int, float] = field(default_factory=dict)
     bound_s: float = 0.0
     longest_s: float = 0.0
@@ -439,7 +444,7 @@ class Found:
 
 
 class Cluster:
-    """An emulated cluster of so many machines, with a ``Machine`` on each."""
+    """An emulated cluster with a ``Machine`` on each of its machines."""
 
     def __init__(self, machines: int, folder: Path) -> None:
         self.folder = folder
@@ -471,15 +476,15 @@ class Cluster:
             control.close()
 
 
-class Play:
-    """One scenario: starts ranks, strikes, heals, listens, and ends."""
+class ScenarioRun:
+    """Runs one scenario: starts ranks, injects the fault, ends it, reads events, and cleans up."""
 
     def __init__(self, cluster: Cluster, scenario: Scenario, seed: int, folder: Path) -> None:
         self.cluster, self.scenario, self.folder = cluster, scenario, folder
-        self.chance = scenario.chance(seed)
-        self.heard: dict[int, list[dict[str, Any]]] = {rank: [] for rank in range(WORLD)}
+        self.rng = scenario.rng(seed)
+        self.events: dict[int, list[dict[str, Any]]] = {rank: [] for rank in range(WORLD)}
         self.statuses: dict[int, int] = {}
-        self.read = dict.fromkeys(range(WORLD), 0)  # bytes of each rank's events
+        self.offsets = dict.fromkeys(range(WORLD), 0)  # in each rank's event file
         self.machines = range(scenario.machines)
         for machine in self.machines:
             cluster.ask(machine, "start", scenario, seed, folder)
@@ -488,97 +493,99 @@ class Play:
         self.cluster.ask(rank * self.scenario.machines // WORLD, what, rank, *arguments)
 
     def until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Listen until ``condition``, or until all ranks have ended: whether it holds."""
+        """Read events until ``condition`` holds, all ranks have ended, or time is up. Returns whether it holds."""
         end = time.monotonic() + seconds
         while not (holds := condition()) and time.monotonic() < end and len(self.statuses) < WORLD:
             time.sleep(0.02)
-            self.listen()
+            self.read_events()
         return holds
 
-    def listen(self) -> None:
+    def read_events(self) -> None:
         for machine in self.machines:
             self.statuses |= self.cluster.ask(machine, "ended")
         for rank in range(WORLD):
-            if rank in self.statuses:  # a rank that was killed does not say so
+            if rank in self.statuses:  # a killed rank does not create the file
                 (self.folder / f"done-{rank}").touch()
             with suppress(FileNotFoundError), (self.folder / f"{rank}.jsonl").open("rb") as events:
-                events.seek(self.read[rank])
-                whole = b"".join(line for line in events if line.endswith(b"\n"))  # the last may be half written
-                self.read[rank] += len(whole)
-                self.heard[rank] += map(json.loads, whole.splitlines())
+                events.seek(self.offsets[rank])
+                whole = b"".join(line for line in events if line.endswith(b"\n"))  # the last line may be incomplete
+                self.offsets[rank] += len(whole)
+                self.events[rank] += map(json.loads, whole.splitlines())
 
-    def said(self, rank: int, name: str) -> list[dict[str, Any]]:
-        return [event for event in self.heard[rank] if name in event]
+    def events_with(self, rank: int, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.events[rank] if name in event]
 
     def wait_for(self, name: str, count: int, ranks: Iterable[int]) -> None:
-        if not self.until(lambda: all(len(self.said(rank, name)) >= count for rank in ranks), 60):
-            raise RuntimeError(f"the ranks did not come to the fault: {name!r} was not said {count} time(s)")
+        if not self.until(lambda: all(len(self.events_with(rank, name)) >= count for rank in ranks), 60):
+            raise RuntimeError(f"the ranks did not reach the fault: {name!r} was not logged {count} time(s)")
 
-    def strike(self) -> float:
-        """When the fault began. Raises RuntimeError where the ranks do not come to it."""
+    def inject(self) -> float:
+        """Inject the fault; return when it began. Raises RuntimeError if the ranks do not reach it."""
         scenario = self.scenario
-        strikes_itself = scenario.moment != "any" and scenario.kind != "cut"
-        if strikes_itself:
-            self.wait_for("fault", 1, scenario.whom)
-            return min(self.said(rank, "fault")[0]["t"] for rank in scenario.whom)
+        injected_by_rank = scenario.moment != "any" and scenario.kind != "cut"
+        if injected_by_rank:
+            self.wait_for("fault", 1, scenario.targets)
+            return min(self.events_with(rank, "fault")[0]["t"] for rank in scenario.targets)
         if scenario.moment == "setup":
             self.wait_for("up", 1, range(WORLD))
         else:
             self.wait_for("off", WARM, range(WORLD))
-        time.sleep(self.chance.uniform(0, 0.2))
+        time.sleep(self.rng.uniform(0, 0.2))
         began = time.monotonic()
-        for one in scenario.whom:
+        for target in scenario.targets:
             if scenario.kind == "cut":
-                self.cluster.ask(one, "cut")
+                self.cluster.ask(target, "cut")
             elif scenario.kind == "slow":
-                self.cluster.ask(one, "shape", SLOW_BPS)
+                self.cluster.ask(target, "shape", SLOW_BPS)
             elif scenario.kind != "calm":
-                self.rank(one, "signal", signal.SIGSTOP)
-        if scenario.kills:  # once all are stopped: none sees another one die
-            for one in scenario.whom:
-                self.rank(one, "signal", signal.SIGKILL)
+                self.rank(target, "signal", signal.SIGSTOP)
+        if scenario.kills:  # after all are stopped, so that none sees another die
+            for target in scenario.targets:
+                self.rank(target, "signal", signal.SIGKILL)
         return began
 
-    def heal(self) -> None:
-        for one in self.scenario.whom:
+    def end_fault(self) -> None:
+        for target in self.scenario.targets:
             if self.scenario.kind == "cut":
-                self.cluster.ask(one, "restore")
+                self.cluster.ask(target, "restore")
             elif self.scenario.kind == "slow":
-                self.cluster.ask(one, "shape", RATE_BPS)
+                self.cluster.ask(target, "shape", RATE_BPS)
             elif self.scenario.kind == "stop":
-                self.rank(one, "signal", signal.SIGCONT)
+                self.rank(target, "signal", signal.SIGCONT)
 
-    def run(self) -> Found:
-        scenario, found = self.scenario, Found(name=self.scenario.name, bound_s=self.scenario.bound_s)
+    def run(self) -> Result:
+        scenario, result = self.scenario, Result(name=self.scenario.name, bound_s=self.scenario.bound_s)
         started = time.monotonic()
         began = ended = None
         try:
-            began = self.strike()
+            began = self.inject()
             if scenario.seconds is not None:
                 self.until(lambda: False, began + scenario.seconds - time.monotonic())
-                self.heal()
+                self.end_fault()
             ended = time.monotonic() if scenario.seconds is not None else began
             if scenario.recovers:
                 self.until(lambda: self.enough(ended), LIMIT_S)
-                (self.folder / "stop").touch()  # after the call that is under way, and one more
+                (self.folder / "stop").touch()  # ranks end after the current call and one more
             self.until(lambda: False, SLACK * PATIENCE_S if scenario.recovers else LIMIT_S)
         except RuntimeError as error:
-            found.bad.append(str(error))
-        self.end(found)
+            result.problems.append(str(error))
+        self.clean_up(result)
         if began is not None:
-            judge(scenario, self.heard, began, ended, found)
-        found.seconds = time.monotonic() - started
-        return found
+            check(scenario, self.events, began, ended, result)
+        result.seconds = time.monotonic() - started
+        return result
 
     def enough(self, ended: float) -> bool:
-        """Every rank has made some calls since the fault; or has failed at as many."""
-        since = [[event for event in self.said(rank, "call") if event["began"] >= ended] for rank in range(WORLD)]
+        """Whether every rank has made enough calls since the fault, or failed as many."""
+        since = [
+            [event for event in self.events_with(rank, "call") if event["began"] >= ended] for rank in range(WORLD)
+        ]
         return all(sum("off" in event for event in events) >= AFTER for events in since) or all(
             sum("error" in event for event in events) >= AFTER for events in since
         )
 
-    def end(self, found: Found) -> None:
-        """Nothing of it runs any more, and the links are as before."""
+    def clean_up(self, result: Result) -> None:
+        """End all processes and restore the links."""
         running = set(range(WORLD)) - self.statuses.keys()
         if running:
             for rank in running:
@@ -586,73 +593,75 @@ class Play:
                 self.rank(rank, "signal", signal.SIGUSR1)
             time.sleep(0.5)
             stacks = {rank: frames((self.folder / f"{rank}.log").read_text()) for rank in sorted(running)}
-            meeting = {rank for rank, stack in stacks.items() if any(frame.endswith(" meet") for frame in stack)}
-            found.hang = {rank: stacks[rank] for rank in running - meeting or running}  # for whom the others wait
-            found.bad.append(f"rank(s) {list(found.hang)} hang")
-        self.listen()
-        for child in (event["child"] for rank in range(WORLD) for event in self.said(rank, "child")):
+            syncing = {rank for rank, stack in stacks.items() if any(frame.endswith(" synchronize") for frame in stack)}
+            result.hang = {rank: stacks[rank] for rank in running - syncing or running}  # the others wait for these
+            result.problems.append(f"rank(s) {list(result.hang)} hang")
+        self.read_events()
+        for child in (event["child"] for rank in range(WORLD) for event in self.events_with(rank, "child")):
             self.cluster.ask(0, "kill", child)
         for machine in self.machines:
-            found.left += self.cluster.ask(machine, "finish")
-        found.left += [f"process {pid}" for pid in self.cluster.ask(0, "strays")]
+            result.left += self.cluster.ask(machine, "finish")
+        result.left += [f"process {pid}" for pid in self.cluster.ask(0, "strays")]
         if self.scenario.seconds is None:
-            self.heal()
-        if found.left:
-            found.bad.append(f"left: {found.left}")
+            self.end_fault()
+        if result.left:
+            result.problems.append(f"left: {result.left}")
         for rank, status in self.statuses.items():
             if status != (-signal.SIGKILL if rank not in self.scenario.survivors else 0):
                 tail = (self.folder / f"{rank}.log").read_text().strip().splitlines()[-1:]
-                found.bad.append(f"rank {rank} ended with status {status}: {' '.join(tail)}")
+                result.problems.append(f"rank {rank} ended with status {status}: {' '.join(tail)}")
 
 
-def judge(
-    scenario: Scenario, heard: dict[int, list[dict[str, Any]]], began: float, ended: float | None, found: Found
+def check(
+    scenario: Scenario, events_of: dict[int, list[dict[str, Any]]], began: float, ended: float | None, result: Result
 ) -> None:
-    """Fill in what the events say of a fault that began and ended then."""
-    calls = {rank: [event for event in events if "call" in event] for rank, events in heard.items()}
+    """Fill in ``result`` from the events, for a fault that began and ended at these times."""
+    calls = {rank: [event for event in events if "call" in event] for rank, events in events_of.items()}
     everything = [event for events in calls.values() for event in events]
     offs = [event["off"] for event in everything if "off" in event]
-    found.calls, found.worst = len(offs), max(offs, default=0.0)
+    result.calls, result.worst = len(offs), max(offs, default=0.0)
     if wrong := sum(not off <= TOLERANCE for off in offs):
-        found.bad.append(f"{wrong} wrong results")
-    found.longest_s = max((event["t"] - event["began"] for event in everything), default=0.0)
+        result.problems.append(f"{wrong} wrong results")
+    result.longest_s = max((event["t"] - event["began"] for event in everything), default=0.0)
     slept = scenario.seconds if scenario.kind == "stop" and scenario.seconds else 0.0
-    if found.longest_s > SLACK * PATIENCE_S + slept:
-        found.bad.append(f"a call took {found.longest_s:.0f} s")
+    if result.longest_s > SLACK * PATIENCE_S + slept:
+        result.problems.append(f"a call took {result.longest_s:.0f} s")
     failed = {rank: [event for event in calls[rank] if "error" in event] for rank in scenario.survivors}
-    found.errors = {rank: [f"{x['error']}: {x['text']}" for x in errors] for rank, errors in failed.items() if errors}
+    result.errors = {rank: [f"{x['error']}: {x['text']}" for x in errors] for rank, errors in failed.items() if errors}
     texts = [event["text"] or event["error"] == "KeyboardInterrupt" for errors in failed.values() for event in errors]
     if not all(texts):
-        found.bad.append("an error without a word")
+        result.problems.append("an error without a text")
     if any(event["t"] < began for errors in failed.values() for event in errors):
-        found.bad.append("an error before the fault")
-    if scenario.passes_unnoticed:
-        if found.errors:
-            found.bad.append(f"rank(s) {list(found.errors)} raised")
+        result.problems.append("an error before the fault")
+    if scenario.has_no_effect:
+        if result.errors:
+            result.problems.append(f"rank(s) {list(result.errors)} raised")
         return
     first = {rank: errors[0] for rank, errors in failed.items() if errors}
     since = min((event["t"] for event in first.values()), default=began) if scenario.may_pass else began
     for rank in scenario.survivors:
         if rank in first:
-            awake = ended if scenario.kind == "stop" and rank in scenario.whom and ended is not None else since
-            found.after_s[rank] = max(0.0, first[rank]["t"] - awake)
-    late = [rank for rank, after in found.after_s.items() if after > scenario.bound_s]
-    quiet = [rank for rank in scenario.survivors if rank not in first]
+            since_rank = ended if scenario.kind == "stop" and rank in scenario.targets and ended is not None else since
+            result.after_s[rank] = max(0.0, first[rank]["t"] - since_rank)
+    late = [rank for rank, after in result.after_s.items() if after > scenario.bound_s]
+    silent = [rank for rank in scenario.survivors if rank not in first]
     if late:
-        found.bad.append(f"rank(s) {late} raised late")
-    if quiet and (first or not scenario.may_pass):
-        found.bad.append(f"rank(s) {quiet} did not raise")
+        result.problems.append(f"rank(s) {late} raised late")
+    if silent and (first or not scenario.may_pass):
+        result.problems.append(f"rank(s) {silent} did not raise")
     if scenario.kind not in ("cut", "slow"):
-        others = [rank for rank in first if rank not in scenario.whom]
-        found.named = f"{sum(names(first[rank]['text'], rank, scenario.whom) for rank in others)}/{len(others)}"
+        others = [rank for rank in first if rank not in scenario.targets]
+        result.named = f"{sum(names(first[rank]['text'], rank, scenario.targets) for rank in others)}/{len(others)}"
     if scenario.recovers:
-        found.tries = tries(calls, ended if ended is not None else began, {event["call"] for event in first.values()})
-        if found.tries != 1:
-            found.bad.append(f"it took {found.tries} calls until one succeeded" if found.tries else "no call succeeds")
+        result.tries = tries(calls, ended if ended is not None else began, {event["call"] for event in first.values()})
+        if result.tries != 1:
+            result.problems.append(
+                f"it took {result.tries} calls until one succeeded" if result.tries else "no call succeeds"
+            )
 
 
 def tries(calls: dict[int, list[dict[str, Any]]], ended: float, first: set[int]) -> int | None:
-    """Of the calls that all ranks began after the fault and their first errors, which one succeeded, from 1."""
+    """The number, from 1, of the first successful call that all ranks began after the fault and their first errors."""
     by_index: dict[int, list[dict[str, Any]]] = {}
     for event in (event for events in calls.values() for event in events):
         if event["began"] >= ended and event["call"] > max(first, default=-1):
@@ -661,20 +670,20 @@ def tries(calls: dict[int, list[dict[str, Any]]], ended: float, first: set[int])
     return next((n for n, events in enumerate(whole, 1) if all("off" in event for event in events)), None)
 
 
-def names(text: str, rank: int, whom: tuple[int, ...]) -> bool:
-    """Whether an error of ``rank`` names one of ``whom``."""
-    said = re.findall(r"rank(?:\(s\))? \[?([\d, ]+)", re.sub(rf"^rank {rank}\b", "", text))
-    return bool({*map(str, whom)} & {number for numbers in said for number in re.findall(r"\d+", numbers)})
+def names(text: str, rank: int, targets: tuple[int, ...]) -> bool:
+    """Whether an error of ``rank`` names one of ``targets``."""
+    matches = re.findall(r"rank(?:\(s\))? \[?([\d, ]+)", re.sub(rf"^rank {rank}\b", "", text))
+    return bool({*map(str, targets)} & {number for numbers in matches for number in re.findall(r"\d+", numbers)})
 
 
 def frames(text: str) -> list[str]:
-    """The innermost calls of a stack that ``faulthandler`` has written."""
+    """The innermost calls of a stack written by ``faulthandler``."""
     stack = re.findall(r'File ".*/(\w+\.py)", line (\d+) in (\w+)', text.rpartition("most recent call first")[2])
     return [f"{file}:{line} {function}" for file, line, function in stack[:4]]
 
 
-def left_on_the_host(folder: Path) -> list[str]:
-    """Processes that name the folder, but for this one."""
+def leftover_processes(folder: Path) -> list[str]:
+    """Other processes with the folder in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -685,7 +694,7 @@ def left_on_the_host(folder: Path) -> list[str]:
 
 @contextmanager
 def clusters() -> Iterator[Callable[[int], Cluster]]:
-    """Makes the cluster of so many machines when it is first asked for."""
+    """Creates the cluster of a number of machines on first use."""
     made: dict[int, Cluster] = {}
     with tempfile.TemporaryDirectory(prefix="sf-xfuser-faults-") as name:
 
@@ -703,19 +712,19 @@ def clusters() -> Iterator[Callable[[int], Cluster]]:
                 one.close()
             for one in made.values():
                 one.thread.join(30)
-        if left := left_on_the_host(Path(name)):
+        if left := leftover_processes(Path(name)):
             raise SystemExit(f"left behind: {left}")
 
 
-def table(rows: list[Found]) -> Table:
-    shown = Table("scenario", "", "calls", "raised after, s", "bound", "longest", "named", "tries", "what is wrong")
+def table(rows: list[Result]) -> Table:
+    shown = Table("scenario", "", "calls", "raised after, s", "bound", "longest", "named", "tries", "problems")
     for row in rows:
         after = " ".join(f"{row.after_s[rank]:.1f}" if rank in row.after_s else "-" for rank in range(WORLD))
         where = [f"rank {rank} in {' < '.join(stack)}" for rank, stack in row.hang.items()]
         shown.add_row(
-            row.name, "[red]bad[/]" if row.bad else "good", str(row.calls), after if row.after_s else "",
+            row.name, "[red]bad[/]" if row.problems else "good", str(row.calls), after if row.after_s else "",
             f"{row.bound_s:g}", f"{row.longest_s:.1f}", row.named, "" if row.tries is None else str(row.tries),
-            "; ".join([*row.bad, *where]).replace("[", "\\["),
+            "; ".join([*row.problems, *where]).replace("[", "\\["),
         )  # fmt: skip
     return shown
 
@@ -724,27 +733,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--list", action="store_true", help="print the names of all scenarios")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of faults")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each scenario in place of the table")
-    given = parser.parse_args()
-    if given.list:
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of faults")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per scenario instead of the table")
+    options = parser.parse_args()
+    if options.list:
         print("\n".join(NAMES))
         return 0
     if reason := emulate.unavailable():
         sys.exit(reason)
-    rows: list[Found] = []
+    rows: list[Result] = []
     with clusters() as cluster:
-        for scenario in map(Scenario.parse, given.names):
-            home = cluster(scenario.machines)
-            with tempfile.TemporaryDirectory(dir=home.folder) as folder:
-                rows.append(found := Play(home, scenario, given.seed, Path(folder)).run())
-            if given.json:
-                print(json.dumps(asdict(found)), flush=True)
+        for scenario in map(Scenario.parse, options.names):
+            current = cluster(scenario.machines)
+            with tempfile.TemporaryDirectory(dir=current.folder) as folder:
+                rows.append(result := ScenarioRun(current, scenario, options.seed, Path(folder)).run())
+            if options.json:
+                print(json.dumps(asdict(result)), flush=True)
             else:
-                print(f"{found.name}: {'; '.join(found.bad) or 'good'} ({found.seconds:.0f} s)", file=sys.stderr)
-    if not given.json:
+                print(
+                    f"{result.name}: {'; '.join(result.problems) or 'good'} ({result.seconds:.0f} s)", file=sys.stderr
+                )
+    if not options.json:
         Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
-    return int(any(row.bad for row in rows))
+    return int(any(row.problems for row in rows))
 
 
 if __name__ == "__main__":

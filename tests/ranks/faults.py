@@ -1,13 +1,12 @@
-"""Kills or stops one of four ranks at a chosen moment, scenario after scenario, and prints how the others fared: a line
-of JSON for each.
+"""Kills or stops one of four ranks at a chosen moment. Prints the result of each scenario as a line of JSON.
 
     python tests/ranks/faults.py KIND:kill:RANK:WHERE:NTH ...    kill or stop
-    python tests/ranks/faults.py fuzz:COUNT:SEED                 that many kills, at random
+    python tests/ranks/faults.py fuzz:COUNT:SEED                 COUNT random kills
 
-KIND: shm, tcp; over shm: ring (keys stay split), alltoall (yunchang's, in place of attention); mixed (shm inside
-machines, TCP between them). WHERE: before attention (attend), or before an access to shared memory (put, flag, wait,
-read), or once its new, larger memory has a name (grow). Exit status 1 if a rank hangs, a survivor does not fail with
-the error that is due, or something is left in /dev/shm.
+KIND: shm, tcp; over shm: ring (keys stay split), alltoall (yunchang's, instead of attention); mixed (shm inside
+machines, TCP between them). WHERE: before attention (attend), before an access to shared memory (put, flag, wait,
+read), or when a new, larger segment has a name (grow). The exit status is 1 if a rank hangs, a survivor does not fail
+with the expected error, or something is left in /dev/shm.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import TransportError
-from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.cpu import segment, shm
 
-shm._PREFIX = "sf-xfuser_faults-"  # apart from jobs that come and go meanwhile
+segment.PREFIX = "sf-xfuser_faults-"  # distinct from other jobs on this host
 WORLD = 4
 TIMEOUT_S = 2.0
 WHERE = ("put", "flag", "wait", "read")
@@ -44,75 +43,75 @@ KINDS = ("shm", "ring", "alltoall", "mixed")
 def mesh_of(kind: str, rank: int):
     transport = {"tcp": "tcp", "mixed": "auto"}.get(kind, "shm")
     args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
-    if kind == "mixed":  # as between machines that share nothing
+    if kind == "mixed":  # as between machines
         shm.identity = lambda: f"machine {rank // 2}"
     mesh = build_mesh([[0, 1, 2, 3]], args, heads=2 if kind == "ring" else 4)
-    mesh.chosen = mesh.chosen or "the first"
+    mesh.chosen = mesh.chosen or "fixed by the test"
     return mesh
 
 
-def rank_main(rank: int, folder: Path, kind: str, how: str, victim: int, where: str, nth: int) -> int:
-    """Calls until one fails; then, where nobody died, one more, which has to succeed."""
+def rank_main(rank: int, folder: Path, kind: str, action: str, victim: int, where: str, nth: int) -> int:
+    """Make calls until one fails. If all ranks live, one of the next calls has to succeed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     mesh = mesh_of(kind, rank)
-    mesh.one_host = nth % 2 == 0  # without overlap, or with it
+    mesh.one_host = nth % 2 == 0  # unstaged or staged
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, mesh.layout.ulysses_degree, 16, 8, generator=make) for _ in range(3))
 
-    left = [-1]
+    remaining = [-1]  # visits of ``where`` until the fault
 
     def attend(*tensors):
-        strike("attend")
+        inject("attend")
         return kernels.sdpa_attend(*tensors)
 
     def call(times=1):
-        given = [x.repeat(1, 1, times, 1) for x in (q, k, v)]
+        inputs = [x.repeat(1, 1, times, 1) for x in (q, k, v)]
         if kind == "alltoall":
-            return all_to_all_4d(given[0], 2, 1, mesh)
+            return all_to_all_4d(inputs[0], 2, 1, mesh)
         counts = [16 * times] * WORLD
-        return torus_attention(*given, mesh=mesh, attention=attend, tokens=(counts, counts))
+        return torus_attention(*inputs, mesh=mesh, attention=attend, tokens=(counts, counts))
 
-    def strike(at: str) -> None:
-        left[0] -= at == where and left[0] > 0
-        if left[0] == 0:
-            left[0] = -1
-            (folder / "struck").touch()
-            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+    def inject(at: str) -> None:
+        remaining[0] -= at == where and remaining[0] > 0
+        if remaining[0] == 0:
+            remaining[0] = -1
+            (folder / "injected").touch()
+            os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
 
     wanted = call()
     if rank == victim:
-        left[0] = nth + 1
+        remaining[0] = nth + 1
         if mesh.window is not None:
-            mesh.window.pause = strike
-        create = shm._Segment.create
-        shm._Segment.create = lambda *sizes: (create(*sizes), strike("grow"))[0]
+            mesh.window.pause = inject
+        create = segment.Segment.create
+        segment.Segment.create = lambda *sizes: (create(*sizes), inject("grow"))[0]
     try:
         if where == "grow":
             call(times=64)
         for _ in range(200):
             assert torch.equal(call(), wanted)
-        return 0  # nothing was noticed
+        return 0  # no error
     except TransportError as error:
-        struck = (folder / "struck").stat().st_mtime
+        injected_at = (folder / "injected").stat().st_mtime
         error_text = str(error)
-        told = {"error": error_text, "after_s": time.time() - struck}
-        (folder / f"{rank}.json").write_text(json.dumps(told))
-    if how == "stop" and rank == victim and "is gone" in error_text:
-        # It ended the call in which it was stopped, joined the others in their next one, and they have ended since.
-        (folder / f"{rank}.json").write_text(json.dumps({**told, "again": "equal"}))
-    elif how == "stop":
-        for _ in range(3):  # a rank that was a call behind raises once more
+        report = {"error": error_text, "after_s": time.time() - injected_at}
+        (folder / f"{rank}.json").write_text(json.dumps(report))
+    if action == "stop" and rank == victim and "is gone" in error_text:
+        # It finished the call in which it was stopped and made the next one with the others, which have ended since.
+        (folder / f"{rank}.json").write_text(json.dumps({**report, "next_call": "equal"}))
+    elif action == "stop":
+        for _ in range(3):  # a rank that is a call behind raises once more
             with contextlib.suppress(TransportError):
                 assert torch.equal(call(), wanted)
                 break
         else:
             return 4
-        (folder / f"{rank}.json").write_text(json.dumps({**told, "again": "equal"}))
+        (folder / f"{rank}.json").write_text(json.dumps({**report, "next_call": "equal"}))
     return 3
 
 
-def scenario(kind: str, how: str, victim: int, where: str, nth: int) -> dict:
+def scenario(kind: str, action: str, victim: int, where: str, nth: int) -> dict:
     names = shared_names()
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), {}
@@ -121,7 +120,7 @@ def scenario(kind: str, how: str, victim: int, where: str, nth: int) -> dict:
             if child == 0:
                 status = 1
                 try:
-                    status = rank_main(rank, folder, kind, how, victim, where, nth)
+                    status = rank_main(rank, folder, kind, action, victim, where, nth)
                 finally:
                     sys.stderr.flush()
                     os._exit(status)
@@ -136,26 +135,26 @@ def scenario(kind: str, how: str, victim: int, where: str, nth: int) -> dict:
                 continue
             others = [rank for rank in range(WORLD) if rank != victim]
             if (
-                how == "stop"
+                action == "stop"
                 and victims[victim] in children
                 and all((folder / f"{rank}.json").exists() for rank in others)
             ):
                 os.kill(victims[victim], signal.SIGCONT)
             time.sleep(0.01)
-        for child in children:  # a hang
+        for child in children:  # they hang
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        told = {rank: json.loads(p.read_text()) for rank in range(WORLD) if (p := folder / f"{rank}.json").exists()}
+        errors = {rank: json.loads(p.read_text()) for rank in range(WORLD) if (p := folder / f"{rank}.json").exists()}
     return {
-        "scenario": f"{kind}:{how}:{victim}:{where}:{nth}",
+        "scenario": f"{kind}:{action}:{victim}:{where}:{nth}",
         "statuses": [statuses.get(rank, "hangs") for rank in range(WORLD)],
-        "told": [told.get(rank) for rank in range(WORLD)],
+        "errors": [errors.get(rank) for rank in range(WORLD)],
         "left": sorted(shared_names() - names),
     }
 
 
 def shared_names() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(shm._PREFIX)}
+    return {name for name in os.listdir("/dev/shm") if name.startswith(segment.PREFIX)}
 
 
 def main() -> None:
@@ -163,19 +162,19 @@ def main() -> None:
     for text in sys.argv[1:]:
         first, *rest = text.split(":")
         if first == "fuzz":
-            choose = random.Random(int(rest[1]))
-            todo = [
-                (choose.choice(KINDS), "kill", choose.randrange(WORLD), choose.choice(WHERE), choose.randrange(30))
+            rng = random.Random(int(rest[1]))
+            scenarios = [
+                (rng.choice(KINDS), "kill", rng.randrange(WORLD), rng.choice(WHERE), rng.randrange(30))
                 for _ in range(int(rest[0]))
             ]
         else:
-            todo = [(first, rest[0], int(rest[1]), rest[2], int(rest[3]))]
-        for one in todo:
-            found = scenario(*one)
-            print(json.dumps(found), flush=True)
-            survivors = [rank for rank in range(WORLD) if rank != one[2] or one[1] == "stop"]
-            well = all(found["statuses"][rank] == 3 and found["told"][rank] for rank in survivors)
-            failed += not well or bool(found["left"])
+            scenarios = [(first, rest[0], int(rest[1]), rest[2], int(rest[3]))]
+        for arguments in scenarios:
+            result = scenario(*arguments)
+            print(json.dumps(result), flush=True)
+            survivors = [rank for rank in range(WORLD) if rank != arguments[2] or arguments[1] == "stop"]
+            passed = all(result["statuses"][rank] == 3 and result["errors"][rank] for rank in survivors)
+            failed += not passed or bool(result["left"])
     sys.exit(bool(failed))
 
 

@@ -1,4 +1,4 @@
-"""Rank side of test_attention.py: rank 1 is killed in the middle of a run; the others must raise, not wait for ever."""
+"""Rank side of test_attention.py: rank 1 is killed during a run, and the others must raise instead of hanging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sf_xfuser.transport.base import TransportError
 
 
 def main() -> None:
-    # torchrun ends the surviving ranks as soon as it sees one dead; they are to end by themselves.
+    # torchrun terminates the other ranks when one dies; here they must end by themselves.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

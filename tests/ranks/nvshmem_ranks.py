@@ -11,7 +11,7 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import TransportError
 from sf_xfuser.transport.gpu import nvshmem
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
 
 def mesh_of(transport):
@@ -31,7 +31,7 @@ def case_who_is_which_pe(rank):
 
     members = [1, 2, 0]  # rank at each position
     position = members.index(rank)
-    unique_id = nvshmem.exchange_unique_id(Agreement("pe", members, 20.0), members, position)
+    unique_id = nvshmem.exchange_unique_id(StoreGroup("pe", members, 20.0), members, position)
     core.init(uid=unique_id, rank=position, nranks=3, initializer_method="uid")
     assert int(core.init_status()) == 1  # as far as it comes without a driver
     return f"PE {core.my_pe()} of {core.n_pes()}"

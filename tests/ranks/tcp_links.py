@@ -1,4 +1,4 @@
-"""Rank side of test_tcp.py: three ranks, joined anew for each case; each prints what it saw."""
+"""Rank side of test_tcp.py: three ranks, connected again for each case. Each case prints what the rank saw."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cases import run_cases
 from sf_xfuser.transport.base import Parcel, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import tcp
-from sf_xfuser.transport.rendezvous import Agreement
+from sf_xfuser.transport.rendezvous import StoreGroup
 
 PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
 
 
-def join(timeout_s=20.0):
+def connect(timeout_s=20.0):
     rank = dist.get_rank()
-    control = ControlPlane(Agreement.of_world(timeout_s), [0, 1, 2], rank, timeout_s)
+    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1, 2], rank, timeout_s)
     return tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
 
 
@@ -33,19 +33,19 @@ def parcel_of(tensor, peer, slot):
 
 
 def content(sender, receiver, round, slot):
-    """What ``sender`` sends, which both ends can make: from 1 byte to 3 MB, of several dtypes."""
+    """Data that both ends can generate: from 1 byte to 3 MB, several dtypes."""
     make = torch.Generator().manual_seed(((sender * 3 + receiver) * 1000 + round) * 10 + slot)
     count = int(10 ** (torch.rand((), generator=make) * 6.5))
     dtype = (torch.uint8, torch.float32, torch.bfloat16)[slot]
     return (torch.rand(max(1, count // dtype.itemsize), generator=make) * 255).to(dtype)
 
 
-def case_everything_arrives(rank):
-    """60 rounds, three of them open at a time; ranks pause at random."""
-    link, wait = join(), random.Random(rank)
+def case_all_data_arrives(rank):
+    """60 rounds, up to three in flight; ranks pause at random."""
+    link, rng = connect(), random.Random(rank)
     open_rounds = []
     for round in range(60):
-        time.sleep(wait.random() * 0.01)
+        time.sleep(rng.random() * 0.01)
         sends = [parcel_of(content(rank, peer, round, slot), peer, slot) for peer in PEERS[rank] for slot in range(3)]
         wanted = [(peer, content(peer, rank, round, slot), slot) for peer in PEERS[rank] for slot in range(3)]
         receives = [parcel_of(torch.zeros_like(x), peer, slot) for peer, x, slot in wanted]
@@ -62,9 +62,9 @@ def case_everything_arrives(rank):
     return "all equal"
 
 
-def case_a_later_send_waits_for_an_earlier_one(rank):
-    """Rank 1 asks for what rank 0 sends it, more than the kernel holds, after 1 s; rank 2 gets a byte after that."""
-    link = join()
+def case_sends_keep_their_order(rank):
+    """Rank 0 sends more than the kernel buffers to rank 1, which receives after 1 s, then a byte to rank 2."""
+    link = connect()
     big, small = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8)
     dist.barrier()
     started = time.monotonic()
@@ -76,7 +76,7 @@ def case_a_later_send_waits_for_an_earlier_one(rank):
         time.sleep(1.0)
         link.exchange(0, [], [parcel_of(torch.zeros_like(big), 0, 0)]).wait()
     else:
-        # Two exchanges on every rank: the k-th of one matches the k-th of another.
+        # The k-th exchange of a rank matches the k-th of its peer, so rank 2 needs two as well.
         link.exchange(0, [], [])
         link.exchange(1, [], [parcel_of(torch.zeros_like(small), 0, 0)]).wait()
     elapsed = time.monotonic() - started
@@ -84,67 +84,69 @@ def case_a_later_send_waits_for_an_earlier_one(rank):
     return f"after {elapsed:.2f} s"
 
 
-def case_another_call(rank):
-    """Rank 0 sends round 1 while rank 1 expects round 2: both are told, or see the connection end."""
-    link = join(timeout_s=5.0)
+def case_call_mismatch(rank):
+    """Rank 0 sends round 1 while rank 1 expects round 2: both fail."""
+    link = connect(timeout_s=5.0)
     if rank == 0:
         link.exchange(1, [parcel_of(torch.ones(8), 1, 0)], [parcel_of(torch.ones(8), 1, 0)]).wait()
     elif rank == 1:
         link.exchange(2, [], [parcel_of(torch.ones(8), 0, 0)]).wait()
-    return "went unnoticed" if rank != 2 else "not concerned"
+    return "no error" if rank != 2 else "no transfer"
 
 
-def case_nothing_comes(rank):
-    link = join(timeout_s=2.0)
+def case_receive_timeout(rank):
+    link = connect(timeout_s=2.0)
     if rank == 0:
         link.exchange(7, [], [parcel_of(torch.ones(8), 1, 0), parcel_of(torch.ones(8), 2, 1)]).wait()
-        return "went unnoticed"
+        return "no error"
     link.exchange(7, [parcel_of(torch.ones(8), 0, 1)] if rank == 2 else [], [])
     time.sleep(3.0)
-    return "sent or not"
+    return "not waiting"
 
 
-def case_nobody_takes_it(rank):
-    link = join(timeout_s=2.0)
+def case_send_timeout(rank):
+    link = connect(timeout_s=2.0)
     if rank == 0:
         link.exchange(0, [parcel_of(torch.ones(256 << 20, dtype=torch.uint8), 1, 0)], [])
         link.drain()
-        return "went unnoticed"
+        return "no error"
     time.sleep(3.0)
-    return "did not ask"
+    return "no receive"
 
 
-def case_a_peer_leaves(rank):
-    link = join(timeout_s=30.0)
+def case_peer_closes(rank):
+    link = connect(timeout_s=30.0)
     if rank == 1:
         link.close()
-        return "left"
+        return "closed"
     link.exchange(0, [], [parcel_of(torch.ones(8), 1, 0)]).wait()
-    return "went unnoticed"
+    return "no error"
 
 
 def case_use_after_close(rank):
-    link = join(timeout_s=5.0)
+    link = connect(timeout_s=5.0)
     dist.barrier()
     link.close()
     link.exchange(0, [], [parcel_of(torch.ones(8), PEERS[rank][0], 0)]).wait()
-    return "went unnoticed"
+    return "no error"
 
 
 def case_strangers(rank):
-    """Before each rank's peers come, two who say the wrong thing, one who hangs up, ten who say nothing, and one who
-    says a byte at a time: none keeps anybody waiting."""
+    """Before a rank's peers connect, strangers do: two send wrong data, one disconnects, ten are silent, and one sends
+    a byte at a time. None delays the ranks."""
     create_server, strangers = socket.create_server, []
 
-    def beset(address, **options):
+    def create_server_with_strangers(address, **options):
         listener = create_server(address, **options)
-        impostor = tcp._HELLO.pack(os.urandom(16), 0, rank + 1)  # a peer that is due, but for the token
-        quiet = [None] * 10
-        for said in (impostor, os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", *quiet):
+        impostor = tcp._HANDSHAKE.pack(
+            os.urandom(16), 0, rank + 1
+        )  # the handshake of an expected peer, except for the token
+        silent = [None] * 10
+        for data in (impostor, os.urandom(24), b"GET / HTTP/1.0\r\n\r\n....................", b"", *silent):
             stranger = socket.create_connection(listener.getsockname())
             strangers.append(stranger)
-            if said is not None:
-                stranger.sendall(said)
+            if data is not None:
+                stranger.sendall(data)
                 stranger.shutdown(socket.SHUT_WR)
 
         def trickle():
@@ -156,8 +158,8 @@ def case_strangers(rank):
         threading.Thread(target=trickle, daemon=True).start()
         return listener
 
-    control = ControlPlane(Agreement.of_world(5.0), [0, 1, 2], rank, 5.0)
-    socket.create_server = beset
+    control = ControlPlane(StoreGroup.world(5.0), [0, 1, 2], rank, 5.0)
+    socket.create_server = create_server_with_strangers
     started = time.monotonic()
     try:
         link = tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, 5.0)["across"]

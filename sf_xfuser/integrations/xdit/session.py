@@ -141,9 +141,9 @@ def start(parallel_config: Any, carried: TorusArgs | None) -> None:
     if current.args is not None and dist.is_initialized() and not model_parallel_is_initialized():
         # Ranks that make different process groups would wait for each other for half an hour.
         degrees = {f"{name}_degree": getattr(parallel_config, f"{name}_degree") for name in _DEGREES}
-        from sf_xfuser.transport.rendezvous import Agreement
+        from sf_xfuser.transport.rendezvous import StoreGroup
 
-        Agreement.of_world(current.args.timeout).require_same("parallel degrees", degrees)
+        StoreGroup.world(current.args.timeout).require_same("parallel degrees", degrees)
 
 
 def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any) -> tuple[Any, Any]:

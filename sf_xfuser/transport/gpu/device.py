@@ -50,7 +50,7 @@ from typing import ClassVar
 import torch
 
 from sf_xfuser.config import QUEUES_VARIABLE, environment
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_together, window_view
+from sf_xfuser.transport.base import OneSided, Parcel, Ticket, TransportError, raise_if_unavailable, window_view
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import CHUNKS, Block, Staging, grown
 from sf_xfuser.transport.gpu.driver import Driver
@@ -112,7 +112,7 @@ class DeviceWindow(OneSided):
             members,
             position,
             timeout_s,
-            hopeless=control.hopeless,
+            hopeless=control.abort_reason,
             enter=self._enter,
             look=self._look,
             tell=self._tell,
@@ -240,8 +240,8 @@ class DeviceWindow(OneSided):
             awaited.done = ended.query
         self._held.clear()
 
-    def why_not_now(self) -> str | None:
-        """As ``OneSided.why_not_now``: ranks capture their graphs alike."""
+    def fallback_reason(self) -> str | None:
+        """As ``OneSided.fallback_reason``: ranks capture their graphs alike."""
         return f"a CUDA graph is being captured, and the flags of {self.name} count calls" if captures() else None
 
     def poison(self, result: torch.Tensor) -> None:
@@ -372,7 +372,7 @@ class DeviceWindow(OneSided):
             raise failure from error
 
     def _raise_together(self, refusals: Sequence[str | None]) -> None:
-        raise_together(self.name, self._members, refusals)
+        raise_if_unavailable(self.name, self._members, refusals)
 
     def _enter(self) -> None:
         """The watchdog's thread begins."""

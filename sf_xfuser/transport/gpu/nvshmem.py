@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.config import environment
-from sf_xfuser.transport.base import TransportError, raise_together
+from sf_xfuser.transport.base import TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.driver import OLDEST, Driver, gpu_name, supported
@@ -223,7 +223,7 @@ def exchange_unique_id(control: ControlPlane, members: Sequence[int], position: 
         except Exception as error:
             refused = f"no unique id: {error}"
     said = control.gather("nvshmem unique id", [made, refused])
-    raise_together("nvshmem", members, [text for _, text in said])
+    raise_if_unavailable("nvshmem", members, [text for _, text in said])
     received = torch.frombuffer(bytearray.fromhex(said[0][0]), dtype=torch.uint8)
     unique_id = core.get_unique_id(empty=True)
     unique_id._data.view("uint8")[...] = received.numpy().reshape(unique_id._data.view("uint8").shape)
@@ -330,7 +330,7 @@ def _join(control: ControlPlane, members: Sequence[int], position: int) -> tuple
         torch.zeros(1, device=device)  # a CUDA context has to be current: without one NVSHMEM starts by halves
         facts["gpu"] = gpu_name(device)
     ranks = [Facts(**said) for said in control.gather("nvshmem", facts)]
-    raise_together("nvshmem", members, refusals(ranks, members, dist.get_world_size()))
+    raise_if_unavailable("nvshmem", members, refusals(ranks, members, dist.get_world_size()))
 
     import nvshmem.core as core
 
@@ -350,7 +350,7 @@ def _join(control: ControlPlane, members: Sequence[int], position: int) -> tuple
         status = int(core.init_status())
         if failed is None and status < _INITIALIZED:  # it says so on stderr only
             failed = f"NVSHMEM started by halves (status {status}); NVSHMEM_DEBUG=INFO tells why, on stderr"
-        raise_together("nvshmem", members, control.gather("nvshmem started", failed))
+        raise_if_unavailable("nvshmem", members, control.gather("nvshmem started", failed))
         if (core.my_pe(), core.n_pes()) != (position, len(members)):
             raise TransportError(f"NVSHMEM made this rank PE {core.my_pe()}, not {position}")
         _world = list(members)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.layout import topology
-from sf_xfuser.transport.base import raise_together
+from sf_xfuser.transport.base import raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.driver import OLDEST, Driver, gpu_name, supported
@@ -125,7 +125,7 @@ class SymmMem(DeviceWindow):
         refused = unavailable() or _no_context()
         gpu = None if refused else gpu_name(torch.cuda.current_device())
         said = control.gather("symm_mem", [refused, socket.gethostname(), gpu])
-        raise_together(self.name, members, [refusal for refusal, *_ in said])
+        raise_if_unavailable(self.name, members, [refusal for refusal, *_ in said])
         self._elsewhere = {peer for peer in peers if said[peer][1] != said[position][1]}
         self._sharing = said.count(said[position])
         super().__init__(control, members, position, peers, timeout_s)
