@@ -54,7 +54,7 @@ import torch
 
 from sf_xfuser.transport.base import OneSided, OtherCall, Parcel, Ticket, TransportError, raise_together, window_view
 from sf_xfuser.transport.control_plane import ControlPlane
-from sf_xfuser.transport.gpu.block import grown
+from sf_xfuser.transport.gpu.block import round_up_window
 
 _FOLDER = "/dev/shm"
 _PREFIX = "sf-xfuser-"
@@ -154,7 +154,7 @@ class Shm(OneSided):
         self._usable()
         if nbytes <= self._half_bytes:
             return
-        half_bytes = grown(nbytes, mmap.PAGESIZE)
+        half_bytes = round_up_window(nbytes, mmap.PAGESIZE)
         own: _Segment | None = None
         try:
             with contextlib.ExitStack() as failed:
