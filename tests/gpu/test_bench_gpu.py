@@ -1,5 +1,5 @@
-"""The benchmark of the device kernels with tiny sizes: each result is checked before it is timed. Nothing here has run
-yet (see README)."""
+"""The kernel benchmark with tiny sizes, which checks each result before timing it. Not yet run on a GPU (see
+README)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_every_part_is_right(tmp_path):
-    """Torus Attention with the library and with the fused kernel among them."""
+def test_smoke(tmp_path):
+    """Includes Torus Attention with the library and with the fused kernel."""
     path = tmp_path / "rows.json"
     command = [sys.executable, "-m", "sf_xfuser.bench.gpu", "--smoke", "--json", str(path)]
     run(command, timeout=900, env={"PYTHONPATH": str(RANKS.parents[1])})
