@@ -63,7 +63,7 @@ def attend_chunks_(
     Raises ValueError before any write: mismatched shapes, dtypes, devices or list lengths, strided D, an accumulator
     that shares memory with another tensor.
     """
-    _attend(Chunks(q, k, v, out, lse, ()))
+    (_attend_op if torch.compiler.is_compiling() else _attend)(list(q), list(k), list(v), list(out), list(lse), [])
 
 
 def attend_chunks_into(
@@ -79,7 +79,8 @@ def attend_chunks_into(
     keys are 0."""
     if len(results) != len(q):
         raise ValueError(f"{len(results)} results for {len(q)} chunks of q: pass one for each")
-    _attend(Chunks(q, k, v, out, lse, results))
+    op = _attend_op if torch.compiler.is_compiling() else _attend
+    op(list(q), list(k), list(v), list(out), list(lse), list(results))
 
 
 def attend_reference(chunks: Chunks) -> None:
@@ -101,21 +102,6 @@ def attend_reference(chunks: Chunks) -> None:
             results[i].copy_(out_BHSD)
 
 
-# -- the operator ----------------------------------------------------------------------------------------------------
-
-
-def _attend(chunks: Chunks) -> None:
-    if torch.compiler.is_compiling():
-        _attend_op(*map(list, chunks))
-    else:
-        _run(chunks)
-
-
-def _run(chunks: Chunks) -> None:
-    check(chunks)
-    attend_unchecked(chunks)
-
-
 def attend_unchecked(chunks: Chunks) -> None:
     """``attend_chunks_``, or ``attend_chunks_into`` with ``results``, without argument checks."""
     if not chunks.q:
@@ -128,8 +114,7 @@ def attend_unchecked(chunks: Chunks) -> None:
         attend_reference(chunks)
 
 
-@torch.library.custom_op("sf_xfuser::attend_chunks", mutates_args=("out", "lse", "results"))
-def _attend_op(
+def _attend(
     q: list[torch.Tensor],
     k: list[torch.Tensor],
     v: list[torch.Tensor],
@@ -137,7 +122,12 @@ def _attend_op(
     lse: list[torch.Tensor],
     results: list[torch.Tensor],
 ) -> None:
-    _run(Chunks(q, k, v, out, lse, results))
+    chunks = Chunks(q, k, v, out, lse, results)
+    check(chunks)
+    attend_unchecked(chunks)
+
+
+_attend_op = torch.library.custom_op("sf_xfuser::attend_chunks", _attend, mutates_args=("out", "lse", "results"))
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

@@ -57,11 +57,10 @@ def _load(x, valid, MASKED: tl.constexpr, SIZE: tl.constexpr):
             loaded = tl.load(x, mask=valid[:, None] & (d < SIZE), other=0.0)
         else:
             loaded = tl.load(x, mask=valid[:, None], other=0.0)
+    elif x.shape[1] > SIZE:
+        loaded = tl.load(x, mask=d < SIZE, other=0.0)
     else:
-        if x.shape[1] > SIZE:  # noqa: SIM108
-            loaded = tl.load(x, mask=d < SIZE, other=0.0)
-        else:
-            loaded = tl.load(x)
+        loaded = tl.load(x)
     return loaded
 
 
@@ -108,15 +107,12 @@ def _attend_keys(
 def attend_chunks_kernel(
     table,
     scale,  # log2(e) / sqrt(D)
-    TYPE: tl.constexpr,
-    D: tl.constexpr,
+    TYPE: tl.constexpr, D: tl.constexpr,
     D1: tl.constexpr,  # blocks have power-of-two sizes: the head is split into D1, and D - D1 padded to D2
     D2: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, ALIGNED: tl.constexpr,
     FINAL: tl.constexpr,  # write the results instead of the accumulator
-):
+):  # fmt: skip
     num_q, num_kv = tl.load(table), tl.load(table + 1).to(tl.int32)
     q_chunks = table + _HEADER
     kv_chunks = q_chunks + num_q * _ENTRY

@@ -20,35 +20,17 @@ _SIZES = ("num_tokens", "num_heads", "num_sequences", *(f"{x}_{dim}" for x in _S
 # A slice of a log-sum-exp may start anywhere. Specializing on its alignment would compile another kernel during a call.
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("lse", "new_lse"))
 def merge_kernel(
-    out,
-    lse,
-    new_out,
-    new_lse,
-    result,
-    num_tokens,
-    num_heads,
-    num_sequences,  # batch x heads
-    out_b,
-    out_h,
-    out_s,
-    lse_b,
-    lse_h,
-    lse_s,
-    new_out_b,
-    new_out_h,
-    new_out_s,
-    new_lse_b,
-    new_lse_h,
-    new_lse_s,
-    result_b,
-    result_h,
-    result_s,
+    out, lse, new_out, new_lse, result,
+    num_tokens, num_heads, num_sequences,  # num_sequences: batch x heads
+    out_b, out_h, out_s,
+    lse_b, lse_h, lse_s,
+    new_out_b, new_out_h, new_out_s,
+    new_lse_b, new_lse_h, new_lse_s,
+    result_b, result_h, result_s,
     final: tl.constexpr,  # write ``result`` instead of the accumulator
     step: tl.constexpr,  # elements; the unit of the strides of out, new_out and result
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """Each program merges BLOCK_S tokens of one head. The head index varies fastest, so concurrent programs read
     adjacent memory of the accumulator, which is stored as [S, B, H, D]."""
     program = tl.program_id(0)

@@ -25,34 +25,17 @@ _MIN_MAGNITUDE = tl.constexpr(MIN_MAGNITUDE)
 
 @triton.jit(do_not_specialize=_SIZES)
 def pack_kernel(
-    source0,
-    target0,
-    scales0,
-    source1,
-    target1,
-    scales1,
-    num_tokens,
-    num_heads,
-    num_sequences,  # batch x heads
-    source0_s,
-    source0_b,
-    source0_h,
-    target0_s,
-    target0_b,
-    target0_h,
-    source1_s,
-    source1_b,
-    source1_h,
-    target1_s,
-    target1_b,
-    target1_h,
-    conversion0: tl.constexpr,
-    conversion1: tl.constexpr,
+    source0, target0, scales0,
+    source1, target1, scales1,
+    num_tokens, num_heads, num_sequences,  # num_sequences: batch x heads
+    source0_s, source0_b, source0_h,
+    target0_s, target0_b, target0_h,
+    source1_s, source1_b, source1_h,
+    target1_s, target1_b, target1_h,
+    conversion0: tl.constexpr, conversion1: tl.constexpr,
     step: tl.constexpr,  # elements; the unit of the strides
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """Each program converts BLOCK_S tokens of one head of one part. The head index varies fastest, so concurrent
     programs access adjacent memory."""
     program = tl.program_id(0)
@@ -76,16 +59,11 @@ def pack_kernel(
 
 @triton.jit
 def _convert_rows(
-    source,
-    target,
-    scales,
+    source, target, scales,
     strides,  # token strides of source, target and scales
     num_tokens,
-    conversion: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    conversion: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)[None, :]
     valid = s < num_tokens

@@ -23,6 +23,12 @@ def partial64(q, k, v):
     return torch.softmax(scores, dim=-1) @ v, torch.logsumexp(scores, dim=-1)
 
 
+def sdpa_error(q, k, v, exact):
+    """Largest error of single-device SDPA in the inputs' dtype, at least half a unit in the last place of ``exact``."""
+    error = (torch.nn.functional.scaled_dot_product_attention(q, k, v).double() - exact).abs().max().item()
+    return max(error, torch.finfo(q.dtype).eps * exact.abs().max().item() / 2)
+
+
 def _random(B, H, S, keys, D, dtype):
     return torch.randn(B, H, S, D).to(dtype), *(torch.randn(B, H, keys, D).to(dtype) for _ in range(2))
 

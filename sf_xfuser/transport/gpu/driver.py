@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+_u64 = ctypes.c_uint64  # also for handles and sizes, which have 64 bits on every supported platform
 _NON_BLOCKING = 1
 _HIGH_PRIORITY = -1
 _EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
@@ -55,19 +56,19 @@ class Driver:
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Enqueue a copy on a copy engine."""
-        self._call("cuMemcpyAsync", _address(target), _address(source), ctypes.c_size_t(nbytes), _pointer(stream))
+        self._call("cuMemcpyAsync", _u64(target), _u64(source), _u64(nbytes), _u64(stream))
 
     def write_32(self, target: int, value: int, stream: int) -> None:
         """Enqueue a write with release semantics: earlier work of the stream is visible before it."""
-        self._call("cuStreamWriteValue32_v2", _pointer(stream), _address(target), ctypes.c_uint32(value), 0)
+        self._call("cuStreamWriteValue32_v2", _u64(stream), _u64(target), ctypes.c_uint32(value), 0)
 
     def write_64(self, target: int, value: int, stream: int) -> None:
         """As ``write_32``."""
-        self._call("cuStreamWriteValue64_v2", _pointer(stream), _address(target), ctypes.c_uint64(value), 0)
+        self._call("cuStreamWriteValue64_v2", _u64(stream), _u64(target), _u64(value), 0)
 
     def wait_64(self, address: int, value: int, stream: int) -> None:
         """Block the stream until the word at ``address`` equals ``value``. Occupies no multiprocessor."""
-        self._call("cuStreamWaitValue64_v2", _pointer(stream), _address(address), ctypes.c_uint64(value), _EQUAL)
+        self._call("cuStreamWaitValue64_v2", _u64(stream), _u64(address), _u64(value), _EQUAL)
 
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._library, name)(*arguments)
@@ -108,11 +109,3 @@ class DriverFacts:
 def gpu_name(device: int) -> str:
     """UUID of the GPU: equal in all processes of a host that use it, regardless of CUDA_VISIBLE_DEVICES."""
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
-
-
-def _pointer(handle: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p(handle)
-
-
-def _address(value: int) -> ctypes.c_uint64:
-    return ctypes.c_uint64(value)
