@@ -1,7 +1,7 @@
-"""What Torus Attention computes beside an attention library: device kernels in Triton, and for each its slow twin in
-plain PyTorch, which serves CPUs."""
+"""Kernels that Torus Attention needs besides an attention library: each in Triton for GPUs, and as a reference in plain
+PyTorch, which CPUs use."""
 
-from sf_xfuser.kernels.attend import AttendFunction, Attention, sdpa_attend, without_weightless
+from sf_xfuser.kernels.attend import AttendFunction, Attention, fix_fully_masked_lse, sdpa_attend
 from sf_xfuser.kernels.fused import (
     Chunks,
     attend_chunks_,
@@ -9,29 +9,37 @@ from sf_xfuser.kernels.fused import (
     attend_unchecked,
     fused_unsupported_reason,
 )
-from sf_xfuser.kernels.merge import merge_, merge_into, merge_part
-from sf_xfuser.kernels.packing import Compressed, pack, pack_compressed, place, take, unpack, unpack_compressed
+from sf_xfuser.kernels.merge import merge_, merge_into, merge_partial
+from sf_xfuser.kernels.packing import (
+    CompressedLayout,
+    pack,
+    pack_compressed,
+    pack_unchecked,
+    unpack,
+    unpack_compressed,
+    unpack_unchecked,
+)
 from sf_xfuser.kernels.prepare import prepare
 
 __all__ = [
     "AttendFunction",
     "Attention",
     "Chunks",
-    "Compressed",
+    "CompressedLayout",
     "attend_chunks_",
     "attend_chunks_into",
     "attend_unchecked",
+    "fix_fully_masked_lse",
     "fused_unsupported_reason",
     "merge_",
     "merge_into",
-    "merge_part",
+    "merge_partial",
     "pack",
     "pack_compressed",
-    "place",
+    "pack_unchecked",
     "prepare",
     "sdpa_attend",
-    "take",
     "unpack",
     "unpack_compressed",
-    "without_weightless",
+    "unpack_unchecked",
 ]

@@ -1,4 +1,4 @@
-"""Local attention that returns its log-sum-exp, from PyTorch alone."""
+"""Local attention that returns its log-sum-exp, with PyTorch's own kernels."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import Literal
 import torch
 
 AttendFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""``attend(q, k, v) -> (out, lse)``: q [B,H,Sq,D], k and v [B,H,Sk,D] (any strides, Sk > 0) to out [B,H,Sq,D] in the
-input dtype and lse [B,H,Sq] fp32 (fp64 inputs: fp64), natural log of the softmax denominator. Dense, not causal, scale
-1/sqrt(D)."""
+"""``attend(q, k, v) -> (out, lse)``, dense, not causal, scale 1/sqrt(D).
+
+q [B,H,Sq,D]; k, v [B,H,Sk,D], Sk > 0, any strides. out [B,H,Sq,D] in the input dtype; lse [B,H,Sq], the natural log of
+the softmax denominator, fp32 (fp64 for fp64 inputs)."""
 
 Attention = AttendFunction | Literal["fused"]
-"""What computes a piece: a function, or the fused kernel, which also merges it."""
+"""A local attention: a function, or the fused kernel, which also merges the partial results."""
 
-Scaled = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]]
-"""An ``AttendFunction`` with a scale in place of 1/sqrt(D), where it is not None."""
+ScaledAttendFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor]
+]
+"""An ``AttendFunction`` with an explicit scale. None: 1/sqrt(D)."""
 
 
 def sdpa_attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PyTorch's own fused attention: the CPU flash kernel, cuDNN on Hopper and newer, else the flash kernel.
-
-    ``scale`` in place of 1/sqrt(D).
-    """
+    """PyTorch's fused attention by ``sdpa_backend``. ``scale`` replaces 1/sqrt(D)."""
     return SDPA[sdpa_backend(q.device, q.dtype)](q, k, v, scale)
 
 
-def without_weightless(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The log-sum-exp that ``attend(q, k, v)`` returned, -inf for each query whose scores (of any scale
-    above 0) are all -inf.
+def fix_fully_masked_lse(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The ``lse`` [B,H,Sq] of ``attend(q, k, v)``, with -inf for fully masked rows (all scores -inf).
 
-    Attention libraries mark such a row in ways that a merge would take for a weight: PyTorch's CPU kernel with 0, flash
-    attention on GPUs with +inf (its mark of a NaN in the scores, too, which stays NaN), softmax with NaN.
+    Attention libraries return values for such a row that a merge would treat as a weight: PyTorch's CPU kernel 0, flash
+    attention on GPUs +inf (also for a NaN score, which becomes NaN here), softmax NaN.
     """
-    if lse.device.type != "cpu":  # no row is looked at: that would wait for the GPU. Output 0 - inf is -inf, NaN is NaN
+    if lse.device.type != "cpu":  # inspecting rows would synchronize. Output 0 - inf is -inf, NaN - inf is NaN
         return torch.where(lse == float("inf"), out[..., 0] - float("inf"), lse)
-    doubtful = ~((lse < float("inf")) & (lse != 0))  # NaN included; a sum of weights may be 1, too
-    if not doubtful.any():
+    ambiguous = ~((lse < float("inf")) & (lse != 0))  # 0 may also be the log of a true sum of 1
+    if not ambiguous.any():
         return lse
     lse = lse.clone()
-    for b, h in doubtful.any(-1).nonzero().tolist():
-        rows = doubtful[b, h]
+    for b, h in ambiguous.any(-1).nonzero().tolist():
+        rows = ambiguous[b, h]
         scores = q[b, h, rows].to(lse.dtype) @ k[b, h].to(lse.dtype).T
-        largest = scores.amax(-1)
-        lse[b, h, rows] = torch.where(largest > float("-inf"), lse[b, h, rows], largest)
+        row_max = scores.amax(-1)
+        lse[b, h, rows] = torch.where(row_max > float("-inf"), lse[b, h, rows], row_max)
     return lse
 
 
 @cache
 def sdpa_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Which function of ``SDPA`` ``sdpa_attend`` calls."""
+    """The entry of ``SDPA`` that ``sdpa_attend`` uses: flash on CPUs; on GPUs the efficient kernel for fp32,
+    cuDNN from sm_90 on, else flash."""
     if device.type == "cpu":
         return "SDPA_FLASH"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -81,5 +81,5 @@ def _efficient(
     return out, lse[..., : q.shape[2]]  # padded to a multiple of 32 on CUDA
 
 
-SDPA: dict[str, Scaled] = {"CUDNN": _cudnn, "SDPA_FLASH": _flash, "SDPA_EFFICIENT": _efficient}
-"""PyTorch's own attention functions, by xDiT's names for them."""
+SDPA: dict[str, ScaledAttendFunction] = {"CUDNN": _cudnn, "SDPA_FLASH": _flash, "SDPA_EFFICIENT": _efficient}
+"""PyTorch's attention kernels by xDiT's backend names."""

@@ -1,8 +1,8 @@
-"""Attention over lists of Q chunks and KV chunks, in one launch: nothing is concatenated, and no merge follows. Shapes:
-B batch, H heads, H_kv heads of keys and values, S tokens of a Q chunk, D head size.
+"""Attention over lists of Q chunks and KV chunks in one launch, without concatenation or a separate merge. Shapes: B
+batch, H query heads, H_kv KV heads, S tokens of a Q chunk, Sk tokens of a KV chunk, D head size.
 
-``attend_chunks_`` keeps accumulating; ``attend_chunks_into`` is the last call, which writes the result in its own dtype
-where it belongs. On a GPU each is one launch (``triton_fused``); elsewhere, or without Triton, the twin in plain
+``attend_chunks_`` accumulates in place. ``attend_chunks_into`` is the last call for a Q chunk: it writes the result, in
+q's dtype, to its final tensor. Each is one launch on a GPU with Triton (``triton_fused``), else a reference in plain
 PyTorch.
 """
 
@@ -15,14 +15,15 @@ from typing import NamedTuple
 import torch
 
 from sf_xfuser.kernels.checks import (
-    described,
+    describe,
     has_triton,
-    is_same,
-    require_apart,
-    require_rows,
+    is_same_view,
+    named,
+    require_contiguous_rows,
+    require_no_overlap,
+    require_same_device,
     require_shape,
-    require_together,
-    runs_kernel,
+    uses_triton,
 )
 
 HEAD_SIZES = (64, 72, 96, 128, 256)
@@ -30,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def fused_unsupported_reason(device: torch.device, dtype: torch.dtype, D: int) -> str | None:
-    """None where the fused kernel supports a call. On a CPU its twin runs in its place."""
+    """Why the fused kernel does not support a call, else None. A CPU runs the PyTorch reference."""
     if dtype not in DTYPES:
         return f"its dtypes are {', '.join(map(str, DTYPES))}, got {dtype}"
     if D not in HEAD_SIZES:
@@ -41,7 +42,7 @@ def fused_unsupported_reason(device: torch.device, dtype: torch.dtype, D: int) -
 
 
 class Chunks(NamedTuple):
-    """The arguments of one call, as ``attend_chunks_`` and ``attend_chunks_into`` describe them."""
+    """The arguments of ``attend_chunks_`` (empty ``results``) or ``attend_chunks_into``."""
 
     q: Sequence[torch.Tensor]
     k: Sequence[torch.Tensor]
@@ -58,19 +59,23 @@ def attend_chunks_(
     out: Sequence[torch.Tensor],
     lse: Sequence[torch.Tensor],
 ) -> None:
-    """Attend every Q chunk to all KV chunks, and to what its accumulator holds already, in place. Local; on the current
-    stream.
+    """Attend every Q chunk to all KV chunks and merge with its accumulator, in place. Local; on the current stream.
 
-    ``q[i]`` [B,H,S_i,D]; ``k[j]``, ``v[j]`` [B,H_kv,Sk_j,D], H a multiple of H_kv; all in one dtype of ``DTYPES``, D of
-    ``HEAD_SIZES``, S_i and Sk_j any, 0 included. ``out[i]`` [B,H,S_i,D] fp32 and ``lse[i]`` [B,H,S_i] fp32 (natural
-    log) are the accumulator, as ``merge_`` has it: a row with ``lse = -inf`` has seen no key, whatever ``out`` holds
-    there, so a new accumulator is one whose ``lse`` is filled with -inf. Any strides with D contiguous. Dense, not
-    causal, scores times 1/sqrt(D). Deterministic: the same lists in the same order give the same bits.
+    | argument | shape | dtype |
+    |---|---|---|
+    | ``q[i]`` | [B,H,S_i,D], D of ``HEAD_SIZES`` | one of ``DTYPES`` |
+    | ``k[j]``, ``v[j]`` | [B,H_kv,Sk_j,D], H a multiple of H_kv | as q |
+    | ``out[i]`` | [B,H,S_i,D] | fp32 |
+    | ``lse[i]`` | [B,H,S_i], natural log | fp32 |
 
-    Raises ValueError before anything is written: shapes, dtypes, devices or lengths of lists that do not fit, strided
-    D, an accumulator that shares memory with anything else.
+    S_i and Sk_j may be 0. Any strides with D contiguous. Dense, not causal, scale 1/sqrt(D). ``lse = -inf`` marks a row
+    without keys, whose ``out`` is ignored: fill ``lse`` with -inf to start a new accumulator. Deterministic for equal
+    lists in equal order.
+
+    Raises ValueError before any write: mismatched shapes, dtypes, devices or list lengths, strided D, an accumulator
+    that shares memory with another tensor.
     """
-    _attend(Chunks(q, k, v, out, lse, ()))
+    (_attend_op if torch.compiler.is_compiling() else _attend)(list(q), list(k), list(v), list(out), list(lse), [])
 
 
 def attend_chunks_into(
@@ -81,62 +86,47 @@ def attend_chunks_into(
     out: Sequence[torch.Tensor],
     lse: Sequence[torch.Tensor],
 ) -> None:
-    """As ``attend_chunks_``, for the last time: the output goes to ``results[i]`` [B,H,S_i,D] in q's dtype, any strides
-    with D contiguous, and the accumulator holds nothing of use afterwards; in fp32 ``results[i]`` may be ``out[i]``
-    itself. Rows that have seen no key at all are 0."""
+    """As ``attend_chunks_``, but write the output to ``results[i]`` [B,H,S_i,D] in q's dtype, any strides with D
+    contiguous. The accumulator is undefined afterwards. In fp32 ``results[i]`` may be ``out[i]`` itself. Rows without
+    keys are 0."""
     if len(results) != len(q):
-        raise ValueError(f"{len(results)} results for {len(q)} chunks of q: give one for each")
-    _attend(Chunks(q, k, v, out, lse, results))
+        raise ValueError(f"{len(results)} results for {len(q)} chunks of q: pass one for each")
+    op = _attend_op if torch.compiler.is_compiling() else _attend
+    op(list(q), list(k), list(v), list(out), list(lse), list(results))
 
 
-def attend_twin(chunks: Chunks) -> None:
-    """The same in plain PyTorch: one softmax in fp32 over all keys, in which what is carried counts as one key more."""
+def attend_reference(chunks: Chunks) -> None:
+    """The same in plain PyTorch: one fp32 softmax over all keys, with the accumulator as one extra key."""
     q, k, v, out, lse, results = chunks
-    for at, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
+    for i, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
         group = q_BHSD.shape[1] // k[0].shape[1] if k else 1
         keys = [x.float().repeat_interleave(group, 1) for x in k]
         values = [x.float().repeat_interleave(group, 1) for x in v]
         q32 = q_BHSD.float() / math.sqrt(q_BHSD.shape[-1])
         scores = [lse_BHS.unsqueeze(-1), *(q32 @ x.transpose(-1, -2) for x in keys)]
-        joined = torch.cat(scores, -1)
-        weights = torch.softmax(joined, -1).masked_fill(joined.amax(-1, keepdim=True) == float("-inf"), 0.0)
-        carried = out_BHSD.masked_fill(lse_BHS.unsqueeze(-1) == float("-inf"), 0.0) * weights[..., :1]
-        total = carried + weights[..., 1:] @ torch.cat(values, 2) if k else carried
-        lse_BHS.copy_(torch.logsumexp(joined, -1))
+        scores_BHSK = torch.cat(scores, -1)
+        weights = torch.softmax(scores_BHSK, -1).masked_fill(scores_BHSK.amax(-1, keepdim=True) == float("-inf"), 0.0)
+        old = out_BHSD.masked_fill(lse_BHS.unsqueeze(-1) == float("-inf"), 0.0) * weights[..., :1]
+        total = old + weights[..., 1:] @ torch.cat(values, 2) if k else old
+        lse_BHS.copy_(torch.logsumexp(scores_BHSK, -1))
         out_BHSD.copy_(total)
         if results:
-            results[at].copy_(out_BHSD)
-
-
-# -- the operator ----------------------------------------------------------------------------------------------------
-
-
-def _attend(chunks: Chunks) -> None:
-    if torch.compiler.is_compiling():
-        _attend_op(*map(list, chunks))
-    else:
-        _run(chunks)
-
-
-def _run(chunks: Chunks) -> None:
-    check(chunks)
-    attend_unchecked(chunks)
+            results[i].copy_(out_BHSD)
 
 
 def attend_unchecked(chunks: Chunks) -> None:
-    """``attend_chunks_``, or with ``results`` ``attend_chunks_into``, for a caller that answers for all of them."""
+    """``attend_chunks_``, or ``attend_chunks_into`` with ``results``, without argument checks."""
     if not chunks.q:
         return
-    if runs_kernel(chunks.q[0]):
+    if uses_triton(chunks.q[0]):
         from sf_xfuser.kernels.triton_fused import launch
 
         launch(chunks)
     else:
-        attend_twin(chunks)
+        attend_reference(chunks)
 
 
-@torch.library.custom_op("sf_xfuser::attend_chunks", mutates_args=("out", "lse", "results"))
-def _attend_op(
+def _attend(
     q: list[torch.Tensor],
     k: list[torch.Tensor],
     v: list[torch.Tensor],
@@ -144,75 +134,68 @@ def _attend_op(
     lse: list[torch.Tensor],
     results: list[torch.Tensor],
 ) -> None:
-    _run(Chunks(q, k, v, out, lse, results))
+    chunks = Chunks(q, k, v, out, lse, results)
+    check(chunks)
+    attend_unchecked(chunks)
 
 
-@_attend_op.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
-    return None
+_attend_op = torch.library.custom_op("sf_xfuser::attend_chunks", _attend, mutates_args=("out", "lse", "results"))
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check(chunks: Chunks) -> None:
-    """Raises what ``attend_chunks_`` raises."""
+    """Raises the errors of ``attend_chunks_``."""
     q, k, v, out, lse, results = chunks
     if len(out) != len(q) or len(lse) != len(q) or len(k) != len(v):
         raise ValueError(
-            f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: give an out and a lse "
+            f"lists of {len(q)} q, {len(out)} out, {len(lse)} lse, {len(k)} k and {len(v)} v: pass an out and a lse "
             "for each q, and a v for each k"
         )
-    read = _named(q=q, k=k, v=v)
-    apart = [x for at, x in enumerate(results) if not is_same(x, out[at])]
-    written = _named(out=out, lse=lse, results=apart)
+    read = named(q=q, k=k, v=v)
+    separate = [x for i, x in enumerate(results) if not is_same_view(x, out[i])]
+    written = named(out=out, lse=lse, results=separate)
     _check_chunks(q, k, v)
-    for name, x in _named(out=out).items():
+    for name, x in named(out=out, lse=lse).items():
         if x.dtype != torch.float32:
-            raise ValueError(f"{name} is {described(x)}: the accumulator must be torch.float32")
-    for name, x in _named(lse=lse).items():
-        if x.dtype != torch.float32:
-            raise ValueError(f"{name} is {described(x)}: log-sum-exps must be torch.float32")
-    for at, x in enumerate(q):
+            raise ValueError(f"{name} is {describe(x)}: the accumulator must be torch.float32")
+    for i, x in enumerate(q):
         shape = tuple(x.shape)
-        require_shape(f"out[{at}]", out[at], shape, f"q[{at}] {shape}")
-        require_shape(f"lse[{at}]", lse[at], shape[:3], f"q[{at}] {shape}")
-    for at, x in enumerate(results):
-        require_shape(f"results[{at}]", x, tuple(q[at].shape), f"q[{at}] {tuple(q[at].shape)}")
-        if x.dtype != q[at].dtype:
-            raise ValueError(f"results[{at}] is {described(x)}, but q[{at}] is {described(q[at])}: give one dtype")
-    require_rows(_named(q=q, k=k, v=v, out=out, results=results))
+        require_shape(f"out[{i}]", out[i], shape, f"q[{i}] {shape}")
+        require_shape(f"lse[{i}]", lse[i], shape[:3], f"q[{i}] {shape}")
+    for i, x in enumerate(results):
+        require_shape(f"results[{i}]", x, tuple(q[i].shape), f"q[{i}] {tuple(q[i].shape)}")
+        if x.dtype != q[i].dtype:
+            raise ValueError(f"results[{i}] is {describe(x)}, but q[{i}] is {describe(q[i])}: use one dtype")
+    require_contiguous_rows(named(q=q, k=k, v=v, out=out, results=results))
     if q:
-        require_together(read | written)
-    require_apart(written, read)
+        require_same_device(read | written)
+    require_no_overlap(written, read)
 
 
 def _check_chunks(q: Sequence[torch.Tensor], k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
-    named = _named(q=q, k=k, v=v)
-    for name, x in named.items():
-        first_name, first = next(iter(named.items()))
+    tensors = named(q=q, k=k, v=v)
+    for name, x in tensors.items():
+        first_name, first = next(iter(tensors.items()))
         if x.dim() != 4 or x.dtype not in DTYPES:
-            raise ValueError(f"{name} is {described(x)}: it must be [B, heads, tokens, D] in one of {DTYPES}")
+            raise ValueError(f"{name} is {describe(x)}: it must be [B, heads, tokens, D] in one of {DTYPES}")
         if x.shape[-1] not in HEAD_SIZES:
-            raise ValueError(f"{name} is {described(x)}: head size {x.shape[-1]} is none of {HEAD_SIZES}")
+            raise ValueError(f"{name} is {describe(x)}: head size {x.shape[-1]} is not in {HEAD_SIZES}")
         if x.dtype != first.dtype or x.shape[0] != first.shape[0] or x.shape[-1] != first.shape[-1]:
             raise ValueError(
-                f"{name} is {described(x)}, but {first_name} is {described(first)}: give one batch, head size and dtype"
+                f"{name} is {describe(x)}, but {first_name} is {describe(first)}: use one batch, head size and dtype"
             )
     for kind, chunks in (("q", q), ("k", k)):
-        for at, x in enumerate(chunks):
+        for i, x in enumerate(chunks):
             if x.shape[1] != chunks[0].shape[1]:
                 raise ValueError(
-                    f"{kind}[{at}] is {described(x)}, but {kind}[0] is {described(chunks[0])}: give as many heads"
+                    f"{kind}[{i}] is {describe(x)}, but {kind}[0] is {describe(chunks[0])}: use one number of heads"
                 )
-    for at, x in enumerate(k):
-        require_shape(f"v[{at}]", v[at], tuple(x.shape), f"k[{at}] {tuple(x.shape)}")
+    for i, x in enumerate(k):
+        require_shape(f"v[{i}]", v[i], tuple(x.shape), f"k[{i}] {tuple(x.shape)}")
     if q and k and (k[0].shape[1] == 0 or q[0].shape[1] % k[0].shape[1]):
         raise ValueError(
-            f"q[0] {tuple(q[0].shape)} has {q[0].shape[1]} heads, no multiple of the {k[0].shape[1]} of k[0] "
+            f"q[0] {tuple(q[0].shape)} has {q[0].shape[1]} heads, not a multiple of the {k[0].shape[1]} of k[0] "
             f"{tuple(k[0].shape)}"
         )
-
-
-def _named(**lists: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{name}[{at}]": x for name, chunks in lists.items() for at, x in enumerate(chunks)}

@@ -1,8 +1,8 @@
 """Log-sum-exp merge of a partial attention result into an accumulator. Shapes: B batch, H heads, S tokens, D head size.
 
-``merge_`` keeps accumulating; ``merge_into`` is the last merge, which writes the result in its own dtype where it
-belongs, so that no pass over it follows. On a GPU each is one launch (``triton_merge``); elsewhere, or without Triton,
-the twin in plain PyTorch.
+``merge_`` accumulates in place. ``merge_into`` is the last merge of a row: it writes the result, in the result's dtype,
+to its final tensor, which saves a pass over it. Each is one launch on a GPU with Triton (``triton_merge``), else a
+reference in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -10,30 +10,35 @@ from __future__ import annotations
 import torch
 
 from sf_xfuser.kernels.checks import (
-    described,
-    is_same,
-    require_apart,
-    require_rows,
+    describe,
+    is_same_view,
+    require_contiguous_rows,
+    require_no_overlap,
+    require_same_device,
     require_shape,
-    require_together,
-    runs_kernel,
+    uses_triton,
 )
 
 
 def merge_(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
     """Merge ``(new_out, new_lse)`` into ``(out, lse)`` in place. Local; on the current stream.
 
-    ``out`` [B,H,S,D] and ``lse`` [B,H,S] (natural log) are the accumulator, both fp32 or both fp64, any strides with D
-    contiguous; ``new_out`` [B,H,S,D] any float dtype, ``new_lse`` [B,H,S], its natural log. The result is
-    ``(1-w)*out + w*new_out`` with ``w = sigmoid(new_lse - lse)``, and ``logaddexp(lse, new_lse)``. The lesser of the
-    two weights is computed and the other is one minus it, so they add up to one whatever the rounding of the
-    log-sum-exps: that keeps many merges as exact as one softmax. Values near overflow stay finite and infinite ones
-    infinite, as in one softmax; ``out + w*(new_out - out)`` would make them NaN. A row that has seen no key has
-    ``lse = -inf``: where ``new_lse`` is -inf the accumulator stays as it is, where only ``lse`` is -inf it becomes
-    ``new_out``, whatever the other output holds. Elementwise, so the same inputs in the same order give the same bits.
+    | argument | shape | dtype | layout |
+    |---|---|---|---|
+    | ``out`` | [B,H,S,D] | fp32 or fp64 | any strides, D contiguous |
+    | ``lse``, ``new_lse`` | [B,H,S] | as ``out`` | any strides; natural log |
+    | ``new_out`` | [B,H,S,D] | any float | any strides, D contiguous |
 
-    Raises ValueError before anything is written: shapes or devices that do not fit, strided D, an accumulator that is
-    neither fp32 nor fp64, a partial result that shares memory with it.
+    ``out = (1-w)*out + w*new_out`` with ``w = sigmoid(new_lse - lse)``, and ``lse = logaddexp(lse, new_lse)``.
+    Example: ``out`` 1.0 with lse 0 and ``new_out`` 5.0 with lse ln 3 (weights 1, 3): w = 0.75, out = 4.0, lse = ln 4.
+
+    Only the smaller weight is computed, and the other is one minus it. So the weights sum to exactly one, which keeps
+    many merges as accurate as one softmax. As in one softmax, values near overflow stay finite and infinite values stay
+    infinite; ``out + w*(new_out - out)`` would turn them into NaN. ``lse = -inf`` marks a row without keys: its output
+    is ignored, on either side, whatever it holds. Elementwise, so deterministic.
+
+    Raises ValueError before any write: mismatched shapes or devices, strided D, an accumulator that is neither fp32 nor
+    fp64, a partial result that shares memory with it.
     """
     (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, None)
 
@@ -41,46 +46,44 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 def merge_into(
     result: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor
 ) -> None:
-    """As ``merge_``, for the last time: the merged output goes to ``result`` [B,H,S,D], any float dtype and any strides
-    with D contiguous, and the accumulator holds nothing of use afterwards. ``result`` may be ``out`` itself, nothing
-    else that shares memory with the others."""
+    """As ``merge_``, but write the output to ``result`` [B,H,S,D], any float dtype, any strides with D contiguous. The
+    accumulator is undefined afterwards. ``result`` may be ``out`` itself, but must not overlap the others."""
     (_merge_op if torch.compiler.is_compiling() else _merge)(out, lse, new_out, new_lse, result)
 
 
-def merge_part(
+def merge_partial(
     out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
-    """``merge_``, or with a ``result`` ``merge_into``, for a caller that answers for ``out``, ``lse`` and ``result``:
-    of what an attention library returned only shapes and dtypes are looked at, which takes a microsecond where all
-    checks take 18."""
-    fits = new_lse.dtype is lse.dtype and new_out.shape == out.shape and new_lse.shape == lse.shape
-    if not fits or new_out.stride(3) != 1:
+    """``merge_``, or ``merge_into`` with a ``result``, for valid ``out``, ``lse`` and ``result``. Checks only shapes,
+    dtypes and the last stride of ``new_out`` and ``new_lse``: 1 us instead of 18."""
+    valid = new_lse.dtype is lse.dtype and new_out.shape == out.shape and new_lse.shape == lse.shape
+    if not valid or new_out.stride(3) != 1:
         check(out, lse, new_out, new_lse, result)
     _run(out, lse, new_out, new_lse, result)
 
 
-def merge_twin(
+def merge_reference(
     out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
-    """``merge_``, or with a ``result`` ``merge_into``, in plain PyTorch."""
-    unseen = new_lse == float("-inf")
+    """``merge_``, or ``merge_into`` with a ``result``, in plain PyTorch."""
+    masked = new_lse == float("-inf")
     ratio = torch.exp(-(new_lse - lse).abs())
-    lesser = (ratio / (1 + ratio)).masked_fill_(unseen, 0.0)  # also where both are -inf and the difference is NaN
-    heavier = new_lse > lse
-    weight = torch.where(heavier, 1 - lesser, lesser).unsqueeze(-1)
-    rest = torch.where(heavier, lesser, 1 - lesser).unsqueeze(-1)
+    smaller = (ratio / (1 + ratio)).masked_fill_(masked, 0.0)  # if both are -inf, their difference is NaN
+    new_is_larger = new_lse > lse
+    new_weight = torch.where(new_is_larger, 1 - smaller, smaller).unsqueeze(-1)
+    old_weight = torch.where(new_is_larger, smaller, 1 - smaller).unsqueeze(-1)
     new_out = new_out.to(out.dtype)
-    if unseen.any():
-        new_out = new_out.masked_fill(unseen.unsqueeze(-1), 0.0)
-    first = (lse == float("-inf")) & ~unseen
-    if first.any():
-        out.masked_fill_(first.unsqueeze(-1), 0.0)
-    into = result if result is not None and result.dtype == out.dtype else out
-    torch.mul(out, rest, out=into).addcmul_(new_out, weight)
+    if masked.any():
+        new_out = new_out.masked_fill(masked.unsqueeze(-1), 0.0)
+    empty = (lse == float("-inf")) & ~masked
+    if empty.any():
+        out.masked_fill_(empty.unsqueeze(-1), 0.0)
+    target = result if result is not None and result.dtype == out.dtype else out
+    torch.mul(out, old_weight, out=target).addcmul_(new_out, new_weight)
     if result is None:
         torch.logaddexp(lse, new_lse, out=lse)
-    elif into is not result:
-        result.copy_(into)
+    elif target is not result:
+        result.copy_(target)
 
 
 def _merge(
@@ -93,44 +96,38 @@ def _merge(
 def _run(
     out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
-    if runs_kernel(out):
+    if uses_triton(out):
         from sf_xfuser.kernels.triton_merge import launch
 
         launch(out, lse, new_out, new_lse, result)
     else:
-        merge_twin(out, lse, new_out, new_lse, result)
+        merge_reference(out, lse, new_out, new_lse, result)
 
 
 _merge_op = torch.library.custom_op("sf_xfuser::merge", _merge, mutates_args=("out", "lse", "result"))
 
 
-@_merge_op.register_fake
-def _(out, lse, new_out, new_lse, result):  # type: ignore[no-untyped-def]
-    return None
-
-
 def check(
     out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
 ) -> None:
-    """Raises what ``merge_`` raises."""
+    """Raises the errors of ``merge_``."""
     if out.dim() != 4 or out.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"out is {described(out)}: the accumulator must be [B, H, S, D] in torch.float32 or torch.float64"
+            f"out is {describe(out)}: the accumulator must be [B, H, S, D] in torch.float32 or torch.float64"
         )
     shape = tuple(out.shape)
     for name, x in (("lse", lse), ("new_lse", new_lse)):
         require_shape(name, x, shape[:3], f"out {shape}")
         if x.dtype != out.dtype:
-            raise ValueError(f"{name} is {described(x)}: log-sum-exps must be {out.dtype}, as out is")
+            raise ValueError(f"{name} is {describe(x)}: log-sum-exps must have the dtype of out, {out.dtype}")
     rows = {"out": out, "new_out": new_out} | ({} if result is None else {"result": result})
     for name, x in rows.items():
         require_shape(name, x, shape, f"out {shape}")
         if not x.is_floating_point():
-            raise ValueError(f"{name} is {described(x)}: it must be floating point")
-    require_rows(rows)
-    lses = {"lse": lse, "new_lse": new_lse}
-    require_together(rows | lses)
+            raise ValueError(f"{name} is {describe(x)}: it must be floating point")
+    require_contiguous_rows(rows)
+    require_same_device(rows | {"lse": lse, "new_lse": new_lse})
     written = {"out": out, "lse": lse}
-    if result is not None and not is_same(result, out):
+    if result is not None and not is_same_view(result, out):
         written["result"] = result
-    require_apart(written, {"new_out": new_out, "new_lse": new_lse})
+    require_no_overlap(written, {"new_out": new_out, "new_lse": new_lse})

@@ -1,21 +1,22 @@
-"""Head slices gathered into one piece of memory, as a transport sends them, and put back. Shapes: B batch, H heads, S
+"""Packs head slices into one contiguous chunk, as a transport sends them, and unpacks them. Shapes: B batch, H heads, S
 tokens, D head size.
 
-Each function takes one part or two. A *part* is a view [S, B, H, D] of a tensor in any layout
-(``x_BHSD.permute(2, 0, 1, 3)``, ``x_BSHD.transpose(0, 1)``, with a slice of its heads): Q, or K and V, of some tokens.
-On a GPU each call is one launch (``triton_packing``); elsewhere, or without Triton, the twin in plain PyTorch.
+Each function takes one or two *parts*: views [S, B, H, D] of tensors in any layout (``x_BHSD.permute(2, 0, 1, 3)``,
+``x_BSHD.transpose(0, 1)``, with a slice of the heads). One part is Q, two are K and V. Each call is one launch on a GPU
+with Triton (``triton_packing``), else a reference in plain PyTorch.
 
-**As it is**: ``pack`` and ``unpack`` of a tensor [S, parts, B, H, D] (one part: [S, B, H, D]), which is how chunks lie
-in a window. The dtype may differ from the parts'.
+``pack`` and ``unpack`` use a chunk [S, parts, B, H, D] ([S, B, H, D] for one part), as chunks lie in a window. Its
+dtype may differ from the parts'.
 
-**Compressed**: ``Compressed`` says which bytes hold what. Each part is stored by itself as it is (``"none"``), in fp8
-(e4m3: 3 bits of mantissa) or in int8, with a scale for each block of D values, one token of one head, beside it:
+``pack_compressed`` and ``unpack_compressed`` use bytes laid out by ``CompressedLayout``. Each part has its own format:
+``"none"`` keeps its dtype, ``"fp8"`` is e4m3 (3 bits of mantissa), and ``"int8"``. fp8 and int8 have one fp32 scale per
+block of D values, that is per token and head:
 
     part 0: values [S, B, H, D] | scales [S, B, H] fp32 | part 1: values | scales | ...
 
-each beginning at a multiple of 16 bytes; ``"none"`` has no scales. ``scale`` is the block's largest magnitude over 127
-(int8) or 448 (fp8), so no value overflows; values are rounded to the nearest, ties to even. A block that holds a value
-which is not finite comes back as NaN.
+Every region starts at a multiple of 16 bytes. ``"none"`` has no scales. The scale is the block's largest magnitude /
+127 (int8) or / 448 (fp8), so no value overflows. Values are rounded to nearest, ties to even. Example for int8: if the
+largest magnitude is 2.54, the scale is 0.02, and 1.0 is stored as 50. A block with a non-finite value unpacks to NaN.
 """
 
 from __future__ import annotations
@@ -28,30 +29,35 @@ from typing import Literal
 import torch
 
 from sf_xfuser.kernels.checks import (
-    described,
-    require_apart,
-    require_rows,
+    describe,
+    named,
+    require_contiguous_rows,
+    require_no_overlap,
+    require_same_device,
     require_shape,
-    require_together,
-    runs_kernel,
+    uses_triton,
 )
 
 Format = Literal["none", "fp8", "int8"]
 FORMATS: tuple[Format, ...] = ("none", "fp8", "int8")
 MAX_PARTS = 2
-LARGEST = {"fp8": 448.0, "int8": 127.0}
-"""What the largest magnitude of a block is stored as."""
-SMALLEST = 2.0**-100
-"""A block's largest magnitude is taken to be at least this, so that its scale and the inverse are normal numbers."""
+MAX_STORED = {"fp8": 448.0, "int8": 127.0}
+"""The stored value of a block's largest magnitude."""
+MIN_MAGNITUDE = 2.0**-100
+"""Lower bound of a block's largest magnitude, which keeps the scale and its inverse normal numbers."""
 
-_STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_STORED_DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compressed:
-    """The bytes of one compressed chunk: ``parts`` views of ``shape`` [S, B, H, D] and ``dtype``, part ``i`` stored in
-    ``formats[i]``. Plain arithmetic, alike at both ends."""
+class CompressedLayout:
+    """Byte offsets in a compressed chunk of parts with ``shape`` [S, B, H, D] and ``dtype``. Part ``i`` has format
+    ``formats[i]``.
+
+    Example: two bf16 parts of shape (3, 1, 5, 9) as ("none", "int8"). Part 0: 270 bytes of values at 0. Part 1: 135
+    bytes of values at 272, 15 scales at 416. ``nbytes`` is 480.
+    """
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -59,178 +65,177 @@ class Compressed:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.formats) <= MAX_PARTS or any(x not in FORMATS for x in self.formats):
-            raise ValueError(f"formats {self.formats}: give one for each of 1 to {MAX_PARTS} parts, of {FORMATS}")
+            raise ValueError(f"formats {self.formats}: pass one of {FORMATS} for each of 1 to {MAX_PARTS} parts")
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{self.dtype} cannot be compressed: give float32, bfloat16 or float16")
+            raise ValueError(f"{self.dtype} cannot be compressed: use float32, bfloat16 or float16")
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         return math.prod(self.shape[:3])
 
-    def values_at(self, part: int) -> int:
-        """Bytes from the start."""
-        return sum(self._part_bytes(x) for x in self.formats[:part])
+    def values_offset(self, part: int) -> int:
+        return sum(self._values_bytes(x) + self._scales_bytes(x) for x in self.formats[:part])
 
-    def scales_at(self, part: int) -> int:
-        """Bytes from the start; where its values end, if it has no scales."""
-        return self.values_at(part) + self._values_bytes(self.formats[part])
+    def scales_offset(self, part: int) -> int:
+        return self.values_offset(part) + self._values_bytes(self.formats[part])
 
     @property
     def nbytes(self) -> int:
-        return self.values_at(len(self.formats))
+        return self.values_offset(len(self.formats))
 
     def _values_bytes(self, format: Format) -> int:
         itemsize = self.dtype.itemsize if format == "none" else 1
         return -(-math.prod(self.shape) * itemsize // _ALIGNMENT) * _ALIGNMENT
 
-    def _part_bytes(self, format: Format) -> int:
-        scales = 0 if format == "none" else -(-4 * self.blocks // _ALIGNMENT) * _ALIGNMENT
-        return self._values_bytes(format) + scales
+    def _scales_bytes(self, format: Format) -> int:
+        return 0 if format == "none" else -(-4 * self.num_blocks // _ALIGNMENT) * _ALIGNMENT
 
     def values(self, chunk: torch.Tensor, part: int) -> torch.Tensor:
-        """Those of a part [S, B, H, D] in the dtype that stores them, as a view of the chunk's bytes."""
-        dtype = _STORED.get(self.formats[part], self.dtype)
-        start = self.values_at(part)
+        """A view [S, B, H, D] of the chunk's bytes, in the stored dtype."""
+        dtype = _STORED_DTYPE.get(self.formats[part], self.dtype)
+        start = self.values_offset(part)
         return chunk[start : start + math.prod(self.shape) * dtype.itemsize].view(dtype).view(self.shape)
 
     def scales(self, chunk: torch.Tensor, part: int) -> torch.Tensor | None:
-        """Those of a part [S, B, H] fp32, as a view of the chunk's bytes; None where it has none."""
+        """A view [S, B, H] fp32 of the chunk's bytes, or None for a part without scales."""
         if self.formats[part] == "none":
             return None
-        start = self.scales_at(part)
-        return chunk[start : start + 4 * self.blocks].view(torch.float32).view(self.shape[:3])
+        start = self.scales_offset(part)
+        return chunk[start : start + 4 * self.num_blocks].view(torch.float32).view(self.shape[:3])
 
 
-def pack(parts: Sequence[torch.Tensor], into: torch.Tensor) -> None:
-    """Copy parts [S, B, H, D], any strides with D contiguous, into ``into`` [S, parts, B, H, D] (one part:
-    [S, B, H, D]), which is contiguous; float dtypes. Local; on the current stream.
+def pack(parts: Sequence[torch.Tensor], chunk: torch.Tensor) -> None:
+    """Copy parts [S, B, H, D], any strides with D contiguous, into the contiguous ``chunk`` [S, parts, B, H, D] (one
+    part: [S, B, H, D]). Floating-point dtypes. Local; on the current stream.
 
-    Raises ValueError before anything is written: shapes, dtypes or devices that do not fit, strided D, parts that share
-    memory with ``into``.
+    Raises ValueError before any write: mismatched shapes, dtypes or devices, strided D, parts that share memory with
+    the chunk.
     """
-    if torch.compiler.is_compiling():
-        _pack_op(list(parts), into)
-    else:
-        _pack(parts, into)
+    (_pack_op if torch.compiler.is_compiling() else _pack)(list(parts), chunk)
 
 
-def unpack(packed: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """The inverse of ``pack``: write the parts from ``packed``."""
-    if torch.compiler.is_compiling():
-        _unpack_op(packed, list(parts))
-    else:
-        _unpack(packed, parts)
+def unpack(chunk: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Inverse of ``pack``: write the parts."""
+    (_unpack_op if torch.compiler.is_compiling() else _unpack)(chunk, list(parts))
 
 
-def pack_compressed(parts: Sequence[torch.Tensor], into: torch.Tensor, formats: Sequence[Format]) -> None:
-    """Compress parts of one shape [S, B, H, D] and dtype, any strides with D contiguous, into the bytes ``into``: uint8
-    [n], aligned to 16, n = ``Compressed(...).nbytes`` for their shape, their dtype and ``formats``. Local; on the
-    current stream. Raises ValueError as ``pack`` does."""
-    if torch.compiler.is_compiling():
-        _pack_compressed_op(list(parts), into, ",".join(formats))
-    else:
-        _pack_compressed(parts, into, formats)
+def pack_compressed(parts: Sequence[torch.Tensor], chunk: torch.Tensor, formats: Sequence[Format]) -> None:
+    """Compress parts [S, B, H, D] of one shape and dtype, any strides with D contiguous, into ``chunk``: uint8
+    [``CompressedLayout.nbytes``], aligned to 16 bytes. Local; on the current stream. Raises ValueError as ``pack``."""
+    op = _pack_compressed_op if torch.compiler.is_compiling() else _pack_compressed
+    op(list(parts), chunk, ",".join(formats))
 
 
-def unpack_compressed(packed: torch.Tensor, parts: Sequence[torch.Tensor], formats: Sequence[Format]) -> None:
-    """The inverse of ``pack_compressed``, as near as the formats are: write the parts, which have the shape and dtype
-    that were packed."""
-    if torch.compiler.is_compiling():
-        _unpack_compressed_op(packed, list(parts), ",".join(formats))
-    else:
-        _unpack_compressed(packed, parts, formats)
+def unpack_compressed(chunk: torch.Tensor, parts: Sequence[torch.Tensor], formats: Sequence[Format]) -> None:
+    """Inverse of ``pack_compressed``, up to rounding: write parts of the packed shape and dtype."""
+    op = _unpack_compressed_op if torch.compiler.is_compiling() else _unpack_compressed
+    op(chunk, list(parts), ",".join(formats))
 
 
-def place(parts: Sequence[torch.Tensor], into: torch.Tensor) -> None:
-    """``pack`` for a caller that answers for the tensors, which may be of any dtype and have any strides and dimensions
-    from the first or, of several parts, the first two of ``into`` on: one launch where the kernel serves them, else
-    PyTorch's copies."""
-    _place(parts, _slots(into, len(parts)))
+def pack_unchecked(parts: Sequence[torch.Tensor], chunk: torch.Tensor) -> None:
+    """``pack`` without argument checks, for any dtype, strides and number of dimensions [S, ...]. One launch if the
+    kernel supports them, else PyTorch copies."""
+    _copy_unchecked(parts, _slots(chunk, len(parts)))
 
 
-def take(packed: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """The inverse of ``place``."""
-    _place(_slots(packed, len(parts)), parts)
+def unpack_unchecked(chunk: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Inverse of ``pack_unchecked``."""
+    _copy_unchecked(_slots(chunk, len(parts)), parts)
 
 
-def _place(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    if runs_kernel(targets[0]) and all(_is_rows(x) for x in (*sources, *targets)):
-        _move(sources, targets, [None] * len(sources), ["copy"] * len(sources))
+def _copy_unchecked(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    if uses_triton(targets[0]) and all(_is_supported(x) for x in (*sources, *targets)):
+        _convert(sources, targets)
     else:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
 
 
-def _is_rows(x: torch.Tensor) -> bool:
+def _is_supported(x: torch.Tensor) -> bool:
     return x.dim() == 4 and x.stride(3) == 1 and x.is_floating_point()
 
 
-# -- the operators ---------------------------------------------------------------------------------------------------
+def _slots(chunk: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
+    """The view [S, B, H, D] of each part in a chunk."""
+    return chunk.unbind(1) if num_parts > 1 else (chunk,)
 
 
-def _pack(parts: Sequence[torch.Tensor], into: torch.Tensor) -> None:
-    check_plain(parts, into, "into")
-    require_apart({"into": into}, _named(parts))
-    _move(parts, _slots(into, len(parts)), [None] * len(parts), ["copy"] * len(parts))
+# -- checked implementations, as operators for torch.compile -----------------------------------------------------------
 
 
-def _unpack(packed: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    check_plain(parts, packed, "packed")
-    require_apart(_named(parts), {"packed": packed})
-    _move(_slots(packed, len(parts)), parts, [None] * len(parts), ["copy"] * len(parts))
+def _pack(parts: list[torch.Tensor], chunk: torch.Tensor) -> None:
+    _check_plain(parts, chunk)
+    require_no_overlap({"chunk": chunk}, named(parts=parts))
+    _convert(parts, _slots(chunk, len(parts)))
 
 
-def _pack_compressed(parts: Sequence[torch.Tensor], into: torch.Tensor, formats: Sequence[str]) -> None:
-    layout = check_compressed(parts, into, formats, "into")
-    require_apart({"into": into}, _named(parts))
-    stored = [layout.values(into, part) for part in range(len(parts))]
-    scales = [layout.scales(into, part) for part in range(len(parts))]
-    _move(parts, stored, scales, ["copy" if x == "none" else f"to {x}" for x in formats])
+def _unpack(chunk: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    _check_plain(parts, chunk)
+    require_no_overlap(named(parts=parts), {"chunk": chunk})
+    _convert(_slots(chunk, len(parts)), parts)
 
 
-def _unpack_compressed(packed: torch.Tensor, parts: Sequence[torch.Tensor], formats: Sequence[str]) -> None:
-    layout = check_compressed(parts, packed, formats, "packed")
-    require_apart(_named(parts), {"packed": packed})
-    stored = [layout.values(packed, part) for part in range(len(parts))]
-    scales = [layout.scales(packed, part) for part in range(len(parts))]
-    _move(stored, parts, scales, ["copy" if x == "none" else f"from {x}" for x in formats])
+def _pack_compressed(parts: list[torch.Tensor], chunk: torch.Tensor, formats: str) -> None:
+    layout = _check_compressed(parts, chunk, formats.split(","))
+    require_no_overlap({"chunk": chunk}, named(parts=parts))
+    values = [layout.values(chunk, part) for part in range(len(parts))]
+    scales = [layout.scales(chunk, part) for part in range(len(parts))]
+    _convert(parts, values, scales, ["copy" if x == "none" else f"to {x}" for x in layout.formats])
 
 
-def _move(
+def _unpack_compressed(chunk: torch.Tensor, parts: list[torch.Tensor], formats: str) -> None:
+    layout = _check_compressed(parts, chunk, formats.split(","))
+    require_no_overlap(named(parts=parts), {"chunk": chunk})
+    values = [layout.values(chunk, part) for part in range(len(parts))]
+    scales = [layout.scales(chunk, part) for part in range(len(parts))]
+    _convert(values, parts, scales, ["copy" if x == "none" else f"from {x}" for x in layout.formats])
+
+
+_pack_op = torch.library.custom_op("sf_xfuser::pack", _pack, mutates_args=("chunk",))
+_unpack_op = torch.library.custom_op("sf_xfuser::unpack", _unpack, mutates_args=("parts",))
+_pack_compressed_op = torch.library.custom_op("sf_xfuser::pack_compressed", _pack_compressed, mutates_args=("chunk",))
+_unpack_compressed_op = torch.library.custom_op(
+    "sf_xfuser::unpack_compressed", _unpack_compressed, mutates_args=("parts",)
+)
+
+
+def _convert(
     sources: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor | None],
-    how: Sequence[str],
+    scales: Sequence[torch.Tensor | None] = (None, None),
+    conversions: Sequence[str] = ("copy", "copy"),
 ) -> None:
-    """Each source [S, B, H, D] to its target, by ``"copy"``, ``"to int8"``, ``"from int8"``, ..."""
-    if runs_kernel(targets[0]) and torch.float64 not in (sources[0].dtype, targets[0].dtype):
+    """Write each source [S, B, H, D] to its target by ``"copy"``, ``"to int8"``, ``"from int8"``, ``"to fp8"`` or
+    ``"from fp8"``. ``"copy"`` converts the dtype."""
+    scales, conversions = scales[: len(sources)], conversions[: len(sources)]
+    if uses_triton(targets[0]) and torch.float64 not in (sources[0].dtype, targets[0].dtype):
         from sf_xfuser.kernels.triton_packing import launch
 
-        launch(sources, targets, scales, how)
+        launch(sources, targets, scales, conversions)
     else:
-        move_twin(sources, targets, scales, how)
+        convert_reference(sources, targets, scales, conversions)
 
 
-def move_twin(
+def convert_reference(
     sources: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor | None],
-    how: Sequence[str],
+    conversions: Sequence[str],
 ) -> None:
-    """The same in plain PyTorch."""
-    for source, target, scale, way in zip(sources, targets, scales, how, strict=True):
+    """``_convert`` in plain PyTorch."""
+    for source, target, scale, conversion in zip(sources, targets, scales, conversions, strict=True):
         if scale is None:
             target.copy_(source)
-        elif way.startswith("to "):
-            _compress(source.float(), target, scale, LARGEST[way.removeprefix("to ")])
+        elif conversion.startswith("to "):
+            _compress(source.float(), target, scale, MAX_STORED[conversion.removeprefix("to ")])
         else:
             target.copy_(source.float() * scale.unsqueeze(-1))
 
 
-def _compress(source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, largest: float) -> None:
-    magnitude = source.abs().amax(-1)  # NaN where there is one
+def _compress(source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, max_stored: float) -> None:
+    magnitude = source.abs().amax(-1)  # NaN if a value is NaN
     finite = magnitude.isfinite()
-    torch.div(magnitude.clamp(min=SMALLEST), largest, out=scale)
+    torch.div(magnitude.clamp(min=MIN_MAGNITUDE), max_stored, out=scale)
     values = source * (1.0 / scale).unsqueeze(-1)
     if target.dtype == torch.int8:
         values.round_()
@@ -243,84 +248,40 @@ def _compress(source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, l
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_plain(parts: Sequence[torch.Tensor], packed: torch.Tensor, name: str) -> None:
-    """Raises what ``pack`` raises, but for shared memory."""
+def _check_plain(parts: Sequence[torch.Tensor], chunk: torch.Tensor) -> None:
     shape = _check_parts(parts)
     expected = shape if len(parts) == 1 else (shape[0], len(parts), *shape[1:])
-    require_shape(name, packed, expected, f"{len(parts)} part(s) of shape {shape}")
-    if not packed.is_contiguous() or not packed.is_floating_point():
+    require_shape("chunk", chunk, expected, f"{len(parts)} part(s) of shape {shape}")
+    if not chunk.is_contiguous() or not chunk.is_floating_point():
         raise ValueError(
-            f"{name} is {described(packed)} with strides {packed.stride()}: it must be contiguous and floating point"
+            f"chunk is {describe(chunk)} with strides {chunk.stride()}: it must be contiguous and floating point"
         )
-    require_together({name: packed} | _named(parts))
+    require_same_device({"chunk": chunk} | named(parts=parts))
 
 
-def check_compressed(
-    parts: Sequence[torch.Tensor], packed: torch.Tensor, formats: Sequence[str], name: str
-) -> Compressed:
-    """The layout of these; raises what ``pack_compressed`` raises, but for shared memory."""
+def _check_compressed(parts: Sequence[torch.Tensor], chunk: torch.Tensor, formats: Sequence[str]) -> CompressedLayout:
     shape = _check_parts(parts)
     if len(formats) != len(parts):
-        raise ValueError(f"formats {tuple(formats)}: give one for each of {len(parts)} parts")
-    layout = Compressed(shape=shape, dtype=parts[0].dtype, formats=tuple(formats))  # type: ignore[arg-type]
-    if packed.dtype != torch.uint8 or not packed.is_contiguous():
-        raise ValueError(f"{name} is {described(packed)}: it must be contiguous torch.uint8")
-    require_shape(name, packed, (layout.nbytes,), f"{layout.formats} for {shape} {layout.dtype}")
-    if packed.data_ptr() % _ALIGNMENT or packed.storage_offset() % _ALIGNMENT:
-        raise ValueError(f"{name} {tuple(packed.shape)} begins at {packed.data_ptr():#x}, no multiple of {_ALIGNMENT}")
-    require_together({name: packed} | _named(parts))
+        raise ValueError(f"formats {tuple(formats)}: pass one for each of {len(parts)} parts")
+    layout = CompressedLayout(shape=shape, dtype=parts[0].dtype, formats=tuple(formats))  # type: ignore[arg-type]
+    if chunk.dtype != torch.uint8 or not chunk.is_contiguous():
+        raise ValueError(f"chunk is {describe(chunk)}: it must be contiguous torch.uint8")
+    require_shape("chunk", chunk, (layout.nbytes,), f"{layout.formats} for {shape} {layout.dtype}")
+    if chunk.data_ptr() % _ALIGNMENT or chunk.storage_offset() % _ALIGNMENT:
+        raise ValueError(f"chunk {tuple(chunk.shape)} starts at {chunk.data_ptr():#x}, not a multiple of {_ALIGNMENT}")
+    require_same_device({"chunk": chunk} | named(parts=parts))
     return layout
 
 
 def _check_parts(parts: Sequence[torch.Tensor]) -> tuple[int, int, int, int]:
     if not 1 <= len(parts) <= MAX_PARTS:
-        raise ValueError(f"{len(parts)} parts: give 1 to {MAX_PARTS}")
+        raise ValueError(f"{len(parts)} parts: pass 1 to {MAX_PARTS}")
     first = parts[0]
-    for name, x in _named(parts).items():
+    for name, x in named(parts=parts).items():
         if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{name} is {described(x)}: it must be [S, B, H, D] and floating point")
+            raise ValueError(f"{name} is {describe(x)}: it must be [S, B, H, D] and floating point")
         if x.shape != first.shape or x.dtype != first.dtype:
-            raise ValueError(f"{name} is {described(x)}, but parts[0] is {described(first)}: give parts alike")
-    require_rows(_named(parts))
+            raise ValueError(f"{name} is {describe(x)}, but parts[0] is {describe(first)}: use one shape and dtype")
+    require_contiguous_rows(named(parts=parts))
     S, B, H, D = first.shape
     return S, B, H, D
-
-
-def _named(parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"parts[{at}]": x for at, x in enumerate(parts)}
-
-
-def _slots(packed: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
-    """The place of each part [S, B, H, D] in a tensor that holds them side by side."""
-    return packed.unbind(1) if num_parts > 1 else (packed,)
-
-
-# -- torch.compile: opaque operators ---------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("sf_xfuser::pack", mutates_args=("into",))
-def _pack_op(parts: list[torch.Tensor], into: torch.Tensor) -> None:
-    _pack(parts, into)
-
-
-@torch.library.custom_op("sf_xfuser::unpack", mutates_args=("parts",))
-def _unpack_op(packed: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    _unpack(packed, parts)
-
-
-@torch.library.custom_op("sf_xfuser::pack_compressed", mutates_args=("into",))
-def _pack_compressed_op(parts: list[torch.Tensor], into: torch.Tensor, formats: str) -> None:
-    _pack_compressed(parts, into, formats.split(","))
-
-
-@torch.library.custom_op("sf_xfuser::unpack_compressed", mutates_args=("parts",))
-def _unpack_compressed_op(packed: torch.Tensor, parts: list[torch.Tensor], formats: str) -> None:
-    _unpack_compressed(packed, parts, formats.split(","))
-
-
-@_pack_op.register_fake
-@_unpack_op.register_fake
-@_pack_compressed_op.register_fake
-@_unpack_compressed_op.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
-    return None

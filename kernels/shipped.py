@@ -1,6 +1,6 @@
-"""Kernels as they are shipped, compiled ahead of time: what each needs of a GPU, said without one.
+"""Compiles the shipped kernel configurations ahead of time and reports their resource usage, without a GPU.
 
-Each ``triton_<name>`` module lists its configurations with ``shipped()``; ``MODULES`` names those modules.
+Each module in ``MODULES`` lists its configurations with ``shipped()``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from typing import Any
 
 MODULES = ("triton_merge", "triton_packing", "triton_fused")
 ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities, times 10: A100, H100, B200."""
-
+"""Compute capabilities times 10: A100, H100, B200."""
 
 _LOAD = r"\b(?:ld\.global|cp\.async\.c[ag]\.shared\.global)[.:\w]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shipped:
+class ShippedConfig:
     """One configuration of a ``@triton.jit`` function.
 
-    ``types``: Triton's name for the type of each argument that is no int32 (``"*bf16"``); pointers are taken to be
-    aligned to 16 bytes. ``constants``: the constexpr arguments. ``options``: of the launch (``num_warps``, ...).
-    ``only``: architectures, where not all.
+    ``types``: Triton type of each argument that is not int32, such as ``"*bf16"``. Pointers are assumed aligned to 16
+    bytes. ``constants``: the constexpr arguments. ``options``: launch options such as ``num_warps``.
     """
 
     label: str
@@ -35,13 +33,13 @@ class Shipped:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
-    only: tuple[int, ...] = ARCHITECTURES
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Per thread: ``registers``, and bytes spilled to memory; per program: bytes of shared memory. ``load_bits``: of
-    the widest load from global memory, 128 at best; 0 where there is none but those of a copy engine (TMA)."""
+class ResourceUsage:
+    """``registers`` and ``spilled_bytes`` per thread, ``shared_bytes`` per program. ``load_bits``: width of the widest
+    load from global memory, at most 128; 0 if all loads use the copy engine (TMA)."""
 
     registers: int
     spilled_bytes: int
@@ -49,32 +47,32 @@ class Usage:
     load_bits: int
 
 
-def all_shipped() -> list[Shipped]:
-    """Those of every kernel. Needs Triton."""
+def all_shipped() -> list[ShippedConfig]:
+    """The configurations of every kernel. Needs Triton."""
     modules = [importlib.import_module(f"sf_xfuser.kernels.{name}") for name in MODULES]
     return [each for module in modules for each in module.shipped()]
 
 
-def compile_for(shipped: Shipped, architecture: int) -> Usage:
-    """Compile for a compute capability; no GPU is needed. Raises what Triton and its assembler raise."""
+def compile_for(config: ShippedConfig, architecture: int) -> ResourceUsage:
+    """Compile for a compute capability, without a GPU. Raises the errors of Triton and its assembler."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
-    names = shipped.kernel.arg_names
-    signature = {x: "constexpr" if x in shipped.constants else shipped.types.get(x, "i32") for x in names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, x in enumerate(names) if signature[x].startswith("*")}
-    source = triton.compiler.ASTSource(shipped.kernel, signature, dict(shipped.constants), aligned)
+    names = config.kernel.arg_names
+    signature = {x: "constexpr" if x in config.constants else config.types.get(x, "i32") for x in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if signature[x].startswith("*")}
+    source = triton.compiler.ASTSource(config.kernel, signature, dict(config.constants), aligned)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=dict(shipped.options))
+    compiled = triton.compile(source, target=target, options=dict(config.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return Usage(
-        registers=_number(r"REG:(\d+)", said),
-        spilled_bytes=_number(r"STACK:(\d+)", said) + _number(r"LOCAL:(\d+)", said),
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return ResourceUsage(
+        registers=_number(r"REG:(\d+)", usage),
+        spilled_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         shared_bytes=int(compiled.metadata.shared),
         load_bits=max((int(n or 1) * int(bits) for n, bits in re.findall(_LOAD, compiled.asm["ptx"])), default=0),
     )
@@ -83,5 +81,5 @@ def compile_for(shipped: Shipped, architecture: int) -> Usage:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"the assembler does not say {pattern!r}: {text}")
+        raise RuntimeError(f"cannot find {pattern!r} in the assembler's output: {text}")
     return int(found[1])

@@ -178,7 +178,11 @@ def _environment() -> Iterator[Finding]:
     for name, cost in sprung.items():
         detail = f"{name}={seen[name]}: {cost}"
         yield Finding(section="environment", name=name, status="warn", detail=detail)
-    found = {} if nvshmem.unavailable() else nvshmem.cautions(sp_args.environment(nvshmem.VARIABLES), nvshmem.has_efa())
+    found = (
+        {}
+        if nvshmem.unavailable()
+        else nvshmem.environment_warnings(sp_args.environment(nvshmem.VARIABLES), nvshmem.has_efa())
+    )
     for name, text in found.items():
         detail = f"{name} {text} (for --sp-transport nvshmem)"
         yield Finding(section="environment", name=name, status="warn", detail=detail)

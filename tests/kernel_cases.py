@@ -1,4 +1,4 @@
-"""Inputs that are hard on attention kernels, exact results, and kernels with one line changed."""
+"""Adversarial inputs for attention kernels, float64 references, and kernels with one line changed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ def attention64(q, k, v):
 
 
 def partial64(q, k, v):
-    """Its output and its log-sum-exp."""
+    """(out, lse) in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     return torch.softmax(scores, dim=-1) @ v, torch.logsumexp(scores, dim=-1)
+
+
+def sdpa_error(q, k, v, exact):
+    """Largest error of single-device SDPA in the inputs' dtype, at least half a unit in the last place of ``exact``."""
+    error = (torch.nn.functional.scaled_dot_product_attention(q, k, v).double() - exact).abs().max().item()
+    return max(error, torch.finfo(q.dtype).eps * exact.abs().max().item() / 2)
 
 
 def _random(B, H, S, keys, D, dtype):
@@ -43,7 +49,7 @@ def _all_equal(B, H, S, keys, D, dtype):
 
 
 def _far_apart(B, H, S, keys, D, dtype):
-    """Chunks whose log-sum-exps differ by hundreds: the lesser one must vanish, not overflow."""
+    """Chunks with log-sum-exps that differ by hundreds: the smaller weight must become 0 without overflow."""
     q, k, v = _random(B, H, S, keys, D, dtype)
     k[:, :, : keys // 2] = k[:, :, : keys // 2] / 4 + q[:, :, :1] * 50
     k[:, :, keys // 2 :] = k[:, :, keys // 2 :] / 4 - q[:, :, :1] * 50
@@ -60,8 +66,8 @@ ADVERSARIAL = {
 
 
 def interpret_bf16(monkeypatch) -> None:
-    """Triton's interpreter keeps bf16 as integers, which ``tl.dot`` then multiplies, and cuts conversions to bf16 off:
-    multiply the numbers and round to nearest, as GPUs do."""
+    """Make Triton's interpreter multiply bf16 and round to bf16 as GPUs do. It stores bf16 as integers, which
+    ``tl.dot`` would multiply, and truncates conversions to bf16."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -84,33 +90,33 @@ def interpret_bf16(monkeypatch) -> None:
     monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
 
 
-_ROOM = 1 << 16  # elements: more than a program that knows no end would touch
+_PADDING = 1 << 16  # elements: more than a program without a bounds check would touch
 
 
-def with_room(*tensors):
-    """Copies with the same strides, in memory that goes on behind them."""
+def padded(*tensors):
+    """Copies with the same strides, followed by padding of 7.0."""
     copies = []
     for x in tensors:
         extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-        memory = torch.full((extent + _ROOM,), 7.0, dtype=x.dtype)
+        memory = torch.full((extent + _PADDING,), 7.0, dtype=x.dtype)
         copies.append(memory.as_strided(x.shape, x.stride()).copy_(x))
     return copies
 
 
-def room_is_untouched(*tensors) -> bool:
-    return all((x._base[-_ROOM:] == 7.0).all() for x in tensors)
+def padding_is_intact(*tensors) -> bool:
+    return all((x._base[-_PADDING:] == 7.0).all() for x in tensors)
 
 
 def mutated(module: ModuleType, line: str, other: str) -> ModuleType:
-    """The module with a piece of its source, which it has exactly once, replaced."""
+    """The module with one piece of its source replaced, which must occur exactly once."""
     source = Path(module.__file__).read_text()
     assert source.count(line) == 1, f"{module.__name__} has {line!r} {source.count(line)} times"
-    folder = tempfile.mkdtemp()  # Triton reads a kernel's source again when it is first run
+    folder = tempfile.mkdtemp()  # Triton rereads a kernel's source at its first run
     path = Path(folder, f"{module.__name__.rpartition('.')[2]}_mutated.py")
     path.write_text(source.replace(line, other))
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     changed = module_from_spec(spec)
-    sys.modules[path.stem] = changed  # dataclasses look for it there
+    sys.modules[path.stem] = changed  # dataclasses look it up there
     spec.loader.exec_module(changed)
     return changed

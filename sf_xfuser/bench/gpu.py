@@ -42,7 +42,7 @@ from sf_xfuser.kernels import (
 )
 from sf_xfuser.kernels.attend import SDPA
 from sf_xfuser.kernels.fused import HEAD_SIZES
-from sf_xfuser.kernels.packing import Compressed, Format
+from sf_xfuser.kernels.packing import CompressedLayout, Format
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.torus.attention import torus_attention
 
@@ -381,7 +381,7 @@ def _packings(
     own, returned = q[:, half].permute(2, 0, 1, 3), torch.full_like(kv[0], float("nan"))
     formats: tuple[tuple[Format, float], ...] = (("fp8", 2.0**-3), ("int8", 2.0**-6))
     for format, step in formats:
-        layout = Compressed(shape=(S, B, H, D), dtype=q.dtype, formats=(format,))
+        layout = CompressedLayout(shape=(S, B, H, D), dtype=q.dtype, formats=(format,))
         packed = torch.full((layout.nbytes,), 255, dtype=torch.uint8, device=bench.device)
         pack_compressed((own,), packed, (format,))
         unpack_compressed(packed, (returned,), (format,))

@@ -25,7 +25,7 @@ def usages() -> list[dict[str, Any]]:
     return [
         {"kernel": each.label, "architecture": f"sm_{architecture}", **asdict(compile_for(each, architecture))}
         for each in all_shipped()
-        for architecture in each.only
+        for architecture in each.architectures
     ]
 
 

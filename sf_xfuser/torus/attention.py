@@ -15,11 +15,11 @@ from sf_xfuser.kernels import (
     Attention,
     Chunks,
     attend_unchecked,
+    fix_fully_masked_lse,
     fused_unsupported_reason,
-    merge_part,
+    merge_partial,
     prepare,
     sdpa_attend,
-    without_weightless,
 )
 from sf_xfuser.layout.schedule import JOINT, Attend, Exchange, Message, Piece
 from sf_xfuser.torus.buffers import Buffers
@@ -125,7 +125,7 @@ def _counts(tokens: Tokens | tuple[Sequence[int], Sequence[int]] | None) -> Toke
 
 def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of local attention: what a call takes when nothing is computed. No log-sum-exp is 0, which would be
-    looked into (``without_weightless``)."""
+    looked into (``fix_fully_masked_lse``)."""
     return q, q.new_ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -220,12 +220,12 @@ class _Run:
             some = slice(start, min(start + self.rows_at_once, rows.stop))
             queries = self.buffers.queries(some)
             out, lse = attend(queries, k, v)
-            lse = without_weightless(queries, k, out, lse)
+            lse = fix_fully_masked_lse(queries, k, out, lse)
             for at, result in self.buffers.outcome(some) if last else [(some, None)]:
                 total_out, total_lse = self.buffers.accumulator(at)
                 part = slice(at.start - start, at.stop - start)
                 if not first:
-                    merge_part(total_out, total_lse, out[:, :, part], lse[:, :, part], result)
+                    merge_partial(total_out, total_lse, out[:, :, part], lse[:, :, part], result)
                 elif result is not None:
                     result.copy_(out[:, :, part])
                 else:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from sf_xfuser.kernels import place, take
+from sf_xfuser.kernels import pack_unchecked, unpack_unchecked
 from sf_xfuser.layout.memory_map import Buffer
 from sf_xfuser.layout.schedule import JOINT, Message, Piece
 from sf_xfuser.torus.call import Call
@@ -170,7 +170,7 @@ class Buffers:
         """Put an output that has arrived where it belongs in the result."""
         low, high = self._call.sizes.q_heads[self._call.head_groups[message.peer]]
         first, end = message.pieces[0].span(self.S)
-        take(chunk, (self.result_BSHD[:, first:end, low:high].transpose(0, 1),))
+        unpack_unchecked(chunk, (self.result_BSHD[:, first:end, low:high].transpose(0, 1),))
 
     # -- what this rank holds from the start --------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class Buffers:
             parts = tuple(_part(x, low, high, 0, x.shape[2]) for x in self._joint)
         else:
             parts = self._own_chunk(name, piece, self._group)
-        place(parts, buffer)
+        pack_unchecked(parts, buffer)
 
     def _own_chunk(self, name: str, piece: Piece, group: int) -> Tensors:
         """Views of the own tokens in ``piece`` and the heads of ``group``: Q, or K and V, each [S, B, H, D]."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sf_xfuser.kernels.packing import Compressed, Format, pack_compressed, unpack_compressed
+from sf_xfuser.kernels.packing import CompressedLayout, Format, pack_compressed, unpack_compressed
 from sf_xfuser.transport.base import Parcel, Ticket, Transport
 
 EPS = {"int8": 2.0**-7, "fp8": 2.0**-3}
@@ -82,7 +82,7 @@ class CompressedLink(Transport):
         if not parcel.nbytes:
             return first.new_empty(0, dtype=torch.uint8)
         S, B, H, D = first.shape
-        layout = Compressed(shape=(S, B, H, D), dtype=parcel.dtype, formats=tuple(self._formats(parcel)))
+        layout = CompressedLayout(shape=(S, B, H, D), dtype=parcel.dtype, formats=tuple(self._formats(parcel)))
         return first.new_empty(layout.nbytes, dtype=torch.uint8)
 
     def _compress(self, parcel: Parcel) -> torch.Tensor:

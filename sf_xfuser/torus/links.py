@@ -18,7 +18,8 @@ from sf_xfuser.transport.base import Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import shm, tcp
 from sf_xfuser.transport.cpu.shm import Shm
-from sf_xfuser.transport.gpu import device, nvshmem, symm_mem
+from sf_xfuser.transport.gpu import nvshmem, symm_mem
+from sf_xfuser.transport.gpu.memory import free_closed_windows
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
@@ -202,7 +203,7 @@ def ways(
 
 def let_go(control: ControlPlane, members: Sequence[int], position: int, used: str) -> None:
     """Free what transports that were tried, and are not ``used``, hold on GPUs. Collective between calls."""
-    if device.let_go(control, members, position) and used != "nvshmem":
+    if free_closed_windows(control, members, position) and used != "nvshmem":
         nvshmem.finalize()
 
 

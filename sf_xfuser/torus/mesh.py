@@ -29,7 +29,7 @@ from sf_xfuser.torus.links import PATIENCE, Connect, Group, Links, RankInfo
 from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import CallMismatch, OneSided, Parcel, TransportError, TransportUnavailable
 from sf_xfuser.transport.control_plane import ControlPlane, GroupError
-from sf_xfuser.transport.gpu.device import captures
+from sf_xfuser.transport.gpu.memory import is_capturing
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
 
 _CALLS_KEPT = 64
@@ -120,7 +120,7 @@ class Mesh:
 
     def why_not_now(self) -> str | None:
         """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
-        if not self.chosen and captures():
+        if not self.chosen and is_capturing():
             return "a CUDA graph is being captured, and the transports have not been tried yet"
         return None if self.window is None else self.window.fallback_reason()
 

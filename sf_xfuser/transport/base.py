@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sf_xfuser.kernels import place
+from sf_xfuser.kernels import pack_unchecked
 
 
 class TransportError(RuntimeError):
@@ -65,7 +65,7 @@ class Parcel:
 
     def write(self, into: torch.Tensor) -> None:
         """Copy the parts into a tensor of ``shape``."""
-        place(self.parts, into)
+        pack_unchecked(self.parts, into)
 
     def packed(self) -> torch.Tensor:
         """The chunk as one contiguous tensor. A single contiguous part is returned without a copy."""

@@ -1,4 +1,4 @@
-"""Torus Attention over NCCL. Runs where there are GPUs for it, one rank each; nothing here has run yet (see README)."""
+"""Torus Attention over NCCL. Needs one GPU per rank. Not yet run on a GPU (see README)."""
 
 from __future__ import annotations
 

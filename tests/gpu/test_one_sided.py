@@ -1,5 +1,5 @@
-"""One-sided transfers on GPUs: virtual ranks of one process, then real processes that share one GPU where there are not
-enough. Nothing here has run yet (see README)."""
+"""One-sided transfers on GPUs: virtual ranks of one process, then processes, which share GPUs if there are too few.
+Not yet run on a GPU (see README)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ENVIRONMENT = {
     "NVSHMEM_REMOTE_TRANSPORT": "none",
 }
 CASES = {
-    "the_same_bits_as_gloo": "equal",
+    "bitwise_equal_to_gloo": "equal",
     "attention": "0 differ",
     "all_to_all": "equal",
-    "a_capture_is_refused": "ValueError: .*cannot be captured in a CUDA graph",
+    "graph_capture_is_rejected": "ValueError: .*cannot be captured in a CUDA graph",
     "rows": "measured",
 }
 UNAVAILABLE = {"symm_mem": symm_mem.unavailable(), "nvshmem": nvshmem.unavailable()}
@@ -50,14 +50,14 @@ def test_processes(transport, nproc, capsys):
     output = torchrun("one_sided_gpu.py", transport, *CASES, nproc=nproc, timeout=900, env=ENVIRONMENT).output
     with capsys.disabled():
         print("", *re.findall(r"row: .*", output), sep="\n")
-    said = reports(output, CASES)
+    outcomes = reports(output, CASES)
     for case, expected in CASES.items():
-        assert [bool(re.match(expected, text)) for text in said[case].values()] == [True] * nproc, said[case]
+        assert [bool(re.match(expected, text)) for text in outcomes[case].values()] == [True] * nproc, outcomes[case]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_lost_peer_is_named_and_leaves_no_result(transport):
+def test_a_lost_peer_is_named_and_poisons_the_result(transport):
     output = torchrun("one_sided_gpu.py", transport, "a_lost_peer", nproc=2, timeout=300, env=ENVIRONMENT).output
-    said = reports(output, ["a_lost_peer"])["a_lost_peer"]
-    assert said["0"] == "silent"
-    assert re.match(r"TransportError: rank 1 on .*: nothing came from rank 0 in round 4: waited 3", said["1"])
+    outcomes = reports(output, ["a_lost_peer"])["a_lost_peer"]
+    assert outcomes["0"] == "silent"
+    assert re.match(r"TransportError: rank 1 on .*: nothing came from rank 0 in round 4: waited 3", outcomes["1"])

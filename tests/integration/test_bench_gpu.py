@@ -130,7 +130,7 @@ def test_tokens_that_do_not_divide_are_refused():
 
 def test_the_transport_between_gpus_with_nobody_at_the_other_end(monkeypatch):
     """With threads in place of streams: calls go through, whatever half of the window they use, and wait for nobody."""
-    virtual.stand_in(monkeypatch)
+    virtual.use_cpu_streams(monkeypatch)
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=1)
     q, k, v = (torch.randn(1, 8 * 16, 8, 64).transpose(1, 2) for _ in range(3))
     whole, _ = sdpa_attend(q, k, v)

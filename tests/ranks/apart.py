@@ -228,7 +228,7 @@ def case_calls_in_different_order(rank):
 
     def work(transport):
         mesh, results = mesh_of(transport, timeout=1.0), []
-        for kinds in (({"tokens": 16}, {"tokens": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
+        for kinds in (({"size": 16}, {"size": 32}), ({"dtype": torch.float16}, {"dtype": torch.bfloat16})):
             for kind in kinds:
                 attempt(mesh, rank, 9, **kind)
             results += [attempt(mesh, rank, 0, **kind) for kind in (kinds if rank != 1 else kinds[::-1])]

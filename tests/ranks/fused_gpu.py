@@ -1,11 +1,11 @@
-"""The fused chunk attention kernel on a GPU, every head size and dtype, against its twin."""
+"""The fused chunk attention kernel on a GPU, every head size and dtype, against its reference."""
 
 from __future__ import annotations
 
 import torch
 
 from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES, Chunks, attend_twin
+from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES, Chunks, attend_reference
 
 
 def chunks(D, dtype):
@@ -27,13 +27,13 @@ def main() -> None:
             q, k, v, out, lse = chunks(D, dtype)
             results = [torch.full_like(x, float("nan")) for x in q]
             (expected, expected_lse), got = copies(out, lse), copies(out, lse)
-            attend_twin(Chunks(q, k, v, expected, expected_lse, []))
+            attend_reference(Chunks(q, k, v, expected, expected_lse, []))
             attend_chunks_(q, k, v, *got)
             attend_chunks_into(results, q, k, v, out, lse)
             rounding = 8 * torch.finfo(dtype).eps
             torch.testing.assert_close(got, [expected, expected_lse], rtol=rounding, atol=rounding)
             torch.testing.assert_close(results, [x.to(dtype) for x in expected], rtol=rounding, atol=rounding)
-    print("the same as the twin")
+    print("matches the reference")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Rank side of gpu/test_one_sided.py: ranks of one host, control over gloo, GPUs shared where there are too few. The
-first argument is the transport; each case prints what each rank saw."""
+"""Rank side of gpu/test_one_sided.py: ranks of one host, control over gloo. Ranks share GPUs if there are too few. The
+first argument is the transport. Each rank prints the outcome of each case."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cases import run_cases
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.mesh import build_mesh
 from sf_xfuser.transport.base import Parcel, TransportError
@@ -31,18 +31,18 @@ def mesh_of(timeout=60.0, heads=None):
     return build_mesh([list(range(world))], args, heads=heads or world)
 
 
-def delay(wait):
-    """Now and then, on the GPU or on the host."""
-    if wait.random() < 0.05:
-        torch.cuda._sleep(wait.randrange(2_000_000))
-    if wait.random() < 0.02:
-        time.sleep(wait.random() * 5e-3)
+def delay(rng):
+    """A random delay on the GPU or on the host."""
+    if rng.random() < 0.05:
+        torch.cuda._sleep(rng.randrange(2_000_000))
+    if rng.random() < 0.02:
+        time.sleep(rng.random() * 5e-3)
 
 
-def everyone(link, call, chunks, wait):
-    """Each rank sends ``chunks[peer]`` [n, 2] (a strided column of it) to each peer; what has come, by peer."""
+def exchange_with_all(link, call, chunks, rng):
+    """Send a strided column of ``chunks[peer]`` [n, 2] to each peer. Returns the received chunks by peer."""
     rank = dist.get_rank()
-    delay(wait)
+    delay(rng)
     window, nbytes = link.begin(), {peer: x[:, 0].numel() * x.element_size() for peer, x in enumerate(chunks)}
     others = [peer for peer in range(len(chunks)) if peer != rank]
     offset = max(nbytes.values())
@@ -51,30 +51,31 @@ def everyone(link, call, chunks, wait):
         Parcel((window[peer * offset : peer * offset + nbytes[peer]],), torch.uint8, peer, 0) for peer in others
     ]
     ticket = link.exchange(call, sends, receives)
-    delay(wait)
+    delay(rng)
     ticket.wait()
-    came = {parcel.peer: parcel.parts[0].clone() for parcel in receives}
+    received = {parcel.peer: parcel.parts[0].clone() for parcel in receives}
     link.drain()
-    return came
+    return received
 
 
-def case_the_same_bits_as_gloo(rank):
-    """All dtypes, with delays, three times: the second transport takes the memory of the first over, the third comes
-    after all memory was freed and NVSHMEM was finalized."""
-    world, wait = dist.get_world_size(), random.Random(rank)
+def case_bitwise_equal_to_gloo(rank):
+    """All dtypes, with delays, for three transports in a row: the second replaces the memory of the first, the third
+    starts after all memory was freed and NVSHMEM was finalized."""
+    world, rng = dist.get_world_size(), random.Random(rank)
     for run in range(3):
         mesh = mesh_of()
         for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64):
             make = torch.Generator().manual_seed(rank)
             n = 5000
             whole = [torch.randint(0, 100, (n, 2), generator=make).to(dtype) for _ in range(world)]
-            given = torch.cat([x[:, 0].contiguous().view(torch.uint8) for x in whole])
-            wanted = torch.empty_like(given)
-            dist.all_to_all_single(wanted, given)
+            sent = torch.cat([x[:, 0].contiguous().view(torch.uint8) for x in whole])
+            expected = torch.empty_like(sent)
+            dist.all_to_all_single(expected, sent)
             mesh.window.reserve(n * 8 * world)
             for call in range(20):
-                for peer, found in everyone(mesh.window, call, [x.cuda() for x in whole], wait).items():
-                    assert torch.equal(found.cpu(), wanted.chunk(world)[peer]), (run, dtype, call, peer)
+                received = exchange_with_all(mesh.window, call, [x.cuda() for x in whole], rng)
+                for peer, chunk in received.items():
+                    assert torch.equal(chunk.cpu(), expected.chunk(world)[peer]), (run, dtype, call, peer)
         if run == 1:
             mesh.window.close()
             links.let_go(mesh.control, mesh.members, mesh.position, used="nothing")
@@ -83,44 +84,44 @@ def case_the_same_bits_as_gloo(rank):
 
 
 def case_attention(rank):
-    """Thousands of calls with delays on the GPU and the host; each has the bits of the first with the same inputs."""
-    world, wait = dist.get_world_size(), random.Random(rank)
+    """Thousands of calls with delays on the GPU and the host, each bitwise equal to the first with the same inputs."""
+    world, rng = dist.get_world_size(), random.Random(rank)
     mesh, counts = mesh_of(), ([64] * world, [64] * world)
 
     def inputs(of, seed):
         make = torch.Generator().manual_seed(seed * 16 + of)
         return [torch.randn(1, world, 64, 32, generator=make).cuda().bfloat16() for _ in range(3)]
 
-    given = [inputs(rank, seed) for seed in range(5)]
-    first = [torus_attention(*each, mesh=mesh, tokens=counts) for each in given]
+    qkv = [inputs(rank, seed) for seed in range(5)]
+    first = [torus_attention(*each, mesh=mesh, tokens=counts) for each in qkv]
     for seed, out in enumerate(first):
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*(inputs(w, seed) for w in range(world)), strict=True))
-        whole = torch.nn.functional.scaled_dot_product_attention(q, k, v).chunk(world, dim=2)[rank]
-        assert (out - whole).abs().max() < 2e-2
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).chunk(world, dim=2)[rank]
+        assert (out - expected).abs().max() < 2e-2
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     for number in range(EPOCHS):
-        delay(wait)
-        differing += (torus_attention(*given[number % 5], mesh=mesh, tokens=counts) != first[number % 5]).sum()
+        delay(rng)
+        differing += (torus_attention(*qkv[number % 5], mesh=mesh, tokens=counts) != first[number % 5]).sum()
     mesh.close()
     return f"{int(differing)} differ in {EPOCHS} calls"
 
 
 def case_all_to_all(rank):
-    """Yunchang's, forth and back, over windows."""
+    """yunchang's all-to-all over windows, forth and back."""
     world, mesh = dist.get_world_size(), mesh_of()
-    given = [
+    inputs = [
         torch.randn(2, 6, 2 * world, 32, generator=torch.Generator().manual_seed(w)).bfloat16() for w in range(world)
     ]
-    wanted = torch.cat([x.chunk(world, dim=2)[rank] for x in given], dim=1)
+    expected = torch.cat([x.chunk(world, dim=2)[rank] for x in inputs], dim=1)
     for _ in range(100):
-        out = all_to_all_4d(given[rank].cuda(), 2, 1, mesh)
-        assert torch.equal(out.cpu(), wanted)
-        assert torch.equal(all_to_all_4d(out, 1, 2, mesh).cpu(), given[rank])
+        out = all_to_all_4d(inputs[rank].cuda(), 2, 1, mesh)
+        assert torch.equal(out.cpu(), expected)
+        assert torch.equal(all_to_all_4d(out, 1, 2, mesh).cpu(), inputs[rank])
     mesh.close()
     return "equal"
 
 
-def case_a_capture_is_refused(rank):
+def case_graph_capture_is_rejected(rank):
     mesh = mesh_of()
     graph = torch.cuda.CUDAGraph()
     try:
@@ -132,7 +133,7 @@ def case_a_capture_is_refused(rank):
 
 
 def case_a_lost_peer(rank):
-    """The last of the cases: the group is of no use afterwards."""
+    """Run this case last: it leaves the group unusable."""
     mesh = mesh_of(timeout=3.0)
     link = mesh.window
     link.begin()
@@ -149,7 +150,7 @@ def case_a_lost_peer(rank):
 
 
 def case_rows(rank):
-    """Put with flag and back between ranks 0 and 1, against a copy on the device: the time of one, its bandwidth."""
+    """Latency and bandwidth of a put with flag between ranks 0 and 1, next to those of a copy on the device."""
     link = mesh_of().window
     for exponent in range(12, 28, 3):
         nbytes, times = 1 << exponent, []
@@ -161,20 +162,20 @@ def case_rows(rank):
             started = time.perf_counter()
             link.begin()
             if rank < 2:
-                send, due = Parcel((chunk,), torch.uint8, 1 - rank, 0), Parcel((chunk,), torch.uint8, 1 - rank, 0)
+                send, receive = Parcel((chunk,), torch.uint8, 1 - rank, 0), Parcel((chunk,), torch.uint8, 1 - rank, 0)
                 if rank == 1:
-                    link.exchange(0, [], [due]).wait()
-                ticket = link.exchange(1, [send], [due] if rank == 0 else [])
+                    link.exchange(0, [], [receive]).wait()
+                ticket = link.exchange(1, [send], [receive] if rank == 0 else [])
                 ticket.wait()
             link.drain()
             torch.cuda.synchronize()
             if call >= 10:
                 times.append(time.perf_counter() - started)
-        into, copies = torch.empty_like(chunk), []
+        target, copies = torch.empty_like(chunk), []
         for _ in range(20):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            into.copy_(chunk)
+            target.copy_(chunk)
             torch.cuda.synchronize()
             copies.append(time.perf_counter() - started)
         if rank == 0:

@@ -1,5 +1,5 @@
-"""One process, one GPU, virtual ranks with streams of their own (``tests/virtual.py``): attention call after call with
-GPU delays put in; each has the bits of the first with the same inputs. Arguments: calls; then MACHINESxRANKS ..."""
+"""Virtual ranks of one process on one GPU, each with its own streams (``tests/virtual.py``): attention calls with
+random GPU delays, each bitwise equal to the first with the same inputs. Arguments: CALLS MACHINESxRANKS ..."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inputs(rank, seed, heads, dtype, tokens=64):
     return [torch.randn(1, heads, tokens, 32, generator=make).to("cuda", dtype) for _ in range(3)]
 
 
-def whole(world, rank, seed, heads, dtype):
+def reference(world, rank, seed, heads, dtype):
     parts = zip(*(inputs(w, seed, heads, dtype) for w in range(world)), strict=True)
     q, k, v = (torch.cat(each, dim=2) for each in parts)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).chunk(world, dim=2)[rank]
@@ -28,34 +28,32 @@ def whole(world, rank, seed, heads, dtype):
 def check(machines, ranks_per_machine, heads, dtype, calls):
     world = machines * ranks_per_machine
     counts = ([64] * world, [64] * world)
-    make = virtual.meshes(machines, ranks_per_machine, heads, timeout_s=60.0, where="cuda")
-    given = [[inputs(w, seed, heads, dtype) for seed in range(5)] for w in range(world)]
-    # Loading a kernel may wait for all streams of the GPU, and ranks that wait for each other share it here.
-    prepare(given[0][0][0].device, dtype, 32)
+    make = virtual.meshes(machines, ranks_per_machine, heads, timeout_s=60.0, device_type="cuda")
+    qkv = [[inputs(w, seed, heads, dtype) for seed in range(5)] for w in range(world)]
+    # Loading a kernel may synchronize the GPU, which deadlocks while one of these ranks waits for another.
+    prepare(qkv[0][0][0].device, dtype, 32)
     torch.cuda.synchronize()
 
     def rank(position):
-        wait = random.Random(position)
+        rng = random.Random(position)
         with torch.cuda.stream(torch.cuda.Stream()):
             mesh = make[position]()
-            first = [torus_attention(*each, mesh=mesh, tokens=counts).clone() for each in given[position]]
+            first = [torus_attention(*each, mesh=mesh, tokens=counts).clone() for each in qkv[position]]
             differing = torch.zeros((), dtype=torch.int64, device="cuda")
             for number in range(calls):
-                if wait.random() < 0.2:
-                    torch.cuda._sleep(wait.randrange(1_000_000))
-                out = torus_attention(*given[position][number % 5], mesh=mesh, tokens=counts)
+                if rng.random() < 0.2:
+                    torch.cuda._sleep(rng.randrange(1_000_000))
+                out = torus_attention(*qkv[position][number % 5], mesh=mesh, tokens=counts)
                 differing += (out != first[number % 5]).sum()
             torch.cuda.current_stream().synchronize()
             mesh.close()
             return int(differing), first
 
-    for position, found in enumerate(virtual.together(world, rank, timeout_s=500)):
-        if isinstance(found, Exception):
-            raise found
-        differing, first = found
+    results = virtual.succeeded(virtual.run_ranks(world, rank, timeout_s=500))
+    for position, (differing, first) in enumerate(results):
         assert differing == 0, f"rank {position}: {differing} elements differ in {calls} calls"
         for seed, out in enumerate(first):
-            error = (out.float() - whole(world, position, seed, heads, dtype).float()).abs().max()
+            error = (out.float() - reference(world, position, seed, heads, dtype).float()).abs().max()
             assert error < (1e-4 if dtype == torch.float32 else 2e-2), (position, seed, float(error))
 
 

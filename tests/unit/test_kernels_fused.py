@@ -1,4 +1,4 @@
-"""The fused chunk attention kernel in Triton's interpreter, against its twin and against float64."""
+"""The fused chunk attention kernel in Triton's interpreter, against its reference and float64."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_xfuser.kernels import attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, attend_twin, fused_unsupported_reason
+from sf_xfuser.kernels import attend_chunks_, attend_chunks_into, fused_unsupported_reason
+from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, attend_reference
 from tests.kernel_cases import (
     ADVERSARIAL,
     attention64,
     interpret_bf16,
     mutated,
-    room_is_untouched,
-    with_room,
+    padded,
+    padding_is_intact,
+    sdpa_error,
 )
 
 triton_fused = pytest.importorskip("sf_xfuser.kernels.triton_fused", reason="Triton is not installed")
 
 NAN = float("nan")
-UNSEEN = float("-inf")
+EMPTY = float("-inf")  # lse of a row without keys
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 4e-6}
 
 
@@ -33,7 +34,7 @@ def _bf16(monkeypatch):
 
 
 def attend(*tensors):
-    """The kernel; a test changes it for one with a fault."""
+    """The current ``triton_fused``, which a test may replace by a mutated one."""
     triton_fused.launch(Chunks(*tensors))
 
 
@@ -53,86 +54,87 @@ def test_unsupported_calls_have_a_reason(device, dtype, D, reason):
 
 
 def chunks(D, dtype, q_sizes, kv_sizes, B=2, H=2, H_kv=1):
-    """q, k, v, out, lse: q and the accumulator as slices of larger tensors, KV as a transport delivers it."""
-    q = [with_room(torch.randn(B, n, H + 1, D).to(dtype))[0][:, :, :H].transpose(1, 2) for n in q_sizes]
-    kv = [with_room(torch.randn(n, 2, B, H_kv, D).to(dtype))[0] for n in kv_sizes]
+    """(q, k, v, out, lse): Q and accumulators are slices of larger tensors, KV has the layout of a transport."""
+    q = [padded(torch.randn(B, n, H + 1, D).to(dtype))[0][:, :, :H].transpose(1, 2) for n in q_sizes]
+    kv = [padded(torch.randn(n, 2, B, H_kv, D).to(dtype))[0] for n in kv_sizes]
     k, v = ([x[:, part].permute(1, 2, 0, 3) for x in kv] for part in (0, 1))
-    out = with_room(*(torch.randn(n, B, H, D).permute(1, 2, 0, 3) for n in q_sizes))
-    return q, k, v, out, with_room(*(torch.randn(B, H, n) for n in q_sizes))
+    out = padded(*(torch.randn(n, B, H, D).permute(1, 2, 0, 3) for n in q_sizes))
+    return q, k, v, out, padded(*(torch.randn(B, H, n) for n in q_sizes))
 
 
 @pytest.mark.parametrize(
     ("D", "dtype"), [*((D, torch.bfloat16) for D in HEAD_SIZES), (96, torch.float16), (72, torch.float32)]
 )
-def test_equals_the_twin(D, dtype):
+def test_matches_the_reference(D, dtype):
     torch.manual_seed(D)
-    q, k, v, out, lse = chunks(D, dtype, (33, 0, 1), (40, 0, 33))  # of no block size a multiple
-    lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = UNSEEN, NAN  # what a row without keys holds is of no consequence
+    q, k, v, out, lse = chunks(D, dtype, (33, 0, 1), (40, 0, 33))  # not multiples of a block size
+    lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = EMPTY, NAN  # the output of a row without keys is ignored
     lse[0][1, 0, 3] = 60.0  # far above the scores
-    expected, got = [with_room(*out), with_room(*lse)], [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, []))
+    expected, got = [padded(*out), padded(*lse)], [padded(*out), padded(*lse)]
+    attend_reference(Chunks(q, k, v, *expected, []))
     attend(q, k, v, *got, [])
     assert all(x.isfinite().all() for side in expected for x in side)
     torch.testing.assert_close(got, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
-    assert all(room_is_untouched(*side) for side in got)
+    assert all(padding_is_intact(*side) for side in got)
 
-    # The last call: heads of larger results, nothing beside them touched, the accumulator only read.
-    wholes = with_room(*(torch.full((2, x.shape[2], 4, D), 7.0, dtype=dtype) for x in q))
-    results = [x[:, :, 1:3].transpose(1, 2) for x in wholes]
-    before = [with_room(*out), with_room(*lse)]
+    # The last call writes heads of larger results and nothing else, and only reads the accumulator.
+    larger = padded(*(torch.full((2, x.shape[2], 4, D), 7.0, dtype=dtype) for x in q))
+    results = [x[:, :, 1:3].transpose(1, 2) for x in larger]
+    before = [padded(*out), padded(*lse)]
     attend(q, k, v, *before, results)
     rounding = ROUNDING[dtype] + torch.finfo(dtype).eps
     torch.testing.assert_close(results, [x.to(dtype) for x in expected[0]], rtol=rounding, atol=rounding)
-    assert all((x[:, :, at] == 7).all() for x in wholes for at in (0, 3)) and room_is_untouched(*wholes)
+    assert all((x[:, :, head] == 7).all() for x in larger for head in (0, 3)) and padding_is_intact(*larger)
     torch.testing.assert_close(before, [out, lse], rtol=0, atol=0, equal_nan=True)
 
 
-def test_strides_that_are_not_aligned():
+def test_unaligned_strides():
     torch.manual_seed(2)
     q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,))
     k = [torch.randn(2, 1, 7, 67)[..., 1:65]]
-    expected = [with_room(*out), with_room(*lse)]
-    attend_twin(Chunks(q, k, v, *expected, []))
+    expected = [padded(*out), padded(*lse)]
+    attend_reference(Chunks(q, k, v, *expected, []))
     attend(q, k, v, out, lse, [])
     torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("kv_sizes", [(), (0,), (0, 0)])
-def test_without_keys_what_is_carried_stays(kv_sizes):
+def test_without_keys_the_accumulator_is_unchanged(kv_sizes):
     q, k, v, out, lse = chunks(64, torch.float32, (5,), kv_sizes)
-    lse[0][0, 0, 2], out[0][0, 0, 2] = UNSEEN, NAN
+    lse[0][0, 0, 2], out[0][0, 0, 2] = EMPTY, NAN
     results = [torch.full_like(q[0], NAN)]
     attend(q, k, v, out, lse, results)
     out[0][0, 0, 2] = 0.0
     torch.testing.assert_close(results, out, rtol=1e-6, atol=1e-6)
-    got = with_room(*out), with_room(*lse)
+    got = padded(*out), padded(*lse)
     attend(q, k, v, *got, [])
     torch.testing.assert_close(got, (out, lse), rtol=1e-6, atol=1e-6)
 
 
 ATTENDS = {
     "kernel": lambda *arguments: triton_fused.launch(Chunks(*arguments)),
-    "twin": lambda *arguments: attend_twin(Chunks(*arguments)),
+    "reference": lambda *arguments: attend_reference(Chunks(*arguments)),
 }
 
 
 def error_ratio(attend, name, dtype, S=19, keys=40, D=64):
-    """Error of attention in two calls, the chunks of which are short, against that of single-device SDPA in the same
-    dtype, both against float64."""
+    """Error of attention to short chunks in two calls, relative to the error of single-device SDPA in the same dtype.
+    Both are measured against float64."""
     q, k, v = ADVERSARIAL[name](1, 2, S, keys, D, dtype)
     exact = attention64(q, k, v)
-    single = (torch.nn.functional.scaled_dot_product_attention(q, k, v).double() - exact).abs().max().item()
-    floor = torch.finfo(dtype).eps * exact.abs().max().item() / 2  # half a unit in the last place of the result
-    if S == 1:  # a vector times a matrix, which SDPA may add up in a better order than a kernel for many queries
-        largest = (q @ k.transpose(-1, -2)).abs().max().item() / D**0.5
-        floor = max(floor, torch.finfo(torch.float32).eps / 2 * largest * v.abs().max().item())  # a logit is rounded
+    allowed = sdpa_error(q, k, v, exact)
+    if S == 1:  # for a single query SDPA may sum in a more accurate order than a kernel for many queries
+        max_logit = (q @ k.transpose(-1, -2)).abs().max().item() / D**0.5
+        allowed = max(
+            allowed, torch.finfo(torch.float32).eps / 2 * max_logit * v.abs().max().item()
+        )  # rounding of a logit
     pieces = [x.split((S - S // 3, S // 3), 2) for x in (q, q.new_empty(q.shape).fill_(NAN))]
     parts = [x.split((13, 0, 1, keys - 14), 2) for x in (k, v)]
     out = [torch.full(x.shape, NAN) for x in pieces[0]]
-    lse = [torch.full(x.shape[:3], UNSEEN) for x in pieces[0]]
+    lse = [torch.full(x.shape[:3], EMPTY) for x in pieces[0]]
     attend(pieces[0], *(x[:2] for x in parts), out, lse, [])
     attend(pieces[0], *(x[2:] for x in parts), out, lse, pieces[1])
-    return (torch.cat(pieces[1], 2).double() - exact).abs().max().item() / max(single, floor)
+    return (torch.cat(pieces[1], 2).double() - exact).abs().max().item() / allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -145,16 +147,16 @@ def test_error_is_within_twice_single_device_sdpa(attend, name, dtype):
 
 
 @pytest.mark.parametrize("attend", ATTENDS)
-def test_keys_without_weight(attend):
-    """Scores of -inf: in the first block of keys, in a whole call, and of all keys."""
+def test_fully_masked_keys(attend):
+    """Scores of -inf: in the first block of keys, in a whole call, and for all keys."""
     q, k, v, out, lse = chunks(64, torch.float32, (5,), (33, 40), H_kv=2)
     q, result = [q[0].abs()], torch.empty_like(q[0])
-    lse[0].fill_(UNSEEN)
-    k[0].fill_(UNSEEN)
+    lse[0].fill_(EMPTY)
+    k[0].fill_(EMPTY)
     ATTENDS[attend](q, k[:1], v[:1], out, lse, [])
-    assert (lse[0] == UNSEEN).all()
-    carried = with_room(*out), with_room(*lse)
-    ATTENDS[attend](q, k[1:], v[1:], *carried, [result])
+    assert (lse[0] == EMPTY).all()
+    accumulator = padded(*out), padded(*lse)
+    ATTENDS[attend](q, k[1:], v[1:], *accumulator, [result])
     exact = attention64(q[0], k[1], v[1]).float()
     torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
     ATTENDS[attend](q, k, v, out, lse, [result])
@@ -164,33 +166,33 @@ def test_keys_without_weight(attend):
 # -- faults and bad input --------------------------------------------------------------------------------------------
 
 FAULTS = {
-    "wrong maximum": ("new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)", "new_largest = largest * 1.0"),
-    "no key has a weight yet": ('tl.where(new_largest == float("-inf"), 0.0, new_largest)', "new_largest"),
-    "missing rescale": ("total = tl.dot(weights, _load(v, here, SOME, D1), total * rescale[:, None]",
-                        "total = tl.dot(weights, _load(v, here, SOME, D1), total"),
-    "missing rescale of the head's second part": ("total2 * rescale[:, None]", "total2"),
-    "weight is not rescaled": ("weight = weight * rescale + tl.sum", "weight = weight + tl.sum"),
-    "dropped tail": ("if whole < num_keys:", "if whole > num_keys:"),
-    "keys behind the last": ("key < num_keys - whole,", "key < KEYS,"),
-    "rows behind the last": ("is_row = row < num_rows - first", "is_row = row < ROWS"),
-    "dropped rows": ("is_row = row < num_rows - first", "is_row = row < num_rows - first - 1"),
-    "what is carried is dropped": ("weight = tl.where(seen, 1.0, 0.0)", "weight = tl.where(seen, 0.0, 0.0)"),
-    "rows without keys count": ('seen = largest != float("-inf")', "seen = largest == largest"),
-    "base 2 as base e": ("(largest + tl.log2(weight)) * _LN2", "largest + tl.log2(weight)"),
+    "wrong maximum": ("new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)", "new_max = row_max * 1.0"),
+    "fully masked so far": ('tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),
+    "missing rescale": ("acc = tl.dot(weights, _load(v, valid, MASKED, D1), acc * rescale[:, None]",
+                        "acc = tl.dot(weights, _load(v, valid, MASKED, D1), acc"),
+    "missing rescale of the second part of the head": ("acc2 * rescale[:, None]", "acc2"),
+    "row sum is not rescaled": ("row_sum = row_sum * rescale + tl.sum", "row_sum = row_sum + tl.sum"),
+    "dropped tail": ("if full < num_keys:", "if full > num_keys:"),
+    "keys beyond the last": ("key < num_keys - full,", "key < KEYS,"),
+    "rows beyond the last": ("valid_row = row < num_rows - first", "valid_row = row < ROWS"),
+    "dropped rows": ("valid_row = row < num_rows - first", "valid_row = row < num_rows - first - 1"),
+    "accumulator is dropped": ("row_sum = tl.where(has_keys, 1.0, 0.0)", "row_sum = tl.where(has_keys, 0.0, 0.0)"),
+    "rows without keys count": ('has_keys = row_max != float("-inf")', "has_keys = row_max == row_max"),
+    "base 2 as base e": ("(row_max + tl.log2(row_sum)) * _LN2", "row_max + tl.log2(row_sum)"),
     "KV heads mixed up": ("h_kv = h // tl.load", "h_kv = h * tl.load"),
-    "one chunk for all": ("keys = kv_chunks + kv * _ROW", "keys = kv_chunks"),
-    "result misplaced": ("tl.store(at + (rows + d2)", "tl.store(at + (rows + d2 + 1)"),
+    "one chunk for all": ("keys = kv_chunks + kv * _ENTRY", "keys = kv_chunks"),
+    "result misplaced": ("tl.store(pointer + (rows + d2)", "tl.store(pointer + (rows + d2 + 1)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault, monkeypatch):
-    """What the tests above say of a kernel with one line changed."""
+def test_a_mutated_kernel_fails(fault, monkeypatch):
+    """The tests above fail for a kernel with one line changed."""
     faulty: ModuleType = mutated(triton_fused, *FAULTS[fault])
     monkeypatch.setattr(sys.modules[__name__], "triton_fused", faulty)
     with pytest.raises(AssertionError):
-        test_equals_the_twin(72, torch.float32)
-        test_keys_without_weight("kernel")
+        test_matches_the_reference(72, torch.float32)
+        test_fully_masked_keys("kernel")
 
 
 def q_of(*shape, dtype=torch.bfloat16):
@@ -199,12 +201,12 @@ def q_of(*shape, dtype=torch.bfloat16):
 
 BAD = {
     "head size of one": ({"k": [q_of(1, 2, 5, 72)]}, r"k\[0\] is \(1, 2, 5, 72\).* but q\[0\] is \(1, 4, 4, 64\)"),
-    "no such head size": ({"q": [q_of(1, 4, 4, 80)]}, r"q\[0\] is \(1, 4, 4, 80\).*head size 80 is none of \(64, 72"),
+    "unsupported head size": ({"q": [q_of(1, 4, 4, 80)]}, r"q\[0\] is .*head size 80 is not in \(64, 72"),
     "v is not as k": ({"v": [q_of(1, 2, 6, 64)]}, r"v\[0\] has shape \(1, 2, 6, 64\), but k\[0\] \(1, 2, 5, 64\)"),
     "dtypes": ({"v": [q_of(1, 2, 5, 64, dtype=torch.half)]}, r"v\[0\] is .* torch.float16.* but q\[0\] is .*bfloat16"),
-    "no such dtype": ({"q": [q_of(1, 4, 4, 64, dtype=torch.float64)]}, r"q\[0\] is .* torch.float64"),
-    "batch": ({"k": [q_of(2, 2, 5, 64)]}, r"k\[0\] is \(2, 2, 5, 64\).* give one batch"),
-    "heads": ({"k": [q_of(1, 3, 5, 64)], "v": [q_of(1, 3, 5, 64)]}, r"4 heads, no multiple of the 3 of k\[0\]"),
+    "unsupported dtype": ({"q": [q_of(1, 4, 4, 64, dtype=torch.float64)]}, r"q\[0\] is .* torch.float64"),
+    "batch": ({"k": [q_of(2, 2, 5, 64)]}, r"k\[0\] is \(2, 2, 5, 64\).* use one batch"),
+    "heads": ({"k": [q_of(1, 3, 5, 64)], "v": [q_of(1, 3, 5, 64)]}, r"4 heads, not a multiple of the 3 of k\[0\]"),
     "strided D": ({"q": [q_of(1, 4, 4, 128)[..., ::2]]}, r"q\[0\] \(1, 4, 4, 64\) has strides"),
     "lists": ({"lse": []}, r"1 q, 1 out, 0 lse"),
     "accumulator": ({"out": [q_of(1, 4, 4, 64)]}, r"out\[0\] is .*bfloat16 on cpu: the accumulator must be"),
@@ -228,29 +230,29 @@ def good():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_before_anything_is_written(name):
+def test_bad_input_is_named_before_any_write(name):
     change, text = BAD[name]
-    given = good() | change
+    arguments = good() | change
     with pytest.raises(ValueError, match=text):
-        (attend_chunks_into if "results" in given else attend_chunks_)(**given)
-    assert all((x == 1).all() for x in given["out"] if x.shape == (1, 4, 4, 64) and x.dtype == torch.float32)
+        (attend_chunks_into if "results" in arguments else attend_chunks_)(**arguments)
+    assert all((x == 1).all() for x in arguments["out"] if x.shape == (1, 4, 4, 64) and x.dtype == torch.float32)
 
 
-def test_an_accumulator_in_the_memory_of_another_tensor_is_refused():
+def test_an_accumulator_that_shares_memory_is_rejected():
     given = good()
     with pytest.raises(ValueError, match=r"out\[0\] .* is written, but out\[1\]"):
         attend_chunks_(**{name: given[name] * 2 if name in ("q", "out", "lse") else given[name] for name in given})
     with pytest.raises(ValueError, match=r"results\[0\] .* is written, but q\[0\]"):
         attend_chunks_into(given["q"], **given)
-    # Slices of one tensor that lie between one another are apart.
-    whole = torch.zeros(2, 8, 4, 64)
+    # Interleaved slices of one tensor do not overlap.
+    base = torch.zeros(2, 8, 4, 64)
     given = good() | {"q": [q_of(2, 4, 4, 64)] * 2, "k": [], "v": [], "lse": [torch.zeros(2, 4, 4) for _ in range(2)]}
-    attend_chunks_(**given | {"out": [whole[:, :4], whole[:, 4:]]})
+    attend_chunks_(**given | {"out": [base[:, :4], base[:, 4:]]})
     with pytest.raises(ValueError, match=r"out\[0\] .* is written, but out\[1\]"):
-        attend_chunks_(**given | {"out": [whole[:, :4], whole[:, 3:7]]})
+        attend_chunks_(**given | {"out": [base[:, :4], base[:, 3:7]]})
 
 
-def test_torch_compile_sees_operators():
+def test_torch_compile():
     torch.manual_seed(5)
     q, k, v, out, lse = (list(map(torch.clone, x)) for x in chunks(64, torch.bfloat16, (5, 3), (7, 4)))
     results = [torch.zeros_like(x) for x in q]

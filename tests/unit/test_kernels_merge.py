@@ -1,4 +1,4 @@
-"""The merge kernel in Triton's interpreter, against its twin and against float64."""
+"""The merge kernel in Triton's interpreter, against its reference and float64."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_xfuser.kernels import merge_, merge_into, merge_part, sdpa_attend, without_weightless
-from sf_xfuser.kernels.merge import merge_twin
-from tests.kernel_cases import ADVERSARIAL, attention64, mutated, room_is_untouched, with_room
+from sf_xfuser.kernels import fix_fully_masked_lse, merge_, merge_into, merge_partial, sdpa_attend
+from sf_xfuser.kernels.merge import merge_reference
+from tests.kernel_cases import ADVERSARIAL, attention64, mutated, padded, padding_is_intact, sdpa_error
 
 triton_merge = pytest.importorskip("sf_xfuser.kernels.triton_merge", reason="Triton is not installed")
 
@@ -20,12 +20,12 @@ NAN = float("nan")
 
 
 def accumulator(B, H, S, D):
-    """(out, lse) as sf_xfuser/torus/buffers.py keeps them: [S, B, H, D] and [B, H, S], seen as [B, H, S, D]."""
+    """(out, lse) as views [B, H, S, D] and [B, H, S], stored as in torus/buffers.py: [S, B, H, D] and [B, H, S]."""
     return torch.randn(S, B, H, D).permute(1, 2, 0, 3), torch.randn(B, H, S)
 
 
 def partial(B, H, S, D, dtype, layout, padding=0):
-    """(out, lse) as a library returns them; what is beyond S must not be looked at."""
+    """(out, lse) as a library returns them. The kernel must not read lse beyond S."""
     out = torch.randn(B, H, S, D) if layout == "BHSD" else torch.randn(B, S, H, D).transpose(1, 2)
     lse = torch.full((B, H, S + padding), NAN)
     lse[..., :S] = torch.randn(B, H, S)
@@ -35,53 +35,53 @@ def partial(B, H, S, D, dtype, layout, padding=0):
 @pytest.mark.parametrize("D", [16, 72, 96])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("layout", "padding"), [("BHSD", 0), ("BSHD", 27)])
-def test_equals_the_twin(D, dtype, layout, padding):
-    S = 37  # of no block size a multiple
+def test_matches_the_reference(D, dtype, layout, padding):
+    S = 37  # not a multiple of a block size
     torch.manual_seed(D)
     out, lse = accumulator(B, H, S, D)
     new_out, new_lse = partial(B, H, S, D, dtype, layout, padding)
     lse[0, 0, 5], new_lse[1, 2, 6] = float("-inf"), float("-inf")
     lse[0, 1, 7] = new_lse[0, 1, 7] = float("-inf")
-    out[0, 0, 5] = new_out[1, 2, 6] = NAN  # what a row without keys holds is of no consequence
-    new_out, new_lse = with_room(new_out, new_lse)
-    expected, got = with_room(out, lse), with_room(out, lse)
-    merge_twin(*expected, new_out, new_lse, None)
+    out[0, 0, 5] = new_out[1, 2, 6] = NAN  # the output of a row without keys is ignored
+    new_out, new_lse = padded(new_out, new_lse)
+    expected, got = padded(out, lse), padded(out, lse)
+    merge_reference(*expected, new_out, new_lse, None)
     triton_merge.launch(*got, new_out, new_lse, None)
     assert expected[0].isfinite().all()
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
-    assert room_is_untouched(*got)
+    assert padding_is_intact(*got)
     assert torch.equal(got[0][1, 2, 6], out[1, 2, 6]) and got[1][0, 1, 7] == float("-inf")
 
-    # The last merge: heads of a larger result, nothing beside them touched, the accumulator only read.
-    (whole,) = with_room(torch.full((B, S, H + 2, D), 7.0, dtype=dtype))
-    result = whole[:, :, 1 : H + 1].transpose(1, 2)
-    before = with_room(out, lse)
+    # The last merge writes heads of a larger result and nothing else, and only reads the accumulator.
+    (larger,) = padded(torch.full((B, S, H + 2, D), 7.0, dtype=dtype))
+    result = larger[:, :, 1 : H + 1].transpose(1, 2)
+    before = padded(out, lse)
     triton_merge.launch(*before, new_out, new_lse, result)
     torch.testing.assert_close(result, expected[0].to(dtype), rtol=2e-6, atol=torch.finfo(dtype).eps * 4)
-    assert torch.equal(whole[:, :, 0], torch.full_like(whole[:, :, 0], 7.0)) and (whole[:, :, -1] == 7.0).all()
+    assert (larger[:, :, 0] == 7.0).all() and (larger[:, :, -1] == 7.0).all()
     torch.testing.assert_close(before[0], out, rtol=0, atol=0, equal_nan=True)
-    assert room_is_untouched(whole)
+    assert padding_is_intact(larger)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4, 16), (1, 2, 0, 16), (1, 1, 1, 1), (1, 2, 1, 64), (2, 1, 300, 8)])
-def test_shapes_at_the_edge(shape):
+def test_edge_shapes(shape):
     out, lse = accumulator(*shape)
     new_out, new_lse = partial(*shape, torch.float32, "BHSD")
-    expected, got = with_room(out, lse), with_room(out, lse)
-    merge_twin(*expected, new_out, new_lse, None)
+    expected, got = padded(out, lse), padded(out, lse)
+    merge_reference(*expected, new_out, new_lse, None)
     triton_merge.launch(*got, new_out, new_lse, None)
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
 def merged(merge, q, k, v, cuts):
-    """Attention to the keys between cuts, part by part, merged by ``merge``; as attention.py does it."""
+    """Attention to the keys between cuts, chunk by chunk, merged as attention.py does."""
     spans = [(a, b) for a, b in zip([0, *cuts], [*cuts, k.shape[2]], strict=True) if a < b]
     out = lse = None
-    for at, (a, b) in enumerate(spans):
+    for i, (a, b) in enumerate(spans):
         new_out, new_lse = sdpa_attend(q, k[:, :, a:b], v[:, :, a:b])
         if out is None:
             out, lse = new_out.to(new_lse.dtype), new_lse.clone()
-        elif at == len(spans) - 1:
+        elif i == len(spans) - 1:
             result = torch.full_like(new_out, NAN)
             merge(out, lse, new_out, new_lse, result)
             return result
@@ -92,18 +92,17 @@ def merged(merge, q, k, v, cuts):
 
 MERGES = {
     "kernel": lambda *tensors: triton_merge.launch(*tensors),
-    "twin": merge_twin,
+    "reference": merge_reference,
 }
 
 
 def error_ratio(merge, name, dtype, S=19, keys=40, D=64):
-    """Error of chunked attention against that of single-device SDPA in the same dtype, both against float64."""
+    """Error of chunked attention relative to the error of single-device SDPA in the same dtype. Both are measured
+    against float64."""
     q, k, v = ADVERSARIAL[name](B, H, S, keys, D, dtype)
     exact = attention64(q, k, v)
-    single = (torch.nn.functional.scaled_dot_product_attention(q, k, v).double() - exact).abs().max().item()
-    floor = torch.finfo(dtype).eps * exact.abs().max().item() / 2  # half a unit in the last place of the result
-    ours = merged(merge, q, k, v, [13, 13, 14, 31])  # one chunk of nothing, one of one key
-    return (ours.double() - exact).abs().max().item() / max(single, floor)
+    chunked = merged(merge, q, k, v, [13, 13, 14, 31])  # with an empty chunk and a chunk of one key
+    return (chunked.double() - exact).abs().max().item() / sdpa_error(q, k, v, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -116,28 +115,28 @@ def test_error_is_within_twice_single_device_sdpa(merge, name, dtype):
 
 
 INF = float("inf")
-# What an element and the log-sum-exp of its row hold, of the accumulator and of the part; what the merged ones are.
+# (element, lse) of the accumulator, of the partial result, and merged.
 EXTREMES = {
-    "infinite carried": ((INF, 0.0), (1.0, 30.0), (INF, 30.0)),
+    "infinite accumulator": ((INF, 0.0), (1.0, 30.0), (INF, 30.0)),
     "infinite part": ((1.0, 30.0), (-INF, 0.0), (-INF, 30.0)),
-    "infinite part of a weight near the least number": ((1.0, 95.0), (INF, 0.0), (INF, 95.0)),
+    "infinite part with a weight near the smallest number": ((1.0, 95.0), (INF, 0.0), (INF, 95.0)),
     "infinite with both signs": ((INF, 0.0), (-INF, 0.0), (NAN, math.log(2.0))),
     "difference beyond the largest number": ((3e38, 0.0), (-2e38, 0.0), (5e37, math.log(2.0))),
-    "nothing carried": ((NAN, -INF), (2.0, 1.0), (2.0, 1.0)),
-    "nothing in the part": ((2.0, 1.0), (NAN, -INF), (2.0, 1.0)),
-    "nothing at all": ((2.0, -INF), (NAN, -INF), (2.0, -INF)),
+    "empty accumulator": ((NAN, -INF), (2.0, 1.0), (2.0, 1.0)),
+    "empty part": ((2.0, 1.0), (NAN, -INF), (2.0, 1.0)),
+    "both empty": ((2.0, -INF), (NAN, -INF), (2.0, -INF)),
     "NaN in the part": ((2.0, 1.0), (0.0, NAN), (NAN, NAN)),
 }
 
 
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("merge", MERGES)
-def test_extreme_numbers_are_as_one_softmax_has_them(merge, name):
+def test_extreme_values_merge_as_in_one_softmax(merge, name):
     (out, lse), (new_out, new_lse), expected = (
         [torch.full((1, 1, 1, 16), x), torch.full((1, 1, 1), y)] for x, y in EXTREMES[name]
     )
     result = torch.empty_like(out)
-    MERGES[merge](*with_room(out, lse), new_out, new_lse, result)
+    MERGES[merge](*padded(out, lse), new_out, new_lse, result)
     torch.testing.assert_close(result, expected[0], equal_nan=True)
     MERGES[merge](out, lse, new_out, new_lse, None)
     torch.testing.assert_close([out, lse], expected, equal_nan=True)
@@ -149,46 +148,49 @@ def test_float64_is_merged_in_float64(merge):
     torch.testing.assert_close(merged(MERGES[merge], q, k, v, [13, 31]), attention64(q, k, v), rtol=0, atol=1e-14)
 
 
-def test_rows_whose_keys_have_no_weight():
+def test_lse_of_fully_masked_rows():
     q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 2, 4, 16)
     out, lse = torch.ones(1, 2, 3, 16), torch.tensor([[[0.0, NAN, INF], [1.0, 0.0, NAN]]])
-    assert torch.equal(without_weightless(q, k, out, lse).nan_to_num(7.0), lse.nan_to_num(7.0))  # scores are finite
+    assert torch.equal(fix_fully_masked_lse(q, k, out, lse).nan_to_num(7.0), lse.nan_to_num(7.0))  # scores are finite
     k[:, 0], q[:, 1, 1] = -INF, NAN
-    found = without_weightless(q, k, out, lse)
+    found = fix_fully_masked_lse(q, k, out, lse)
     assert (found[0, 0] == -INF).all() and found[0, 1, 0] == 1.0 and found[0, 1, 1:].isnan().all()
 
 
-def test_rows_that_flash_attention_marks_on_a_gpu(monkeypatch):
-    """+inf where the weights sum to 0 (the output is 0) or to NaN (it is NaN)."""
+def test_lse_of_flash_attention_on_a_gpu(monkeypatch):
+    """It is +inf if the weights sum to 0 (output 0) or to NaN (output NaN)."""
     out, lse = torch.zeros(1, 1, 3, 16), torch.tensor([[[INF, INF, 1.0]]])
     out[0, 0, 1] = NAN
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
-    found = without_weightless(out, out, out, lse)[0, 0].tolist()
+    found = fix_fully_masked_lse(out, out, out, lse)[0, 0].tolist()
     assert found[0] == -INF and math.isnan(found[1]) and found[2] == 1.0
 
 
 FAULTS = {
-    "wrong maximum": ("larger = tl.maximum(old_lse, part_lse, propagate_nan=tl.PropagateNan.ALL)", "larger = old_lse"),
-    "weight the wrong way round": ("heavier = part_lse > old_lse", "heavier = part_lse < old_lse"),
-    "missing weight": ("+ weight[:, None] * part", "+ part"),
-    "what is carried is not rescaled": ("rest[:, None] * old", "old"),
-    "dropped tail": ("here = s < num_tokens - first", "here = s < num_tokens - first - 1"),
-    "no end": ("here = s < num_tokens - first", "here = s < BLOCK_S"),
-    "what an empty accumulator holds counts": ("here_rows & known[:, None]", "here_rows"),
-    "rows without keys count": ('seen = part_lse != float("-inf")', "seen = part_lse == part_lse"),
+    "wrong maximum": (
+        "max_lse = tl.maximum(old_lse, part_lse, propagate_nan=tl.PropagateNan.ALL)",
+        "max_lse = old_lse",
+    ),
+    "weights swapped": ("part_is_larger = part_lse > old_lse", "part_is_larger = part_lse < old_lse"),
+    "missing weight": ("+ part_weight[:, None] * part", "+ part"),
+    "accumulator is not rescaled": ("old_weight[:, None] * old", "old"),
+    "dropped tail": ("valid = s < num_tokens - first", "valid = s < num_tokens - first - 1"),
+    "no bounds check": ("valid = s < num_tokens - first", "valid = s < BLOCK_S"),
+    "an empty accumulator counts": ("mask=mask & use_old[:, None]", "mask=mask"),
+    "rows without keys count": ('use_part = part_lse != float("-inf")', "use_part = part_lse == part_lse"),
     "heads mixed up": ("h = (sequence % num_heads)", "h = (sequence // num_heads)"),
     "last merge misplaced": ("result += b * result_b + h * result_h", "result += b * result_b"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault, monkeypatch):
-    """What the tests above say of a kernel with one line changed."""
+def test_a_mutated_kernel_fails(fault, monkeypatch):
+    """The tests above fail for a kernel with one line changed."""
     faulty: ModuleType = mutated(triton_merge, *FAULTS[fault])
     monkeypatch.setattr(sys.modules[__name__], "triton_merge", faulty)
     with pytest.raises(AssertionError):
         for layout in (("BHSD", 0), ("BSHD", 27)):
-            test_equals_the_twin(64, torch.float32, *layout)
+            test_matches_the_reference(64, torch.float32, *layout)
 
 
 BAD = {
@@ -206,53 +208,58 @@ BAD = {
 }
 
 
+def good():
+    out, new_out, lse, new_lse = torch.ones(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), *torch.zeros(2, 1, 2, 4)
+    return {"out": out, "lse": lse, "new_out": new_out, "new_lse": new_lse}
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_before_anything_is_written(name):
+def test_bad_input_is_named_before_any_write(name):
     change, text = BAD[name]
-    good = {"out": torch.ones(1, 2, 4, 8), "lse": torch.zeros(1, 2, 4), "new_out": torch.zeros(1, 2, 4, 8)}
-    given = change(good | {"new_lse": torch.zeros(1, 2, 4)})
+    tensors = good()
+    arguments = change(tensors)
     with pytest.raises(ValueError, match=text):
-        (merge_into if "result" in given else merge_)(**given)
-    assert (good["out"] == 1).all()
+        (merge_into if "result" in arguments else merge_)(**arguments)
+    assert (tensors["out"] == 1).all()
 
 
 def test_the_result_may_be_the_accumulator():
     out, lse = accumulator(B, H, 37, 64)
     new = partial(B, H, 37, 64, torch.float32, "BSHD")
-    expected, last, kernel = with_room(out, lse), with_room(out, lse), with_room(out, lse)
+    expected, last, kernel = padded(out, lse), padded(out, lse), padded(out, lse)
     merge_(*expected, *new)
     merge_into(last[0], *last, *new)
     triton_merge.launch(*kernel, *new, kernel[0])
     assert torch.equal(last[0], expected[0])
     torch.testing.assert_close(kernel[0], expected[0], rtol=2e-6, atol=2e-6)
-    with pytest.raises(ValueError, match=r"out .* is written, but result"):  # in the same memory, but not the same
+    with pytest.raises(ValueError, match=r"out .* is written, but result"):  # overlapping, but not the same view
         merge_into(out[:, :, :-1], out[:, :, 1:], lse[:, :, 1:], new[0][:, :, 1:], new[1][:, :, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_part_is_merged_as_by_the_checked_functions(dtype):
+def test_merge_partial_matches_the_checked_functions(dtype):
     out, lse = accumulator(B, H, 37, 64)
     new = partial(B, H, 37, 64, dtype, "BSHD")
-    expected, got = with_room(out, lse), with_room(out, lse)
+    expected, got = padded(out, lse), padded(out, lse)
     merge_(*expected, *new)
-    merge_part(*got, *new, None)
+    merge_partial(*got, *new, None)
     assert all(map(torch.equal, got, expected))
     results = [torch.full((B, H, 37, 64), NAN, dtype=dtype) for _ in range(2)]
-    merge_into(results[0], *with_room(out, lse), *new)
-    merge_part(*with_room(out, lse), *new, results[1])
+    merge_into(results[0], *padded(out, lse), *new)
+    merge_partial(*padded(out, lse), *new, results[1])
     assert torch.equal(*results) and results[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["head sizes", "batch", "layout of lse", "dtype of lse", "strided D"])
-def test_what_an_attention_function_returns_is_looked_at(name):
+def test_partial_results_are_checked(name):
     change, text = BAD[name]
-    good = {"out": torch.ones(1, 2, 4, 8), "lse": torch.zeros(1, 2, 4), "new_out": torch.zeros(1, 2, 4, 8)}
+    tensors = good()
     with pytest.raises(ValueError, match=text):
-        merge_part(**change(good | {"new_lse": torch.zeros(1, 2, 4)}), result=None)
-    assert (good["out"] == 1).all()
+        merge_partial(**change(tensors), result=None)
+    assert (tensors["out"] == 1).all()
 
 
-def test_torch_compile_sees_operators():
+def test_torch_compile():
     out, lse = accumulator(1, 2, 5, 8)
     new_out, new_lse = partial(1, 2, 5, 8, torch.bfloat16, "BHSD")
     result = torch.zeros(1, 2, 5, 8, dtype=torch.bfloat16)
@@ -262,10 +269,10 @@ def test_torch_compile_sees_operators():
         merge_into(result, out, lse, new_out, new_lse)
         return result + 1
 
-    expected = twice(*(given := with_room(out, lse, new_out, new_lse, result)))
-    compiled = with_room(out, lse, new_out, new_lse, result)
+    expected = twice(*(eager := padded(out, lse, new_out, new_lse, result)))
+    compiled = padded(out, lse, new_out, new_lse, result)
     got = torch.compile(twice, backend="aot_eager", fullgraph=True)(*compiled)
-    assert torch.equal(got, expected) and all(map(torch.equal, compiled, given))
+    assert torch.equal(got, expected) and all(map(torch.equal, compiled, eager))
     torch.library.opcheck(torch.ops.sf_xfuser.merge.default, (out, lse, new_out, new_lse, result))
 
 
@@ -273,16 +280,16 @@ def test_torch_compile_sees_operators():
     ("dtype", "D", "format", "fused"),
     [(torch.float32, 64, "int8", True), (torch.bfloat16, 72, "none", False), (torch.float32, 80, "none", False)],
 )
-def test_the_kernels_of_a_call_run_before_it(dtype, D, format, fused, monkeypatch):
-    """On a GPU; here in the interpreter, as if the CPU were one."""
+def test_prepare_runs_every_kernel(dtype, D, format, fused, monkeypatch):
+    """In the interpreter, with the CPU treated as a GPU."""
     prepare = sys.modules["sf_xfuser.kernels.prepare"]
-    launched, waited = [], []
+    launched, synchronized = [], []
     for name in ("prepare", "merge", "packing", "fused"):
         module = sys.modules[f"sf_xfuser.kernels.{name}"]
-        monkeypatch.setattr(module, "runs_kernel", lambda x, name=name: launched.append(name) or True)
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+        monkeypatch.setattr(module, "uses_triton", lambda x, name=name: launched.append(name) or True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     prepare.prepare.__wrapped__(torch.device("cpu"), dtype, D, format, fused)
     assert {"merge", "packing"} <= set(launched) and ("fused" in launched) == fused
-    # Per number of heads: one part and two, there and back; compressed Q, and K beside V.
+    # Per number of heads: pack and unpack of one and two parts; compressed Q, and K with compressed V.
     assert launched.count("packing") == 2 * (4 + 4 * (format != "none"))
-    assert waited == [torch.device("cpu")]
+    assert synchronized == [torch.device("cpu")]

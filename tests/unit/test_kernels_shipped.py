@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what the kernels need of GPUs that are not here."""
+"""Ahead-of-time compilation: resource usage of the kernels, without a GPU."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def test_no_kernel_spills(tmp_path):
         assert row["kernel"] in finished.output
     plain = [row for row in rows if row["kernel"].startswith(("merge", "pack"))]
     assert {row["architecture"] for row in plain} == {"sm_80", "sm_90", "sm_100"}
-    assert {row["load_bits"] for row in plain} == {128}, "what is bound by bandwidth loads as wide as there is"
+    assert {row["load_bits"] for row in plain} == {128}, "memory-bound kernels use the widest loads"
 
 
 SPILLING = """
 from dataclasses import replace
 from sf_xfuser.kernels import shipped
 from sf_xfuser.bench import kernels
-squeezed = replace(shipped.all_shipped()[0], options={"maxnreg": 24}, only=(80,))
-kernels.all_shipped = lambda: [squeezed]
+spilling = replace(shipped.all_shipped()[0], options={"maxnreg": 24}, architectures=(80,))
+kernels.all_shipped = lambda: [spilling]
 raise SystemExit(kernels.main([]))
 """
 
 
-def test_a_spill_is_seen():
+def test_a_spill_fails():
     finished = run([sys.executable, "-c", SPILLING], timeout=300, expect_failure=True)
     assert finished.returncode == 1 and "spilled to memory: merge D=64 on sm_80" in finished.output

@@ -1,5 +1,5 @@
-"""What can be said of the GPU transports without a GPU: when NVSHMEM and symmetric memory are refused and why, who is
-which PE, and what ranks without GPUs hear. ``test_device.py`` has the protocol, ``gpu/test_one_sided.py`` the rest."""
+"""Availability of the GPU transports, without a GPU: when NVSHMEM and symmetric memory are unsupported and why, which
+PE each rank is, and the errors on ranks without GPUs. ``test_device.py`` tests the protocol."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, need_groups, sh
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from tests.launch import reports, torchrun
 
+
+def assert_reason(found, expected):
+    assert found is None if expected is None else re.search(expected, found or ""), found
+
+
 GOOD = nvshmem.Facts(
     cuda="13.0",
     gpus=8,
@@ -29,7 +34,7 @@ GOOD = nvshmem.Facts(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({}, None),
         ({"bindings": {"cu13": "0.3.1"}, "library": "3.3.20", "driver": 12050}, None),
@@ -39,65 +44,65 @@ GOOD = nvshmem.Facts(
         ({"bindings": {}}, "nvshmem4py is not installed: pip install 'nvshmem4py-cu13>=0.3.1'"),
         ({"bindings": {}, "cuda": "12.8"}, "pip install 'nvshmem4py-cu12>=0.3.1'"),
         ({"bindings": {"cu12": "0.4.1"}}, "installed for cu12, but PyTorch is built for CUDA 13.0: pip install"),
-        ({"bindings": {"cu12": "0.4.1", "cu13": "0.4.1"}}, "installed for cu12 and cu13: keep that for cu13 only"),
+        ({"bindings": {"cu12": "0.4.1", "cu13": "0.4.1"}}, "installed for cu12 and cu13: keep the one for cu13 only"),
         ({"bindings": {"cu13": "0.2.2"}}, "nvshmem4py 0.2.2 is too old"),
         ({"problem": "DynamicLibNotFoundError: no libnvshmem_host"}, "cannot be used: DynamicLibNotFoundError"),
         ({"library": "3.2.5"}, "libnvshmem 3.2.5 may crash .*update nvidia-nvshmem-cu13"),
-        ({"driver": 12040}, "the driver supports CUDA 12.4, NVSHMEM's flags need 12.5"),
-        ({"missing": ["cuStreamWaitValue64_v2"]}, "flags need 12.5"),
+        ({"driver": 12040}, "the driver supports CUDA 12.4, stream memory operations on peer memory need 12.5"),
+        ({"missing": ["cuStreamWaitValue64_v2"]}, "operations on peer memory need 12.5"),
         ({"stream_operations": False}, "no 64-bit stream memory operations"),
         ({"status": 1}, "an earlier start of NVSHMEM in this process has failed"),
         ({"status": 2}, "something else in this process has started NVSHMEM"),
-        ({"environment": {"NVSHMEM_LIBFABRIC_PROVIDER": "EFA"}}, "LIBFABRIC_PROVIDER=EFA .*lower case"),
+        ({"environment": {"NVSHMEM_LIBFABRIC_PROVIDER": "EFA"}}, "LIBFABRIC_PROVIDER=EFA: write it in lower case"),
         ({"environment": {"NVSHMEM_LIBFABRIC_PROVIDER": "efa"}}, None),
     ],
 )
-def test_what_ends_a_process_is_refused_first(change, said):
-    found = nvshmem.refusal(replace(GOOD, **change))
-    assert found is None if said is None else re.search(said, found or ""), found
+def test_unsupported_processes(change, reason):
+    assert_reason(nvshmem.unsupported_reason(replace(GOOD, **change)), reason)
 
 
 def group(*changes):
     return [replace(GOOD, gpu=f"GPU-{n}", **change) for n, change in enumerate(changes)]
 
 
-SHARED = {"gpu": "GPU-0"}
 NVLS_OFF = {"environment": {"NVSHMEM_DISABLE_NVLS": "1"}}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "said"),
+    ("ranks", "reasons"),
     [
         (group({}, {}), [None, None]),
         (group({}, {"host": "b"}), [None, None]),
         (group({}, {"gpus": 0}), [None, "no NVIDIA GPU"]),
-        (group({}, {"library": "3.6.5"}), ["has libnvshmem 3.4.5, others have not", "has libnvshmem 3.6.5"]),
+        (group({}, {"library": "3.6.5"}), ["has libnvshmem 3.4.5, other ranks have another", "has libnvshmem 3.6.5"]),
         (group({}, {"world": [4, 5], "status": 2}), ["in an NVSHMEM world of ranks None, .*4, 5", None]),
-        (group(*[{"world": [4, 6], "status": 2}] * 2), [r"world of ranks \[4, 6\], this would be one of \[4, 5\]"] * 2),
+        (
+            group(*[{"world": [4, 6], "status": 2}] * 2),
+            [r"world of ranks \[4, 6\], this group needs one of \[4, 5\]"] * 2,
+        ),
         (group({"environment": {"NVSHMEM_REMOTE_TRANSPORT": "None"}}, {"host": "b"}), ["on 2 hosts", None]),
         ([replace(GOOD, **NVLS_OFF)] * 2, [None, None]),
         ([GOOD] * 2, ["which needs NVSHMEM_DISABLE_NVLS=1"] * 2),
     ],
 )
-def test_a_group_is_judged_together(ranks, said):
-    for found, expected in zip(nvshmem.refusals(ranks, [4, 5], 2), said, strict=True):
-        assert found is None if expected is None else re.search(expected, found or ""), found
+def test_unsupported_groups(ranks, reasons):
+    for found, expected in zip(nvshmem.group_unsupported_reasons(ranks, [4, 5], 2), reasons, strict=True):
+        assert_reason(found, expected)
 
 
-def test_shared_gpus_are_for_one_group_of_a_job():
-    found = nvshmem.refusals([replace(GOOD, **NVLS_OFF)] * 2, [4, 5], 8)
-    assert all("one sequence-parallel group of a job only" in each for each in found)
+def test_one_group_per_job_may_share_gpus():
+    found = nvshmem.group_unsupported_reasons([replace(GOOD, **NVLS_OFF)] * 2, [4, 5], 8)
+    assert all("supports for one sequence-parallel group per job" in each for each in found)
 
 
-def test_facts_travel_as_json():
+def test_facts_survive_json():
     facts = replace(GOOD, world=[0, 1], missing=[])
-    told = json.loads(json.dumps(asdict(facts)))
-    assert nvshmem.Facts(**told) == facts
-    assert nvshmem.look().cuda == torch.version.cuda
+    assert nvshmem.Facts(**json.loads(json.dumps(asdict(facts)))) == facts
+    assert nvshmem.probe().cuda == torch.version.cuda
 
 
 @pytest.mark.parametrize(
-    ("variables", "efa", "named"),
+    ("variables", "efa", "names"),
     [
         ({}, False, []),
         ({}, True, ["NVSHMEM_REMOTE_TRANSPORT"]),
@@ -130,32 +135,32 @@ def test_facts_travel_as_json():
         ({"NVSHMEM_BYPASS_FLUSH": "1"}, False, ["NVSHMEM_BYPASS_FLUSH"]),
     ],
 )
-def test_traps_of_the_environment(variables, efa, named):
+def test_environment_warnings(variables, efa, names):
     assert set(variables) <= set(nvshmem.VARIABLES)
-    assert list(nvshmem.cautions(variables, efa)) == named
+    assert list(nvshmem.environment_warnings(variables, efa)) == names
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({}, None),
         ({"cuda": None}, "built without CUDA"),
         ({"gpus": 0}, "no NVIDIA GPU"),
-        ({"missing": ("PyTorch's symmetric memory has no rendezvous",)}, "has no rendezvous"),
-        ({"driver": 12040}, "the driver supports CUDA 12.4, flags need 12.5"),
+        ({"problem": "PyTorch's symmetric memory has no rendezvous"}, "has no rendezvous"),
+        ({"driver": 12040}, "the driver supports CUDA 12.4, stream memory operations on peer memory need 12.5"),
         ({"backend": "NVSHMEM"}, "uses its NVSHMEM backend; unset TORCH_SYMMMEM"),
         ({"stream_operations": False}, "no 64-bit stream memory operations"),
     ],
 )
-def test_what_symmetric_memory_needs(change, said):
-    found = symm_mem.refusal(replace(symm_mem.Facts(cuda="13.0", gpus=1), **change))
-    assert found is None if said is None else re.search(said, found or ""), found
+def test_requirements_of_symmetric_memory(change, reason):
+    good = symm_mem.Facts(cuda="13.0", gpus=1, driver=12050, stream_operations=True, backend="CUDA")
+    assert_reason(symm_mem.unsupported_reason(replace(good, **change)), reason)
 
 
 def test_a_world_with_an_open_window_is_not_ended(monkeypatch):
-    """Two meshes of the same ranks may have chosen differently."""
+    """Two meshes of the same ranks may use different transports."""
     monkeypatch.setattr(nvshmem, "_world", [0, 1])
-    monkeypatch.setattr(nvshmem, "_open", [object()])
+    monkeypatch.setattr(nvshmem, "_open_windows", [object()])
     nvshmem.finalize()
     assert nvshmem._world == [0, 1]
 
@@ -182,28 +187,31 @@ def test_links_whose_ranks_have_one_domain(domains, links):
         ):
             shared_links("symm_mem", found, layout)
     alone = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=1)
-    assert shared_links("nvshmem", [MemoryDomain(name) for name in "abcd"], alone) == []  # nobody is inside
+    assert shared_links("nvshmem", [MemoryDomain(name) for name in "abcd"], alone) == []  # one rank per machine
 
 
-def test_auto_tries_all_that_may_serve_gpus():
+def test_auto_tries_every_gpu_transport():
     layout = Layout(torus=2, ulysses=2, ring_across=1, ring_inside=1)
     rank_info = RankInfo(layout, range(4), 0, 1.0)
-    everyone = Group("across", range(4), dict(enumerate(range(4))), "nccl", 1.0)
-    groups = {"inside": everyone, "across": everyone}
+    group = Group("across", range(4), dict(enumerate(range(4))), "nccl", 1.0)
+    groups = {"inside": group, "across": group}
     assert need_groups("auto", "nccl") and need_groups("two_sided", "gloo")
     assert not need_groups("auto", "gloo") and not need_groups("nvshmem", "nccl") and not need_groups(None, "nccl")
 
-    def of(wanted, shared, groups=groups):
+    def candidates(wanted, shared, groups=groups):
         return list(ways(wanted, rank_info, shared, groups))
 
     everywhere, mixed = ["inside", "across"], "symm_mem inside, two_sided across"
-    assert of("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]
-    assert of("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and of("auto", []) == ["two_sided", "nvshmem"]
-    assert of("two_sided", everywhere) == ["two_sided"] and of("nvshmem", everywhere, {}) == ["nvshmem"]
-    assert of("symm_mem", everywhere) == ["symm_mem"] and of("symm_mem", ["inside"]) == [mixed]
+    assert candidates("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]
+    assert candidates("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and candidates("auto", []) == [
+        "two_sided",
+        "nvshmem",
+    ]
+    assert candidates("two_sided", everywhere) == ["two_sided"] and candidates("nvshmem", everywhere, {}) == ["nvshmem"]
+    assert candidates("symm_mem", everywhere) == ["symm_mem"] and candidates("symm_mem", ["inside"]) == [mixed]
 
 
-def nvshmem_is_missing() -> str | None:
+def nvshmem_problem() -> str | None:
     if importlib.util.find_spec("nvshmem") is None:
         return "nvshmem4py is not installed"
     try:
@@ -215,31 +223,31 @@ def nvshmem_is_missing() -> str | None:
     return None
 
 
-MISSING = nvshmem_is_missing()
+PROBLEM = nvshmem_problem()
 CASES = {
-    "nvshmem_is_refused": (r"TransportUnavailable: nvshmem cannot be used: every rank: ",) * 3,
-    "symm_mem_is_refused": (r"ValueError: --sp-transport symm_mem needs .*two_sided and nvshmem work",) * 3,
-    "who_is_which_pe": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
+    "nvshmem_unsupported": (r"TransportUnavailable: nvshmem cannot be used: every rank: ",) * 3,
+    "symm_mem_unsupported": (r"ValueError: --sp-transport symm_mem needs .*two_sided and nvshmem work",) * 3,
+    "pe_of_each_rank": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
 }
 
 
 @pytest.fixture(scope="module")
-def said():
-    """case -> rank -> what it printed, from one launch."""
-    names = [case for case in CASES if MISSING is None or case != "who_is_which_pe"]
+def outputs():
+    """case -> rank -> its output, from one launch."""
+    names = [case for case in CASES if PROBLEM is None or case != "pe_of_each_rank"]
     return reports(torchrun("nvshmem_ranks.py", *names, nproc=3).output, names)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for ranks that have no GPU")
-@pytest.mark.parametrize("case", ["nvshmem_is_refused", "symm_mem_is_refused"])
-def test_ranks_without_gpus_hear_the_same(case, said):
-    assert len(set(said[case].values())) == 1
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for ranks without a GPU")
+@pytest.mark.parametrize("case", ["nvshmem_unsupported", "symm_mem_unsupported"])
+def test_ranks_without_gpus_raise_the_same_error(case, outputs):
+    assert len(set(outputs[case].values())) == 1
     for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, said[case][str(rank)]), said[case]
+        assert re.match(expected, outputs[case][str(rank)]), outputs[case]
 
 
-@pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would leave NVSHMEM started by halves")
-def test_a_position_is_a_pe(said):
-    """Real ranks hand round a unique id and come as far as NVSHMEM comes without a driver: its bootstrap."""
-    assert tuple(said["who_is_which_pe"][str(rank)] for rank in range(3)) == CASES["who_is_which_pe"]
+@pytest.mark.skipif(PROBLEM is not None, reason=PROBLEM or "")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would leave NVSHMEM partly started")
+def test_a_position_is_a_pe(outputs):
+    """Real ranks exchange a unique id and run NVSHMEM's bootstrap, the last step that needs no driver."""
+    assert tuple(outputs["pe_of_each_rank"][str(rank)] for rank in range(3)) == CASES["pe_of_each_rank"]

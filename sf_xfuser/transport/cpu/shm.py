@@ -61,7 +61,7 @@ from sf_xfuser.transport.cpu.segment import (
     remove_stale_segments,
     unavailable,
 )
-from sf_xfuser.transport.gpu.block import grown
+from sf_xfuser.transport.gpu.block import round_up_window
 
 _MAX_VIEWS = 4096  # cached views of the peers' windows, for about 64 call shapes
 _POLL_S = 0.1  # interval at which a waiting rank checks whether its peers still live
@@ -117,7 +117,7 @@ class Shm(OneSided):
         self._check_usable()
         if nbytes <= self._half_bytes:
             return
-        half_bytes = grown(nbytes, mmap.PAGESIZE)
+        half_bytes = round_up_window(nbytes, mmap.PAGESIZE)
         own: Segment | None = None
         try:
             with contextlib.ExitStack() as opened:

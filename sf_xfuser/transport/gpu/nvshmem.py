@@ -1,17 +1,17 @@
-"""One-sided transfers between NVIDIA GPUs of one or many machines: NVSHMEM through nvshmem4py (0.3.1 or newer). See
-``device.py`` for the protocol.
+"""One-sided transfers between NVIDIA GPUs of one or many machines: NVSHMEM through nvshmem4py (0.3.1 or newer).
+``device.py`` describes the protocol.
 
-Most mistakes with NVSHMEM end the process without a Python exception: an allocation after a failed start, a wait that
-is not supported where processes share a GPU, a library of the wrong CUDA. So what each rank knows (``Facts``) is
-gathered, judged by a pure function, and refused on all ranks with the reasons of each before anything is called.
+Most mistakes with NVSHMEM end the process without a Python exception: an allocation after a failed start, a library of
+the wrong CUDA, or an unsupported wait where processes share a GPU. So every rank first gathers the ``Facts`` of all
+ranks, a pure function finds the ranks that cannot use NVSHMEM, and every rank raises with their reasons.
 
-A sequence-parallel group is one NVSHMEM world of its own, in which a rank's PE is its position; replicas beside it do
-not know of it. A process can be in one world only, so NVSHMEM must not have another owner in it (DeepEP, the NVSHMEM
-backend of PyTorch's symmetric memory).
+A sequence-parallel group is one NVSHMEM world. A rank's PE is its position. Other replicas have worlds of their own. A
+process can be in one world only, so nothing else in it may use NVSHMEM (DeepEP, the NVSHMEM backend of PyTorch's
+symmetric memory).
 
-Puts go through ``putmem_signal_on_stream``, whose flag follows its data whatever the fabric does: by copy engine where
-the GPU maps the peer's memory, else by NVSHMEM's proxy thread, and then only from symmetric memory. Waits are stream
-memory operations for mapped peers; for others NVSHMEM's own, which spins in one thread.
+Puts use ``putmem_signal_on_stream``, whose flag follows its data on every fabric. A copy engine executes the put if the
+GPU maps the peer's memory. NVSHMEM's proxy thread executes it otherwise, and then only from symmetric memory. Waits for
+mapped peers are stream memory operations. Waits for other peers are NVSHMEM's kernel, which spins in one thread.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ import torch.distributed as dist
 from sf_xfuser.config import environment
 from sf_xfuser.transport.base import TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.gpu.block import round_up
 from sf_xfuser.transport.gpu.device import DeviceWindow
-from sf_xfuser.transport.gpu.driver import OLDEST, Driver, gpu_name, supported
+from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
 
-_SET = 9  # nvshmemx signal operation
-_EQUAL = 0  # NVSHMEM_CMP_EQ; a wait takes no signal operation, and returns at once if given one
+_SET = 9  # NVSHMEM_SIGNAL_SET
+_EQUAL = 0  # NVSHMEM_CMP_EQ; a wait that gets a signal operation instead returns at once
 _INITIALIZED, _LIMITED = 2, 3  # init_status(); 3: several processes on a GPU, without MPS
 _OLDEST_BINDINGS, _OLDEST_LIBRARY = (0, 3, 1), (3, 3)
-_HEAP_GRAIN = 512 << 20  # bytes by which the symmetric heap grows
+_HEAP_CHUNK = 512 << 20  # bytes by which the symmetric heap grows
 
-# What is read of the environment; NVSHMEM reads its own variables itself.
+# Variables that this module checks. NVSHMEM reads its own itself.
 VARIABLES = (
     "NVSHMEM_REMOTE_TRANSPORT",
     "NVSHMEM_LIBFABRIC_PROVIDER",
@@ -57,7 +58,7 @@ VARIABLES = (
     "NCCL_IB_HCA",
     "NCCL_IB_GID_INDEX",
 )
-_AS_NCCL = {
+_NVSHMEM_EQUIVALENTS = {
     "NCCL_SOCKET_IFNAME": ("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME",),
     "NCCL_IB_HCA": ("NVSHMEM_HCA_LIST", "NVSHMEM_HCA_PE_MAPPING"),
     "NCCL_IB_GID_INDEX": ("NVSHMEM_IB_GID_INDEX",),
@@ -65,22 +66,15 @@ _AS_NCCL = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What one rank knows of its means; plain values, for the others to read.
+class Facts(DriverFacts):
+    """Capabilities of one rank, gathered by all.
 
-    ``cuda``: of PyTorch. ``bindings``: version of nvshmem4py by flavour (``"cu13"``). ``problem``: why the library or
-    the driver cannot be asked. ``library`` and ``driver``: versions. ``status``: NVSHMEM's in this process. ``world``:
-    the members of the world that we made in it. ``host``, ``gpu``: where this rank computes.
+    ``bindings``: version of nvshmem4py by flavour (``"cu13"``). ``library``: version of libnvshmem. ``status``:
+    NVSHMEM's init status. ``world``: members of the world that this module started in this process.
     """
 
-    cuda: str | None = None
-    gpus: int = 0
     bindings: Mapping[str, str] = field(default_factory=dict)
-    problem: str | None = None
     library: str = ""
-    driver: int = 0
-    missing: Sequence[str] = ()
-    stream_operations: bool = False
     status: int = 0
     world: Sequence[int] | None = None
     host: str = ""
@@ -88,12 +82,12 @@ class Facts:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def look() -> Facts:
-    """Local; never raises, makes no CUDA context and starts nothing."""
+def probe() -> Facts:
+    """Local; never raises, creates no CUDA context, starts nothing."""
     known: dict[str, Any] = {
         "cuda": torch.version.cuda,
         "gpus": torch.cuda.device_count(),
-        "bindings": _bindings(),
+        "bindings": _installed_bindings(),
         "world": _world,
         "host": socket.gethostname(),
         "environment": environment(VARIABLES),
@@ -103,9 +97,7 @@ def look() -> Facts:
     try:
         import nvshmem.core as core
 
-        driver = Driver()
-        known |= {"driver": driver.version, "missing": driver.missing()}
-        known["stream_operations"] = not known["missing"] and driver.has_64_bit_stream_operations(0)
+        known |= Driver().facts()
         known["library"] = str(core.get_version().libnvshmem_version)
         known["status"] = int(core.init_status())
     except Exception as error:
@@ -113,18 +105,16 @@ def look() -> Facts:
     return Facts(**known)
 
 
-def refusal(facts: Facts) -> str | None:
-    """Why a process with these facts cannot use it, whatever its peers can; None where it can. Pure."""
-    if facts.cuda is None:
-        return "this PyTorch is built without CUDA"
-    if not facts.gpus:
-        return "no NVIDIA GPU is visible"
-    flavour = f"cu{facts.cuda.split('.')[0]}"
+def unsupported_reason(facts: Facts) -> str | None:
+    """Why a process with these facts cannot use NVSHMEM, whatever its peers support, or None. Pure."""
+    if reason := facts.no_gpu_reason():
+        return reason
+    flavour = f"cu{str(facts.cuda).split('.')[0]}"
     install = f"pip install 'nvshmem4py-{flavour}>=0.3.1'"
     if not facts.bindings:
         return f"nvshmem4py is not installed: {install}"
     if len(facts.bindings) > 1:
-        return f"nvshmem4py is installed for {' and '.join(sorted(facts.bindings))}: keep that for {flavour} only"
+        return f"nvshmem4py is installed for {' and '.join(sorted(facts.bindings))}: keep the one for {flavour} only"
     ((found, version),) = facts.bindings.items()
     if found != flavour:
         return f"nvshmem4py is installed for {found}, but PyTorch is built for CUDA {facts.cuda}: {install}"
@@ -134,107 +124,104 @@ def refusal(facts: Facts) -> str | None:
         return f"NVSHMEM cannot be used: {facts.problem}"
     if _numbers(facts.library) < _OLDEST_LIBRARY:
         return f"libnvshmem {facts.library} may crash on signals from other machines: update nvidia-nvshmem-{flavour}"
-    if facts.driver < OLDEST or facts.missing:
-        return f"{supported(facts.driver)}, NVSHMEM's flags need 12.5"
-    if not facts.stream_operations:
-        return "the GPU has no 64-bit stream memory operations"
+    if reason := facts.old_driver_reason():
+        return reason
     if facts.status and facts.world is None:
         if facts.status < _INITIALIZED:
             return "an earlier start of NVSHMEM in this process has failed: restart the job"
         return "something else in this process has started NVSHMEM, and a process can be in one NVSHMEM world only"
     provider = facts.environment.get("NVSHMEM_LIBFABRIC_PROVIDER", "")
     if provider != provider.lower():
-        return f"NVSHMEM_LIBFABRIC_PROVIDER={provider} is not understood: write it in lower case"
+        return f"NVSHMEM does not recognize NVSHMEM_LIBFABRIC_PROVIDER={provider}: write it in lower case"
     return None
 
 
-def refusals(ranks: Sequence[Facts], members: Sequence[int], job_size: int) -> list[str | None]:
-    """Why the ranks of a group cannot use it together, said for each of them. Pure."""
-    alone = [refusal(facts) for facts in ranks]
-    if any(alone):
-        return alone
+def group_unsupported_reasons(ranks: Sequence[Facts], members: Sequence[int], job_size: int) -> list[str | None]:
+    """For each rank of a group, why the group cannot use NVSHMEM, or None. Pure."""
+    own_reasons = [unsupported_reason(facts) for facts in ranks]
+    if any(own_reasons):
+        return own_reasons
     hosts = {facts.host for facts in ranks}
     on_gpu = Counter((facts.host, facts.gpu) for facts in ranks)
     libraries = {facts.library for facts in ranks}
     started = any(facts.world is not None for facts in ranks)
 
-    def together(facts: Facts) -> str | None:
+    def reason(facts: Facts) -> str | None:
         if len(libraries) > 1:
-            return f"has libnvshmem {facts.library}, others have not"
+            return f"has libnvshmem {facts.library}, other ranks have another version"
         if started and list(facts.world or ()) != list(members):
-            return f"is in an NVSHMEM world of ranks {facts.world}, this would be one of {list(members)}"
+            return f"is in an NVSHMEM world of ranks {facts.world}, this group needs one of {list(members)}"
         if len(hosts) > 1 and facts.environment.get("NVSHMEM_REMOTE_TRANSPORT", "").lower() == "none":
             return f"NVSHMEM_REMOTE_TRANSPORT=none, but the ranks are on {len(hosts)} hosts"
         if on_gpu[facts.host, facts.gpu] == 1:
             return None
         if len(members) < job_size:
-            return (
-                "shares its GPU with another rank, which NVSHMEM allows for one sequence-parallel group of a job only"
-            )
+            return "shares its GPU with another rank, which NVSHMEM supports for one sequence-parallel group per job"
         if facts.environment.get("NVSHMEM_DISABLE_NVLS") != "1":
             return "shares its GPU with another rank, which needs NVSHMEM_DISABLE_NVLS=1"
         return None
 
-    return [together(facts) for facts in ranks]
+    return [reason(facts) for facts in ranks]
 
 
 def unavailable() -> str | None:
-    """Why this process cannot use it, whatever its peers can; None where it can. Local."""
-    return refusal(look())
+    """Why this process cannot use NVSHMEM, whatever its peers support, or None. Local."""
+    return unsupported_reason(probe())
 
 
-def cautions(variables: Mapping[str, str], efa: bool = False) -> dict[str, str]:
-    """What of the environment is likely to fail or to be slow, by variable; ``efa``: with AWS's network cards. Pure.
+def environment_warnings(variables: Mapping[str, str], efa: bool = False) -> dict[str, str]:
+    """Settings that are likely to fail or to be slow, by variable. ``efa``: the machine has AWS EFA cards. Pure.
     Source: NVSHMEM's environment variables and release notes (3.3.24 for EFA).
     """
     found = {}
     remote = variables.get("NVSHMEM_REMOTE_TRANSPORT", "ibrc").lower()
     provider = variables.get("NVSHMEM_LIBFABRIC_PROVIDER", "")
     if efa and remote != "libfabric":
-        found["NVSHMEM_REMOTE_TRANSPORT"] = "EFA cards are here: set it to libfabric for more than one machine"
+        found["NVSHMEM_REMOTE_TRANSPORT"] = "this machine has EFA cards: set it to libfabric for several machines"
     if remote == "libfabric" and provider != "efa" and (efa or provider != provider.lower()):
         found["NVSHMEM_LIBFABRIC_PROVIDER"] = "must be efa on EFA, in lower case"
     if remote == "libfabric" and provider == "efa" and variables.get("FI_EFA_ENABLE_SHM_TRANSFER") != "0":
         found["FI_EFA_ENABLE_SHM_TRANSFER"] = "must be 0 for NVSHMEM over EFA"
-    for name, own in _AS_NCCL.items():
-        if name in variables and not any(other in variables for other in own):
-            found[name] = f"={variables[name]} is NCCL's alone: set {' or '.join(own)} alike"
+    for name, equivalents in _NVSHMEM_EQUIVALENTS.items():
+        if name in variables and not any(other in variables for other in equivalents):
+            found[name] = f"={variables[name]} applies to NCCL only: set {' or '.join(equivalents)} too"
     if variables.get("NVSHMEM_DISABLE_CUDA_VMM") == "1" and "NVSHMEM_SYMMETRIC_SIZE" not in variables:
-        found["NVSHMEM_SYMMETRIC_SIZE"] = "is 1 GiB where NVSHMEM_DISABLE_CUDA_VMM=1: set it to hold three windows"
+        found["NVSHMEM_SYMMETRIC_SIZE"] = "is 1 GiB with NVSHMEM_DISABLE_CUDA_VMM=1: set it to hold three windows"
     if variables.get("NVSHMEM_BYPASS_FLUSH") == "1":
         found["NVSHMEM_BYPASS_FLUSH"] = "=1 makes waits fail on GPUs that cannot flush remote writes: unset it"
     return found
 
 
 def has_efa() -> bool:
-    """Whether this machine has AWS's network cards. Local."""
+    """Whether this machine has AWS EFA cards. Local."""
     cards = Path("/sys/class/infiniband").glob("*/device/driver")
     return any(driver.resolve().name == "efa" for driver in cards)
 
 
 def exchange_unique_id(control: ControlPlane, members: Sequence[int], position: int) -> Any:
-    """The id of a new world, made at position 0, which has to stay alive. Collective; TransportError on every rank."""
+    """The id of a new world. Position 0 creates it and must stay alive. Collective; raises TransportError on every
+    rank."""
     import nvshmem.core as core
 
-    made, refused = "", None
+    created, problem = "", None
     if position == 0:
         try:
-            made = core.get_unique_id()._data.tobytes().hex()
+            created = core.get_unique_id()._data.tobytes().hex()
         except Exception as error:
-            refused = f"no unique id: {error}"
-    said = control.gather("nvshmem unique id", [made, refused])
-    raise_if_unavailable("nvshmem", members, [text for _, text in said])
-    received = torch.frombuffer(bytearray.fromhex(said[0][0]), dtype=torch.uint8)
+            problem = f"cannot create a unique id: {error}"
+    answers = control.gather("nvshmem unique id", [created, problem])
+    raise_if_unavailable("nvshmem", members, [reason for _, reason in answers])
+    received = torch.frombuffer(bytearray.fromhex(answers[0][0]), dtype=torch.uint8)
     unique_id = core.get_unique_id(empty=True)
     unique_id._data.view("uint8")[...] = received.numpy().reshape(unique_id._data.view("uint8").shape)
     return unique_id
 
 
 def finalize() -> None:
-    """End this process's NVSHMEM world, if it is in one of ours and none of its windows is open any more. Collective
-    over the group; hangs if a member does not come, so not for a job that fails. Nobody has to call it."""
+    """End the NVSHMEM world that this module started, unless one of its windows is open. Optional. Collective over the
+    group: it hangs if a member does not call it, so do not call it in a job that fails."""
     global _world
-    if _world is None or _open:
+    if _world is None or _open_windows:
         return
     import nvshmem.core as core
 
@@ -245,41 +232,42 @@ def finalize() -> None:
 
 
 _world: list[int] | None = None  # the members of this process's world
-_open: list[Nvshmem] = []  # another mesh of the same members may use it, too
+_open_windows: list[Nvshmem] = []  # of any mesh of these members
 
 
 class Nvshmem(DeviceWindow):
-    """As ``DeviceWindow``; ``members`` are the world, and a position is a PE. Memory stays in NVSHMEM's heap."""
+    """As ``DeviceWindow``. ``members`` are the NVSHMEM world, and a position is a PE. Freed memory stays in NVSHMEM's
+    heap."""
 
     name = "nvshmem"
 
     def __init__(
         self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
     ) -> None:
-        self._not_captured()
-        self._status, self._sharing = _join(control, members, position)
-        self._maps: dict[int, bool] = {}
+        self._require_no_capture()
+        self._status, self._ranks_on_gpu = _start_world(control, members, position)
+        self._is_mapped: dict[int, bool] = {}
         self._heap: torch.Tensor | None = None
         from nvshmem import bindings
 
         self._bindings = bindings
         super().__init__(control, members, position, peers, timeout_s)
-        _open.append(self)
+        _open_windows.append(self)
 
     def close(self) -> None:
         super().close()
-        if self in _open:
-            _open.remove(self)
+        if self in _open_windows:
+            _open_windows.remove(self)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         import nvshmem.core as core
 
         heap: torch.Tensor = core.tensor((nbytes,), dtype=torch.uint8)
         self._heap = heap
-        self._maps = {peer: bool(self._bindings.ptr(heap.data_ptr(), peer)) for peer in self._reachable}
-        far = [self._members[peer] for peer in self._peers if not self._maps[peer]]
-        if self._status == _LIMITED and far:
-            raise RuntimeError(f"ranks {far} are not mapped, and NVSHMEM cannot wait for them where GPUs are shared")
+        self._is_mapped = {peer: bool(self._bindings.ptr(heap.data_ptr(), peer)) for peer in self._reachable}
+        unmapped = [self._members[peer] for peer in self._peers if not self._is_mapped[peer]]
+        if self._status == _LIMITED and unmapped:
+            raise RuntimeError(f"NVSHMEM cannot wait for ranks {unmapped}: they are not mapped, and ranks share a GPU")
         return heap
 
     def _free(self) -> None:
@@ -288,21 +276,21 @@ class Nvshmem(DeviceWindow):
         core.free_tensor(self._heap)
         self._heap = None
 
-    def _footprint(self, nbytes: int, going: int) -> int:
-        """What goes may leave a hole in the heap that is too small."""
-        return -(-nbytes // _HEAP_GRAIN) * _HEAP_GRAIN
+    def _growth(self, nbytes: int, freed_bytes: int) -> int:
+        """Freed memory may leave a hole in the heap that is too small, so it does not count."""
+        return round_up(nbytes, _HEAP_CHUNK)
 
     @property
     def _reachable(self) -> Sequence[int]:
         return [peer for peer in range(len(self._members)) if peer != self._position]
 
     def _mapped(self, peer: int) -> bool:
-        return self._maps[peer]
+        return self._is_mapped[peer]
 
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
         self._bindings.putmem_on_stream(self._base + offset, source, nbytes, peer, stream)
 
-    def _put_and_raise(
+    def _put_with_flag(
         self, peer: int, offset: int, source: int, nbytes: int, flag: int, value: int, stream: int
     ) -> None:
         signal = self._base + flag
@@ -314,29 +302,29 @@ class Nvshmem(DeviceWindow):
             self._bindings.signal_op_on_stream(signal, value, _SET, peer, stream)
 
     def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
-        if self._maps[peer]:
+        if self._is_mapped[peer]:
             self._driver.wait_64(address, value, stream)
         else:
             self._bindings.signal_wait_until_on_stream(address, _EQUAL, value, stream)
 
 
-def _join(control: ControlPlane, members: Sequence[int], position: int) -> tuple[int, int]:
-    """Start NVSHMEM as the world of ``members``, unless it has been; its status, and how many of them are on this GPU.
-    Collective; TransportError on every rank where it cannot."""
+def _start_world(control: ControlPlane, members: Sequence[int], position: int) -> tuple[int, int]:
+    """Start NVSHMEM with ``members`` as its world, unless started. Returns its status and the number of members on this
+    GPU. Collective; raises TransportError on every rank."""
     global _world
-    facts = asdict(look())
+    facts = asdict(probe())
     if facts["gpus"]:
         device = torch.cuda.current_device()
-        torch.zeros(1, device=device)  # a CUDA context has to be current: without one NVSHMEM starts by halves
+        torch.zeros(1, device=device)  # without a current CUDA context NVSHMEM starts only partly
         facts["gpu"] = gpu_name(device)
-    ranks = [Facts(**said) for said in control.gather("nvshmem", facts)]
-    raise_if_unavailable("nvshmem", members, refusals(ranks, members, dist.get_world_size()))
+    ranks = [Facts(**values) for values in control.gather("nvshmem", facts)]
+    raise_if_unavailable("nvshmem", members, group_unsupported_reasons(ranks, members, dist.get_world_size()))
 
     import nvshmem.core as core
 
     if _world is None:
         unique_id = exchange_unique_id(control, members, position)
-        failed = None
+        problem = None
         try:
             core.init(
                 device=_current_device(),
@@ -346,16 +334,16 @@ def _join(control: ControlPlane, members: Sequence[int], position: int) -> tuple
                 initializer_method="uid",
             )
         except Exception as error:
-            failed = f"NVSHMEM did not start: {error}"
+            problem = f"NVSHMEM did not start: {error}"
         status = int(core.init_status())
-        if failed is None and status < _INITIALIZED:  # it says so on stderr only
-            failed = f"NVSHMEM started by halves (status {status}); NVSHMEM_DEBUG=INFO tells why, on stderr"
-        raise_if_unavailable("nvshmem", members, control.gather("nvshmem started", failed))
+        if problem is None and status < _INITIALIZED:  # NVSHMEM prints the reason and does not raise
+            problem = f"NVSHMEM started only partly (status {status}); NVSHMEM_DEBUG=INFO prints the reason on stderr"
+        raise_if_unavailable("nvshmem", members, control.gather("nvshmem started", problem))
         if (core.my_pe(), core.n_pes()) != (position, len(members)):
             raise TransportError(f"NVSHMEM made this rank PE {core.my_pe()}, not {position}")
         _world = list(members)
-    mine = ranks[position]
-    return int(core.init_status()), sum((facts.host, facts.gpu) == (mine.host, mine.gpu) for facts in ranks)
+    own = ranks[position]
+    return int(core.init_status()), sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
 
 
 def _current_device() -> Any:
@@ -368,7 +356,7 @@ def _current_device() -> Any:
     return device
 
 
-def _bindings() -> dict[str, str]:
+def _installed_bindings() -> dict[str, str]:
     found = {}
     for flavour in ("cu12", "cu13"):
         try:

@@ -1,9 +1,13 @@
-"""Bounds waits that a GPU stream has been given: nobody can interrupt a stream, so another thread looks after it.
+"""Bounds waits that are enqueued on a GPU stream. The host cannot interrupt a stream, so a thread watches the waits.
 
-When a wait takes too long, or a peer says that it gave up, the transport has failed: its result must not be taken for
-an attention, the streams must get going again, and the peers must not take what comes from them now for a chunk. So,
-in this order: tell the peers; when they know, release the waits; let the next call on this rank raise what happened.
-What has been enqueued already runs on what happens to lie in memory, and ``OneSided.poison`` turns its result into NaN.
+The transport fails when a wait exceeds the timeout, when a peer aborts, or when the control plane reports a failure.
+The thread then acts in this order, so that no peer mistakes what follows for a valid chunk:
+
+1. notify the peers, which poisons their results;
+2. release the waits, so that the streams continue;
+3. let the next call on this rank raise the error.
+
+Work that is already enqueued runs on undefined memory. ``OneSided.poison`` turns its result into NaN.
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ from dataclasses import dataclass
 
 from sf_xfuser.transport.base import TransportError
 
-_TICK_S = 0.01  # how often the oldest wait is looked at
-_LOOK_S = 1.0  # how often the flags are, while it is late
-_GRACE_S = 30.0  # for the streams to get going again
+_POLL_S = 0.01  # between checks of the oldest wait
+_FLAGS_POLL_S = 1.0  # between reads of the flags while a wait is pending
+_RELEASE_LIMIT_S = 30.0  # for released streams to continue
 
 
 @dataclass(eq=False)
-class Awaited:
-    """Chunks of one round: the ``number``-th of this call from each ``peer``, as pairs. None: that a call ends, its
-    sends included. ``value``: what the flags are to hold: the epoch, and the call's identity below it. ``done`` is set
-    once the wait is enqueued, and says whether it has ended."""
+class PendingWait:
+    """A wait for ``chunks`` of one round, as (peer, chunk number of this call). Without chunks: the end of a call, its
+    sends included. ``value``: what each flag must hold, ``epoch << 32 | identity``. ``done`` is set once the wait is
+    enqueued and returns whether it has completed."""
 
     epoch: int
     round: int = 0
@@ -39,20 +43,21 @@ class Awaited:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """The flags of this rank, by writer, parity of the epoch, and number, and whether a peer gave up."""
+class FlagSnapshot:
+    """This rank's flags as [writer][epoch % 2][chunk], and whether a peer has aborted."""
 
     flags: Sequence[Sequence[Sequence[int]]]
-    gave_up: bool
+    aborted: bool
 
 
 class Watchdog:
-    """Of the rank at ``position`` of ``members``. Thread-safe.
+    """Watches the waits of the rank at ``position`` of ``members``. Thread-safe. Callbacks:
 
-    ``hopeless(peers)`` says why waiting for these is of no use, where it is. ``enter`` is called first in the thread.
-    ``look`` reads the flags (None: they cannot be read). ``tell(suspects)`` tells the peers, those who may be dead
-    last, and returns in bounded time. ``release`` lifts the flags that these are waiting for; it is called again until
-    they have ended.
+    ``abort_reason(peers)``: why waiting for these peers is pointless, or None.
+    ``on_start()``: called first on the watchdog's thread.
+    ``read_flags()``: the current flags, or None if they cannot be read.
+    ``notify_peers(suspects)``: report the failure to the peers, suspects last. Bounded.
+    ``release(waits)``: write the flags that these waits expect. Called repeatedly until they complete.
     """
 
     def __init__(
@@ -61,49 +66,49 @@ class Watchdog:
         position: int,
         timeout_s: float,
         *,
-        hopeless: Callable[[Collection[int]], str | None],
-        enter: Callable[[], object],
-        look: Callable[[], Seen | None],
-        tell: Callable[[Sequence[int]], object],
-        release: Callable[[Sequence[Awaited]], object],
+        abort_reason: Callable[[Collection[int]], str | None],
+        on_start: Callable[[], object],
+        read_flags: Callable[[], FlagSnapshot | None],
+        notify_peers: Callable[[Sequence[int]], object],
+        release: Callable[[Sequence[PendingWait]], object],
     ) -> None:
         self.error: TransportError | None = None
         self._members, self._timeout_s = members, timeout_s
-        self._who = f"rank {members[position]} on {socket.gethostname()}"
-        self._hopeless = hopeless
-        self._enter, self._look, self._tell, self._release = enter, look, tell, release
+        self._name = f"rank {members[position]} on {socket.gethostname()}"
+        self._abort_reason, self._on_start, self._read_flags = abort_reason, on_start, read_flags
+        self._notify_peers, self._release = notify_peers, release
         self._changed = threading.Condition()
-        self._watched: deque[Awaited] = deque()
-        self._told = threading.Event()
+        self._pending: deque[PendingWait] = deque()
+        self._notified = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sf-xfuser watchdog", daemon=True)
         self._thread.start()
 
-    def watch(self, awaited: Awaited) -> None:
-        """To be called before the wait is enqueued: whatever comes after a failure is released, too."""
+    def watch(self, wait: PendingWait) -> None:
+        """Call before the wait is enqueued, so that a wait enqueued after a failure is released too."""
         with self._changed:
-            self._watched.append(awaited)
+            self._pending.append(wait)
             self._changed.notify()
 
     def fail(self, error: TransportError, suspects: Sequence[int] = ()) -> None:
-        """From now on everything is released. The first error stays."""
+        """Notify the peers and release all waits, present and future. Keeps the first error."""
         with self._changed:
             if self.error is not None:
                 return
             self.error = error
         try:
-            self._tell(suspects)
-        except Exception as problem:  # the GPU itself has failed: there is nobody to tell
-            sys.stderr.write(f"{self._who}: the peers could not be told of a failure: {problem}\n")
-        self._told.set()
+            self._notify_peers(suspects)
+        except Exception as problem:  # the GPU itself has failed
+            sys.stderr.write(f"{self._name}: could not notify the peers of a failure: {problem}\n")
+        self._notified.set()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is watched, so that nothing will be released."""
-        return not self._watched
+        """Whether no wait is pending, so nothing will be released."""
+        return not self._pending
 
     def close(self) -> None:
-        """The thread ends once all that is watched has ended."""
+        """End the thread once no wait is pending."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -112,81 +117,80 @@ class Watchdog:
 
     def _run(self) -> None:
         try:
-            self._enter()
-            while (awaited := self._oldest()) is not None:
-                self._attend_to(awaited)
-                self._watched.popleft()
-        except Exception as problem:  # whatever it is, nobody else would hear of it
-            self.fail(TransportError(f"{self._who}: the GPU's state cannot be read any more: {problem}"))
-            self._let_all_go()
+            self._on_start()
+            while (wait := self._oldest()) is not None:
+                self._watch_one(wait)
+                self._pending.popleft()
+        except Exception as problem:
+            self.fail(TransportError(f"{self._name}: cannot read the GPU's state: {problem}"))
+            self._release_all()
 
-    def _let_all_go(self) -> None:
-        """What waits must not wait for ever because nobody looks after it any more."""
-        deadline = time.monotonic() + _GRACE_S
-        with contextlib.suppress(Exception):  # a GPU that has failed ends its waits itself
-            while any(awaited.done is None or not awaited.done() for awaited in tuple(self._watched)):
-                self._release(tuple(self._watched))
+    def _release_all(self) -> None:
+        """Release every wait, since nothing watches them any more."""
+        deadline = time.monotonic() + _RELEASE_LIMIT_S
+        with contextlib.suppress(Exception):  # a failed GPU ends its waits itself
+            while any(wait.done is None or not wait.done() for wait in tuple(self._pending)):
+                self._release(tuple(self._pending))
                 if time.monotonic() >= deadline:
-                    self._end()
-                time.sleep(_TICK_S)
+                    self._exit_process()
+                time.sleep(_POLL_S)
 
-    def _oldest(self) -> Awaited | None:
+    def _oldest(self) -> PendingWait | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._watched or self._closed)
-            return self._watched[0] if self._watched else None
+            self._changed.wait_for(lambda: self._pending or self._closed)
+            return self._pending[0] if self._pending else None
 
-    def _attend_to(self, awaited: Awaited) -> None:
-        """Until it has ended. Only the oldest is looked at: waits end in the order in which they were enqueued."""
-        started = looked = time.monotonic()
+    def _watch_one(self, wait: PendingWait) -> None:
+        """Return once the wait has completed. Watching the oldest suffices: waits complete in enqueue order."""
+        started = checked = time.monotonic()
         released_at: float | None = None
-        while awaited.done is None or not awaited.done():
+        while wait.done is None or not wait.done():
             now = time.monotonic()
-            if self._told.is_set():
+            if self._notified.is_set():
                 released_at = released_at or now
-                self._release(tuple(self._watched))
-                if now - released_at >= _GRACE_S:
-                    self._end()
-            elif self.error is None and (now - looked >= _LOOK_S or now - started >= self._timeout_s):
-                looked = now
-                self._judge(awaited, now - started)
-            time.sleep(_TICK_S)
+                self._release(tuple(self._pending))
+                if now - released_at >= _RELEASE_LIMIT_S:
+                    self._exit_process()
+            elif self.error is None and (now - checked >= _FLAGS_POLL_S or now - started >= self._timeout_s):
+                checked = now
+                self._fail_if_aborted(wait, now - started)
+            time.sleep(_POLL_S)
 
-    def _judge(self, awaited: Awaited, waited_s: float) -> None:
-        seen = self._look()
-        if (failed := self._hopeless([peer for peer, _ in awaited.chunks])) is not None:
-            why = failed
-        elif seen is not None and seen.gave_up:
-            why = "a rank of its group gave up"
-        elif waited_s >= self._timeout_s:
-            why = f"waited {waited_s:.1f} s"
-        else:
+    def _fail_if_aborted(self, wait: PendingWait, waited_s: float) -> None:
+        seen = self._read_flags()
+        reason = self._abort_reason([peer for peer, _ in wait.chunks])
+        if reason is None and seen is not None and seen.aborted:
+            reason = "a rank of its group aborted"
+        if reason is None and waited_s >= self._timeout_s:
+            reason = f"waited {waited_s:.1f} s"
+        if reason is None:
             return
         late = [
-            (peer, number, flag)
-            for peer, number in awaited.chunks
-            if (flag := None if seen is None else seen.flags[peer][awaited.epoch % 2][number]) != awaited.value
+            (peer, chunk, flag)
+            for peer, chunk in wait.chunks
+            if (flag := None if seen is None else seen.flags[peer][wait.epoch % 2][chunk]) != wait.value
         ]
-        self.fail(TransportError(self._words(awaited, late, why)), [peer for peer, _, _ in late])
+        self.fail(TransportError(self._message(wait, late, reason)), [peer for peer, _, _ in late])
 
-    def _words(self, awaited: Awaited, late: Sequence[tuple[int, int, int | None]], why: str) -> str:
-        advice = "See that rank's log; if it is only slow, raise --sp-timeout"
+    def _message(self, wait: PendingWait, late: Sequence[tuple[int, int, int | None]], reason: str) -> str:
         if not late:
-            at = f"round {awaited.round}" if awaited.chunks else "the end"
-            return f"{self._who}: {at} of call {awaited.epoch} did not come: {why}; its GPU work or sends are not done"
-        peer, number, flag = late[0]
-        says = "cannot be read" if flag is None else _spelled(flag)
+            stage = f"round {wait.round}" if wait.chunks else "the end"
+            return f"{self._name}: {stage} of call {wait.epoch} did not complete on the GPU: {reason}"
+        peer, chunk, flag = late[0]
         others = f" (nor from rank(s) {sorted({self._members[p] for p, *_ in late[1:]})})" if late[1:] else ""
         return (
-            f"{self._who}: nothing came from rank {self._members[peer]}{others} in round {awaited.round}: {why}. "
-            f"Expected flag of chunk {number}: {_spelled(awaited.value)}, got: {says}. {advice}"
+            f"{self._name}: nothing came from rank {self._members[peer]}{others} in round {wait.round}: {reason}. "
+            f"Expected flag of chunk {chunk}: {_format_flag(wait.value)}, got: "
+            f"{'unreadable' if flag is None else _format_flag(flag)}. See that rank's log; if it is only slow, raise "
+            "--sp-timeout"
         )
 
-    def _end(self) -> None:
-        """A stream that cannot be got going again would hang the process in whatever asks for its result."""
-        sys.stderr.write(f"{self.error}\n{self._who}: its GPU streams cannot be released; ending the process\n")
+    def _exit_process(self) -> None:
+        """Synchronizing with a stream that never continues would hang the process."""
+        sys.stderr.write(f"{self.error}\n{self._name}: its GPU streams cannot be released; ending the process\n")
         sys.stderr.flush()
         os._exit(70)
 
 
-def _spelled(flag: int) -> str:
+def _format_flag(flag: int) -> str:
     return f"call={flag >> 32}, identity={flag & 0xFFFFFFFF:08x}"
