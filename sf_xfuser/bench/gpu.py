@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.command import new_document
+from sf_xfuser.bench.document import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.kernels import (
     Kernel,
