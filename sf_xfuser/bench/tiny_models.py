@@ -1,10 +1,9 @@
-"""Tiny diffusion models with random weights: real diffusers pipelines in real model folders, made without a network.
+"""Tiny diffusion models with random weights: real diffusers pipelines in real model folders, made offline.
 
-Each family is built from the classes that its published models use (transformer, text encoders, tokenizers, VAE,
-scheduler), a few layers deep, and saved the way ``DiffusionPipeline.save_pretrained`` saves them. Plain diffusers
-and xDiT load such a folder as they would load the real model, so tests and demos exercise the real loading and
-denoising code in seconds on a CPU. The pictures are noise; the numbers are reproducible, and every attention
-matters for them.
+Each family consists of the classes of its published models (transformer, text encoders, tokenizers, VAE, scheduler)
+with few layers, saved with ``DiffusionPipeline.save_pretrained``. Diffusers and xDiT load such a folder like a real
+model, so tests and demos run the real loading and denoising code in seconds on a CPU. The images are noise, but the
+numbers are reproducible and depend on every attention.
 
     python -m sf_xfuser.bench.tiny_models flux ./tiny-flux
 """
@@ -63,8 +62,8 @@ from transformers import (
 
 FAMILIES: tuple[str, ...] = ("flux", "sd3", "cogvideox", "hunyuanvideo", "wan")
 
-#: What to ask of each pipeline for the smallest input that still splits over 4 sequence ranks: size in pixels and
-#: frames, and the guidance (above 1 means two passes per step for sd3, cogvideox and wan).
+#: The smallest input of each pipeline that splits over 4 sequence ranks: size in pixels and frames, and the guidance
+#: scale (above 1: two passes per step for sd3, cogvideox and wan).
 SMALL_INPUT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "flux": {"height": 128, "width": 128, "guidance_scale": 3.5},
@@ -75,11 +74,11 @@ SMALL_INPUT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-_LATENT_CHANNELS = 16  # all five families publish 16
+_LATENT_CHANNELS = 16  # as in all published models
 _TEXT_DIM = 64  # T5, UMT5 and Llama hidden size
-_CLIP_DIM = 32  # SD3 puts two CLIPs side by side in one T5-wide embedding
+_CLIP_DIM = 32  # SD3 concatenates two CLIPs into one embedding of T5's width
 _CLIP_POSITIONS = 77
-_CLIP_TOKENS_SD3 = 64  # not 77: SD3 appends the T5 tokens, and only a divisible total can be split over ranks
+_CLIP_TOKENS_SD3 = 64  # not 77: with the T5 tokens, the total must be divisible by the ranks
 _VAE_CHANNELS = (8, 8, 8, 8)
 _VAE_GROUPS = 4
 
@@ -88,7 +87,7 @@ A photo of a small cat on a wooden chair in the morning light. An old red car dr
 The artist paints a large green house near the sea while two children play with a yellow ball on the sand. A dog runs
 over the snow, the wind moves the trees, and the camera turns slowly to the mountains. High quality, very detailed,
 beautiful colors, soft shadows, cinematic style. Three birds fly above the city at night; the moon is white and the
-streets are full of people who walk domain from work. A robot holds a blue flower in its hand and looks at the stars.
+streets are full of people who walk home from work. A robot holds a blue flower in its hand and looks at the stars.
 """
 
 
@@ -104,18 +103,18 @@ def save_tiny_model(
 ) -> Path:
     """Save the tiny pipeline of ``family`` (one of ``FAMILIES``) under ``folder`` and return that path.
 
-    ``heads * head_dim`` is the width of the transformer; ``layers`` counts its blocks. flux and hunyuanvideo have two
-    kinds of block: ``single_layers`` counts those of one stream where it is not ``layers`` too. The same arguments
-    give the same bytes of weights, and the caller's random state is left alone. ``small_input.json`` in the folder
-    repeats ``SMALL_INPUT[family]``, for programs that are given only the folder. Raises ValueError for an unknown
-    family or for sizes that xDiT cannot split.
+    ``heads * head_dim`` is the width of the transformer, ``layers`` its number of blocks. flux and hunyuanvideo also
+    have ``single_layers`` blocks of one stream, by default as many as ``layers``. The same arguments give the same
+    weights; the caller's random state does not change. ``small_input.json`` in the folder contains
+    ``SMALL_INPUT[family]``, for programs that know only the folder. Raises ValueError for an unknown family and for
+    sizes that xDiT cannot split.
     """
     if family not in _BUILDERS:
         raise ValueError(f"unknown model family {family!r}; choose one of {', '.join(FAMILIES)}")
     if heads < 4 or heads % 2:
-        raise ValueError(f"heads={heads}: use an even number from 4 on, so that 2 ranks can share them")
+        raise ValueError(f"heads={heads}: use an even number, at least 4, so that 2 ranks can split them")
     if head_dim < 16 or head_dim % 16:
-        raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes get even sizes")
+        raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes have even sizes")
     if single_layers is not None and family not in _TWO_KINDS:
         raise ValueError(f"single_layers={single_layers}: only {' and '.join(_TWO_KINDS)} have blocks of one stream")
     if min(layers, single_layers or 0) < 0 or layers + (single_layers or 0) < 1:
@@ -132,10 +131,10 @@ def save_tiny_model(
 
 
 def unit_gain(transformer: torch.nn.Module) -> None:
-    """Redraw linear and convolution weights with unit gain, in place.
+    """Redraw the weights of linear and convolution layers with unit gain, in place.
 
-    With the default draw (a third of that variance, behind gates of the same kind) the attention of a two-layer model
-    moves the result by little more than rounding does, and a test could not see a wrong attention.
+    With the default weights (a third of that variance, with such gates as well), the attention of a two-layer model
+    changes the result by little more than rounding errors, and tests could not detect a wrong attention.
     """
     for module in transformer.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -221,7 +220,7 @@ def _cogvideox(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
             sample_width=16,
             sample_height=16,
             sample_frames=9,
-            use_rotary_positional_embeddings=True,  # learned positions would fix the text length
+            use_rotary_positional_embeddings=True,  # learned positions fix the text length
         ),
         scheduler=CogVideoXDDIMScheduler(
             beta_schedule="scaled_linear",
@@ -309,7 +308,7 @@ _BUILDERS: Mapping[str, Callable[..., DiffusionPipeline]] = {
 
 
 def _rotary_axes(head_dim: int) -> tuple[int, int, int]:
-    """Split a head over (time, height, width) in the published proportion 1:3:3, all even. 16 -> (4, 6, 6)."""
+    """Split a head into (time, height, width) as 1:3:3, the published proportion; all even. 16 -> (4, 6, 6)."""
     spatial = 3 * head_dim // 8
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -356,11 +355,11 @@ def _t5_config(config_class: type[T5Config] | type[UMT5Config], tokenizer: T5Tok
     )
 
 
-# ---- tokenizers: small vocabularies from the text above, total over any input ----------------------------------------
+# ---- tokenizers: small vocabularies from the text above, for any input -----------------------------------------------
 
 
 def _clip_tokenizer(max_length: int = _CLIP_POSITIONS) -> CLIPTokenizer:
-    """Byte-level BPE with CLIP's end-of-word marks; every byte is in the vocabulary, so nothing is unknown."""
+    """Byte-level BPE with CLIP's end-of-word marks; the vocabulary contains every byte, so no token is unknown."""
     start, end, mark = "<|startoftext|>", "<|endoftext|>", "</w>"
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=mark))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -395,10 +394,10 @@ def _t5_tokenizer() -> T5TokenizerFast:
 
 
 def _llama_tokenizer() -> LlamaTokenizerFast:
-    """BPE with byte fall-back that splits HunyuanVideo's prompt template like the real one where it counts.
+    """BPE with byte fall-back that splits HunyuanVideo's prompt template into as many tokens as the real tokenizer.
 
-    The pipeline cuts a fixed number of tokens (``crop_start``) off the front, which must be the template and not the
-    prompt. Merges are therefore taken, most frequent first, until the template has shrunk to that many tokens.
+    The pipeline removes a fixed number of tokens (``crop_start``) from the front: the template, but not the prompt. The
+    tokenizer has as many merges, most frequent first, as the template needs to shrink to that number.
     """
     instruction = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
     splitter = Tokenizer(models.BPE())
@@ -432,10 +431,10 @@ def _llama_tokenizer() -> LlamaTokenizerFast:
 
 
 def _learn_merges(splitter: Tokenizer, texts: list[str], num_merges: int, mark: str = "") -> list[tuple[str, str]]:
-    """The BPE merges of ``texts``, most frequent first, in words as ``splitter`` splits them, each ending in ``mark``.
+    """The BPE merges of ``texts``, most frequent first, within the words of ``splitter``, which end in ``mark``.
 
-    Ties go by the alphabet: the tokenizers library's own trainer breaks them differently in every process, and ranks
-    that made their models themselves would read different tokens.
+    Ties are broken alphabetically. The trainer of the tokenizers library breaks them differently in every process, so
+    ranks that make their own models would get different tokens.
     """
     words: Counter[tuple[str, ...]] = Counter()
     for text in texts:
@@ -478,8 +477,8 @@ def main(arguments: list[str] | None = None) -> None:
         "Nothing is downloaded; the same arguments give the same weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("family", choices=FAMILIES, help="which published model to imitate")
-    parser.add_argument("folder", type=Path, help="where to write it; made if missing")
+    parser.add_argument("family", choices=FAMILIES, help="published model to imitate")
+    parser.add_argument("folder", type=Path, help="output folder; created if missing")
     parser.add_argument("--heads", type=int, default=8, help="attention heads, an even number")
     parser.add_argument("--head-dim", type=int, default=16, help="size of one head, a multiple of 16")
     parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
