@@ -58,8 +58,8 @@ WORKLOADS = (
 )
 
 # Fitted parameters and their bounds: the fraction of 400 Gbit/s that NCCL and NVSHMEM reach over EFA, microseconds to
-# start an NCCL round or collective and per message of it, microseconds per one-sided message (EFA keeps no order, so the
-# signal waits for the data), and the fraction of multiprocessors that NCCL uses.
+# start an NCCL round or collective and per message of it, microseconds per one-sided message (EFA keeps no order, so
+# the signal waits for the data), and the fraction of multiprocessors that NCCL uses.
 BOUNDS = {
     "nccl_efficiency": (0.4, 0.95),
     "nccl_start_us": (10.0, 200.0),

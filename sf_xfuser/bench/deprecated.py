@@ -7,13 +7,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from sf_xfuser.config import launch_environment
+
 VARIANTS = {"torus-together": "torus-unstaged"}
 KEYS = {"arm": "variant", "lane": "link"}
 
 
 def warn(text: str) -> None:
-    """Print one line on stderr."""
-    print(f"sf-xfuser: {text}; old names will be removed in 0.2", file=sys.stderr)
+    """Print one line on stderr; under torchrun, once per machine."""
+    if launch_environment().local_rank in (None, 0):
+        print(f"sf-xfuser: {text}; old names will be removed in 0.2", file=sys.stderr)
 
 
 class DeprecatedFlag(argparse.Action):

@@ -1,11 +1,11 @@
 """An emulated cluster: N machines with M ranks each on one computer, with shaped links between the machines.
 
 Everything lives in private kernel namespaces. ``run`` starts a *holder* (``namespaces``) through ``unshare``: process 1
-of a new PID namespace, whose network namespace is the switch. Each machine is a network and a host name namespace. Each
+of a new PID namespace. Its network namespace is the switch. Each machine is a network and a host name namespace. Each
 of ``run`` and the holder has one end of a socket (the lifeline), so the holder ends when ``run``'s process ends. The
 kernel then kills every rank and removes every interface. The host's network is never changed.
 
-Machine ``i`` has ``eth0`` (10.77.0.{i+1}), the other end ``up{i}`` of which is on bridge ``br{i}`` of the switch. A
+Machine ``i`` has ``eth0`` (10.77.0.{i+1}), and its other end ``up{i}`` is on bridge ``br{i}`` of the switch. A
 pair ``x{i}-{j}`` / ``x{j}-{i}`` joins the bridges of machines ``i`` and ``j``. Addresses are static and nothing floods,
 so the bytes sent through ``x{i}-{j}`` are exactly those from machine ``i`` to machine ``j``. ``eth0`` sends at
 ``ClusterSpec.inter_rate_bps``. Traffic inside a machine uses the loopback interface and is not shaped.
@@ -250,7 +250,7 @@ def shaper(verb: str, rate_bps: int) -> list[str]:
 
 def read_matrix(num_machines: int) -> list[list[int]]:
     """Bytes that machine i has sent to machine j so far, as ``[i][j]``. For ranks; raises EmulationError elsewhere."""
-    return counters("/proc/1/net/dev", num_machines)  # process 1 is the holder, whose network is the switch
+    return counters("/proc/1/net/dev", num_machines)  # process 1 is the holder; its network is the switch
 
 
 def shape(rate_bps: int) -> None:

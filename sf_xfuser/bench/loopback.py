@@ -21,7 +21,7 @@ from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 
-class Alone:
+class SoleRank:
     """A ``ControlPlane`` whose ranks all send the same value."""
 
     failure = None
@@ -90,7 +90,7 @@ class StreamLoopback(SymmMem):
 
     def __init__(self, ranks: int, position: int, peers: Sequence[int], device: torch.device) -> None:
         self._memory_device = device
-        control: Any = Alone(ranks)
+        control: Any = SoleRank(ranks)
         DeviceWindow.__init__(self, control, range(ranks), position, peers, 60.0)
 
     def reserve(self, nbytes: int) -> None:
@@ -128,10 +128,10 @@ class OneRank:
             raise ValueError(f"{q.shape[2]} tokens cannot be spread evenly over {ranks} ranks")
         topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
         no_group: Any = None  # one rank needs no process groups
-        control: Any = Alone(ranks)
+        control: Any = SoleRank(ranks)
         self.link = link
         self.mesh = Mesh(
-            plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank alone", heads=q.shape[1]),
+            plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank", heads=q.shape[1]),
             grid=topology.fold(range(ranks)),
             topology=topology,
             position=0,

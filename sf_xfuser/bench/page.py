@@ -197,8 +197,8 @@ def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
             mine = [n for n, rank in enumerate(ranks) if rank["machine"] == machine]
             top, bottom = mine[0] * height - 0.75, (mine[-1] + 1) * height - 0.75
             axes.axhspan(top, bottom, color="#000000" if machine % 2 else "#ffffff", alpha=0.05, linewidth=0, zorder=0)
-            place, middle = axes.get_yaxis_transform(), (top + bottom) / 2
-            axes.text(1.004, middle, f"machine {machine}", transform=place, rotation=270, va="center", fontsize=7)
+            right, middle = axes.get_yaxis_transform(), (top + bottom) / 2
+            axes.text(1.004, middle, f"machine {machine}", transform=right, rotation=270, va="center", fontsize=7)
         longest = max((span["end_s"] for rank in ranks for span in rank["spans"]), default=0.0)
         duration = max(report.number(timeline.get("duration_s")) or 0.0, longest) or 1e-3
         axes.set(xlim=(0, duration * 1e3), ylim=(max(len(ranks), 1) * height - 0.75, -0.75), xlabel="ms")
@@ -217,8 +217,8 @@ def _draw_spans(axes: Axes, spans: list[Mapping[str, Any]], y: float, colours: s
         for kind in dict.fromkeys(map(_kind, row)):
             parts = [span for span in row if _kind(span) == kind]
             bars = [(span["start_s"] * 1e3, (span["end_s"] - span["start_s"]) * 1e3) for span in parts]
-            place = (y - 0.42 + n * height, height)
-            axes.broken_barh(bars, place, facecolors=_COLOURS[kind], edgecolor="white", linewidth=0.3)
+            extent = (y - 0.42 + n * height, height)
+            axes.broken_barh(bars, extent, facecolors=_COLOURS[kind], edgecolor="white", linewidth=0.3)
             colours.add(kind)
 
 
@@ -294,11 +294,11 @@ class _Figures:
 
 def _head(document: Mapping[str, Any]) -> str:
     facts = {"commit": document.get("commit"), "created": document.get("created")}
-    place = {**document.get("hardware", {}), **document.get("versions", {})}
+    system = {**document.get("hardware", {}), **document.get("versions", {})}
     return (
         "<h1>sf-xfuser bench</h1>\n"
         f"<p>{_facts(facts)}</p>\n<pre>{escape(str(document.get('command') or report.DASH))}</pre>\n"
-        + _section("Hardware and versions", _table((), (_line(pair, text=2) for pair in _pairs(place))), opened=False)
+        + _section("Hardware and versions", _table((), (_line(pair, text=2) for pair in _pairs(system))), opened=False)
     )
 
 

@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sf_xfuser.bench import report
 from sf_xfuser.bench.deprecated import DeprecatedFlag, upgraded
 from sf_xfuser.bench.document import check_output_paths, write_json
 from sf_xfuser.bench.timelines import chrome_trace, from_chrome_trace, side_by_side
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.files import read_json
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 from sf_xfuser.layout.usp_layouts import XditConfig
@@ -41,7 +41,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_call_arguments(parser)
     add = parser.add_argument_group("variant").add_argument
     add("--sp-plan", default="best", metavar="PLAN", help="best (torus in the layout that sf-xfuser plan ranks first), "
-        "auto, paper, torus=T,ulysses=U,ring=R, or ulysses=U,ring=R for xDiT's USP. Default: best")  # fmt: skip
+        "auto, paper, usp, torus=T,ulysses=U,ring=R, or ulysses=U,ring=R for xDiT's USP. Default: best")  # fmt: skip
     add("--no-overlap", action="store_true", help="let torus wait for each transfer at once")
     add("--measured", metavar="FILE", help="add the measured timeline of a sf-xfuser bench document (--json) or trace "
         "(--trace)")  # fmt: skip
@@ -169,7 +169,6 @@ def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int
 
 
 def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> TorusVariant | XditConfig:
-    pattern, overlap = PATTERN_OF[options.transport], not options.no_overlap
     text = options.sp_plan
     usp = re.fullmatch(r"ulysses=(\d+),ring=(\d+)", text)
     if usp:
@@ -178,22 +177,14 @@ def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) ->
             raise ValueError(f"ulysses={config.ulysses_degree} cannot split {shape.heads} heads")
         config.groups(cluster.num_machines, cluster.ranks_per_machine)  # raises ValueError for a wrong product
         return config
-    planned = partial(make_plan, cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads,
-                      kv_heads=shape.kv_heads, max_imbalance=UNEVEN)  # fmt: skip
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)
         best = next(c for c in ranked.candidates if c.name == report.SUBJECT)
         text = re.search(r"torus=\S+", best.flags)[0]  # type: ignore[index]
-    explicit = re.fullmatch(r"torus=(\d+),ulysses=(\d+),ring=(\d+)", text)
-    if explicit:
-        plan = planned(explicit=dict(zip(("torus", "ulysses", "ring"), map(int, explicit.groups()), strict=True)))
-    elif text in ("auto", "paper"):
-        plan = planned(rule=text)
-    else:
-        raise ValueError(
-            f"--sp-plan must be best, auto, paper, torus=T,ulysses=U,ring=R or ulysses=U,ring=R, got {text!r}"
-        )
-    return TorusVariant(layout=plan.layout, pattern=pattern, overlap=overlap)
+    args = TorusArgs(plan=text)
+    plan = make_plan(cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads, kv_heads=shape.kv_heads,
+                     rule=args.rule, explicit=args.explicit_plan(), max_imbalance=UNEVEN)  # fmt: skip
+    return TorusVariant(layout=plan.layout, pattern=PATTERN_OF[options.transport], overlap=not options.no_overlap)
 
 
 def _timeline(cluster: Cluster, shape: CallShape, variant: TorusVariant | XditConfig) -> dict[str, Any]:

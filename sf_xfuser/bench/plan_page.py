@@ -76,8 +76,8 @@ def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, floa
 
     by_rule = TorusVariant(layout=paper, pattern=PATTERN_OF[transport])
 
-    def fastest(wanted: Callable[[str], bool]) -> float | None:
-        return min((seconds for name, seconds in timed if wanted(name)), default=None)
+    def fastest(matches: Callable[[str], bool]) -> float | None:
+        return min((seconds for name, seconds in timed if matches(name)), default=None)
 
     return {
         "torus, best layout": fastest(lambda name: name == "torus"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd
@@ -78,10 +78,10 @@ class Variant:
         return f"{self.description}: {contest}", contest.chosen or ""
 
 
-def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[str] | None) -> list[Variant]:
-    """The variants of ``case`` with the names ``wanted`` and ``attention-alone``. Collective; the same on every rank.
+def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[str] | None) -> list[Variant]:
+    """The variants of ``case`` with these names, and ``attention-alone``. Collective; the same on every rank.
 
-    None: all except ``auto``, ``torus-unstaged``, named transports and compression.
+    ``names``: None for all except ``auto``, ``torus-unstaged``, named transports and compression.
     """
     single = Variant(name=SINGLE, description="one process; the other ranks wait", family="reference")
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
@@ -94,13 +94,13 @@ def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[
         refused = str(error)
     if usp_variants.available() is None:  # registered_attention needs xDiT even if none of its layouts is legal
         usp_variants.make_groups([], ranks_per_machine=case.ranks_per_machine)
-    xdit = _xdit_variants(case, mesh, wanted)
+    xdit = _xdit_variants(case, mesh, names)
     if mesh is None:
         ours = [Variant(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
-        return [variant for variant in (single, *xdit, *ours) if wanted is None or variant.name in wanted]
+        return [variant for variant in (single, *xdit, *ours) if names is None or variant.name in names]
     attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
-    ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
-    if ours_wanted and not mesh.chosen:  # a first call selects the transport, which torus-no-overlap uses as well
+    needs_torus = names is None or any(name in names for name, _ in _OURS)
+    if needs_torus and not mesh.chosen:  # a first call selects the transport, which torus-no-overlap uses as well
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
@@ -115,26 +115,33 @@ def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[
     variants = [single, alone, *xdit]
     for (name, text), used in zip(_OURS, (blocking, mesh), strict=True):
         variants.append(_our_variant(name, text, case, used, attend, formula))
-    further = wanted or ()
-    if UNSTAGED in further:
+    variants += _further_variants(case, args, attend, mesh.layout, names or ())
+    if not needs_torus:
+        mesh.close()  # attention-alone needs only its layout
+    return [variant for variant in variants if names is None or variant.name in (ALONE, *names)]
+
+
+def _further_variants(
+    case: Case, args: TorusArgs, attend: AttendFunction, layout: Layout, names: Sequence[str]
+) -> Iterator[Variant]:
+    """The variants that are measured only on request."""
+    formula = _torus_egress(case, layout) * _tensor_bytes(case)
+    if UNSTAGED in names:
         text = "torus unstaged: all chunks, then one attention"
-        variants.append(_variant(UNSTAGED, text, case, args, attend, formula))
-    if AUTO in further:
-        variants.append(_auto(case, args, attend))
+        yield _variant(UNSTAGED, text, case, args, attend, formula)
+    if AUTO in names:
+        yield _auto(case, args, attend)
     for name in NAMED_TRANSPORTS:
-        if over(name) in further:
+        if over(name) in names:
             text = f"Torus Attention over {name}"
-            variants.append(_variant(over(name), text, case, replace(args, transport=name), attend, formula))
+            yield _variant(over(name), text, case, replace(args, transport=name), attend, formula)
     for name in COMPRESSED:
-        if over(name) in further:
+        if over(name) in names:
             text = f"Torus Attention with Q, V and O in {name} between machines"
             packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte per element, a scale per head
-            fewer = _torus_egress(case, mesh.layout, packed) * _tensor_bytes(case)
+            fewer = _torus_egress(case, layout, packed) * _tensor_bytes(case)
             variant = _variant(over(name), text, case, replace(args, compress=name), attend, fewer)
-            variants.append(replace(variant, relative_error=RELATIVE_ERROR[name]))
-    if not ours_wanted:
-        mesh.close()  # attention-alone needs only its layout
-    return [variant for variant in variants if wanted is None or variant.name in (ALONE, *wanted)]
+            yield replace(variant, relative_error=RELATIVE_ERROR[name])
 
 
 def _mesh(case: Case, args: TorusArgs) -> Mesh:
@@ -253,7 +260,7 @@ class _Blocking(Transport):
         self._transport.close()
 
 
-def _xdit_variants(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> list[Variant]:
+def _xdit_variants(case: Case, mesh: Mesh | None, only: Sequence[str] | None) -> list[Variant]:
     kv_heads = case.kv_heads or case.heads
     n, m = case.num_machines, case.ranks_per_machine
     own = gcd(m, gcd(case.heads, kv_heads))  # xDiT's default: Ulysses inside a machine as far as the heads allow
@@ -271,7 +278,7 @@ def _xdit_variants(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) 
         reasons["mapping"] = f"with ulysses={degree} it equals xDiT's own placement"
     order = ("usp", "ulysses", "ring", "xdit", "mapping")
     names = sorted({*named, *reasons}, key=lambda name: (order.index(name.split("-")[0]), name))
-    names = [name for name in names if wanted is None or name in wanted]
+    names = [name for name in names if only is None or name in only]
     if (missing := _no_xdit(case)) is not None:
         return [Variant(name=name, description="xDiT", family=_family(name), reason=missing) for name in names]
     configs = [named[name] for name in names if name in named]

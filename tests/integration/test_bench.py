@@ -491,7 +491,7 @@ def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
 
 @pytest.fixture(scope="module")
 def wrong_run(tmp_path_factory) -> Run:
-    """Under torchrun, with two variants whose results are wrong."""
+    """Under torchrun, with two variants that return wrong results."""
     folder = tmp_path_factory.mktemp("wrong")
     variants = "usp-alltoall,torus-no-overlap,torus"
     arguments = ["--variants", variants, "--topology", "2x1", "--seq-len", 64, *SHAPE, *QUICK]
@@ -519,7 +519,7 @@ def test_every_reader_takes_the_json_of_a_wrong_variant(wrong_run):
 
 def test_one_rank_fails_the_command(wrong_run):
     assert wrong_run.status == 1
-    assert re.findall(r"rank (\d) ended with exit status", wrong_run.out) == ["0"]  # whose status is the job's
+    assert re.findall(r"rank (\d) ended with exit status", wrong_run.out) == ["0"]  # its status is the job's
 
 
 def ranks_among(pids: set[int]) -> dict[int, int]:

@@ -35,7 +35,7 @@ def main() -> None:
         torch.manual_seed(heads)
         # Views of [B, S, H, D], as in xDiT's models.
         q, k, v = (torch.randn(B, S * world_size, h, D).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
-        wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)[:, :, mine]
+        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)[:, :, mine]
         first = {}
         for config in [*configs, *reversed(configs)]:  # each variant twice, others in between
             before = state()
@@ -46,13 +46,13 @@ def main() -> None:
                 out = call_usp(q[:, :, mine], k[:, :, mine], v[:, :, mine])
             ended = time.perf_counter()
             assert state() == before, "xDiT differs after the call"
-            assert out.dtype == q.dtype and out.shape == wanted.shape
+            assert out.dtype == q.dtype and out.shape == expected.shape
             record = {
                 "rank": rank,
                 "heads": heads,
                 "kv_heads": kv_heads,
                 "config": str(config),
-                "error": (out.double() - wanted).abs().max().item(),
+                "error": (out.double() - expected).abs().max().item(),
                 "kernels": len(kernels),
                 "kernels_in_order": all(started <= a <= b <= ended for a, b in kernels),
                 "repeats": torch.equal(first.setdefault(config, out), out),
