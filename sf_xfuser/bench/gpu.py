@@ -22,20 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.device_timing import (
-    REAL,
-    SMOKE,
-    Bench,
-    Row,
-    Variants,
-    Wrong,
-    fastest,
-    libraries,
-    poisoned,
-    require_exact,
-)
 from sf_xfuser.bench.document import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
+from sf_xfuser.bench.timing import REAL, SMOKE, Bench, Row, Variants, Wrong, fastest, libraries, poisoned, require_exact
 from sf_xfuser.kernels import (
     Kernel,
     attend_chunks_,

@@ -50,7 +50,7 @@ th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-ali
 th { background: var(--soft); }
 .text, th:first-child, td:first-child { text-align: left; white-space: normal; }
 .best td { background: var(--best); font-weight: 600; }
-.refused td { font-style: italic; opacity: 0.8; }
+.skipped td { font-style: italic; opacity: 0.8; }
 .failed td { color: var(--bad); opacity: 1; }
 small { display: block; opacity: 0.7; font-weight: 400; }
 figure { margin: 0.6rem 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
@@ -119,7 +119,7 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
         for y, row in enumerate(rows):
             median = report.number(row.get("median_s")) if report.succeeded(row) else None
             if median is None:
-                text = report.refusal(row) if not report.succeeded(row) else report.DASH
+                text = report.reason(row) if not report.succeeded(row) else report.DASH
                 _label(axes, limit * 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
             attention = report.number(row.get("attention_s"))
@@ -157,7 +157,7 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
         for y, of_case in enumerate(cases.values()):
             row = report.variant_row(of_case, report.SUBJECT)
             if row is None or not report.succeeded(row):
-                text = f"no {report.SUBJECT} variant" if row is None else report.refusal(row)
+                text = f"no {report.SUBJECT} variant" if row is None else report.reason(row)
                 _label(axes, 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
             for offset, (key, colour) in zip((-0.2, 0.2), kinds.values(), strict=True):
@@ -323,9 +323,9 @@ def _variant(row: Row, best: bool) -> str:
     about = f"<small>{escape(row['description'])}</small>" if row.get("description") else ""
     variant = f"<td>{escape(row['variant'])}{about}</td>"
     if not report.succeeded(row):
-        kind = "refused" if row.get("status") == "skipped" else "refused failed"
+        kind = "skipped" if row.get("status") == "skipped" else "skipped failed"
         span = len(report.COLUMNS) - 1
-        return f'<tr class="{kind}">{variant}<td class="text" colspan="{span}">{escape(report.refusal(row))}</td></tr>'
+        return f'<tr class="{kind}">{variant}<td class="text" colspan="{span}">{escape(report.reason(row))}</td></tr>'
     layout, *values = report.cells(row)[1:]
     rest = f'<td class="text">{escape(layout)}</td>' + "".join(f"<td>{escape(text)}</td>" for text in values)
     return f'<tr class="best">{variant}{rest}</tr>' if best else f"<tr>{variant}{rest}</tr>"

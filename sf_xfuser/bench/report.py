@@ -70,8 +70,8 @@ def succeeded(row: Row | None) -> bool:
     return row is not None and row.get("status") == "ok"
 
 
-def refusal(row: Row) -> str:
-    """Why a row has no numbers."""
+def reason(row: Row) -> str:
+    """The reason why a row has no numbers."""
     return f"{row.get('status', 'failed')}: {row.get('reason') or 'no reason given'}"
 
 
@@ -157,7 +157,7 @@ def cells(row: Row) -> list[str]:
 def table(rows: Sequence[Row]) -> Table:
     """The variants of one case, the fastest highlighted. A variant without numbers shows the reason."""
     best = fastest_parallel(rows)
-    lines = [cells(row) if succeeded(row) else [row["variant"], refusal(row)] for row in rows]
+    lines = [cells(row) if succeeded(row) else [row["variant"], reason(row)] for row in rows]
     styles = ["bold green" if row is best else _STYLES.get(row.get("status", ""), "red") for row in rows]
     title = rows[0]["case"]["id"] if rows else ""
     return _table(COLUMNS, lines, left=2, styles=styles, title=title, caption=bound_text(rows))

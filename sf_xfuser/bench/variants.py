@@ -87,16 +87,16 @@ def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[s
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
     kv_heads = case.kv_heads or case.heads
     mesh: Mesh | None = None
-    refused = ""
+    reason = ""
     try:
         mesh = _mesh(case, args)
     except ValueError as error:
-        refused = str(error)
+        reason = str(error)
     if usp_variants.available() is None:  # registered_attention needs xDiT even if none of its layouts is legal
         usp_variants.make_groups([], ranks_per_machine=case.ranks_per_machine)
     xdit = _xdit_variants(case, mesh, names)
     if mesh is None:
-        ours = [Variant(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
+        ours = [Variant(name=name, description=text, family="ours", reason=reason) for name, text in _OURS]
         return [variant for variant in (single, *xdit, *ours) if names is None or variant.name in names]
     attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
     needs_torus = names is None or any(name in names for name, _ in _OURS)

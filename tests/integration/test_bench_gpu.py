@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sf_xfuser.bench import gpu
-from sf_xfuser.bench.device_timing import summary
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
+from sf_xfuser.bench.timing import summary
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.kernels.choice import read_table
 from sf_xfuser.layout.plan import Layout
