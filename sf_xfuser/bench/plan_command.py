@@ -181,7 +181,10 @@ def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) ->
         ranked = rank(cluster, shape, transport=options.transport)
         best = next(c for c in ranked.candidates if c.name == report.SUBJECT)
         text = re.search(r"torus=\S+", best.flags)[0]  # type: ignore[index]
-    args = TorusArgs(plan=text)
+    try:
+        args = TorusArgs(plan=text)
+    except ValueError as error:
+        raise ValueError(f"{error}; best and ulysses=U,ring=R (xDiT's USP) are allowed as well") from None
     plan = make_plan(cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads, kv_heads=shape.kv_heads,
                      rule=args.rule, explicit=args.explicit_plan(), max_imbalance=UNEVEN)  # fmt: skip
     return TorusVariant(layout=plan.layout, pattern=PATTERN_OF[options.transport], overlap=not options.no_overlap)
