@@ -23,41 +23,44 @@ _STYLE = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="sf-xfuser", description="Torus Attention as a backend for xDiT.")
+    parser = argparse.ArgumentParser(
+        prog="sf-xfuser", description="Topology-aware sequence parallelism and Torus Attention for xDiT."
+    )
     parser.add_argument("--version", action="version", version=f"sf-xfuser {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser(
         "doctor",
         help="check this installation",
-        description="Versions, hooks, accelerators, transports, topology and environment traps: a line each, with all "
-        "that is wrong. Exit status 0 when xDiT can run with --sp-backend here, 1 when not.",
+        description="Checks versions, hooks into xDiT, accelerators, transports, topology and environment variables. "
+        "Exit status: 0 if xDiT can run with --sp-backend here, 1 if not.",
     )
-    doctor.add_argument("--verbose", action="store_true", help="print every finding, such as every hook")
+    doctor.add_argument("--verbose", action="store_true", help="print every finding, for example every hook")
     doctor.add_argument("--json", action="store_true", help="print every finding as JSON")
     bench = commands.add_parser(
         "bench",
-        help="compare sequence-parallel methods, on GPUs or on an emulated cluster",
-        description="Every legal way to run one attention call (or, with --pipeline, denoising steps) across the ranks "
-        "of a cluster: xDiT's own and Torus Attention, alternating within one process group, checked against a single "
-        "process first. Under torchrun on its ranks; with --cluster on an emulated cluster, which needs Linux, "
-        "iproute2 and root or user namespaces.",
+        help="benchmark Torus Attention against xDiT's own sequence parallelism",
+        description="Measures one attention call (with --pipeline: denoising steps) in every legal variant of xDiT's "
+        "USP and of Torus Attention. Variants alternate in one process group. Each result is checked against a single "
+        "process first. Runs on torchrun's ranks or, with --cluster, on an emulated cluster, which needs Linux, "
+        "iproute2, and root or user namespaces.",
     )
-    if arguments[:1] == ["bench"]:  # the others do without PyTorch, which takes seconds to import
+    if arguments[:1] == ["bench"]:  # only bench needs PyTorch, which takes seconds to import
         from sf_xfuser.bench.command import add_bench_arguments, bench_command
 
         add_bench_arguments(bench)
         bench.set_defaults(run=bench_command)
     plan = commands.add_parser(
         "plan",
-        help="which layout to take on a cluster, and why, without one",
-        description="Every legal layout of a model's attention on a cluster, ranked by the simulator: time per call "
-        "and per denoising step (its attention), bytes between machines, memory, and why each was not taken.",
+        help="rank the layouts for a model and a cluster, by simulation",
+        description="Ranks every legal layout of an attention call on a cluster with the simulator. Prints the time "
+        "per call and the attention time per denoising step, bytes between machines, buffer memory, and why each "
+        "layout was not chosen. Needs no cluster and no GPU.",
     )
     simulate = commands.add_parser(
         "simulate",
-        help="the timeline of an attention call on a cluster, without one",
-        description="Replays the steps of every rank on a cluster's description, as a picture or a Chrome trace, "
-        "beside a measured one where there is.",
+        help="simulate the timeline of an attention call on a cluster",
+        description="Simulates every rank of an attention call and writes the timeline as a plot or Chrome trace, on "
+        "request together with a measured timeline. Needs no cluster and no GPU.",
     )
     if arguments[:1] in (["plan"], ["simulate"]):
         from sf_xfuser.bench import plan_command
@@ -67,22 +70,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.set_defaults(run=plan_command.plan_command)
         simulate.set_defaults(run=plan_command.simulate_command)
     doctor.set_defaults(run=_doctor)
-    cluster = commands.add_parser("cluster", help="run a program on an emulated cluster")
+    text = "run a command on an emulated cluster"
+    cluster = commands.add_parser("cluster", help=text, description=f"{text.capitalize()}.")
     run = cluster.add_subparsers(dest="verb", required=True).add_parser(
         "run",
-        help="run a torchrun-style program on every rank",
-        description="Makes machines out of network namespaces, joins them by shaped links, runs the command on every "
-        "rank with torchrun's variables, and counts the bytes between machines.",
+        help="run a command on every rank",
+        description="Makes machines from network namespaces, connects them with shaped links, runs the command on "
+        "every rank with torchrun's environment variables, and prints the bytes sent between machines.",
     )
     add = run.add_argument
-    add("--cluster", required=True, metavar="NxM", help="machines x ranks per machine, such as 4x2")
-    add("--inter-rate", metavar="RATE", help="what a machine can send, such as 100mbit, 2.5gbit. Default: not shaped")
-    add("--inter-delay", metavar="DELAY", help="one-way delay between machines, such as 0.2ms")
-    add("--timeout", type=float, metavar="SECONDS", help="end all ranks after this time")
-    add("--grace", type=float, default=15.0, metavar="SECONDS", help="left to others after a failure. Default: 15")
-    add("--prefix", action="store_true", help="mark each line of output with its machine and rank")
-    add("--json", metavar="FILE", help="write the spec, the status, failures and bytes between machines to FILE")
-    add("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every rank runs")
+    add("--cluster", required=True, metavar="NxM", help="N machines with M ranks each, such as 4x2")
+    add("--inter-rate", metavar="RATE", help="bandwidth of each machine, such as 100mbit. Default: unlimited")
+    add("--inter-delay", metavar="DELAY", help="one-way delay between machines, such as 0.2ms. Default: none")
+    add("--timeout", type=float, metavar="SECONDS", help="stop all ranks after this time. Default: never")
+    add(
+        "--grace",
+        type=float,
+        default=15.0,
+        metavar="SECONDS",
+        help="time for ranks to exit after another failed. Default: 15",
+    )
+    add("--prefix", action="store_true", help="start each line of output with its machine and rank")
+    add("--json", metavar="FILE", help="write cluster, status, failures and bytes between machines")
+    add("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of every rank")
     run.set_defaults(run=_cluster_run)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
@@ -90,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cluster_run(options: argparse.Namespace) -> int:
-    """Run, print the bytes between machines on stderr. The status of the Outcome; 2: the cluster or its description is
-    at fault; 130: Ctrl-C."""
+    """Run the command and print the bytes between machines on stderr.
+
+    Returns the status of the run, 2 for an invalid or impossible cluster, 130 for Ctrl-C.
+    """
     argv = options.argv[1:] if options.argv[:1] == ["--"] else options.argv
     try:
         spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
@@ -102,7 +114,9 @@ def _cluster_run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     names = [f"machine{i}" for i in range(spec.num_machines)]
-    table = Table("from \\ to", *(Column(name, justify="right") for name in names), title=f"{spec}: MB sent")
+    table = Table(
+        "from \\ to", *(Column(name, justify="right") for name in names), title=f"{spec}: MB sent between machines"
+    )
     for i, row in enumerate(outcome.bytes_between):
         table.add_row(names[i], *("-" if i == j else f"{count / 1e6:.3f}" for j, count in enumerate(row)))
     Console(stderr=True).print(table)
@@ -115,8 +129,8 @@ def _doctor(options: argparse.Namespace) -> int:
     from sf_xfuser import doctor
 
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # xDiT and transformers talk while they are imported
-    with Console(stderr=True).status("importing xDiT and looking at its hooks ..."):
+    logging.disable(logging.WARNING)  # of xDiT and transformers during import
+    with Console(stderr=True).status("importing xDiT and checking its hooks ..."):
         findings = doctor.examine()
     usable = doctor.usable(findings)
     if options.json:

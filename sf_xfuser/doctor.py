@@ -1,4 +1,4 @@
-"""``sf-xfuser doctor``: is this installation usable, and what would a run see?"""
+"""``sf-xfuser doctor``: checks whether this installation is usable."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from sf_xfuser import config as sp_args
+from sf_xfuser import config
 from sf_xfuser.layout import topology
-from sf_xfuser.transport.cpu import shm
+from sf_xfuser.transport.cpu import segment
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 
 Status = Literal["ok", "info", "warn", "fail"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. ``fail`` makes the installation unusable. ``why`` is for the JSON only."""
+    """One checked item. ``fail`` makes the installation unusable. Only JSON shows ``why``."""
 
     section: str
     name: str
@@ -30,20 +30,23 @@ class Finding:
     why: str = ""
 
 
-# Environment variables that quietly slow a run down or change it: name -> (values that do it, what it costs).
+# Environment variables that silently slow down or change a run: name -> (values, effect).
 _TRAPS = {
-    "NCCL_P2P_DISABLE": (("1",), "GPUs of one machine talk through host memory (seen: 1.6x instead of 1.9x)"),
-    "NCCL_SHM_DISABLE": (("1",), "NCCL inside a machine falls back to the network"),
-    "NCCL_IB_DISABLE": (("1",), "NCCL across machines falls back from InfiniBand to TCP"),
+    "NCCL_P2P_DISABLE": (
+        ("1",),
+        "GPUs of a machine communicate through host memory (measured speedup 1.6x instead of 1.9x)",
+    ),
+    "NCCL_SHM_DISABLE": (("1",), "NCCL uses the network inside a machine"),
+    "NCCL_IB_DISABLE": (("1",), "NCCL uses TCP instead of InfiniBand between machines"),
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         tuple(map(str, range(1, 16))),
-        "kernels and transfers share hardware queues: little overlaps, and one-sided transports may stall; set 32",
+        "kernels and transfers share hardware queues, so overlap is small and one-sided transports may stall; set 32",
     ),
-    "CUDA_LAUNCH_BLOCKING": (("1",), "every kernel is waited for: nothing overlaps"),
+    "CUDA_LAUNCH_BLOCKING": (("1",), "the host waits for every kernel: nothing overlaps"),
     "TORCH_NCCL_BLOCKING_WAIT": (("1",), "every NCCL wait blocks the host: nothing overlaps"),
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": (("0",), "a lost rank hangs the others instead of ending them"),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": (("0",), "when a rank is lost, the others hang instead of ending"),
     "TORCH_DEVICE_BACKEND_AUTOLOAD": (("0",), "--sp-backend is not registered: call sf_xfuser.enable() yourself"),
-    sp_args.AUTOLOAD_VARIABLE: (
+    config.AUTOLOAD_VARIABLE: (
         ("0", "false", "no", "off"),
         "--sp-backend is not registered: call sf_xfuser.enable() yourself",
     ),
@@ -60,7 +63,7 @@ def usable(findings: list[Finding]) -> bool:
 
 
 def summary(findings: list[Finding]) -> list[tuple[Status, str]]:
-    """A line for each section, and below it one for each finding that warns or fails."""
+    """One line per section, followed by one line per warning or failure of it."""
     lines: list[tuple[Status, str]] = []
     for section in dict.fromkeys(finding.section for finding in findings):
         found = [finding for finding in findings if finding.section == section]
@@ -68,15 +71,15 @@ def summary(findings: list[Finding]) -> list[tuple[Status, str]]:
         rest = [finding for finding in found if finding.status == "info"]
         wrong = [finding for finding in found if finding.status in ("warn", "fail")]
         if section == "versions":
-            said = [f"{finding.name} {finding.detail}" for finding in fine]
+            parts = [f"{finding.name} {finding.detail}" for finding in fine]
         elif section == "hooks":
-            said = [f"{len(fine)} of {len(found)} applied", *_counted(finding.detail for finding in rest)]
+            parts = [f"{len(fine)} of {len(found)} applied", *_counted(finding.detail for finding in rest)]
         elif section == "transports":
-            said = [f"{len(fine)} of {len(found)} available ({', '.join(finding.name for finding in fine)})"]
+            parts = [f"{len(fine)} of {len(found)} available ({', '.join(finding.name for finding in fine)})"]
         else:
-            said = _counted(finding.detail for finding in fine or rest)
+            parts = _counted(finding.detail for finding in fine or rest)
         status: Status = "ok" if fine else "info"
-        lines.append((status, f"{section}: {', '.join(said) or 'see below'}"))
+        lines.append((status, f"{section}: {', '.join(parts) or 'see below'}"))
         lines += [(finding.status, f"  {finding.status}: {finding.name}: {finding.detail}") for finding in wrong]
     return lines
 
@@ -90,7 +93,7 @@ def to_json(findings: list[Finding]) -> str:
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding(section="versions", name="python", status="ok", detail=platform.python_version())
+    yield Finding("versions", "python", "ok", platform.python_version())
     required = ("sf-xfuser", "torch", "xfuser", "diffusers", "yunchang")
     optional = ("triton", "flash-attn", "nvshmem4py-cu12", "nvshmem4py-cu13")
     for name in (*required, *optional):
@@ -100,7 +103,7 @@ def _versions() -> Iterator[Finding]:
             needed = name in required
             detail = f"not installed: pip install {name}" if needed else "not installed (optional)"
             status = "fail" if needed else "info"
-        yield Finding(section="versions", name=name, status=status, detail=detail)  # type: ignore[arg-type]
+        yield Finding("versions", name, status, detail)  # type: ignore[arg-type]
 
 
 def _hooks() -> Iterator[Finding]:
@@ -111,81 +114,73 @@ def _hooks() -> Iterator[Finding]:
     plugin.enable()
     broken = plugin.import_hooked_modules()
     for module, error in broken.items():
-        yield Finding(section="hooks", name=module, status="fail", detail=f"does not import: {error}")
+        yield Finding("hooks", module, "fail", f"does not import: {error}")
     for hook, state in plugin.hook_states():
-        wrong = state == "missing" and hook.required
-        yield Finding(
-            section="hooks",
-            name=f"{hook.module}.{hook.name}",
-            status="fail" if wrong else "ok" if state == "applied" else "info",
-            detail=state,
-            why=f"{hook.why}; goes when {hook.remove_when}",
-        )
+        missing: Status = "fail" if state == "missing" and hook.required else "info"
+        why = f"{hook.why}; removed when {hook.remove_when}"
+        yield Finding("hooks", f"{hook.module}.{hook.name}", "ok" if state == "applied" else missing, state, why)
     problem = plugin.unsupported()
-    checked = f"xfuser {plugin.CHECKED_VERSION}"
-    yield Finding(
-        section="versions", name="hooks checked on", status="fail" if problem else "ok", detail=problem or checked
-    )
+    detail = problem or f"xfuser {plugin.CHECKED_VERSION}"
+    yield Finding("versions", "hooks checked on", "fail" if problem else "ok", detail)
 
 
 def _accelerators() -> Iterator[Finding]:
     import torch
 
-    from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
+    from sf_xfuser.integrations.xdit import cpu_platform
 
-    if platform_cpu.needed():
-        detail = f"none (torch {torch.__version__}): the CPU platform runs xDiT on CPU ranks over gloo"
-        yield Finding(section="accelerators", name="accelerator", status="info", detail=detail)
+    if cpu_platform.needed():
+        detail = f"none (torch {torch.__version__}); the CPU platform runs xDiT on CPU ranks over gloo"
+        yield Finding("accelerators", "accelerator", "info", detail)
         return
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-        yield Finding(section="accelerators", name=f"cuda:{index}", status="ok", detail=name)
+        yield Finding("accelerators", f"cuda:{index}", "ok", name)
 
 
 def _transports() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
-    gpu = torch.cuda.is_available()
-    backends = {
-        "tcp": (True, ""),
-        "two_sided over nccl": (dist.is_nccl_available() and gpu, "" if gpu else "no NVIDIA or AMD GPU here"),
-        "two_sided over gloo": (dist.is_gloo_available(), "this torch was built without gloo"),
+    nccl = None if dist.is_nccl_available() else "this torch was built without NCCL"
+    reasons = {
+        "tcp": None,
+        "two_sided over nccl": nccl if torch.cuda.is_available() else "no NVIDIA or AMD GPU",
+        "two_sided over gloo": None if dist.is_gloo_available() else "this torch was built without gloo",
+        "shm": segment.unavailable(),
+        "symm_mem": symm_mem.unavailable(),
+        "nvshmem": nvshmem.unavailable(),
     }
-    for name, (available, why_not) in backends.items():
-        detail = "available" if available else f"not available: {why_not or 'this torch was built without it'}"
-        yield Finding(section="transports", name=name, status="ok" if available else "info", detail=detail)
-    for name, module in (("shm", shm), ("symm_mem", symm_mem), ("nvshmem", nvshmem)):
-        reason = module.unavailable()
+    for name, reason in reasons.items():
         detail = f"not available: {reason}" if reason else "available"
-        yield Finding(section="transports", name=name, status="info" if reason else "ok", detail=detail)
+        yield Finding("transports", name, "info" if reason else "ok", detail)
 
 
 def _topology() -> Iterator[Finding]:
     facts = topology.probe()
-    yield Finding(section="topology", name="this machine", status="ok", detail=facts.machine)
-    domain = facts.nvlink_domain or "none reported: the host is the machine"
-    yield Finding(section="topology", name="NVLink domain", status="info", detail=domain)
-    launched = sp_args.launch_environment()
-    world = f"{launched.world_size} ranks" if launched.world_size else "not started by a launcher"
-    yield Finding(section="topology", name="launcher", status="info", detail=world)
+    yield Finding("topology", "this machine", "ok", facts.machine)
+    domain = facts.nvlink_domain or "none reported; each host is one machine"
+    yield Finding("topology", "NVLink domain", "info", domain)
+    launched = config.launch_environment()
+    world = f"{launched.world_size} ranks" if launched.world_size else "none: this process is not a rank"
+    yield Finding("topology", "launcher", "info", world)
 
 
 def _environment() -> Iterator[Finding]:
-    seen = sp_args.environment(_TRAPS)
-    sprung = {name: cost for name, (values, cost) in _TRAPS.items() if seen.get(name, "").lower() in values}
-    for name, cost in sprung.items():
+    seen = config.environment(_TRAPS)
+    active = {name: cost for name, (values, cost) in _TRAPS.items() if seen.get(name, "").lower() in values}
+    for name, cost in active.items():
         detail = f"{name}={seen[name]}: {cost}"
-        yield Finding(section="environment", name=name, status="warn", detail=detail)
+        yield Finding("environment", name, "warn", detail)
     found = (
         {}
         if nvshmem.unavailable()
-        else nvshmem.environment_warnings(sp_args.environment(nvshmem.VARIABLES), nvshmem.has_efa())
+        else nvshmem.environment_warnings(config.environment(nvshmem.VARIABLES), nvshmem.has_efa())
     )
     for name, text in found.items():
         detail = f"{name} {text} (for --sp-transport nvshmem)"
-        yield Finding(section="environment", name=name, status="warn", detail=detail)
-    if not sprung and not found:
-        detail = f"none of {len(_TRAPS)} known traps is set"
-        yield Finding(section="environment", name="traps", status="ok", detail=detail)
+        yield Finding("environment", name, "warn", detail)
+    if not active and not found:
+        detail = f"none of {len(_TRAPS)} harmful variables is set"
+        yield Finding("environment", "variables", "ok", detail)

@@ -1,9 +1,9 @@
 """The simulator against the paper's ablation (arXiv 2601.20273): ``python -m sf_xfuser.bench.ablation [--fit SEED]``.
 
-One set of figures for the cluster, the preset ``p4de``; none for a workload. The paper's ratios are over whole
-denoising steps: attention as replayed, and beside it the blocks' matrix products, 24 h^2 FLOP a token and block with
-h = heads x head size (Q, K, V and output 4 h^2 weights, MLP 8 h^2), at the preset's rate. ``--fit`` searches again for
-the six figures that no data sheet has, within bounds that hardware allows.
+All workloads use the parameters of the preset ``p4de``. The paper's ratios are over whole denoising steps: the
+simulated attention plus the matrix products of the blocks, 24 h^2 FLOP per token and block with h = heads x head size
+(4 h^2 weights for Q, K, V and output, 8 h^2 for the MLP), at the preset's rate. ``--fit`` searches for the six
+parameters that no data sheet contains, within plausible bounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VARIANTS = ("mapping alone", "+ Torus (NCCL)", "+ one-sided")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """``paper``: how many times as fast as USP each of ``VARIANTS`` was."""
+    """``paper``: measured speedup over USP of each of ``VARIANTS``."""
 
     name: str
     num_machines: int
@@ -39,13 +39,13 @@ class Workload:
 
 
 def _flux(pixels: int) -> CallShape:
-    """16 pixels to a token, and 512 text tokens."""
+    """One token per 16 x 16 pixels, and 512 text tokens."""
     return CallShape(seq_len=(pixels // 16) ** 2 + 512, heads=24, kv_heads=24, head_dim=128)
 
 
 def _cogvideox(seconds: int) -> CallShape:
-    """768 x 1360: 48 x 85 tokens for each of 2 seconds + 1 latent frames (8 frames a second, 4 to a latent frame), and
-    226 text tokens; 24 heads of 64, as the paper gives."""
+    """768 x 1360: 48 x 85 tokens for each of 2 * seconds + 1 latent frames (8 frames per second, 4 per latent frame),
+    and 226 text tokens; 24 heads of 64, as in the paper."""
     return CallShape(seq_len=48 * 85 * (2 * seconds + 1) + 226, heads=24, kv_heads=24, head_dim=64)
 
 
@@ -57,9 +57,9 @@ WORKLOADS = (
     Workload(name="CogVideoX 40 s, 3 machines", num_machines=3, shape=_cogvideox(40), paper=(1.06, 1.16, 1.17)),
 )
 
-# What is fitted, and between what: the fraction of 400 Gbit/s that NCCL and NVSHMEM reach over EFA, microseconds before
-# an NCCL round or collective moves anything and for each of its messages, microseconds for each one-sided message (EFA
-# keeps no order, so that the signal waits for the data), and the fraction of multiprocessors that NCCL takes.
+# Fitted parameters and their bounds: the fraction of 400 Gbit/s that NCCL and NVSHMEM reach over EFA, microseconds to
+# start an NCCL round or collective and per message of it, microseconds per one-sided message (EFA keeps no order, so
+# the signal waits for the data), and the fraction of multiprocessors that NCCL uses.
 BOUNDS = {
     "nccl_efficiency": (0.4, 0.95),
     "nccl_start_us": (10.0, 200.0),
@@ -71,7 +71,7 @@ BOUNDS = {
 
 
 def ratios(cluster: Cluster, workload: Workload) -> tuple[float, ...]:
-    """Predicted times as fast as USP, for each of ``VARIANTS``; USP with Ulysses inside machines and Ring across."""
+    """Predicted speedup of each of ``VARIANTS`` over USP with Ulysses inside machines and Ring across."""
     n, m, shape = workload.num_machines, cluster.ranks_per_machine, workload.shape
     sized = cluster.sized(n, m)
     layout = paper_layout(n, m, shape.heads)
@@ -98,28 +98,28 @@ def mean_error(predicted: Sequence[Sequence[float]]) -> float:
 
 
 def wrong_directions(predicted: Sequence[Sequence[float]]) -> int:
-    """Ratios on the other side of 1 than the paper's."""
+    """Number of ratios that are on the wrong side of 1."""
     pairs = zip(predicted, WORKLOADS, strict=True)
     return sum((p > 1) != (q > 1) for mine, work in pairs for p, q in zip(mine, work.paper, strict=True))
 
 
-def with_figures(cluster: Cluster, figures: Mapping[str, float]) -> Cluster:
-    """``cluster`` with other figures for EFA (those of ``BOUNDS``)."""
+def with_parameters(cluster: Cluster, parameters: Mapping[str, float]) -> Cluster:
+    """``cluster`` with other parameters for EFA: those of ``BOUNDS``."""
     ways = []
     for pattern, members, way in cluster.across.ways:
         kind = "put" if pattern == "put" else "nccl"
-        named: dict[str, Any] = {f: figures[f"{kind}_{f}"] for f in Way.__slots__ if f"{kind}_{f}" in figures}
+        named: dict[str, Any] = {f: parameters[f"{kind}_{f}"] for f in Way.__slots__ if f"{kind}_{f}" in parameters}
         ways.append((pattern, members, replace(way, **named)))
     link: Link = replace(cluster.across, ways=tuple(ways))
     return replace(cluster, across=link)
 
 
 def fit(cluster: Cluster, seed: int, tries: int = 1000) -> dict[str, float]:
-    """The figures of the least mean error that a random search finds; a wrong direction costs 0.1."""
+    """The parameters with the lowest mean error in a random search; a wrong direction costs 0.1."""
     draw = random.Random(seed)
 
-    def cost(figures: Mapping[str, float]) -> float:
-        predicted = [ratios(with_figures(cluster, figures), workload) for workload in WORKLOADS]
+    def cost(parameters: Mapping[str, float]) -> float:
+        predicted = [ratios(with_parameters(cluster, parameters), workload) for workload in WORKLOADS]
         return mean_error(predicted) + 0.1 * wrong_directions(predicted)
 
     best = min(({name: draw.uniform(*bounds) for name, bounds in BOUNDS.items()} for _ in range(tries // 5)), key=cost)
@@ -138,13 +138,13 @@ def fit(cluster: Cluster, seed: int, tries: int = 1000) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.ablation", description=__doc__)
-    parser.add_argument("--fit", type=int, metavar="SEED", help="search for the figures again, and use them")
+    parser.add_argument("--fit", type=int, metavar="SEED", help="search for the parameters first, and use them")
     options = parser.parse_args(argv)
     cluster = preset("p4de")
     if options.fit is not None:
-        figures = fit(cluster, options.fit)
-        cluster = with_figures(cluster, figures)
-        print("fitted:", ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+        parameters = fit(cluster, options.fit)
+        cluster = with_parameters(cluster, parameters)
+        print("fitted:", ", ".join(f"{name} {value:.3g}" for name, value in parameters.items()))
     predicted = [ratios(cluster, workload) for workload in WORKLOADS]
     table = Table(Column("workload"), *(Column(name, justify="right") for name in VARIANTS), title="predicted (paper)")
     for workload, mine in zip(WORKLOADS, predicted, strict=True):

@@ -1,11 +1,11 @@
-"""One case of a benchmark: a cluster and the shape of an attention call. Grids of them from TOML files."""
+"""One case of a benchmark: a cluster and the shape of an attention call; grids of cases from TOML files."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,13 @@ _SHAPE_KEYS = ("seq_len", "heads", "kv_heads", "head_dim", "batch", "dtype", "pl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """``seq_len`` global tokens of ``batch`` sequences, ``heads`` query and ``kv_heads`` key heads (None: as many) of
-    ``head_dim``; ``plan`` as ``--sp-plan``. The cluster as in ``emulate.ClusterSpec``; ``inter_rate_bps`` None where
-    it is not emulated or not shaped. Raises ValueError for what no attention call could mean."""
+class Case(ClusterSpec):
+    """An attention call on a cluster; the cluster need not be emulated.
 
-    num_machines: int
-    ranks_per_machine: int
-    inter_rate_bps: int | None = None
-    inter_delay_s: float = 0.0
+    ``seq_len``: tokens of the whole sequence. ``kv_heads``: None for as many as ``heads``. ``plan``: as ``--sp-plan``.
+    Raises ValueError for an invalid shape.
+    """
+
     seq_len: int = 4096
     heads: int = 8
     kv_heads: int | None = None
@@ -42,6 +40,7 @@ class Case:
     plan: str = "auto"
 
     def __post_init__(self) -> None:
+        ClusterSpec.__post_init__(self)
         for name in ("seq_len", "heads", "head_dim", "batch"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -49,33 +48,25 @@ class Case:
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         if not isinstance(kv_heads, int) or isinstance(kv_heads, bool) or kv_heads < 1 or self.heads % kv_heads:
             raise ValueError(f"kv_heads must divide {self.heads} heads, got {kv_heads!r}")
-        TorusArgs(plan=self.plan)  # raises ValueError for what no plan could mean
+        TorusArgs(plan=self.plan)  # raises ValueError for an invalid plan
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.seq_len < self.world_size:
             raise ValueError(f"seq_len={self.seq_len} leaves some of {self.world_size} ranks without a token")
 
     @property
-    def world_size(self) -> int:
-        return self.num_machines * self.ranks_per_machine
-
-    @property
     def spec(self) -> ClusterSpec:
-        return ClusterSpec(
-            num_machines=self.num_machines,
-            ranks_per_machine=self.ranks_per_machine,
-            inter_rate_bps=self.inter_rate_bps,
-            inter_delay_s=self.inter_delay_s,
-        )
+        return ClusterSpec(**{field.name: getattr(self, field.name) for field in fields(ClusterSpec)})
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens that each rank holds."""
+        """Tokens of each rank."""
         w = self.world_size
         return tuple(self.seq_len // w + (rank < self.seq_len % w) for rank in range(w))
 
     @property
     def id(self) -> str:
+        """A text that is unique to the case."""
         rate = "" if self.inter_rate_bps is None else f" {self.inter_rate_bps / 1e6:g}mbit"
         delay = f" {self.inter_delay_s * 1e3:g}ms" if self.inter_delay_s else ""
         kv = "" if self.kv_heads in (None, self.heads) else f"/{self.kv_heads}"
@@ -95,21 +86,22 @@ class Case:
 
 
 def make_case(values: Mapping[str, Any]) -> Case:
-    """A case from ``cluster``, ``inter_rate``, ``inter_delay`` (text, as on the command line) and shape fields."""
+    """A case from fields of ``Case`` and the texts ``cluster``, ``inter_rate`` and ``inter_delay``."""
     unknown = sorted(set(values) - {*_CLUSTER_KEYS, *_SHAPE_KEYS})
     if unknown:
         raise ValueError(f"unknown field(s) {', '.join(unknown)}; allowed: {', '.join((*_CLUSTER_KEYS, *_SHAPE_KEYS))}")
     if "cluster" not in values:
         raise ValueError('a case needs cluster = "NxM" (machines x ranks per machine)')
-    spec = ClusterSpec.parse(*(None if values.get(k) is None else str(values[k]) for k in _CLUSTER_KEYS))  # type: ignore[arg-type]
+    texts = (None if values.get(key) is None else str(values[key]) for key in _CLUSTER_KEYS)
+    spec = ClusterSpec.parse(*texts)  # type: ignore[arg-type]
     shape = {key: values[key] for key in _SHAPE_KEYS if values.get(key) is not None}
     return Case(**asdict(spec), **shape)
 
 
 def read_grid(path: str | Path) -> list[Case]:
-    """The cases of a TOML file: ``[defaults]`` and ``[[case]]`` tables whose lists stand for one case each.
+    """The cases of a TOML file of ``[[case]]`` tables, which inherit ``[defaults]``.
 
-    Raises ValueError, naming the file and the table, for anything that is not a case.
+    A table with lists stands for every combination of their values. Raises ValueError that names file and table.
     """
     try:
         document = tomllib.loads(read_text(path))
@@ -121,7 +113,7 @@ def read_grid(path: str | Path) -> list[Case]:
     tables = document.get("case", [])
     if unknown or not isinstance(tables, list) or not tables:
         raise ValueError(
-            f"--grid {path} must hold [[case]] tables, and may hold [defaults]; "
+            f"--grid {path} must have [[case]] tables and may have [defaults]; "
             + (f"it has {', '.join(unknown)}" if unknown else "it has no [[case]]")
         )
     defaults = document.get("defaults", {})
@@ -140,12 +132,15 @@ def read_grid(path: str | Path) -> list[Case]:
             raise ValueError(f"--grid {path}, [[case]] {number}: {error}") from None
     repeated = sorted({case.id for case in cases if cases.count(case) > 1})
     if repeated:
-        raise ValueError(f"--grid {path} lists some cases twice: {'; '.join(repeated)}")
+        raise ValueError(f"--grid {path} lists some cases more than once: {'; '.join(repeated)}")
     return cases
 
 
 def launches(cases: list[Case]) -> list[list[Case]]:
-    """Cases that one launch of ranks can run: same machines, same delay (the rate can be changed). Order kept."""
+    """The cases in groups that can share one launch of ranks: same machines and delay, links shaped or not.
+
+    Ranks can change the rate of shaped links. Cases keep their order.
+    """
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         shaped = case.inter_rate_bps is not None

@@ -1,34 +1,30 @@
-"""``sf-xfuser bench``: builds the cluster or uses torchrun's, runs the cases, shows and stores what was measured."""
+"""``sf-xfuser bench``: measures cases on an emulated cluster or on torchrun's ranks, prints and stores the results."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import platform
-import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sf_xfuser import __version__
 from sf_xfuser.bench import emulate, report
 from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
-from sf_xfuser.bench.pipeline import SHAPES
-from sf_xfuser.bench.rank import AttentionOrder, PipelineOrder, run, run_pipeline
-from sf_xfuser.bench.variants import COMPRESSED, current_names, known_names, over
+from sf_xfuser.bench.deprecated import DeprecatedFlag, current_variants
+from sf_xfuser.bench.document import check_output_paths, new_document, write_json
+from sf_xfuser.bench.pipeline import MODELS, PipelineOptions
+from sf_xfuser.bench.rank import AttentionOrder, run, run_pipeline
+from sf_xfuser.bench.timelines import chrome_trace
+from sf_xfuser.bench.variants import COMPRESSED, NAMES, over
 from sf_xfuser.config import TorusArgs, launch_environment, set_defaults
 
-_WIDTH = 150  # of tables, where the output is not a terminal
-# Imports of xDiT and transformers, and PyTorch's profiler and sockets, talk; a benchmark's output is its table.
+# xDiT, transformers, PyTorch's profiler and its sockets write to the same streams as the tables.
 _QUIET = {
     "XDIT_LOGGING_LEVEL": "ERROR",
     "LOG_LEVEL": "error",  # xDiT's older logger
@@ -43,46 +39,56 @@ _QUIET = {
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``sf-xfuser bench``."""
-    where = parser.add_argument_group("cluster")
-    where.add_argument("--cluster", metavar="NxM", help="emulate N machines x M ranks on this computer. Without it: "
-                       "the ranks that torchrun started")  # fmt: skip
-    where.add_argument("--inter-rate", metavar="RATE", help="what an emulated machine can send: 100mbit, 2.5gbit")
-    where.add_argument("--inter-delay", metavar="DELAY", help="one-way delay between emulated machines: 0.2ms")
-    where.add_argument("--topology", default="auto", metavar="NxM", help="as --sp-topology, under torchrun")
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--grid", metavar="FILE", help="TOML file of many cases; instead of the flags below")
-    what.add_argument("--seq-len", type=int, default=4096, metavar="L", help="tokens of all ranks. Default: 4096")
-    what.add_argument("--heads", type=int, default=8, help="query heads. Default: 8")
-    what.add_argument("--kv-heads", type=int, help="key heads, for grouped-query attention. Default: as many")
-    what.add_argument("--head-dim", type=int, default=64, help="Default: 64")
-    what.add_argument("--batch", type=int, default=1, help="Default: 1")
-    what.add_argument("--dtype", choices=DTYPES, default="float32", help="Default: float32")
-    what.add_argument("--plan", default="auto", help="layout of the torus variants, as --sp-plan. Default: auto")
-    what.add_argument("--variants", "--arms", type=current_names, metavar="A,B",
-                      help=f"only these variants: {known_names()}. Default: all that are legal, torus over its default "
-                      "transport; auto where it is named. With --pipeline: torus-fp8 and torus-int8, besides the "
-                      "others")  # fmt: skip
-    what.add_argument("--pipeline", metavar="MODEL", help="whole denoising steps through xDiT instead of attention "
-                      "calls: flux, hunyuanvideo, cogvideox, or a diffusers folder")  # fmt: skip
-    what.add_argument("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")
-    how = parser.add_argument_group("how")
-    how.add_argument("--repeat", type=int, default=7, help="timed calls of each variant. Default: 7")
-    how.add_argument("--warmup", type=int, default=2, help="untimed calls before, besides the first. Default: 2")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--predict", action="store_true", help="measure the cluster first (some seconds) and say what the "
-                     "simulator predicts for each variant")  # fmt: skip
-    how.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="longest wait. Default: 300")
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="rows and timelines; - for standard output instead of tables")
-    out.add_argument("--plot", metavar="FILE", help="bars and the timeline of one call (png, svg, pdf)")
-    out.add_argument("--trace", metavar="FILE", help="Chrome trace, for Perfetto")
-    out.add_argument("--report", metavar="FILE", help="one self-contained HTML page with all of it")
-    out.add_argument("--markdown", metavar="FILE", help="the summary of a grid as a Markdown table")
+    add = parser.add_argument_group("cluster").add_argument
+    add("--cluster", metavar="NxM", help="emulate N machines with M ranks each on this computer. Without it, run on "
+        "the ranks that torchrun started")  # fmt: skip
+    add("--inter-rate", metavar="RATE", help="bandwidth of each emulated machine, such as 100mbit or 2.5gbit. Default: "
+        "unlimited")  # fmt: skip
+    add("--inter-delay", metavar="DELAY", help="one-way delay between emulated machines, such as 0.2ms. Default: none")
+    add("--topology", default="auto", metavar="NxM", help="under torchrun: machines and ranks per machine, as "
+        "--sp-topology. Default: auto")  # fmt: skip
+    add = parser.add_argument_group("attention call").add_argument
+    add(
+        "--grid",
+        metavar="FILE",
+        help="run every case of a TOML file. Replaces --cluster and the other flags of this group",
+    )
+    add("--seq-len", type=int, default=4096, metavar="L", help="tokens of the whole sequence. Default: 4096")
+    add("--heads", type=int, default=8, help="query heads. Default: 8")
+    add("--kv-heads", type=int, help="key and value heads, for grouped-query attention. Default: as many as --heads")
+    add("--head-dim", type=int, default=64, help="size of a head. Default: 64")
+    add("--batch", type=int, default=1, help="sequences per call. Default: 1")
+    add("--dtype", choices=DTYPES, default="float32", help="of the inputs. Default: float32")
+    add("--plan", default="auto", help="layout of the torus variants, as --sp-plan. Default: auto")
+    add = parser.add_argument_group("variants").add_argument
+    add("--variants", metavar="A,B", help=f"measure only these: {', '.join(NAMES)}. Default: every legal variant "
+        "except auto, torus-unstaged, named transports and compression. With --pipeline: torus-fp8 and torus-int8, "
+        "which are added to the default")  # fmt: skip
+    add("--arms", dest="variants", action=DeprecatedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add("--pipeline", metavar="MODEL", help=f"measure whole denoising steps of xDiT's pipelines instead of attention "
+        f"calls: {', '.join(MODELS)} (few layers, random weights), or a diffusers folder")  # fmt: skip
+    add("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")
+    add = parser.add_argument_group("measurement").add_argument
+    add("--repeat", type=int, default=7, help="timed calls of each variant. Default: 7")
+    add("--warmup", type=int, default=2, help="untimed calls of each variant after its first. Default: 2")
+    add("--seed", type=int, default=0, help="of the random inputs. Default: 0")
+    add("--predict", action="store_true", help="measure the cluster for some seconds, then print the simulator's "
+        "prediction for each variant")  # fmt: skip
+    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="longest wait for another rank. Default: 300")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write rows and timelines as JSON; - for standard output instead of tables")
+    add("--plot", metavar="FILE", help="write bar charts and the timeline of one call (png, svg, pdf)")
+    add("--trace", metavar="FILE", help="write the timelines as a Chrome trace, for Perfetto")
+    add("--report", metavar="FILE", help="write a self-contained HTML page with tables and plots")
+    add("--markdown", metavar="FILE", help="write one line per case as a Markdown table")
 
 
 def bench_command(options: argparse.Namespace) -> int:
-    """Measure and show. 0: every variant that could run gave the right result; 1: one did not, or a rank failed; 2: the
-    request makes no sense here; 130: Ctrl-C."""
+    """Run the benchmark and return the exit status.
+
+    0: every variant that ran gave a correct result. 1: a result was wrong or a rank failed. 2: the request is invalid.
+    130: Ctrl-C.
+    """
     try:
         return _bench(options)
     except (ValueError, emulate.EmulationError) as error:
@@ -95,41 +101,29 @@ def bench_command(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     _check(options)
-    launched = launch_environment()
-    if launched.world_size is None and options.cluster is None and options.grid is None:
+    world_size = launch_environment().world_size
+    if world_size is None and options.cluster is None and options.grid is None:
         raise ValueError(
-            "give --cluster NxM to emulate a cluster here, --grid FILE, or start the command on every rank: torchrun "
+            "give --cluster NxM or --grid FILE to emulate a cluster, or run on existing ranks: torchrun "
             "--nproc-per-node 8 -m sf_xfuser.cli bench ..."
         )
-    if launched.world_size is not None and (options.cluster or options.inter_rate or options.inter_delay):
-        raise ValueError("--cluster and its rates emulate a cluster; they mean nothing under torchrun")
-    if options.pipeline is not None:
-        return _bench_pipeline(options, launched.world_size)
-    variants = tuple(options.variants.split(",")) if options.variants else None
-    order = AttentionOrder(
-        cases=(),
-        variants=variants,
-        repeat=options.repeat,
-        warmup=options.warmup,
-        seed=options.seed,
-        topology=options.topology,
-        timeout_s=options.timeout,
-        predict=options.predict,
-    )
-    if launched.world_size is not None:
-        return _under_torchrun(options, order, launched.world_size)
-    cases = read_grid(options.grid) if options.grid else [_case(options, options.cluster)]
+    if world_size is not None:
+        if options.cluster or options.inter_rate or options.inter_delay or options.grid:
+            raise ValueError(
+                "--cluster, --inter-rate, --inter-delay and --grid emulate clusters and cannot be used under torchrun; "
+                "give --topology and the flags of an attention call"
+            )
+        set_defaults(_QUIET)
     document = new_document("sf-xfuser")
-    try:
-        failed = _on_emulated_clusters(options, order, cases, document)
-    except KeyboardInterrupt:
-        if document["rows"]:
-            _finish(options, document)
-        raise
-    return max(_finish(options, document), failed)
+    if options.pipeline is not None:
+        failed = _bench_pipeline(options, document, world_size)
+    else:
+        failed = _bench_attention(options, document, world_size)
+    return max(_finish(options, document), failed) if document["rows"] or world_size is None else 0
 
 
 def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for an invalid request; split ``options.variants``."""
     if options.repeat < 1 or options.warmup < 0 or options.steps < 1:
         raise ValueError(
             f"--repeat and --steps must be at least 1 and --warmup at least 0, got {options.repeat}, {options.steps} "
@@ -139,27 +133,50 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--timeout must be a positive number of seconds, got {options.timeout}")
     if options.grid and (options.cluster or options.pipeline or options.inter_rate or options.inter_delay):
         raise ValueError(
-            "--grid names its own clusters and attention cases; leave --cluster, its rates and --pipeline out"
+            "--grid contains clusters and attention calls; remove --cluster, --inter-rate, --inter-delay and --pipeline"
         )
-    if options.pipeline and options.pipeline not in SHAPES and not Path(options.pipeline, "model_index.json").is_file():
-        raise ValueError(f"--pipeline must be {', '.join(SHAPES)} or a diffusers folder, got {options.pipeline!r}")
+    if options.pipeline and options.pipeline not in MODELS and not Path(options.pipeline, "model_index.json").is_file():
+        raise ValueError(f"--pipeline must be {', '.join(MODELS)} or a diffusers folder, got {options.pipeline!r}")
     TorusArgs(plan=options.plan)
-    known = set(known_names().split(", "))
-    if options.pipeline and options.variants:
-        known = {over(name) for name in COMPRESSED}
-        if not set(options.variants.split(",")) <= known:
-            raise ValueError(
-                f"--variants {options.variants}: with --pipeline it adds variants to torus and xDiT's USP; there are "
-                f"{', '.join(sorted(known))}"
-            )
-    for variant in options.variants.split(",") if options.variants else ():
-        if variant not in known and not variant.startswith("xdit-u"):
-            raise ValueError(f"--variants: no variant is called {variant!r}; there are {known_names()}")
-    report.require_files(options, "json", "plot", "trace", "report", "markdown")
+    options.variants = current_variants(options.variants) if options.variants else None
+    allowed = [over(name) for name in COMPRESSED] if options.pipeline else NAMES
+    for name in options.variants or ():
+        if name not in allowed and (options.pipeline or not name.startswith("xdit-u")):
+            pipeline = " with --pipeline" if options.pipeline else ""
+            raise ValueError(f"--variants{pipeline}: unknown variant {name!r}; choose from {', '.join(allowed)}")
+    check_output_paths(options, "json", "plot", "trace", "report", "markdown")
     if options.plot or options.report:
         from sf_xfuser.bench import page
 
         page.require_matplotlib()
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def _bench_attention(options: argparse.Namespace, document: dict[str, Any], world_size: int | None) -> int:
+    """Run every case and add the results to ``document``. Returns 1 if ranks of an emulated cluster failed."""
+    order = AttentionOrder(
+        cases=(), variants=options.variants, repeat=options.repeat, warmup=options.warmup, seed=options.seed,
+        topology=options.topology, timeout_s=options.timeout, predict=options.predict,
+    )  # fmt: skip
+    if world_size is None:
+        cases = read_grid(options.grid) if options.grid else [_case(options, options.cluster)]
+        try:
+            return _on_emulated_clusters(options, order, cases, document)
+        except KeyboardInterrupt:
+            if document["rows"]:
+                _finish(options, document)
+            raise
+
+    def done(rows: list[dict[str, Any]], timelines: list[dict[str, Any]]) -> None:
+        document["rows"] += rows
+        document["timelines"] += timelines
+
+    machines = max(1, world_size // (launch_environment().local_world_size or world_size))
+    topology = options.topology if options.topology != "auto" else f"{machines}x{world_size // machines}"
+    run(replace(order, cases=(_case(options, topology),)), done)
+    return 0
 
 
 def _case(options: argparse.Namespace, cluster: str) -> Case:
@@ -167,20 +184,17 @@ def _case(options: argparse.Namespace, cluster: str) -> Case:
     return make_case({"cluster": cluster, **{name: getattr(options, name) for name in names}})
 
 
-# -- running ----------------------------------------------------------------------------------------------------------
-
-
 def _on_emulated_clusters(
     options: argparse.Namespace, order: AttentionOrder, cases: Sequence[Case], document: dict[str, Any]
 ) -> int:
-    """Run every case, fill the document in, show each case as it is done. 1 if some ranks failed."""
+    """Run the cases, one launch per cluster. Returns 1 if ranks failed."""
     console = Console(stderr=True)
     failed = done = 0
     for group in launches(list(cases)):
-        console.print(f"{group[0].spec}: starting {group[0].world_size} ranks for {len(group)} case(s) ...")
-        request = replace(order, cases=tuple(group), emulated=True).to_json()
+        spec = group[0].spec
+        console.print(f"{spec}: starting {spec.world_size} ranks for {len(group)} case(s) ...")
         before = len(document["rows"])
-        if _launch(console, group[0].spec, request, document) != 0:
+        if _launch(console, spec, asdict(replace(order, cases=tuple(group), emulated=True)), document) != 0:
             failed = 1
         measured = report.by_case(document["rows"][before:])
         done += len(measured)
@@ -189,18 +203,45 @@ def _on_emulated_clusters(
         if len(cases) > 1:
             console.print(f"{done} of {len(cases)} cases measured")
             if options.json != "-":
-                report.write_json(options.json, document, indent=1)  # a grid takes its time, and may be killed
+                write_json(options.json, document, indent=1)  # a grid runs long; keep the results if it is killed
     return failed
 
 
-def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document: dict[str, Any], *flags: str) -> int:
-    """Run ``rank`` on an emulated cluster and add to the document what it measured, also before a failure or Ctrl-C.
-    The status of the cluster; the ranks that failed are named."""
+def _bench_pipeline(options: argparse.Namespace, document: dict[str, Any], world_size: int | None) -> int:
+    """Measure denoising steps and add the rows to ``document``. Returns 1 if ranks of an emulated cluster failed."""
+    pipeline = PipelineOptions(
+        model=options.pipeline, topology=options.topology, plan=options.plan, steps=options.steps,
+        compress=tuple(name for name in COMPRESSED if over(name) in (options.variants or ())), rounds=options.repeat,
+        dtype=options.dtype, seed=options.seed, timeout_s=options.timeout,
+    )  # fmt: skip
+    if world_size is not None:
+        document["rows"] += run_pipeline(
+            pipeline, {"id": f"{pipeline.model} on {world_size} ranks", "model": pipeline.model}
+        )
+        return 0
+    spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
+    case = {
+        "id": f"{pipeline.model} on {spec}",
+        "cluster": options.cluster,
+        "model": pipeline.model,
+        **asdict(spec),
+    }
+    console = Console(stderr=True)
+    console.print(f"{spec}: starting {spec.world_size} ranks ...")
+    order = {"pipeline": asdict(replace(pipeline, topology="auto")), "case": case}
+    return int(_launch(console, spec, order, document) != 0)
+
+
+def _launch(console: Console, spec: emulate.ClusterSpec, order: dict[str, Any], document: dict[str, Any]) -> int:
+    """Run ``bench.rank`` on an emulated cluster, print failed ranks and return the status of the cluster.
+
+    Results are added to ``document``, also those from before a failure or Ctrl-C.
+    """
     with tempfile.TemporaryDirectory(prefix="sf-xfuser-bench-") as folder:
         path = Path(folder, "order.json")
-        path.write_text(request)
+        path.write_text(json.dumps(order))
         try:
-            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", *flags, str(path)], env=_QUIET)
+            outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", str(path)], env=_QUIET)
         finally:
             results = path.with_suffix(".rows")
             if results.is_file():
@@ -208,71 +249,21 @@ def _launch(console: Console, spec: emulate.ClusterSpec, request: str, document:
                 document["rows"] += found["rows"]
                 document["timelines"] += found["timelines"]
     if outcome.status != 0:
-        words = "; ".join(f"rank {f.rank} (machine {f.machine}) {f.what}" for f in outcome.failures)
-        console.print(f"[bold red]failed[/]: {words or f'status {outcome.status}'}")
+        failures = "; ".join(f"rank {f.rank} (machine {f.machine}) {f.what}" for f in outcome.failures)
+        console.print(f"[bold red]failed[/]: {failures or f'status {outcome.status}'}")
     return outcome.status
-
-
-def _under_torchrun(options: argparse.Namespace, order: AttentionOrder, world_size: int) -> int:
-    """This process is one rank. Rank 0 shows and stores; its status is the job's."""
-    if options.grid:
-        raise ValueError("--grid describes emulated clusters; under torchrun give the shape on the command line")
-    set_defaults(_QUIET)
-    topology = options.topology
-    machines = topology if topology != "auto" else f"{_num_nodes(world_size)}x{world_size // _num_nodes(world_size)}"
-    case = _case(options, machines)
-    document = new_document("sf-xfuser")
-
-    def done(rows: list[dict[str, Any]], timelines: list[dict[str, Any]]) -> None:
-        document["rows"] += rows
-        document["timelines"] += timelines
-
-    run(replace(order, cases=(case,)), done)
-    return _finish(options, document) if document["rows"] else 0
-
-
-def _num_nodes(world_size: int) -> int:
-    local = launch_environment().local_world_size or world_size
-    return max(1, world_size // local)
-
-
-def _bench_pipeline(options: argparse.Namespace, world_size: int | None) -> int:
-    document = new_document("sf-xfuser")
-    order = PipelineOrder(
-        model=options.pipeline,
-        topology=options.topology,
-        plan=options.plan,
-        case={},
-        steps=options.steps,
-        rounds=options.repeat,
-        dtype=options.dtype,
-        seed=options.seed,
-        timeout_s=options.timeout,
-        compress=[name for name in COMPRESSED if over(name) in (options.variants or "").split(",")],
-    )
-    if world_size is not None:
-        set_defaults(_QUIET)
-        document["rows"] += run_pipeline(order)
-        return _finish(options, document) if document["rows"] else 0
-    spec = emulate.ClusterSpec.parse(options.cluster, options.inter_rate, options.inter_delay)
-    case = {"id": f"{order.model} on {spec}", "cluster": options.cluster, "model": order.model, **asdict(spec)}
-    order = replace(order, topology="auto", case=case)
-    console = Console(stderr=True)
-    console.print(f"{spec}: starting {spec.world_size} ranks ...")
-    status = _launch(console, spec, json.dumps(asdict(order)), document, "--pipeline")
-    return max(_finish(options, document), 1 if status else 0)
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
 def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
-    """Show and store; 1 if a variant's result was wrong or nothing was measured."""
+    """Print and write the results. Returns 1 if a result was wrong or there is none."""
     rows = document["rows"]
-    if not report.write_json(options.json, document, indent=1):
+    if not write_json(options.json, document, indent=1):
         _show(rows)
     if options.trace:
-        Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
+        Path(options.trace).write_text(json.dumps(chrome_trace(document)))
     if options.markdown and rows:
         Path(options.markdown).write_text(report.markdown_table(rows))
     if (options.plot or options.report) and rows:
@@ -286,9 +277,7 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = report.console()
     cases = report.by_case(rows)
     for of_case in cases.values():
         console.print(report.table(of_case))
@@ -300,69 +289,3 @@ def _show(rows: list[dict[str, Any]]) -> None:
         console.print(report.summary_table(report.summary(rows)))
     if (predicted := report.prediction_table(rows)) is not None:
         console.print(predicted)
-
-
-def new_document(command: str) -> dict[str, Any]:
-    """What a run's rows are stored with: when, of which commit, by which command, on what."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "schema": 1,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "command": shlex.join([*shlex.split(command), *sys.argv[1:]]),
-        "hardware": {
-            "cpu": _cpu(),
-            "cores": _cores(),
-            "memory_bytes": _memory(),
-            "accelerator": torch.cuda.get_device_name(0) if cuda else "cpu",
-        },
-        "versions": {
-            "sf_xfuser": __version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
-        },
-        "rows": [],
-        "timelines": [],
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None where it runs from none."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _cores() -> int:
-    import torch
-
-    return torch.multiprocessing.cpu_count()
-
-
-def _memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")), None)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,11 +1,11 @@
-"""What the device kernels reach on this GPU: ``python -m sf_xfuser.bench.gpu``.
+"""Benchmark of the device kernels on this GPU: ``python -m sf_xfuser.bench.gpu``.
 
-(a) ``chunking``: all that one rank computes in a call of Torus Attention over 4 machines, against one call of the best
-attention library on the same queries and keys. (b) ``fused``: the fused kernel's rate against that library's. (c)
-``bandwidth``: merge and packing against a copy on the device. (d) ``enqueue``: the host's time for one call of 4
-machines x 8 ranks. And ``pieces``: one piece by the fused kernel, against each library with the merge kernel. Every row
-has the attention library's own time from the same run. Variants alternate on fresh random inputs, with caches flushed
-between; each result is checked against float64 before it is timed.
+(a) ``chunking``: the compute of one rank in a call of Torus Attention over 4 machines, against one call of the fastest
+attention library on the same queries and keys. (b) ``fused``: the fused kernel against that library. (c) ``bandwidth``:
+merge and packing against a copy on the device. (d) ``enqueue``: the host's time for one call of 4 machines x 8 ranks.
+And ``pieces``: one piece by the fused kernel, against each library with the merge kernel. Every row has the attention
+library's time from the same run. Variants alternate on new random inputs, with caches flushed between them; each result
+is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.command import new_document
+from sf_xfuser.bench.document import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
+from sf_xfuser.bench.timing import REAL, SMOKE, Bench, Row, Variants, Wrong, fastest, libraries, poisoned, require_exact
 from sf_xfuser.kernels import (
     Attention,
     attend_chunks_,
@@ -40,193 +37,22 @@ from sf_xfuser.kernels import (
     unpack,
     unpack_compressed,
 )
-from sf_xfuser.kernels.attend import SDPA
-from sf_xfuser.kernels.fused import HEAD_SIZES
 from sf_xfuser.kernels.packing import CompressedLayout, Format
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.torus.attention import torus_attention
 
-Variants = dict[str, Callable[[], object]]
-Row = dict[str, Any]
-
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
+
 GOALS = {"chunking": 1.03, "fused": 1 / 0.75, "bandwidth": 1 / 0.85}
-"""At most so many times what the row is compared with."""
+"""Largest allowed ratio to the time that a row is compared with."""
 ENQUEUE_US = 150.0
-_ERRORS = 2.0  # at most so many times the library's own
-_SAMPLED = 64  # rows of each head that are compared with float64
-_FLUSH_BYTES = 256 << 20  # more than any GPU's last cache
-_AHEAD_CYCLES = 10_000_000  # for which the GPU sleeps, so that it never waits for the host while it is timed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Tokens are those of all ranks. ``pieces``: tokens of queries and of keys, each with each."""
-
-    chunking: int
-    fused: int
-    bandwidth: int
-    enqueue: int
-    heads: int
-    head_sizes: tuple[int, ...]
-    pieces: tuple[int, ...]
-    piece_heads: int
-    piece_head_sizes: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-
-
-REAL = Sizes(
-    chunking=32768,
-    fused=16384,
-    bandwidth=8192,
-    enqueue=32768,
-    heads=24,
-    head_sizes=(128, 64),
-    pieces=(1024, 4096, 16384),
-    piece_heads=6,
-    piece_head_sizes=HEAD_SIZES,
-    dtypes=(torch.bfloat16, torch.float16),
-)
-SMOKE = Sizes(
-    chunking=96,
-    fused=48,
-    bandwidth=32,
-    enqueue=128,
-    heads=8,
-    head_sizes=(64,),
-    pieces=(8, 24),
-    piece_heads=2,
-    piece_head_sizes=(64, 72),
-    dtypes=(torch.bfloat16,),
-)
-
-
-class Wrong(RuntimeError):
-    """A result that must not be timed."""
-
-
-# -- measuring -------------------------------------------------------------------------------------------------------
-
-
-class Bench:
-    """Where and how often; ``rows`` collects what was measured."""
-
-    def __init__(self, device: torch.device, sizes: Sizes, repeat: int, warmup: int) -> None:
-        self.device, self.sizes, self.repeat, self.warmup = device, sizes, repeat, warmup
-        self.rows: list[Row] = []
-        self.on_gpu = device.type == "cuda"
-        self._flushed = torch.empty(_FLUSH_BYTES if self.on_gpu else 0, dtype=torch.uint8, device=device)
-
-    def tokens(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Fresh, [B, H, S, D] as xDiT hands them over: a view of [B, S, H, D]."""
-        B, H, S, D = shape
-        return torch.randn(B, S, H, D, device=self.device).to(dtype).transpose(1, 2)
-
-    def us(self, variants: Variants) -> dict[str, list[float]]:
-        """Microseconds on the device, of ``repeat`` runs of each variant after ``warmup``; variants take turns."""
-        return self._alternate(variants, self._device_us)
-
-    def host_us(self, variants: Variants) -> dict[str, list[float]]:
-        """The same of the host, until all is enqueued."""
-        return self._alternate(variants, self._host_us)
-
-    def _alternate(
-        self, variants: Variants, measure: Callable[[Callable[[], object]], float]
-    ) -> dict[str, list[float]]:
-        taken: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(self.warmup + self.repeat):
-            for name, work in variants.items():
-                us = measure(work)
-                if number >= self.warmup:
-                    taken[name].append(us)
-        return taken
-
-    def _device_us(self, work: Callable[[], object]) -> float:
-        if not self.on_gpu:
-            return self._host_us(work)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        self._flushed.zero_()
-        torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return 1e3 * float(start.elapsed_time(end))
-
-    def _host_us(self, work: Callable[[], object]) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        started_s = time.perf_counter()
-        work()
-        return 1e6 * (time.perf_counter() - started_s)
-
-    def add(self, part: str, variant: str, us: Sequence[float], **more: Any) -> None:
-        self.rows.append({"part": part, "variant": variant, **summary(us), **more})
-
-
-def summary(us: Sequence[float]) -> Row:
-    """Median and quartiles."""
-    quartiles = statistics.quantiles(us, n=4, method="inclusive") if len(us) > 1 else [us[0]] * 3
-    return {"median_us": statistics.median(us), "quartiles_us": [quartiles[0], quartiles[2]], "repeat": len(us)}
-
-
-def libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
-    """PyTorch's attention functions that serve these, by xDiT's names."""
-    found: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {}
-    for name in ("SDPA_FLASH",) if q.device.type == "cpu" else ("CUDNN", "SDPA_FLASH"):
-        work = partial(SDPA[name], q, k, v, None)
-        try:
-            work()
-        except RuntimeError:  # this head size, dtype or GPU is not served
-            continue
-        found[name] = work
-    if not found:
-        raise Wrong(f"no attention library serves {tuple(q.shape)} {q.dtype}")
-    return found
-
-
-def fastest(us: dict[str, list[float]], names: Sequence[str]) -> tuple[str, float]:
-    """The one with the lowest median, and that."""
-    medians = {name: statistics.median(us[name]) for name in names}
-    name = min(medians, key=lambda each: medians[each])
-    return name, medians[name]
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory that is new holds NaN, so that what is not written is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def require_exact(
-    what: str, got: torch.Tensor, library: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> float:
-    """The largest error of ``got`` [B, H, S, D] in parts of what is allowed; rows sampled, the ends among them. Raises
-    ``Wrong`` where that is above 1 or anything is not finite."""
-    if not bool(got.isfinite().all()):
-        raise Wrong(f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite")
-    rows = torch.randint(q.shape[2], (_SAMPLED,), device=q.device)
-    rows[0], rows[1] = 0, q.shape[2] - 1
-    scores = q[:, :, rows].double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
-    exact = torch.softmax(scores, -1) @ v.double()
-    ours, theirs = (float((x[:, :, rows].double() - exact).abs().max()) for x in (got, library))
-    floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) / 2  # half a unit in the last place
-    found = ours / (_ERRORS * max(theirs, floor))
-    if found > 1:
-        raise Wrong(f"{what}: error {ours:.3g} against float64, the library's is {theirs:.3g}")
-    return found
 
 
 # -- (a) -------------------------------------------------------------------------------------------------------------
 
 
 def chunking(bench: Bench) -> None:
-    """One rank's share of T=4: its head group's queries and keys of all tokens."""
+    """One rank with T=4: queries and keys of all tokens, for its head group."""
     for D in bench.sizes.head_sizes:
         L, H = bench.sizes.chunking, bench.sizes.heads
         q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
@@ -251,17 +77,12 @@ def chunking(bench: Bench) -> None:
         flops = 4 * share[0].shape[1] * L * L * D
         for variant, taken in us.items():
             bench.add(
-                "chunking",
-                variant,
-                taken,
-                what=f"L={L} H={H} D={D} T=4",
-                library=name,
-                library_us=library_us,
+                "chunking", variant, taken, what=f"L={L} H={H} D={D} T=4", library=name, library_us=library_us,
                 ratio=statistics.median(taken) / library_us,
                 goal=GOALS["chunking"] if variant == "torus, library" else None,
                 rate_tflops=flops / statistics.median(taken) / 1e6,
                 error=errors.get(variant.removeprefix("torus, ")),
-            )
+            )  # fmt: skip
 
 
 def call(rank: OneRank, attention: Attention) -> torch.Tensor:
@@ -293,24 +114,17 @@ def fused(bench: Bench) -> None:
         for variant, taken in us.items():
             median_us = statistics.median(taken)
             bench.add(
-                "fused",
-                variant,
-                taken,
-                what=f"L={L} H={H} D={D}",
-                library=name,
-                library_us=library_us,
-                ratio=median_us / library_us,
-                goal=GOALS["fused"] if variant in errors and D == 128 else None,
-                rate_tflops=4 * H * L * L * D / median_us / 1e6,
-                error=errors.get(variant),
-            )
+                "fused", variant, taken, what=f"L={L} H={H} D={D}", library=name, library_us=library_us,
+                ratio=median_us / library_us, goal=GOALS["fused"] if variant in errors and D == 128 else None,
+                rate_tflops=4 * H * L * L * D / median_us / 1e6, error=errors.get(variant),
+            )  # fmt: skip
 
 
 # -- (c) -------------------------------------------------------------------------------------------------------------
 
 
 def bandwidth(bench: Bench) -> None:
-    """Merges and packings, each against a copy of as many bytes as it reads and writes."""
+    """Merges and packings, each against a copy that reads and writes as many bytes."""
     L, H = bench.sizes.bandwidth, bench.sizes.heads
     for D in bench.sizes.head_sizes:
         q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
@@ -326,21 +140,14 @@ def bandwidth(bench: Bench) -> None:
         for name, (_, nbytes) in works.items():
             copy_us, median_us = (statistics.median(us[each]) for each in (f"copy for {name}", name))
             bench.add(
-                "bandwidth",
-                name,
-                us[name],
-                what=f"S={L} H={H} D={D}",
-                library=library,
-                library_us=library_us,
-                copy_us=copy_us,
-                ratio=median_us / copy_us,
-                goal=GOALS["bandwidth"],
+                "bandwidth", name, us[name], what=f"S={L} H={H} D={D}", library=library, library_us=library_us,
+                copy_us=copy_us, ratio=median_us / copy_us, goal=GOALS["bandwidth"],
                 rate_gbps=nbytes / median_us / 1e3,
-            )
+            )  # fmt: skip
 
 
 def _merges(bench: Bench, new_out: torch.Tensor, new_lse: torch.Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """By name: what to run, and bytes read and written. The accumulator lies as a call's does."""
+    """By name: function, and bytes read and written. The accumulator has the layout of a real call."""
     B, H, S, D = new_out.shape
     out = torch.randn(S, B, H, D, device=bench.device).permute(1, 2, 0, 3)
     lse = new_lse + torch.randn_like(new_lse)
@@ -363,7 +170,7 @@ def _merges(bench: Bench, new_out: torch.Tensor, new_lse: torch.Tensor) -> dict[
 def _packings(
     bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """As ``_merges``: half of the heads, there and back."""
+    """As ``_merges``: pack and unpack half of the heads."""
     half = slice(0, q.shape[1] // 2)
     kv = [x[:, half].permute(2, 0, 1, 3) for x in (k, v)]
     back = [torch.full_like(x, float("nan")) for x in kv]
@@ -393,9 +200,9 @@ def _packings(
 
 
 def _require_close(what: str, got: torch.Tensor, expected: torch.Tensor, parts: float) -> None:
-    """In parts of the largest element."""
+    """``parts``: allowed error relative to the largest element."""
     error, largest = float((got.double() - expected).abs().max()), float(expected.abs().max())
-    if not error <= parts * largest:  # NaN, too
+    if not error <= parts * largest:  # also raises for NaN
         raise Wrong(f"{what}: error {error:.3g} of {largest:.3g}")
 
 
@@ -403,7 +210,7 @@ def _require_close(what: str, got: torch.Tensor, expected: torch.Tensor, parts: 
 
 
 def enqueue(bench: Bench) -> None:
-    """What the host does in one call of T=4, U=2, R=4, the transport's part included on a GPU."""
+    """The host's time for one call with T=4, U=2, R=4; on a GPU it includes the transport."""
     L, H = bench.sizes.enqueue, bench.sizes.heads
     D = bench.sizes.head_sizes[0]
     q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
@@ -425,16 +232,9 @@ def enqueue(bench: Bench) -> None:
     for kernel in KERNELS:
         taken = us[f"torus, {kernel}"]
         bench.add(
-            "enqueue",
-            f"torus, {kernel}",
-            taken,
-            what=f"L={L} H={H} D={D} T=4 U=2 R=4, host",
-            library=name,
-            library_us=library_us,
-            ratio=statistics.median(taken) / ENQUEUE_US,
-            goal=1.0,
-            error=errors[kernel],
-        )
+            "enqueue", f"torus, {kernel}", taken, what=f"L={L} H={H} D={D} T=4 U=2 R=4, host", library=name,
+            library_us=library_us, ratio=statistics.median(taken) / ENQUEUE_US, goal=1.0, error=errors[kernel],
+        )  # fmt: skip
     rank.mesh.close()
 
 
@@ -442,7 +242,7 @@ def enqueue(bench: Bench) -> None:
 
 
 def pieces(bench: Bench) -> None:
-    """One piece attended and merged: by each library and the merge kernel, and by the fused kernel."""
+    """Attention and merge of one piece: by each library with the merge kernel, and by the fused kernel."""
     H = bench.sizes.piece_heads
     for dtype in bench.sizes.dtypes:
         for D in bench.sizes.piece_head_sizes:
@@ -484,13 +284,8 @@ def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[Bench], None]] = {
-    "chunking": chunking,
-    "fused": fused,
-    "bandwidth": bandwidth,
-    "enqueue": enqueue,
-    "pieces": pieces,
-}
+
+PARTS = {part.__name__: part for part in (chunking, fused, bandwidth, enqueue, pieces)}
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -509,11 +304,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.gpu", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated. Default: %(default)s")
     parser.add_argument("--repeat", type=int, default=21, help="timed runs of each variant. Default: 21")
-    parser.add_argument("--warmup", type=int, default=5, help="untimed runs before. Default: 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows, as docs/results/ has them")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, also on a CPU: runs all, measures nothing")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed runs before them. Default: 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a bench document")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run everything with tiny sizes, also on a CPU; the times are meaningless"
+    )
     options = parser.parse_args(argv)
     options.parts = options.parts.split(",")
     if unknown := [name for name in options.parts if name not in PARTS]:
@@ -524,10 +321,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Status 2 where there is no GPU, 1 where a result was wrong."""
+    """Returns 2 without a GPU, 1 if a result was wrong."""
     options = parse(argv)
     if not torch.cuda.is_available() and not options.smoke:
-        print("no GPU: PyTorch sees no CUDA device, so there is nothing to measure (--smoke runs it)", file=sys.stderr)
+        print("no GPU: PyTorch finds no CUDA device (--smoke runs tiny sizes on the CPU)", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     bench = Bench(device, SMOKE if options.smoke else REAL, options.repeat, options.warmup)
@@ -544,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     for failure in failures:
-        print(f"wrong, and not timed: {failure}", file=sys.stderr)
+        print(f"wrong result, not timed: {failure}", file=sys.stderr)
     return int(bool(failures))
 
 

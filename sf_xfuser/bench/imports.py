@@ -1,9 +1,9 @@
-"""What the installed plugin adds to ``import xfuser``: ``python -m sf_xfuser.bench.imports``.
+"""The time that the installed plugin adds to ``import xfuser``: ``python -m sf_xfuser.bench.imports``.
 
-Fresh processes, one after the other, take turns between *on* (as installed), *off* (``SF_XFUSER_AUTOLOAD=0``) and
-*absent* (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``: PyTorch does not look for the plugin at all). On a machine without an
-accelerator xDiT cannot be imported without the plugin, so PyTorch then says that it was built for CUDA and has a
-device, and all three import what they import beside a GPU: the CPU platform's hooks stay out. Needs xfuser.
+New processes alternate between *on* (as installed), *off* (``SF_XFUSER_AUTOLOAD=0``) and *absent*
+(``TORCH_DEVICE_BACKEND_AUTOLOAD=0``: PyTorch does not search for the plugin). Without an accelerator, xDiT cannot be
+imported without the plugin. PyTorch then reports a CUDA build and a device, so that all variants import the same
+modules as on a GPU, without the hooks of the CPU platform. Needs xfuser.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from sf_xfuser.config import AUTOLOAD_VARIABLE, with_environment
 
-#: What each variant's processes have in their environment besides ours.
+#: Environment variables of each variant's processes.
 VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "on": MappingProxyType({AUTOLOAD_VARIABLE: "1"}),
@@ -32,7 +32,7 @@ VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 LIMIT = 1.02
 
-# torch.backends.mps is what is asked for a device and then not used, since CUDA comes first.
+# torch.backends.mps reports the device; xDiT does not use it, because CUDA comes first.
 _IMPORT = """
 import sys, time
 started = time.perf_counter()
@@ -46,8 +46,10 @@ print(f"{seconds} {'sf_xfuser.integrations.xdit.plugin' in sys.modules}")
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    """Seconds of each process, by variant; one more round, which fills the page cache, is left out. Raises RuntimeError
-    where xDiT cannot be imported, or the plugin is there where it should not be."""
+    """Seconds of each process, by variant, after one round that fills the page cache.
+
+    Raises RuntimeError if xDiT cannot be imported or the plugin is loaded in the wrong variant.
+    """
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for number in range(rounds + 1):
         for variant in list(VARIANTS)[:: 1 if number % 2 == 0 else -1]:
@@ -74,29 +76,29 @@ def _import_once(variant: str) -> float:
 
 
 def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median with the plugin over that of each other variant."""
+    """The median of *on* over that of each other variant."""
     median = {variant: statistics.median(of_variant) for variant, of_variant in times.items()}
     return {variant: median["on"] / seconds for variant, seconds in median.items() if variant != "on"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.imports", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="processes of each variant. Default: 15")
-    parser.add_argument("--json", type=Path, help="also write every time to this file")
+    parser.add_argument("--rounds", type=int, default=15, help="processes per variant. Default: 15")
+    parser.add_argument("--json", type=Path, help="write all times to this file")
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     times = measure(options.rounds)
-    over = ratios(times)
-    table = Table("plugin", "median s", "quickest s", "on / this")
+    relative = ratios(times)
+    table = Table("plugin", "median s", "minimum s", "on / this")
     for variant, of_variant in times.items():
-        ratio = f"{over[variant]:.3f}" if variant in over else ""
+        ratio = f"{relative[variant]:.3f}" if variant in relative else ""
         table.add_row(variant, f"{statistics.median(of_variant):.3f}", f"{min(of_variant):.3f}", ratio)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     if options.json:
-        options.json.write_text(json.dumps({"seconds": times, "ratios": over}, indent=1) + "\n")
-    if (slower := max(over.values())) > LIMIT:
-        print(f"import xfuser takes {slower:.3f} times as long with the plugin; at most {LIMIT}", file=sys.stderr)
+        options.json.write_text(json.dumps({"seconds": times, "ratios": relative}, indent=1) + "\n")
+    if (slower := max(relative.values())) > LIMIT:
+        print(f"import xfuser takes {slower:.3f} times as long with the plugin; the limit is {LIMIT}", file=sys.stderr)
         return 1
     return 0
 

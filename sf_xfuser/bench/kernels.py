@@ -1,7 +1,7 @@
-"""What each kernel needs of a GPU, without one: ``python -m sf_xfuser.bench.kernels``.
+"""Resource usage of the kernels, without a GPU: ``python -m sf_xfuser.bench.kernels``.
 
-Compiles every shipped configuration ahead of time for the architectures named in ``kernels.shipped`` and prints its
-registers, shared memory and spills. Exits with status 1 if one of them spills.
+Compiles every shipped configuration for the architectures in ``kernels.shipped`` and prints its registers, shared
+memory and spills. Exits with status 1 if a configuration spills registers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sf_xfuser.kernels.shipped import all_shipped, compile_for
 
 
 def usages() -> list[dict[str, Any]]:
-    """One row for each configuration and architecture, in their order. Needs Triton."""
+    """One row per configuration and architecture. Needs Triton."""
     return [
         {"kernel": each.label, "architecture": f"sm_{architecture}", **asdict(compile_for(each, architecture))}
         for each in all_shipped()
@@ -30,8 +30,7 @@ def usages() -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A line for each configuration: registers, shared bytes and widest load by architecture; spills where there are
-    any."""
+    """One line per configuration: registers, shared bytes, widest load and spills, by architecture."""
     architectures = sorted({row["architecture"] for row in rows}, key=lambda name: int(name.removeprefix("sm_")))
     made = Table(title="registers / shared bytes / bits of the widest load; spilled bytes in red")
     made.add_column("kernel")
@@ -50,14 +49,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.kernels", description=__doc__)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args(argv)
     try:
         import triton
     except ImportError:
         sys.exit("Triton is not installed: pip install triton")
     if triton.knobs.runtime.interpret:
-        sys.exit("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+        sys.exit("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     rows = usages()
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     if options.json:

@@ -1,5 +1,8 @@
-"""One rank of a group without the others: what they would send lies in the window before a call begins, so a call takes
-what this rank computes and what its host enqueues, and nothing else. On one GPU, or on a CPU."""
+"""One rank of a group without the other ranks, on one GPU or a CPU.
+
+The window contains the peers' chunks before a call begins. The time of a call is then this rank's compute and its
+host's enqueueing.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 
-class Alone:
-    """As ``ControlPlane``, where every rank says what this one says."""
+class SoleRank:
+    """A ``ControlPlane`` whose ranks all send the same value."""
 
     failure = None
 
@@ -39,15 +42,15 @@ class Alone:
         pass
 
 
-class _Here(Ticket):
+class _Arrived(Ticket):
     def wait(self) -> None:
         pass
 
 
 class Loopback(OneSided):
-    """Nothing is sent and nothing awaited. ``sent``: the parcels of the last call, in the schedule's order."""
+    """Sends nothing and waits for nothing. ``sent``: the parcels of the last call, in the order of the schedule."""
 
-    halves = 2  # one would do as well as two, as no peer writes while a call reads: there is nobody to meet
+    halves = 2  # no peer writes, so one half would be enough
 
     def __init__(self, device: torch.device) -> None:
         self._window = torch.empty(0, dtype=torch.uint8, device=device)
@@ -67,25 +70,27 @@ class Loopback(OneSided):
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
         self.sent += sends
-        return _Here()
+        return _Arrived()
 
     def drain(self) -> None:
         pass
 
     def windows(self) -> list[torch.Tensor]:
-        """Each part of the window that a call may use."""
+        """The parts of the window that a call may use."""
         return [self._window]
 
 
 class StreamLoopback(SymmMem):
-    """The transport between GPUs with all that its host does for a call (packs, copies, flags, waits, streams), where
-    copies end in memory that nobody reads and every flag has been raised long ago."""
+    """The transport between GPUs with all the work of its host (packing, copies, flags, waits, streams).
+
+    Copies go to unused memory, and every flag is already raised.
+    """
 
     name = "loopback"
 
     def __init__(self, ranks: int, position: int, peers: Sequence[int], device: torch.device) -> None:
-        self._where = device
-        control: Any = Alone(ranks)
+        self._memory_device = device
+        control: Any = SoleRank(ranks)
         DeviceWindow.__init__(self, control, range(ranks), position, peers, 60.0)
 
     def reserve(self, nbytes: int) -> None:
@@ -100,8 +105,8 @@ class StreamLoopback(SymmMem):
         return [self._memory[start : start + self._block.half_bytes] for start in starts]
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        memory, self._nowhere = (torch.empty(nbytes, dtype=torch.uint8, device=self._where) for _ in range(2))
-        self._address = dict.fromkeys(self._peers, self._nowhere.data_ptr())
+        memory, self._unused = (torch.empty(nbytes, dtype=torch.uint8, device=self._memory_device) for _ in range(2))
+        self._address = dict.fromkeys(self._peers, self._unused.data_ptr())
         return memory
 
     def _free(self) -> None:
@@ -112,30 +117,30 @@ class StreamLoopback(SymmMem):
 
 
 class OneRank:
-    """Position 0 of ``layout``, with tokens spread evenly: the ranks' tokens follow each other by position."""
+    """Position 0 of ``layout``, with equal token counts and tokens in the order of the positions."""
 
     def __init__(
         self, layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, link: Loopback | StreamLoopback
     ) -> None:
-        """``q``, ``k``, ``v`` [B, H, L, D]: those of all ranks."""
+        """``q``, ``k``, ``v`` [B, H, L, D]: of all ranks."""
         ranks = layout.world_size
         if q.shape[2] % ranks:
             raise ValueError(f"{q.shape[2]} tokens cannot be spread evenly over {ranks} ranks")
         topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
-        nobody: Any = None  # no process groups: a mesh of one rank exchanges nothing through them
-        control: Any = Alone(ranks)
+        no_group: Any = None  # one rank needs no process groups
+        control: Any = SoleRank(ranks)
         self.link = link
         self.mesh = Mesh(
-            plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank alone", heads=q.shape[1]),
+            plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank", heads=q.shape[1]),
             grid=topology.fold(range(ranks)),
             topology=topology,
             position=0,
             links={"inside": link, "across": link},
-            ulysses_group=nobody,
-            ring_group=nobody,
+            ulysses_group=no_group,
+            ring_group=no_group,
             control=control,
             transport="loopback",
-            chosen="the only one here",
+            chosen="loopback",
         )
         self.tokens = q.shape[2] // ranks
         self.own = tuple(x[:, :, : self.tokens] for x in (q, k, v))
@@ -144,7 +149,7 @@ class OneRank:
 
     @property
     def heads(self) -> slice:
-        """Of the head group that this rank attends."""
+        """The head group of this rank."""
         return slice(*self._call.sizes.q_heads[self.mesh.layout.head_group(0)])
 
     @property
@@ -152,7 +157,7 @@ class OneRank:
         return agree(self.mesh, self.own, None, Tokens(self.counts, self.counts), overlap=True)
 
     def fill(self, out: torch.Tensor) -> None:
-        """Put into the window what the peers would send; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
+        """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
         places = self._call.places[0]
         for window in (places.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
@@ -161,7 +166,7 @@ class OneRank:
                 window_view(window, offset, chunk.shape, chunk.dtype, pitch).copy_(chunk)
 
     def _chunk(self, message: Message, out: torch.Tensor) -> torch.Tensor:
-        """What the peer sends: [S, B, H, D], or K and V as [S, 2, B, H, D]."""
+        """The peer's chunk: [S, B, H, D], or K and V as [S, 2, B, H, D]."""
         layout, sizes = self.mesh.layout, self._call.sizes
         if message.tensor == "o":
             low, high = sizes.q_heads[layout.head_group(message.peer)]
@@ -175,8 +180,8 @@ class OneRank:
         return parts[0].contiguous() if len(parts) == 1 else torch.stack(parts, 1)
 
     def outputs(self, result: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Every output that this rank attended in the last call, as rows among all tokens and [B, H, S, D]: its own out
-        of ``result``, the others as they were sent over a ``Loopback``."""
+        """The outputs of the last call as (rows among all tokens, [B, H, S, D]): its own from ``result``, the others as
+        sent over a ``Loopback``."""
         assert isinstance(self.link, Loopback)
         yield slice(0, self.tokens), result[:, self.heads]
         for message, parcel in zip(self._messages("sends"), self.link.sent, strict=True):

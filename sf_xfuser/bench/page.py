@@ -1,4 +1,4 @@
-"""A bench document drawn: a plot, and one HTML page that runs no script and loads nothing. Needs matplotlib."""
+"""Plots of a bench document, and an HTML page without scripts or external files. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from textwrap import shorten
 from typing import IO, TYPE_CHECKING, Any
 
 from sf_xfuser.bench import report
+from sf_xfuser.bench.deprecated import upgraded
 from sf_xfuser.bench.report import Row
+from sf_xfuser.bench.timelines import without_overlap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PANELS = 3  # more cases than these are plotted as one bar chart of ratios
+_PANELS = 3  # with more cases, the plot shows ratios only
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers. Grey is time that computes nothing.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _COLOURS = {
     "compute": "#0072B2",
     "wait": "#C4C4C4",
@@ -48,14 +50,14 @@ th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-ali
 th { background: var(--soft); }
 .text, th:first-child, td:first-child { text-align: left; white-space: normal; }
 .best td { background: var(--best); font-weight: 600; }
-.refused td { font-style: italic; opacity: 0.8; }
+.skipped td { font-style: italic; opacity: 0.8; }
 .failed td { color: var(--bad); opacity: 1; }
 small { display: block; opacity: 0.7; font-weight: 400; }
 figure { margin: 0.6rem 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
 figure svg { width: 100%; height: auto; }
 """
 
-# Fact of a document -> its name for readers, the scale of its value and the unit.
+# Key of a document -> its name on the page, scale and unit.
 _UNITS = {
     "memory_bytes": ("memory", 1e-9, " GB"),
     "inter_rate_bps": ("rate between machines", 1e-6, " Mbit/s"),
@@ -65,14 +67,15 @@ _UNITS = {
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One part of a figure: how high it is, in inches, and how to draw it."""
+    """One part of a figure: its height in inches and its drawing function."""
 
     height: float
     draw: Callable[[Axes], None]
 
 
 def plot(document: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Time per variant of each case (of many cases: the ratios) above the first timeline. The suffix says the file type."""
+    """Write bars for each case (for many cases: ratios) and the first timeline. The suffix selects the file type."""
+    document = upgraded(document)
     cases = report.by_case(document["rows"])
     if not cases:
         raise ValueError("nothing to plot: the document has no rows")
@@ -83,7 +86,7 @@ def plot(document: Mapping[str, Any], path: str | PathLike[str]) -> None:
 
 
 def require_matplotlib() -> None:
-    """Raises RuntimeError with the remedy where matplotlib is missing."""
+    """Raise RuntimeError with the remedy if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -91,7 +94,7 @@ def require_matplotlib() -> None:
 
 
 def save(panels: Sequence[Panel], to: str | PathLike[str] | IO[str], file_type: str | None = None) -> None:
-    """Draw the panels below one another. ``file_type`` is taken from the suffix of ``to`` when not given."""
+    """Draw the panels below one another. ``file_type``: by default, the suffix of ``to``."""
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -107,17 +110,16 @@ def save(panels: Sequence[Panel], to: str | PathLike[str] | IO[str], file_type: 
 
 
 def bars_panel(rows: Sequence[Row]) -> Panel:
-    """Median time per variant of one case, split into attention and what is not covered by it."""
+    """Median time per variant of one case, split into attention and exposed communication."""
 
     def draw(axes: Axes) -> None:
         seconds, binder = report.bound(rows)
         measured = [report.spread(row)[1] or row.get("median_s") for row in rows if report.succeeded(row)]
-        known = [value for value in map(report.number, [*measured, seconds]) if value is not None]
-        limit = max(known, default=1e-3) * 1e3
+        limit = max((x for x in map(report.number, [*measured, seconds]) if x is not None), default=1e-3) * 1e3
         for y, row in enumerate(rows):
             median = report.number(row.get("median_s")) if report.succeeded(row) else None
             if median is None:
-                text = report.refusal(row) if not report.succeeded(row) else report.DASH
+                text = report.reason(row) if not report.succeeded(row) else report.DASH
                 _label(axes, limit * 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
             attention = report.number(row.get("attention_s"))
@@ -131,7 +133,8 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
             label = f"{report.shown(median, 1e3)} ms" + (f", {report.times(ratio)} USP" if ratio is not None else "")
             _label(axes, max(median, high or 0) * 1e3 + limit * 0.012, y, label)
         if seconds is not None:
-            axes.axvline(seconds * 1e3, color="#202020", linestyle="--", linewidth=1, label=f"bound, by {binder}")
+            text = f"lower bound, set by {binder}"
+            axes.axvline(seconds * 1e3, color="#202020", linestyle="--", linewidth=1, label=text)
         keys: dict[str, str] = {}
         for row in filter(report.succeeded, rows):
             whole = report.number(row.get("attention_s")) is None
@@ -145,7 +148,7 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
 
 
 def ratio_panel(rows: Sequence[Row]) -> Panel:
-    """How many times faster the subject is than USP and than the best xDiT variant, case by case."""
+    """Speedup of torus over USP and over xDiT's fastest variant, for each case."""
     cases = report.by_case(rows)
 
     def draw(axes: Axes) -> None:
@@ -154,7 +157,7 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
         for y, of_case in enumerate(cases.values()):
             row = report.variant_row(of_case, report.SUBJECT)
             if row is None or not report.succeeded(row):
-                text = f"no {report.SUBJECT} variant" if row is None else report.refusal(row)
+                text = f"no {report.SUBJECT} variant" if row is None else report.reason(row)
                 _label(axes, 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
             for offset, (key, colour) in zip((-0.2, 0.2), kinds.values(), strict=True):
@@ -167,14 +170,14 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
         axes.axvline(1.0, color="#202020", linestyle="--", linewidth=1, label="equal")
         _legend(axes, {name: _COLOURS[colour] for name, (_, colour) in kinds.items()})
         axes.set_yticks(range(len(cases)), list(cases))
-        axes.set(xlim=(0, largest * 1.1), ylim=(len(cases) - 0.4, -0.6), xlabel="times as fast (more is better)")
+        axes.set(xlim=(0, largest * 1.1), ylim=(len(cases) - 0.4, -0.6), xlabel="speedup (higher is better)")
         axes.set_title(f"{report.SUBJECT} against xDiT", loc="left", fontweight="bold")
 
     return Panel(1.0 + 0.42 * len(cases), draw)
 
 
 def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
-    """One call: what each rank computes, waits for and has on the wire, coloured by tensor."""
+    """One call: compute, waits and transfers of each rank, coloured by tensor."""
     ranks: list[Mapping[str, Any]] = sorted(timeline["ranks"], key=lambda rank: (rank["machine"], rank["rank"]))
     used = {span["link"] for rank in ranks for span in rank["spans"]}
     links = ["compute", *(link for link in ("inside", "across") if link in used)]
@@ -194,12 +197,12 @@ def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
             mine = [n for n, rank in enumerate(ranks) if rank["machine"] == machine]
             top, bottom = mine[0] * height - 0.75, (mine[-1] + 1) * height - 0.75
             axes.axhspan(top, bottom, color="#000000" if machine % 2 else "#ffffff", alpha=0.05, linewidth=0, zorder=0)
-            place, middle = axes.get_yaxis_transform(), (top + bottom) / 2
-            axes.text(1.004, middle, f"machine {machine}", transform=place, rotation=270, va="center", fontsize=7)
+            right, middle = axes.get_yaxis_transform(), (top + bottom) / 2
+            axes.text(1.004, middle, f"machine {machine}", transform=right, rotation=270, va="center", fontsize=7)
         longest = max((span["end_s"] for rank in ranks for span in rank["spans"]), default=0.0)
         duration = max(report.number(timeline.get("duration_s")) or 0.0, longest) or 1e-3
         axes.set(xlim=(0, duration * 1e3), ylim=(max(len(ranks), 1) * height - 0.75, -0.75), xlabel="ms")
-        names = {"wait": "waits", "other": "other tensors"}
+        names = {"other": "other tensors"}
         _legend(axes, {names.get(key, key): colour for key, colour in _COLOURS.items() if key in colours}, left=1.03)
         axes.set_title(f"one call of {timeline['variant']}, {timeline['case']}", loc="left", fontweight="bold")
 
@@ -207,16 +210,15 @@ def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
 
 
 def _draw_spans(axes: Axes, spans: list[Mapping[str, Any]], y: float, colours: set[str]) -> None:
-    """Spans of one link around ``y``, overlapping ones on thinner sub-links; adds what it drew to ``colours``."""
-    split = report.sub_links(spans)
-    height = 0.84 / max(len(split), 1)
-    for n, link in enumerate(split):
-        kinds = [_kind(span) for span in link]
-        for kind in dict.fromkeys(kinds):
-            parts = [span for span, its in zip(link, kinds, strict=True) if its == kind]
+    """Draw the spans of one link at ``y``, overlapping ones as thinner bars; add their kinds to ``colours``."""
+    rows = without_overlap(spans)
+    height = 0.84 / max(len(rows), 1)
+    for n, row in enumerate(rows):
+        for kind in dict.fromkeys(map(_kind, row)):
+            parts = [span for span in row if _kind(span) == kind]
             bars = [(span["start_s"] * 1e3, (span["end_s"] - span["start_s"]) * 1e3) for span in parts]
-            place = (y - 0.42 + n * height, height)
-            axes.broken_barh(bars, place, facecolors=_COLOURS[kind], edgecolor="white", linewidth=0.3)
+            extent = (y - 0.42 + n * height, height)
+            axes.broken_barh(bars, extent, facecolors=_COLOURS[kind], edgecolor="white", linewidth=0.3)
             colours.add(kind)
 
 
@@ -228,13 +230,13 @@ def _kind(span: Mapping[str, Any]) -> str:
 
 
 def _label(axes: Axes, x: float, y: float, text: str, color: str = "#000000") -> None:
-    """Readable also where a line runs behind it."""
+    """A text with a background, readable on top of a line."""
     background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.text(x, y, text, va="center", fontsize=8, color=color, bbox=background, zorder=4)
 
 
 def _legend(axes: Axes, colours: Mapping[str, str], left: float = 1.01) -> None:
-    """Right of the axes, where no data is: one patch per colour, then the labelled lines."""
+    """Right of the axes: one patch per colour, then the labelled lines."""
     from matplotlib.patches import Patch
 
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
@@ -244,8 +246,11 @@ def _legend(axes: Axes, colours: Mapping[str, str], left: float = 1.01) -> None:
 
 
 def html(document: Mapping[str, Any]) -> str:
-    """The page: where the numbers come from, the summary of several cases, then each case with its plots and bytes. The
-    rows are in it once more, as JSON."""
+    """The page: hardware and versions, a summary of several cases, then tables and plots of each case.
+
+    It also contains the rows as JSON.
+    """
+    document = upgraded(document)
     rows: Sequence[Row] = document["rows"]
     timelines: Sequence[Mapping[str, Any]] = document.get("timelines") or ()
     cases = report.by_case(rows)
@@ -270,7 +275,7 @@ def html(document: Mapping[str, Any]) -> str:
 
 
 class _Figures:
-    """Makes inline SVG whose ids are unique in the page."""
+    """Makes inline SVG with ids that are unique in the page."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -289,17 +294,17 @@ class _Figures:
 
 def _head(document: Mapping[str, Any]) -> str:
     facts = {"commit": document.get("commit"), "created": document.get("created")}
-    place = {**document.get("hardware", {}), **document.get("versions", {})}
+    system = {**document.get("hardware", {}), **document.get("versions", {})}
     return (
         "<h1>sf-xfuser bench</h1>\n"
         f"<p>{_facts(facts)}</p>\n<pre>{escape(str(document.get('command') or report.DASH))}</pre>\n"
-        + _section("Hardware and versions", _table((), (_line(pair, text=2) for pair in _pairs(place))), opened=False)
+        + _section("Hardware and versions", _table((), (_line(pair, text=2) for pair in _pairs(system))), opened=False)
     )
 
 
 def _case(rows: Sequence[Row], timelines: Sequence[Mapping[str, Any]], figures: _Figures) -> str:
     facts = {key: value for key, value in rows[0]["case"].items() if key != "id"}
-    best = report.contender(rows)
+    best = report.fastest_parallel(rows)
     body = [f"<p>{_facts(facts)}</p>", f"<p>{escape(report.bound_text(rows))}</p>"]
     body.append(_table(report.COLUMNS, (_variant(row, row is best) for row in rows)))
     body.append(figures.add(bars_panel(rows)))
@@ -309,9 +314,8 @@ def _case(rows: Sequence[Row], timelines: Sequence[Mapping[str, Any]], figures: 
     compared = (report.variant_row(rows, report.SUBJECT), report.usp_row(rows))
     for row in compared:
         if row is not None and report.succeeded(row) and len(row.get("wire_bytes") or ()) > 1:
-            body.append(
-                _section(f"MB between machines, {row['variant']}", _heat_table(row["wire_bytes"]), opened=False)
-            )
+            title = f"MB between machines, {row['variant']}"
+            body.append(_section(title, _heat_table(row["wire_bytes"]), opened=False))
     return "\n".join(body)
 
 
@@ -319,16 +323,16 @@ def _variant(row: Row, best: bool) -> str:
     about = f"<small>{escape(row['description'])}</small>" if row.get("description") else ""
     variant = f"<td>{escape(row['variant'])}{about}</td>"
     if not report.succeeded(row):
-        kind = "refused" if row.get("status") == "skipped" else "refused failed"
+        kind = "skipped" if row.get("status") == "skipped" else "skipped failed"
         span = len(report.COLUMNS) - 1
-        return f'<tr class="{kind}">{variant}<td class="text" colspan="{span}">{escape(report.refusal(row))}</td></tr>'
+        return f'<tr class="{kind}">{variant}<td class="text" colspan="{span}">{escape(report.reason(row))}</td></tr>'
     layout, *values = report.cells(row)[1:]
     rest = f'<td class="text">{escape(layout)}</td>' + "".join(f"<td>{escape(text)}</td>" for text in values)
     return f'<tr class="best">{variant}{rest}</tr>' if best else f"<tr>{variant}{rest}</tr>"
 
 
 def _heat_table(matrix: Sequence[Sequence[Any]]) -> str:
-    """Machine (line) to machine (column); the more bytes, the stronger the colour."""
+    """From each machine (row) to each machine (column); the more bytes, the stronger the colour."""
     largest = max((report.number(size) or 0.0 for line in matrix for size in line), default=0.0) or 1.0
     lines = []
     for machine, line in enumerate(matrix):
@@ -351,14 +355,14 @@ def _table(columns: Sequence[str], lines: Iterable[str]) -> str:
 
 
 def _line(texts: Iterable[str], text: int) -> str:
-    """A table line; the first ``text`` cells hold words, the others numbers."""
+    """A table row; the first ``text`` cells hold text, the others numbers."""
     words = '<td class="text">'
     cells = (f"{words if n < text else '<td>'}{escape(cell)}</td>" for n, cell in enumerate(texts))
     return f"<tr>{''.join(cells)}</tr>"
 
 
 def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values for readers."""
+    """(name, value) as the page shows them."""
     pairs = []
     for key, value in facts.items():
         if key in _UNITS:
@@ -374,7 +378,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null in their place."""
+    """``value`` with null in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""Whole denoising steps through real pipelines, as variants of an A/B run: ``sf-xfuser bench --pipeline``.
+"""``sf-xfuser bench --pipeline``: whole denoising steps of real pipelines, alternating between variants.
 
-Each rank loads one pipeline, as xDiT's runner does, under ``--sp-backend torus``, and every variant runs that pipeline in
-the same process group. A variant is two settings around a call: which attention xDiT's models reach under the name
-``USP`` (what the plugin put there, or xDiT's own), and for xDiT's own, the layout (``XditVariant.selected``). Nothing else
-differs: weights, prompt, noise, local attention, gathering of the result.
+Each rank loads one pipeline under ``--sp-backend torus``, as xDiT's runner does, and every variant runs that pipeline
+in the same process group. A variant selects the attention behind xDiT's ``USP`` (the plugin's or xDiT's own) and, for
+xDiT's own, the layout. Weights, prompt, noise, local attention and the gathering of the result are the same for all
+variants.
 
-The reference is plain diffusers on rank 0 alone, before the others start. Every call of every variant is compared with it.
+Plain diffusers on rank 0 runs first. The result of every call is compared with its latents.
 
 Importing this module needs no xfuser and no diffusers.
 """
@@ -17,176 +17,134 @@ import importlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.bench.usp_variants import attention_timer, open_variants
+from sf_xfuser.bench.usp_variants import attention_timer, make_groups
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.files import read_json
 from sf_xfuser.integrations.xdit import plugin, session
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
+from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.layout.plan import UNEVEN, make_plan
-from sf_xfuser.layout.usp_layouts import legal_configs
+from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs
 from sf_xfuser.torus.mesh import build_mesh, gather_topology
 from sf_xfuser.transport.rendezvous import StoreGroup
 
-# Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.
+# In every tokenizer longer than any text length, so that pipelines cut it to the requested length.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineOptions:
-    """One measurement. The same on every rank.
+    """One measurement; the same on every rank.
 
-    ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: what its pipeline is asked for
-    (height, width, num_frames, guidance_scale); the model's ``small_input.json`` or its own defaults where empty.
-    ``topology`` and ``plan`` are ``--sp-topology`` and ``--sp-plan`` of the torus variant. xDiT's variants are its own
-    layout with both rotations. ``compress``: formats of ``--sp-compress``, a variant each.
-    ``rounds`` calls of ``steps`` steps are timed per variant, after one that is not. ``dtype`` names a torch dtype.
+    ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: arguments of the pipeline's call,
+    such as height, width and num_frames; empty for those of the model's ``small_input.json``, if any. ``topology``,
+    ``plan``: ``--sp-topology`` and ``--sp-plan`` of the torus variant. ``compress``: formats of ``--sp-compress``, one
+    more variant each. Each variant makes one untimed call, then ``rounds`` timed calls of ``steps`` denoising steps.
     """
 
     model: str
     topology: str = "auto"
     plan: str = "auto"
-    compress: tuple[str, ...] = ()
+    compress: Sequence[str] = ()
     size: Mapping[str, Any] = field(default_factory=dict)
     text_length: int = 256
     steps: int = 3
     rounds: int = 2
     dtype: str = "float32"
     seed: int = 42
-    timeout: float = 300.0
+    timeout_s: float = 300.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model with random weights that has a published model's attention and few of its blocks, and its input."""
+class TinyModel(NamedTuple):
+    """A model with random weights, the heads of a published model and few of its blocks, and the input to measure.
 
-    heads: int
-    head_dim: int
-    layers: int
-    single_layers: int | None = None
+    ``arguments``: of ``tiny_models.save_tiny_model``.
+    """
+
+    arguments: Mapping[str, int]
     size: Mapping[str, Any]
-    text_length: int
+    text_length: int = 256
 
 
-#: About 4k tokens each, with the heads of the published models (CogVideoX as the paper ran it: 24 x 64).
-SHAPES: Mapping[str, Shape] = MappingProxyType(
-    {
-        "flux": Shape(
-            heads=24,
-            head_dim=128,
-            layers=0,
-            single_layers=2,
-            size={"height": 1024, "width": 1024, "guidance_scale": 3.5},
-            text_length=256,
-        ),
-        "hunyuanvideo": Shape(
-            heads=24,
-            head_dim=128,
-            layers=0,
-            single_layers=1,
-            size={"height": 256, "width": 512, "num_frames": 29, "guidance_scale": 6.0},
-            text_length=256,
-        ),
-        "cogvideox": Shape(
-            heads=24,
-            head_dim=64,
-            layers=1,
-            size={"height": 512, "width": 704, "num_frames": 9, "guidance_scale": 1.0},
-            text_length=224,
-        ),
-    }
-)
-
-
-def make_model(name: str, folder: str | Path) -> Path:
-    """Save the model of ``SHAPES[name]`` under ``folder``. Needs diffusers; local, deterministic."""
-    from sf_xfuser.bench.tiny_models import save_tiny_model
-
-    shape = SHAPES[name]
-    return save_tiny_model(
-        name,
-        folder,
-        heads=shape.heads,
-        head_dim=shape.head_dim,
-        layers=shape.layers,
-        single_layers=shape.single_layers,
-    )
+#: About 4k tokens each. CogVideoX has the heads that the paper gives: 24 of 64.
+MODELS: Mapping[str, TinyModel] = {
+    "flux": TinyModel(
+        {"heads": 24, "head_dim": 128, "layers": 0, "single_layers": 2},
+        {"height": 1024, "width": 1024, "guidance_scale": 3.5},
+    ),
+    "hunyuanvideo": TinyModel(
+        {"heads": 24, "head_dim": 128, "layers": 0, "single_layers": 1},
+        {"height": 256, "width": 512, "num_frames": 29, "guidance_scale": 6.0},
+    ),
+    "cogvideox": TinyModel(
+        {"heads": 24, "head_dim": 64, "layers": 1},
+        {"height": 512, "width": 704, "num_frames": 9, "guidance_scale": 1.0},
+        text_length=224,
+    ),
+}
 
 
 def measure(options: PipelineOptions) -> list[dict[str, Any]]:
-    """Run every variant: one record each, the same on every rank. Collective over the world.
+    """Run every variant and return one record for each, the same on every rank. Collective over the world.
 
     A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
-    ``times_s`` (every timed step, as long as it took on the slowest rank), ``attention_s`` (the part of each spent in
-    local attention kernels, likewise), ``first_call_s`` (the untimed first call, text encoding included),
-    ``max_abs_error`` (of the final latents against ``"single"``, the largest of all calls and ranks) and ``psnr_db``
-    (peak signal-to-noise ratio of the final latents against ``"torus"``, for variants that compress; None where they are
-    the same bits). ``"single"`` is timed in one call, alone.
+    ``times_s`` (of each timed step on the slowest rank), ``attention_s`` (the part in local attention kernels,
+    likewise), ``first_call_s`` (the untimed call, with text encoding), ``max_abs_error`` (largest difference of the
+    final latents from ``"single"``) and ``psnr_db`` (of the final latents of a variant that compresses against
+    ``"torus"``; None if they are equal). ``"single"`` makes one timed call.
 
-    Sets xDiT up for this process, so it wants a process in which xDiT is not set up. Raises ValueError for a model
-    that it does not know and RuntimeError where torus serves no attention call; attention that torus would hand back
-    to xDiT raises, too, since its times would be xDiT's.
+    Sets up xDiT in this process. Raises ValueError for an unknown model. Raises RuntimeError where torus cannot run the
+    attention, because the times would then be xDiT's.
     """
     family = _family(options.model)
     facts = read_model_facts(options.model)
     if facts is None:
         raise ValueError(f"{options.model} has no transformer/config.json with a head count")
     flags = TorusArgs(
-        backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout, strict=True
+        backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
     )
     plugin.enable(flags)
     engine_config = _start(options)
     records = [_single(options)]
-    wanted: torch.Tensor = records[0].pop("latents")
+    expected: torch.Tensor = records[0].pop("latents")
     pipeline = _load(family, options, engine_config)
 
     world_size = dist.get_world_size()
-    grid = gather_topology(flags, StoreGroup.world(options.timeout), world_size).fold(range(world_size))
+    grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
     shape = grid.num_machines, grid.ranks_per_machine
-    own = make_plan(*shape, heads=facts.heads, kv_heads=facts.kv_heads, rule="usp").layout
-    legal = legal_configs(world_size, grid.ranks_per_machine, facts.heads, facts.kv_heads)
-    configs = [config for config in legal if config.ulysses_degree == own.ulysses_degree]
-    torus = make_plan(
-        *shape,
-        heads=facts.heads,
-        kv_heads=facts.kv_heads,
-        rule=flags.rule,
-        explicit=flags.explicit_plan(),
-        max_imbalance=UNEVEN,
-    )
+    heads: dict[str, Any] = {"heads": facts.heads, "kv_heads": facts.kv_heads}
+    own = make_plan(*shape, **heads, rule="usp").layout
+    torus = make_plan(*shape, **heads, rule=flags.rule, explicit=flags.explicit_plan(), max_imbalance=UNEVEN)
     variants = [_Variant("torus", str(torus.layout), nullcontext)]
-    for config, xdit in open_variants(configs, ranks_per_machine=shape[1], members=grid.members).items():
-        variants.append(_Variant(str(config), str(config), functools.partial(_xdit, xdit.selected)))
+    configs = [config for config in legal_configs(world_size, grid.ranks_per_machine, **heads)
+               if config.ulysses_degree == own.ulysses_degree]  # fmt: skip
+    groups = make_groups(configs, ranks_per_machine=shape[1], members=grid.members)
+    variants += [_Variant(str(config), str(config), functools.partial(_xdit, groups, config)) for config in configs]
     for name in options.compress:
-        mesh = build_mesh(
-            [range(world_size)],
-            replace(flags, compress=name),
-            heads=facts.heads,
-            kv_heads=facts.kv_heads,
-            max_imbalance=UNEVEN,
-        )
-        variants.append(
-            _Variant(f"torus-{name}", str(mesh.layout), functools.partial(session.torus_over, mesh), compresses=True)
-        )
-    uncompressed, *others = [(variant, variant.call(pipeline, options, wanted, timed=False)) for variant in variants]
-    for variant, latents in others:
+        args = replace(flags, compress=name)
+        mesh = build_mesh([range(world_size)], args, **heads, max_imbalance=UNEVEN)
+        selected = functools.partial(session.torus_over, mesh)
+        variants.append(_Variant(f"torus-{name}", str(mesh.layout), selected, compresses=True))
+    first = [variant.call(pipeline, options, expected, timed=False) for variant in variants]
+    for variant, latents in zip(variants, first, strict=True):
         if variant.compresses:
-            variant.psnr_db = _psnr_db(latents, uncompressed[1])
-    if _served_by_torus() == 0:
-        raise RuntimeError(f"torus has served no attention call of this pipeline:\n{session.explain()}")
+            variant.psnr_db = _psnr_db(latents, first[0])
+    handled = re.search(r"by torus: (\d+)", session.explain())
+    if handled is None or handled[1] == "0":
+        raise RuntimeError(f"no attention call of this pipeline ran on torus:\n{session.explain()}")
     for number in range(options.rounds):
         for variant in variants if number % 2 == 0 else reversed(variants):
-            variant.call(pipeline, options, wanted, timed=True)
+            variant.call(pipeline, options, expected, timed=True)
     return [*records, *(variant.record() for variant in variants)]
 
 
@@ -194,9 +152,9 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _xdit(layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside, attention is xDiT's own USP, in ``layout``."""
-    with session.xdits_own(), layout():
+def _xdit(groups: XditGroups, config: XditConfig) -> Iterator[None]:
+    """Inside, attention is xDiT's own USP in the layout ``config``."""
+    with session.xdits_own(), groups.selected(config):
         yield
 
 
@@ -204,7 +162,7 @@ def _xdit(layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
 class _Variant:
     name: str
     layout: str
-    settings: Callable[[], AbstractContextManager[None]]
+    selected: Callable[[], AbstractContextManager[None]]
     compresses: bool = False
     first_call_s: float = 0.0
     max_abs_error: float = 0.0
@@ -213,23 +171,23 @@ class _Variant:
     attention_s: list[float] = field(default_factory=list)
 
     def call(
-        self, pipeline: Any, options: PipelineOptions, wanted: torch.Tensor, *, timed: bool
+        self, pipeline: Any, options: PipelineOptions, expected: torch.Tensor, *, timed: bool
     ) -> torch.Tensor | None:
-        """One call of the pipeline on all ranks together. The final latents, where this rank gets them."""
+        """Call the pipeline. Collective. Returns the final latents on the ranks to which the pipeline gives them."""
         attention = [0.0]
 
         def spent(start_s: float, end_s: float) -> None:
             attention[0] += end_s - start_s
 
         dist.barrier(_cpu_group())
-        with self.settings(), attention_timer(spent):
+        with self.selected(), attention_timer(spent):
             latents, call_s, steps = _denoise(pipeline, options, lambda: attention[0])
-        # Some pipelines give the result to some ranks only.
-        error = -1.0 if latents is None else (latents.cpu().float() - wanted).abs().max().item()
+        # Some pipelines return the result on some ranks only.
+        error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
         times, parts = [step[0] for step in steps], [step[1] for step in steps]
         error, call_s, *rest = _largest([math.inf if math.isnan(error) else error, call_s, *times, *parts])
         if error < 0:
-            raise RuntimeError(f"{self.name}: the pipeline gave its latents to no rank")
+            raise RuntimeError(f"{self.name}: the pipeline returned latents on no rank")
         self.max_abs_error = max(self.max_abs_error, error)
         if timed:
             self.times_s += rest[: len(times)]
@@ -239,19 +197,12 @@ class _Variant:
         return latents
 
     def record(self) -> dict[str, Any]:
-        return {
-            "variant": self.name,
-            "layout": self.layout,
-            "times_s": self.times_s,
-            "attention_s": self.attention_s,
-            "first_call_s": self.first_call_s,
-            "max_abs_error": self.max_abs_error,
-            "psnr_db": self.psnr_db,
-        }
+        names = ("layout", "times_s", "attention_s", "first_call_s", "max_abs_error", "psnr_db")
+        return {"variant": self.name, **{name: getattr(self, name) for name in names}}
 
 
 def _single(options: PipelineOptions) -> dict[str, Any]:
-    """Plain diffusers on rank 0 while the others wait. Its record, with the ``latents``, on every rank."""
+    """Run plain diffusers on rank 0 while the other ranks wait. Returns its record and ``latents`` on every rank."""
     record: list[Any] = [None]
     if dist.get_rank() == 0:
         import diffusers
@@ -272,9 +223,10 @@ def _single(options: PipelineOptions) -> dict[str, Any]:
 def _denoise(
     pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float]
 ) -> tuple[torch.Tensor | None, float, list[tuple[float, float]]]:
-    """(latents, where this rank gets them; seconds of the call; for each step its seconds and those in attention).
+    """Call the pipeline. Returns the latents, if any, the seconds of the call, and those of each step and its
+    attention.
 
-    The first step begins where the transformer is first called, each other one where the one before ended.
+    The first step starts at the transformer's first forward, every other step at the end of the previous one.
     """
     marks: list[tuple[float, float]] = []
 
@@ -311,7 +263,7 @@ def _denoise(
 
 
 def _psnr_db(latents: torch.Tensor | None, uncompressed: torch.Tensor | None) -> float | None:
-    """Of ``latents``, on the rank where it is lowest; None where nothing differs. Collective."""
+    """The lowest PSNR of ``latents`` over the ranks; None if they are equal. Collective."""
     lowest = math.inf
     if latents is not None and uncompressed is not None:
         latents, uncompressed = latents.double(), uncompressed.double()
@@ -323,28 +275,23 @@ def _psnr_db(latents: torch.Tensor | None, uncompressed: torch.Tensor | None) ->
 
 
 def _largest(values: list[float]) -> list[float]:
-    """Each of ``values``, on the rank where it is largest. Collective."""
+    """The maximum of each value over the ranks. Collective."""
     reduced = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=_cpu_group())
     found: list[float] = reduced.tolist()
     return found
 
 
-def _served_by_torus() -> int:
-    found = re.search(r"served by torus: (\d+)", session.explain())
-    return int(found[1]) if found else 0
-
-
 # ---- xDiT --------------------------------------------------------------------------------------------------------
 
 
 def _start(options: PipelineOptions) -> Any:
-    """torch.distributed, xDiT's world group, and its engine configuration with the degrees of the plan."""
+    """Initialize xDiT's world group and return xDiT's engine configuration with the degrees of the plan."""
     from xfuser import xFuserArgs
     from xfuser.core.distributed import init_distributed_environment, runtime_state
 
     if runtime_state.runtime_state_is_initialized():
-        raise RuntimeError("xDiT is set up in this process already; measure pipelines in a process of their own")
+        raise RuntimeError("xDiT is set up in this process already; measure pipelines in a new process")
     init_distributed_environment()
     xfuser_args = xFuserArgs(model=options.model)
     engine_config, _ = xfuser_args.create_config()
@@ -352,7 +299,7 @@ def _start(options: PipelineOptions) -> Any:
     return engine_config
 
 
-# By the class in model_index.json: the transformer of xDiT's runner, or None for a pipeline class of xDiT's.
+# Class in model_index.json -> transformer of xDiT's runner; None where xDiT wraps the whole pipeline.
 _TRANSFORMERS: Mapping[str, tuple[str, str] | None] = {
     "FluxPipeline": ("transformer_flux", "xFuserFlux1Transformer2DWrapper"),
     "HunyuanVideoPipeline": ("transformer_hunyuan_video", "xFuserHunyuanVideoTransformer3DWrapper"),
@@ -366,14 +313,14 @@ def _family(model: str) -> str:
     try:
         name = str(read_json(path)["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
-        name = "no diffusers folder"
+        name = "not a diffusers folder"
     if name not in _TRANSFORMERS:
-        raise ValueError(f"{model} is {name}; bench --pipeline measures folders of {', '.join(_TRANSFORMERS)}")
+        raise ValueError(f"{model} is {name}; bench --pipeline supports {', '.join(_TRANSFORMERS)}")
     return name
 
 
 def _load(family: str, options: PipelineOptions, engine_config: Any) -> Any:
-    """The pipeline as xDiT builds it; sets up xDiT's groups and with them the mesh."""
+    """Load the pipeline as xDiT does, which also builds xDiT's groups and the mesh."""
     import diffusers
     from xfuser import xFuserCogVideoXPipeline
     from xfuser.core.distributed import get_runtime_state, initialize_runtime_state

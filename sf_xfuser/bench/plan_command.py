@@ -1,4 +1,4 @@
-"""``sf-xfuser plan`` and ``sf-xfuser simulate``. Without PyTorch."""
+"""``sf-xfuser plan`` and ``sf-xfuser simulate``. Neither needs PyTorch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from sf_xfuser.bench import report
+from sf_xfuser.bench.deprecated import DeprecatedFlag, upgraded
+from sf_xfuser.bench.document import check_output_paths, write_json
+from sf_xfuser.bench.timelines import chrome_trace, from_chrome_trace, side_by_side
+from sf_xfuser.config import TorusArgs
 from sf_xfuser.files import read_json
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 from sf_xfuser.layout.usp_layouts import XditConfig
@@ -26,64 +27,67 @@ from sf_xfuser.simulator.models import MODELS, find_model
 from sf_xfuser.simulator.planner import PATTERN_OF, RankedLayout, Ranking, rank
 from sf_xfuser.simulator.presets import PRESETS, preset
 
-_WIDTH = 170  # of tables that no terminal shows
-_MEASURED, _PREDICTED = "measured", "predicted"
-
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``sf-xfuser plan``."""
-    _add_what(parser)
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="everything as JSON; - for standard output instead of the table")
-    out.add_argument("--plot", metavar="FILE", help="time against machines, link speed and length (png, svg, pdf)")
+    _add_call_arguments(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write the ranking as JSON; - for standard output instead of a table")
+    add("--plot", metavar="FILE", help="plot the time over machines, link speed and sequence length (png, svg, pdf)")
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``sf-xfuser simulate``."""
-    _add_what(parser)
-    what = parser.add_argument_group("which way")
-    what.add_argument("--sp-plan", default="best", metavar="PLAN", help="best (what plan takes), auto, paper, "
-                      "torus=T,ulysses=U,ring=R, or ulysses=U,ring=R for xDiT's USP. Default: best")  # fmt: skip
-    what.add_argument("--no-overlap", action="store_true", help="torus, each transfer waited for at once")
-    what.add_argument("--measured", metavar="FILE", help="a trace or document of sf-xfuser bench (--trace, --json), to "
-                      "lay beside the prediction")  # fmt: skip
-    what.add_argument(
-        "--measured-variant", default=report.SUBJECT, metavar="VARIANT", help="whose timeline. Default: torus"
+    _add_call_arguments(parser)
+    add = parser.add_argument_group("variant").add_argument
+    add("--sp-plan", default="best", metavar="PLAN", help="best (torus in the layout that sf-xfuser plan ranks first), "
+        "auto, paper, usp, torus=T,ulysses=U,ring=R, or ulysses=U,ring=R for xDiT's USP. Default: best")  # fmt: skip
+    add("--no-overlap", action="store_true", help="let torus wait for each transfer at once")
+    add("--measured", metavar="FILE", help="add the measured timeline of a sf-xfuser bench document (--json) or trace "
+        "(--trace)")  # fmt: skip
+    add("--measured-variant", default=report.SUBJECT, metavar="NAME", help="variant of that timeline. Default: torus")
+    add("--measured-arm", dest="measured_variant", action=DeprecatedFlag, default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS)  # fmt: skip
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write the timelines as JSON; - for standard output")
+    add("--plot", metavar="FILE", help="plot the timelines (png, svg, pdf)")
+    add("--trace", metavar="FILE", help="write the timelines as a Chrome trace, for Perfetto")
+
+
+def _add_call_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("cluster").add_argument
+    add("--preset", metavar="NAME", help=f"hardware: {', '.join(PRESETS)}. Default: p4de")
+    add(
+        "--cluster-file",
+        metavar="FILE",
+        help="hardware from a JSON file instead, such as plan --json writes",
     )
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="the timelines as JSON; - for standard output")
-    out.add_argument("--plot", metavar="FILE", help="the timelines as a picture (png, svg, pdf)")
-    out.add_argument("--trace", metavar="FILE", help="the timelines as a Chrome trace, for Perfetto")
-
-
-def _add_what(parser: argparse.ArgumentParser) -> None:
-    where = parser.add_argument_group("cluster")
-    where.add_argument("--machines", type=int, help="Default: the preset's")
-    where.add_argument("--gpus-per-machine", type=int, metavar="M", help="Default: the preset's")
-    where.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}. Default: p4de")
-    where.add_argument("--cluster-file", metavar="FILE", help="a cluster as JSON instead (plan --json writes one)")
-    where.add_argument("--across-gbps", type=float, metavar="GBIT", help="what a machine can send, instead")
-    where.add_argument("--inside-gbps", type=float, metavar="GBIT", help="what a GPU can send in its machine, instead")
-    where.add_argument("--transport", choices=tuple(PATTERN_OF), default="two_sided", help="what moves torus' chunks: "
-                       "NCCL's sends and receives, or one-sided puts (nvshmem). Default: two_sided")  # fmt: skip
-    what = parser.add_argument_group("model")
-    what.add_argument("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a transformer's config.json")
-    what.add_argument("--height", type=int, help="of the picture, in pixels")
-    what.add_argument("--width", type=int, help="of the picture, in pixels")
-    what.add_argument("--frames", type=int, help="of a video")
-    what.add_argument("--heads", type=int, help="query heads, where no model is given")
-    what.add_argument("--kv-heads", type=int, help="key heads. Default: as many")
-    what.add_argument("--head-dim", type=int)
-    what.add_argument("--seq-len", type=int, metavar="L", help="tokens of all ranks")
-    what.add_argument("--batch", type=int, help="sequences of a call. Default: the model's, or 1")
-    what.add_argument("--dtype", choices=tuple(ITEMSIZE), default="bfloat16", help="Default: bfloat16")
+    add("--machines", type=int, metavar="N", help="number of machines. Default: the hardware's")
+    add("--gpus-per-machine", type=int, metavar="M", help="GPUs of a machine. Default: the hardware's")
+    add("--across-gbps", type=float, metavar="GBIT", help="bandwidth of a machine to others. Default: the hardware's")
+    add("--inside-gbps", type=float, metavar="GBIT", help="bandwidth of a GPU in its machine. Default: the hardware's")
+    add("--transport", choices=tuple(PATTERN_OF), default="two_sided", help="of torus: NCCL sends and receives, or "
+        "one-sided puts (nvshmem). Default: two_sided")  # fmt: skip
+    add = parser.add_argument_group("attention call, from a model").add_argument
+    add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or the config.json of a transformer")
+    add("--height", type=int, help="of the image or video, in pixels")
+    add("--width", type=int, help="of the image or video, in pixels")
+    add("--frames", type=int, help="of the video")
+    add = parser.add_argument_group("attention call, without a model").add_argument
+    add("--heads", type=int, help="query heads")
+    add("--kv-heads", type=int, help="key and value heads. Default: as many as --heads")
+    add("--head-dim", type=int, help="size of a head")
+    add("--seq-len", type=int, metavar="L", help="tokens of the whole sequence")
+    add = parser.add_argument_group("attention call").add_argument
+    add("--batch", type=int, help="sequences per call. Default: the model's, or 1")
+    add("--dtype", choices=tuple(ITEMSIZE), default="bfloat16", help="of the inputs. Default: bfloat16")
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """Rank and show. 2: the request makes no sense."""
+    """Rank the layouts and print them. Returns 2 for an invalid request."""
     try:
-        report.require_files(options, "json", "plot")
-        cluster, shape, calls = _asked(options)
+        check_output_paths(options, "json", "plot")
+        cluster, shape, calls = _call(options)
         started_s = time.perf_counter()
         ranking = rank(cluster, shape, calls=calls, transport=options.transport)
         took_s = time.perf_counter() - started_s
@@ -94,16 +98,16 @@ def plan_command(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"sf-xfuser plan: {error}", file=sys.stderr)
         return 2
-    if not report.write_json(options.json, ranking.to_json(), indent=1):
+    if not write_json(options.json, ranking.to_json(), indent=1):
         _show(ranking, took_s)
     return 0
 
 
 def simulate_command(options: argparse.Namespace) -> int:
-    """Replay every rank and show. 2: the request makes no sense."""
+    """Replay every rank and print the times. Returns 2 for an invalid request."""
     try:
-        report.require_files(options, "json", "plot", "trace")
-        cluster, shape, _ = _asked(options)
+        check_output_paths(options, "json", "plot", "trace")
+        cluster, shape, _ = _call(options)
         variant = _variant(options, cluster, shape)
         timelines = [_timeline(cluster, shape, variant)]
         if options.measured:
@@ -111,28 +115,29 @@ def simulate_command(options: argparse.Namespace) -> int:
         if options.plot:
             from sf_xfuser.bench import page
 
-            panels = [page.timeline_panel(_overlaid(*timelines) if options.measured else timelines[0])]
+            panels = [page.timeline_panel(side_by_side(*timelines) if options.measured else timelines[0])]
             page.save(panels, options.plot)
     except (ValueError, RuntimeError) as error:
         print(f"sf-xfuser simulate: {error}", file=sys.stderr)
         return 2
     document = {"rows": [], "timelines": timelines}
     if options.trace:
-        Path(options.trace).write_text(json.dumps(report.chrome_trace(document)))
-    if report.write_json(options.json, document):
+        Path(options.trace).write_text(json.dumps(chrome_trace(document)))
+    if write_json(options.json, document):
         return 0
     for timeline in timelines:
-        spans = [span for found in timeline["ranks"] for span in found["spans"]]
-        computed = sum(s["end_s"] - s["start_s"] for s in spans if s["link"] == "compute") / len(timeline["ranks"])
-        said = f"{timeline['duration_s'] * 1e3:.2f} ms, of which a rank computes {computed * 1e3:.2f} ms on average"
-        print(f"{timeline['variant']}, {timeline['case']}: {said}")
+        spans = [span for found in timeline["ranks"] for span in found["spans"] if span["link"] == "compute"]
+        compute_ms = sum(span["end_s"] - span["start_s"] for span in spans) / len(timeline["ranks"]) * 1e3
+        total = f"{timeline['duration_s'] * 1e3:.2f} ms, {compute_ms:.2f} ms of it compute (mean of the ranks)"
+        print(f"{timeline['variant']}, {timeline['case']}: {total}")
     return 0
 
 
-# -- what was asked ---------------------------------------------------------------------------------------------------
+# -- cluster, call and variant ----------------------------------------------------------------------------------------
 
 
-def _asked(options: argparse.Namespace) -> tuple[Cluster, CallShape, int]:
+def _call(options: argparse.Namespace) -> tuple[Cluster, CallShape, int]:
+    """The cluster, the shape of a call, and the calls of a denoising step."""
     if options.preset and options.cluster_file:
         raise ValueError("give --preset or --cluster-file, not both")
     known = Cluster.load(options.cluster_file) if options.cluster_file else preset(options.preset or "p4de")
@@ -156,7 +161,7 @@ def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int
         kv_heads = options.heads if options.kv_heads is None else options.kv_heads
         return CallShape(**by_hand, kv_heads=kv_heads, dtype=options.dtype), 1
     if len(missing) < len(by_hand) or options.kv_heads is not None:
-        raise ValueError("--model knows its heads and tokens: leave --heads, --kv-heads, --head-dim, --seq-len out")
+        raise ValueError("--model sets heads and tokens: leave --heads, --kv-heads, --head-dim and --seq-len out")
     model = find_model(options.model)
     if options.height is None or options.width is None:
         raise ValueError(f"--model {model.name} needs --height and --width")
@@ -164,36 +169,25 @@ def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int
 
 
 def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) -> TorusVariant | XditConfig:
-    pattern, overlap = PATTERN_OF[options.transport], not options.no_overlap
     text = options.sp_plan
     usp = re.fullmatch(r"ulysses=(\d+),ring=(\d+)", text)
     if usp:
         config = XditConfig(ulysses_degree=int(usp[1]), ring_degree=int(usp[2]))
         if shape.heads % config.ulysses_degree or shape.kv_heads % config.ulysses_degree:
-            raise ValueError(f"{shape.heads} heads do not split ulysses={config.ulysses_degree} ways")
-        config.groups(cluster.num_machines, cluster.ranks_per_machine)  # raises where the product is wrong
+            raise ValueError(f"ulysses={config.ulysses_degree} cannot split {shape.heads} heads")
+        config.groups(cluster.num_machines, cluster.ranks_per_machine)  # raises ValueError for a wrong product
         return config
-    planned = partial(
-        make_plan,
-        cluster.num_machines,
-        cluster.ranks_per_machine,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        max_imbalance=UNEVEN,
-    )
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)
         best = next(c for c in ranked.candidates if c.name == report.SUBJECT)
         text = re.search(r"torus=\S+", best.flags)[0]  # type: ignore[index]
-    explicit = re.fullmatch(r"torus=(\d+),ulysses=(\d+),ring=(\d+)", text)
-    if explicit:
-        degrees = dict(zip(("torus", "ulysses", "ring"), map(int, explicit.groups()), strict=True))
-        return TorusVariant(layout=planned(explicit=degrees).layout, pattern=pattern, overlap=overlap)
-    if text not in ("auto", "paper"):
-        raise ValueError(
-            f"--sp-plan must be best, auto, paper, torus=T,ulysses=U,ring=R or ulysses=U,ring=R, got {text!r}"
-        )
-    return TorusVariant(layout=planned(rule=text).layout, pattern=pattern, overlap=overlap)
+    try:
+        args = TorusArgs(plan=text)
+    except ValueError as error:
+        raise ValueError(f"{error}; best and ulysses=U,ring=R (xDiT's USP) are allowed as well") from None
+    plan = make_plan(cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads, kv_heads=shape.kv_heads,
+                     rule=args.rule, explicit=args.explicit_plan(), max_imbalance=UNEVEN)  # fmt: skip
+    return TorusVariant(layout=plan.layout, pattern=PATTERN_OF[options.transport], overlap=not options.no_overlap)
 
 
 def _timeline(cluster: Cluster, shape: CallShape, variant: TorusVariant | XditConfig) -> dict[str, Any]:
@@ -202,14 +196,11 @@ def _timeline(cluster: Cluster, shape: CallShape, variant: TorusVariant | XditCo
     grid = f"{cluster.num_machines}x{cluster.ranks_per_machine}"
     kv = "" if shape.kv_heads == shape.heads else f"/{shape.kv_heads}"
     case = f"{cluster.name} {grid} L{shape.seq_len} H{shape.heads}{kv} D{shape.head_dim} {shape.dtype}"
-    return {"case": case, "variant": f"{_PREDICTED} {variant}", **predicted.timeline}
-
-
-# -- a measured timeline beside it ------------------------------------------------------------------------------------
+    return {"case": case, "variant": f"predicted {variant}", **predicted.timeline}
 
 
 def _measured(path: str, variant: str, cluster: Cluster) -> dict[str, Any]:
-    """The first timeline of ``variant`` in a bench document or Chrome trace, renamed. Raises ValueError."""
+    """The first timeline of ``variant`` in a bench document or Chrome trace. Raises ValueError."""
     try:
         document = read_json(path)
     except OSError as error:
@@ -217,71 +208,39 @@ def _measured(path: str, variant: str, cluster: Cluster) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--measured {path} is not JSON: {error}") from None
     try:
-        found = _from_trace(document["traceEvents"]) if "traceEvents" in document else document["timelines"]
+        trace = document.get("traceEvents")
+        found = upgraded(document)["timelines"] if trace is None else from_chrome_trace(trace)
         mine = [timeline for timeline in found if timeline["variant"] == variant]
         ranks = mine[0]["ranks"] if mine else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"--measured {path} is no trace or document of sf-xfuser bench ({error!r})") from None
+        raise ValueError(f"--measured {path} is not a document or trace of sf-xfuser bench ({error!r})") from None
     if not mine:
-        variants = ", ".join(sorted({str(timeline["variant"]) for timeline in found})) or "no timeline at all"
-        raise ValueError(f"--measured {path} has no timeline of {variant}; it has {variants}")
+        variants = ", ".join(sorted({str(timeline["variant"]) for timeline in found})) or "none"
+        raise ValueError(f"--measured {path} has no timeline of {variant}; its timelines: {variants}")
     if len(ranks) != cluster.world_size:
-        raise ValueError(f"--measured {path} has {len(ranks)} ranks, the cluster {cluster.world_size}")
-    return {**mine[0], "variant": f"{_MEASURED} {variant}"}
+        raise ValueError(f"--measured {path} has {len(ranks)} ranks, the cluster has {cluster.world_size}")
+    return {**mine[0], "variant": f"measured {variant}"}
 
 
-def _from_trace(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Timelines from the events that ``report.chrome_trace`` writes."""
-    names = {(e["name"], e["pid"], e["tid"] if e["name"] == "thread_name" else 0): e["args"].get("name") for e in events
-             if e["ph"] == "M"}  # fmt: skip
-    timelines: dict[tuple[str, str], dict[str, Any]] = {}
-    for event in events:
-        if event["ph"] != "X":
-            continue
-        variant, machine, case = re.fullmatch(
-            r"(.*) machine (\d+): (.*)", names["process_name", event["pid"], 0]
-        ).groups()  # type: ignore[union-attr]
-        number = int(re.match(r"rank (\d+) ", names["thread_name", event["pid"], event["tid"]])[1])  # type: ignore[index]
-        timeline = timelines.setdefault(
-            (variant, case), {"case": case, "variant": variant, "duration_s": 0.0, "ranks": {}}
-        )
-        mine = timeline["ranks"].setdefault(number, {"rank": number, "machine": int(machine), "spans": []})
-        start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
-        span = {"link": event["cat"], "name": event["name"], "start_s": start, "end_s": end}
-        mine["spans"].append({**span, "bytes": event["args"].get("bytes", 0)})
-        timeline["duration_s"] = max(timeline["duration_s"], end)
-    return [{**t, "ranks": [t["ranks"][n] for n in sorted(t["ranks"])]} for t in timelines.values()]
-
-
-def _overlaid(measured: Mapping[str, Any], predicted: Mapping[str, Any]) -> dict[str, Any]:
-    """One timeline in which each rank's measured lines stand above its predicted ones."""
-    width = len(str(len(predicted["ranks"]) - 1))
-    ranks = [
-        {**found, "rank": f"{found['rank']:0{width}} {word}"}
-        for timeline, word in ((measured, _MEASURED), (predicted, _PREDICTED))
-        for found in timeline["ranks"]
-    ]
-    longest = max(measured["duration_s"], predicted["duration_s"])
-    return {"case": measured["case"], "variant": f"{measured['variant']} and {predicted['variant']}", "duration_s": longest,
-            "ranks": ranks}  # fmt: skip
-
-
-# -- showing it -------------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def _show(ranking: Ranking, took_s: float) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = report.console(width=170)
     cluster, shape = ranking.cluster, ranking.shape
-    kv = "" if shape.kv_heads == shape.heads else f" ({shape.kv_heads} of KV)"
+    kv = "" if shape.kv_heads == shape.heads else f" ({shape.kv_heads} KV)"
     joint = f" and {shape.joint_tokens} text tokens on every rank" if shape.joint_tokens else ""
     title = (
         f"{cluster.name}, {cluster.num_machines} machines x {cluster.ranks_per_machine}: {shape.seq_len} tokens{joint}"
         f", {shape.heads} heads{kv} of {shape.head_dim}, batch {shape.batch}, {shape.dtype}"
     )
-    right = ("ms a call", "ms a step", "MB out of a machine", "MB held")
-    columns = [Column("way"), Column("layout"), *(Column(name, justify="right") for name in right), Column("why")]
+    right = ("ms per call", "ms per step", "MB out of a machine", "buffer MB")
+    columns = [
+        Column("variant"),
+        Column("layout"),
+        *(Column(name, justify="right") for name in right),
+        Column("result"),
+    ]
     table = Table(*columns, title=title, caption=_caption(ranking), pad_edge=False)
     for candidate in ranking.candidates:
         style = "bold green" if candidate is ranking.best else "dim" if candidate.bound_s is None else ""
@@ -301,14 +260,12 @@ def _cells(candidate: RankedLayout, calls: int) -> list[str]:
         seconds, step = f">{candidate.bound_s * 1e3:.2f}", f">{candidate.bound_s * calls * 1e3:.1f}"
     else:
         seconds = step = report.DASH
-    out = report.DASH if candidate.across_bytes is None else f"{candidate.across_bytes / 1e6:,.1f}"
-    held = report.DASH if predicted is None else f"{predicted.buffer_bytes / 1e6:,.0f}"
+    sent = report.DASH if candidate.across_bytes is None else f"{candidate.across_bytes / 1e6:,.1f}"
+    buffer = report.DASH if predicted is None else f"{predicted.buffer_bytes / 1e6:,.0f}"
     name = f"{candidate.name} (paper's rule)" if candidate.paper else candidate.name
-    return [name, candidate.layout, seconds, step, out, held, candidate.verdict]
+    return [name, candidate.layout, seconds, step, sent, buffer, candidate.verdict]
 
 
 def _caption(ranking: Ranking) -> str:
-    calls = (
-        f"a step is {ranking.calls} attention calls" if ranking.calls > 1 else "a step is taken as one attention call"
-    )
-    return f"{calls}, nothing else; > is a bound, where a replay could not change the choice"
+    step = "one attention call" if ranking.calls == 1 else f"{ranking.calls} attention calls"
+    return f"a step is {step} and nothing else; > marks a lower bound of a layout that was not replayed"

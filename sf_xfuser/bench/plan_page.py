@@ -1,4 +1,4 @@
-"""A ranking drawn: the attention call's time against machines, link speed and length. Needs matplotlib."""
+"""Plots of a ranking: time of an attention call over machines, link speed and length. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FACTORS = tuple(2.0 ** (n / 2) for n in range(-6, 7))
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """``seconds[line][n]`` at ``at[n]``; None where there is no such variant."""
+    """``seconds[line][n]`` at ``at[n]``; None without a legal layout. ``here``: the requested value."""
 
     label: str
     at: tuple[float, ...]
@@ -39,29 +39,25 @@ class Sweep:
 
 
 def plot(ranking: Ranking, transport: str, path: str | PathLike[str]) -> None:
-    """Three panels; where a line crosses the fastest of xDiT's, the place is marked. The suffix says the file type."""
+    """Write three panels that mark where torus and xDiT are equally fast. The suffix selects the file type."""
     save([_panel(sweep) for sweep in sweeps(ranking, transport)], path)
 
 
 def sweeps(ranking: Ranking, transport: str) -> list[Sweep]:
-    """What the panels show. Pure."""
+    """One sweep per panel. Pure."""
     cluster, shape = ranking.cluster, ranking.shape
-    n, m, rate = (
-        cluster.num_machines,
-        cluster.ranks_per_machine,
-        cluster.across.machine_gbps or cluster.across.rank_gbps,
-    )
-    machines = sorted({*_MACHINES, n})
+    n, m = cluster.num_machines, cluster.ranks_per_machine
+    rate = cluster.across.machine_gbps or cluster.across.rank_gbps
 
-    def swept(label: str, at: Sequence[float], here: float, ask: Callable[[float], tuple[Cluster, CallShape]]) -> Sweep:
-        found = [_lines(*ask(x), transport) for x in at]
+    def swept(label: str, at: Sequence[float], here: float, of: Callable[[float], tuple[Cluster, CallShape]]) -> Sweep:
+        found = [_lines(*of(x), transport) for x in at]
         return Sweep(label, tuple(at), here, {line: [seconds[line] for seconds in found] for line in _LINES})
 
-    fits = [x for x in machines if x * m <= shape.seq_len]
+    machines = [x for x in sorted({*_MACHINES, n}) if x * m <= shape.seq_len]
     lengths = [x for x in (round(shape.seq_len * f) for f in _FACTORS) if x >= cluster.world_size]
     unit = "out of a machine" if cluster.across.machine_gbps else "out of a rank"
     return [
-        swept("machines", fits, n, lambda x: (cluster.sized(int(x), m), shape)),
+        swept("machines", machines, n, lambda x: (cluster.sized(int(x), m), shape)),
         swept(f"Gbit/s {unit}", [rate * f for f in _FACTORS], rate, lambda x: (_at_rate(cluster, x), shape)),
         swept("tokens", lengths, shape.seq_len, lambda x: (cluster, replace(shape, seq_len=int(x)))),
     ]
@@ -75,29 +71,24 @@ def _at_rate(cluster: Cluster, gbps: float) -> Cluster:
 
 def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, float | None]:
     found = rank(cluster, shape, transport=transport)
-    timed = [
-        (candidate.name, candidate.predicted.seconds)
-        for candidate in found.candidates
-        if candidate.predicted is not None
-    ]
+    timed = [(c.name, c.predicted.seconds) for c in found.candidates if c.predicted is not None]
     paper = paper_layout(cluster.num_machines, cluster.ranks_per_machine, gcd(shape.heads, shape.kv_heads))
 
-    def fastest(wanted: Callable[[str], bool]) -> float | None:
-        return min((seconds for name, seconds in timed if wanted(name)), default=None)
+    by_rule = TorusVariant(layout=paper, pattern=PATTERN_OF[transport])
+
+    def fastest(matches: Callable[[str], bool]) -> float | None:
+        return min((seconds for name, seconds in timed if matches(name)), default=None)
 
     return {
         "torus, best layout": fastest(lambda name: name == "torus"),
-        "torus, paper's rule": predict(
-            cluster, shape, TorusVariant(layout=paper, pattern=PATTERN_OF[transport])
-        ).seconds,
+        "torus, paper's rule": predict(cluster, shape, by_rule).seconds,
         "xDiT's USP": fastest(lambda name: name.startswith("usp-")),
         "xDiT's best": fastest(lambda name: name != "torus"),
     }
 
 
 def crossings(sweep: Sweep) -> list[tuple[float, float]]:
-    """Where torus' best layout and xDiT's best change places: (at, seconds), between two points on a straight line in
-    logarithms. Pure."""
+    """(at, seconds) where torus's best layout and xDiT's best are equally fast, interpolated in logarithms. Pure."""
     found = []
     ours, theirs = sweep.seconds["torus, best layout"], sweep.seconds["xDiT's best"]
     for n in range(1, len(sweep.at)):
@@ -105,9 +96,8 @@ def crossings(sweep: Sweep) -> list[tuple[float, float]]:
         if any(x is None for x in ends):
             continue
         a, b, c, d = (math.log(x) for x in ends if x is not None)
-        before, after = a - b, c - d
-        if before * after < 0:
-            part = before / (before - after)
+        if (a - b) * (c - d) < 0:
+            part = (a - b) / (a - b - (c - d))
             low, high = math.log(sweep.at[n - 1]), math.log(sweep.at[n])
             found.append((math.exp(low + part * (high - low)), math.exp(a + part * (c - a))))
     return found
@@ -122,12 +112,12 @@ def _panel(sweep: Sweep) -> Panel:
             if known:
                 style = "--" if line in ("torus, paper's rule", "xDiT's USP") else "-"
                 axes.plot(*zip(*known, strict=True), style, marker=".", color=colour, label=line)
-        axes.axvline(sweep.here, color="#A0A0A0", linewidth=1, linestyle=":", label="as asked")
+        axes.axvline(sweep.here, color="#A0A0A0", linewidth=1, linestyle=":", label="requested")
         for at, seconds in crossings(sweep):
             axes.plot(at, seconds * 1e3, "o", color="#202020", fillstyle="none")
             axes.annotate(f"{at:,.3g}", (at, seconds * 1e3), xytext=(6, 6), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", yscale="log", xlabel=sweep.label, ylabel="ms per attention call")
-        for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
+        for axis in (axes.xaxis, axes.yaxis):  # no powers of ten
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_formatter(NullFormatter())
         axes.set_xticks([*sweep.at[::2]], [f"{at:,.3g}" if at < 1000 else f"{at:,.0f}" for at in sweep.at[::2]])

@@ -1,8 +1,8 @@
-"""What a chunk costs: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
+"""Time of a put over shared memory: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
 
-Rank 0 puts a round of chunks into rank 1's window and raises its flag, as in an attention call; in every other round it
-copies the same bytes within its own memory instead. Rank 1 clears its window after every round, so that all rounds
-begin alike. The time is rank 0's, from the call to the chunks being in place, per chunk.
+Rank 0 puts a round of chunks into rank 1's window and raises the flags, as in an attention call. In every other round
+it copies the same bytes within its own memory instead. Rank 1 clears its window after every round, so all rounds start
+in the same state. The time per chunk is rank 0's, from the call until the chunks are in place.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _WARMUP = 3
 
 
 def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) -> list[dict[str, Any]]:
-    """One row per size: medians in seconds per chunk over ``repeat`` rounds of each kind. Collective over two ranks."""
+    """One row per size: median seconds per chunk over ``repeat`` rounds of each kind. Collective over two ranks."""
     rank = dist.get_rank()
-    link = Shm(ControlPlane(StoreGroup.world(timeout_s), [0, 1], rank, timeout_s), [0, 1], rank, [1 - rank], timeout_s)
+    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1], rank, timeout_s)
+    link = Shm(control, [0, 1], rank, [1 - rank], timeout_s)
     link.reserve(chunks * max(sizes))
     rows = []
     for size in sizes:
@@ -59,7 +60,7 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
                     link.exchange(0, [Parcel((nothing,), source.dtype, 0, 0)], [])
                     link.exchange(1, [], [Parcel((window,), source.dtype, 0, n) for n in range(chunks)]).wait()
                     if kind == "put":
-                        assert bool(window[: chunks * size].all()), "the chunks are not there"
+                        assert bool(window[: chunks * size].all()), "a chunk is missing"
                     window[: chunks * size] = 0
         if rank == 0:
             medians = {f"{kind}_s": statistics.median(times) for kind, times in seconds.items()}
@@ -70,17 +71,19 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.puts", description=__doc__)
-    parser.add_argument("--chunks", type=int, default=8, help="chunks of a round. Default: 8")
-    parser.add_argument("--repeat", type=int, default=101, help="rounds of each kind and size. Default: 101")
+    parser.add_argument("--chunks", type=int, default=8, help="chunks per round. Default: 8")
+    parser.add_argument("--repeat", type=int, default=101, help="rounds per kind and size. Default: 101")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     options = parser.parse_args()
     dist.init_process_group("gloo")
     if dist.get_world_size() != 2:
-        raise SystemExit(f"two ranks are needed, got {dist.get_world_size()}: torchrun --nproc-per-node 2 -m ...")
+        raise SystemExit(
+            f"needs two ranks, got {dist.get_world_size()}: torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts"
+        )
     rows = measure(SIZES, options.chunks, options.repeat, timeout_s=60.0)
     if rows:
         heads = ("bytes", "put and flag, us", "copy, us", "put / copy")
-        table = Table(*heads, title=f"shm: rank 0 to rank 1, per chunk, {options.chunks} chunks in a round")
+        table = Table(*heads, title=f"shm, rank 0 to rank 1: time per chunk, {options.chunks} chunks per round")
         for row in rows:
             us = (f"{row[name] * 1e6:.1f}" for name in ("put_s", "copy_s"))
             table.add_row(f"{row['bytes']:,}", *us, f"{row['ratio']:.2f}x")

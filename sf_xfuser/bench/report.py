@@ -1,24 +1,22 @@
-"""A bench document as tables, a summary and a Chrome trace. Reads plain JSON data; measures nothing.
+"""The rows of a benchmark as tables and as a summary.
 
-A document holds ``rows`` (one per case and variant) and ``timelines`` (spans of one call). Variants are whatever the rows name,
-in the rows' order; only ``torus`` (the subject), ``usp-*`` and ``ulysses`` (what it is compared with) have a meaning.
-The dB beside an error are the peak signal-to-noise ratio of latents against those of the run without compression.
-``ratio_to_usp`` of a row is against the faster ``usp-*`` variant of its case. A value that is missing, null or not finite
-shows as an en dash. MB is 10^6 bytes.
+The reports compare the variant ``torus`` with xDiT's USP (the faster of the ``usp-*`` variants) and with the fastest of
+xDiT's variants; they list every other variant in the order of the rows. A value that is missing, null or not finite is
+shown as an en dash. MB is 10^6 bytes. The dB beside an error are the peak signal-to-noise ratio of the latents against
+those of the uncompressed run.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, zip_longest
-from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
 from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -26,19 +24,21 @@ Row = Mapping[str, Any]
 
 SUBJECT = "torus"
 DASH = "–"
-COLUMNS = (
-    *("variant", "layout", "median ms", "spread ms", "first ms", "exposed ms", "peak MB", "out MB"),
-    *("max error", "eff. %", "vs USP", "vs best xDiT"),
-)
-GRID_COLUMNS = (
-    *("case", "torus ms", "USP ms", "best xDiT", "best xDiT ms"),
-    *("vs USP", "vs best xDiT", "eff. %", "bound by"),
-)
-_STYLES = {"ok": "", "skipped": "dim"}  # status -> style of a table line; red for all others
+COLUMNS = ("variant", "layout", "median ms", "spread ms", "first ms", "exposed ms", "peak MB", "out MB", "max error",
+           "eff. %", "vs USP", "vs best xDiT")  # fmt: skip
+GRID_COLUMNS = ("case", "torus ms", "USP ms", "best xDiT", "best xDiT ms", "vs USP", "vs best xDiT", "eff. %",
+                "bound by")  # fmt: skip
+_STYLES = {"ok": "", "skipped": "dim"}  # of a table line by status; red for all others
+
+
+def console(width: int = 150) -> Console:
+    """Standard output; ``width`` columns where it is not a terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=width)
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Case id -> its rows, both in the order of ``rows``."""
+    """The rows of each case id; cases and rows keep their order."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(row["case"]["id"], []).append(row)
@@ -46,7 +46,7 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def number(value: object) -> float | None:
-    """``value`` as a float; None when it is missing, NaN or infinite."""
+    """``value`` as a float; None if it is missing, NaN or infinite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -70,19 +70,19 @@ def succeeded(row: Row | None) -> bool:
     return row is not None and row.get("status") == "ok"
 
 
-def refusal(row: Row) -> str:
-    """Why a row has no numbers."""
+def reason(row: Row) -> str:
+    """The reason why a row has no numbers."""
     return f"{row.get('status', 'failed')}: {row.get('reason') or 'no reason given'}"
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
-    """The row with the lowest median of those that succeeded."""
+    """The successful row with the lowest median."""
     timed = [row for row in rows if succeeded(row) and number(row.get("median_s")) is not None]
     return min(timed, key=lambda row: float(row["median_s"]), default=None)
 
 
-def contender(rows: Iterable[Row]) -> Row | None:
-    """The fastest row that is no single-process reference: the one to highlight."""
+def fastest_parallel(rows: Iterable[Row]) -> Row | None:
+    """The fastest row that is not a reference; tables highlight it."""
     return fastest(row for row in rows if row.get("family") != "reference")
 
 
@@ -91,7 +91,7 @@ def variant_row(rows: Iterable[Row], variant: str) -> Row | None:
 
 
 def usp_row(rows: Iterable[Row]) -> Row | None:
-    """The faster of xDiT's USP variants."""
+    """The faster USP variant."""
     return fastest(row for row in rows if row["variant"].startswith("usp-"))
 
 
@@ -100,29 +100,26 @@ def best_xdit_row(rows: Iterable[Row]) -> Row | None:
 
 
 def peak(row: Row | None) -> float | None:
-    """Activation memory of the rank that needs most, in bytes."""
+    """Peak activation memory over all ranks, in bytes."""
     known = [size for size in map(number, (row or {}).get("peak_bytes") or ()) if size is not None]
     return max(known, default=None)
 
 
 def spread(row: Row) -> tuple[float | None, float | None]:
-    """The quartiles, or the extremes where there are none."""
+    """The quartiles; minimum and maximum where the row has no quartiles."""
     low, high = number(row.get("q1_s")), number(row.get("q3_s"))
     return (number(row.get("min_s")), number(row.get("max_s"))) if low is None or high is None else (low, high)
 
 
 def bytes_out(row: Row) -> float | None:
-    """Measured bytes to other machines, of the machine that sends most."""
-    matrix = row.get("wire_bytes")
-    if not matrix:
-        return None
-    return max(
-        sum(number(size) or 0.0 for to, size in enumerate(line) if to != machine) for machine, line in enumerate(matrix)
-    )
+    """Measured bytes sent to other machines, by the machine that sends most."""
+    sent = (sum(number(size) or 0.0 for to, size in enumerate(line) if to != machine)
+            for machine, line in enumerate(row.get("wire_bytes") or ()))  # fmt: skip
+    return max(sent, default=None)
 
 
 def bound(rows: Sequence[Row]) -> tuple[float | None, str]:
-    """``(seconds, "compute" or "wire")`` of a case: the subject's bound, else that of the first row that has one."""
+    """Lower bound of a case's time and what sets it, ``"compute"`` or ``"wire"``; torus's bound if it has one."""
     for row in sorted(rows, key=lambda row: row["variant"] != SUBJECT):
         seconds = number(row.get("bound_s"))
         if succeeded(row) and seconds is not None:
@@ -133,11 +130,11 @@ def bound(rows: Sequence[Row]) -> tuple[float | None, str]:
 
 def bound_text(rows: Sequence[Row]) -> str:
     seconds, binder = bound(rows)
-    return "no bound known" if seconds is None else f"bound {shown(seconds, 1e3)} ms, set by {binder}"
+    return "no lower bound" if seconds is None else f"lower bound {shown(seconds, 1e3)} ms, set by {binder}"
 
 
 def cells(row: Row) -> list[str]:
-    """One text per name in ``COLUMNS``. For rows that succeeded."""
+    """A successful row as one text per column of ``COLUMNS``."""
     low, high = spread(row)
     error, psnr_db = number(row.get("max_abs_error")), number(row.get("psnr_db"))
     noise = "" if psnr_db is None else f" ({psnr_db:.1f} dB)"
@@ -158,95 +155,83 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """All variants of one case, the fastest highlighted; a variant without numbers shows why in place of its layout."""
-    best = contender(rows)
-    lines = [cells(row) if succeeded(row) else [row["variant"], refusal(row)] for row in rows]
+    """The variants of one case, the fastest highlighted. A variant without numbers shows the reason."""
+    best = fastest_parallel(rows)
+    lines = [cells(row) if succeeded(row) else [row["variant"], reason(row)] for row in rows]
     styles = ["bold green" if row is best else _STYLES.get(row.get("status", ""), "red") for row in rows]
     title = rows[0]["case"]["id"] if rows else ""
     return _table(COLUMNS, lines, left=2, styles=styles, title=title, caption=bound_text(rows))
 
 
 def matrix_table(row: Row) -> Table:
-    """Measured MB per call from each machine (line) to each machine (column)."""
+    """Measured MB per call between machines."""
     matrix = row.get("wire_bytes") or []
-    title = f"{row['variant']}: MB from machine (line) to machine (column)"
-    lines = [[str(machine), *(shown(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)]
-    return _table(["", *map(str, range(len(matrix)))], lines, left=1, title=title)
+    lines = [[f"from {machine}", *(shown(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)]
+    columns = ["machine", *(f"to {machine}" for machine in range(len(matrix)))]
+    return _table(columns, lines, left=1, title=f"{row['variant']}, MB sent")
 
 
 def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
-    """One line per case, with one text per name in ``GRID_COLUMNS``."""
+    """One line per case, with one text per column of ``GRID_COLUMNS``."""
     lines = []
     for case, of_case in by_case(rows).items():
-        subject, usp, xdit = variant_row(of_case, SUBJECT), usp_row(of_case) or {}, best_xdit_row(of_case) or {}
-        measured = subject if subject is not None and succeeded(subject) else {}
-        absent = DASH if subject is None else str(subject.get("status", "failed"))
-        lines.append(
-            [
-                case,
-                shown(measured.get("median_s"), 1e3) if measured else absent,
-                shown(usp.get("median_s"), 1e3),
-                xdit.get("variant", DASH),
-                shown(xdit.get("median_s"), 1e3),
-                times(measured.get("ratio_to_usp")),
-                times(measured.get("ratio_to_best_xdit")),
-                shown(measured.get("efficiency"), 1e2),
-                bound(of_case)[1],
-            ]
-        )
+        torus, usp, xdit = variant_row(of_case, SUBJECT), usp_row(of_case) or {}, best_xdit_row(of_case) or {}
+        measured = torus if torus is not None and succeeded(torus) else {}
+        missing = DASH if torus is None else str(torus.get("status", "failed"))
+        lines.append([
+            case, shown(measured.get("median_s"), 1e3) if measured else missing, shown(usp.get("median_s"), 1e3),
+            xdit.get("variant", DASH), shown(xdit.get("median_s"), 1e3), times(measured.get("ratio_to_usp")),
+            times(measured.get("ratio_to_best_xdit")), shown(measured.get("efficiency"), 1e2), bound(of_case)[1],
+        ])  # fmt: skip
     return lines
 
 
 def grid_table(rows: Iterable[Row]) -> Table:
-    """One line per case: the subject against USP and against the best xDiT variant."""
+    """One line per case: torus against USP and against xDiT's fastest variant."""
     return _table(GRID_COLUMNS, grid_cells(rows), left=1)
 
 
 def markdown_table(rows: Iterable[Row]) -> str:
-    """``grid_table`` as GitHub table text, with a final newline."""
+    """``grid_table`` as a GitHub table."""
     rule = [":--", *["--:"] * (len(GRID_COLUMNS) - 1)]
     lines = [GRID_COLUMNS, rule, *([text.replace("|", "\\|") for text in line] for line in grid_cells(rows))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The subject over all cases, as JSON data. Values that no case gives are None.
+    """Torus over all cases, as JSON data; None for values that no case gives.
 
-    ``cases`` all of them, ``without_torus`` ids of those where it gave no numbers, ``median_efficiency``;
-    ``vs_usp``, ``vs_best_xdit``: ``cases`` compared, ``geometric_mean``, ``best`` and ``worst`` ``{case, ratio}``,
-    ``slower`` list of those below 1; ``peak_vs_usp`` (the faster one), ``peak_vs_ulysses``: ``{case, ratio}`` of the
-    case with the largest ratio of peak memory; ``wire_deviation``: ``{case, variant, deviation}`` of the row whose measured
-    bytes lie farthest from the formula, relative to it, positive for more.
+    ``cases``: how many. ``without_torus``: ids of the cases where torus has no result. ``vs_usp``, ``vs_best_xdit``:
+    ``cases`` compared, ``geometric_mean``, ``best``, ``worst`` and ``slower`` (all below 1). ``peak_vs_usp``,
+    ``peak_vs_ulysses``: the case with the largest ratio of peak memory. ``wire_deviation``: the row whose measured
+    bytes deviate most from the formula, relative to the formula.
     """
     cases = by_case(rows)
-    subjects = {
-        case: row for case, of in cases.items() if (row := variant_row(of, SUBJECT)) is not None and succeeded(row)
-    }
-    efficiencies = [value for row in subjects.values() if (value := number(row.get("efficiency"))) is not None]
+    torus = {case: row for case, of in cases.items() if (row := variant_row(of, SUBJECT)) and succeeded(row)}
+    efficiencies = [value for row in torus.values() if (value := number(row.get("efficiency"))) is not None]
     deviations: list[dict[str, Any]] = []
-    for row in rows:
+    for row in filter(succeeded, rows):
         formula, measured = number(row.get("formula_bytes")), bytes_out(row)
-        if succeeded(row) and formula and measured is not None:
+        if formula and measured is not None:
             deviation = measured / formula - 1
             deviations.append({"case": row["case"]["id"], "variant": row["variant"], "deviation": deviation})
+    ulysses = {case: variant_row(of, "ulysses") for case, of in cases.items()}
     return {
         "cases": len(cases),
-        "without_torus": [case for case in cases if case not in subjects],
+        "without_torus": [case for case in cases if case not in torus],
         "median_efficiency": statistics.median(efficiencies) if efficiencies else None,
-        "vs_usp": _ratios(subjects, "ratio_to_usp"),
-        "vs_best_xdit": _ratios(subjects, "ratio_to_best_xdit"),
-        "peak_vs_usp": _largest_peak_ratio(subjects, {case: usp_row(of) for case, of in cases.items()}),
-        "peak_vs_ulysses": _largest_peak_ratio(
-            subjects, {case: variant_row(of, "ulysses") for case, of in cases.items()}
-        ),
+        "vs_usp": _ratios(torus, "ratio_to_usp"),
+        "vs_best_xdit": _ratios(torus, "ratio_to_best_xdit"),
+        "peak_vs_usp": _largest_peak_ratio(torus, {case: usp_row(of) for case, of in cases.items()}),
+        "peak_vs_ulysses": _largest_peak_ratio(torus, ulysses),
         "wire_deviation": max(deviations, key=lambda item: abs(item["deviation"]), default=None),
     }
 
 
 def summary_cells(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """``(what, value)`` lines of a summary."""
-    absent = summary["without_torus"]
-    lines = [("cases", f"{summary['cases']}" + (f", without torus: {', '.join(absent)}" if absent else ""))]
+    """The summary as ``(name, value)`` lines."""
+    missing = summary["without_torus"]
+    lines = [("cases", f"{summary['cases']}" + (f"; no torus result in {', '.join(missing)}" if missing else ""))]
     for key, other in (("vs_usp", "USP"), ("vs_best_xdit", "best xDiT")):
         ratios = summary[key]
         slower = ", ".join(map(_at, ratios["slower"])) or "none"
@@ -261,23 +246,22 @@ def summary_cells(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         *lines,
         ("median efficiency", shown(summary["median_efficiency"], 1e2, " %")),
-        ("peak memory vs USP, at most", _at(summary["peak_vs_usp"])),
-        ("peak memory vs Ulysses, at most", _at(summary["peak_vs_ulysses"])),
-        ("bytes vs formula, at worst", by or DASH),
+        ("peak memory vs USP, largest", _at(summary["peak_vs_usp"])),
+        ("peak memory vs Ulysses, largest", _at(summary["peak_vs_ulysses"])),
+        ("bytes vs formula, worst", by or DASH),
     ]
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """``summary``'s result, one line per value."""
     return _table((SUBJECT, ""), summary_cells(summary), left=2)
 
 
 def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
-    """How near the simulator's times are to the measured ones, as JSON data; None where nothing was predicted.
+    """Accuracy of the simulator's times, as JSON data; None if no row has a prediction.
 
-    ``variants`` compared, in all cases; ``median_off`` of abs(predicted / measured - 1); ``worst`` ``{case, variant, ratio}``,
-    the ratio farthest from 1; ``pairs`` of variants of one case whose measured medians differ by more than 10 %, and
-    ``wrong_order``: ``{case, variants, ratio}`` (slower, faster, measured) of those that are predicted the other way.
+    ``variants``: rows compared. ``median_error``: of abs(predicted / measured - 1). ``worst``: the row whose ratio is
+    farthest from 1. ``pairs``: variants of one case whose medians differ by more than 10 %. ``wrong_order``: the pairs
+    that are predicted in the opposite order, the slower one first.
     """
     found: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
@@ -285,16 +269,12 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
     for case, of_case in by_case(rows).items():
         known = [
             (row["variant"], median, predicted)
-            for row in of_case
-            if succeeded(row)
-            and (median := number(row.get("median_s")))
-            and (predicted := number(row.get("predicted_s")))
+            for row in filter(succeeded, of_case)
+            if (median := number(row.get("median_s"))) and (predicted := number(row.get("predicted_s")))
         ]
-        found += [
-            {"case": case, "variant": variant, "ratio": predicted / median} for variant, median, predicted in known
-        ]
-        for one, other in combinations(known, 2):
-            fast, slow = sorted((one, other), key=lambda variant: variant[1])
+        found += [{"case": case, "variant": name, "ratio": predicted / median} for name, median, predicted in known]
+        for pair in combinations(known, 2):
+            fast, slow = sorted(pair, key=lambda variant: variant[1])
             if slow[1] > fast[1] * 1.1:
                 pairs += 1
                 if slow[2] <= fast[2]:
@@ -303,7 +283,7 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
         return None
     return {
         "variants": len(found),
-        "median_off": statistics.median(abs(item["ratio"] - 1) for item in found),
+        "median_error": statistics.median(abs(item["ratio"] - 1) for item in found),
         "worst": max(found, key=lambda item: abs(item["ratio"] - 1)),
         "pairs": pairs,
         "wrong_order": wrong,
@@ -311,85 +291,30 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
 
 
 def prediction_table(rows: Sequence[Row]) -> Table | None:
-    """Predicted beside measured times of all variants and cases; None where nothing was predicted."""
-    summed = predictions(rows)
-    if summed is None:
+    """Predicted and measured times; None if no row has a prediction."""
+    accuracy = predictions(rows)
+    if accuracy is None:
         return None
-    lines = [
-        [
-            row["variant"],
-            row["case"]["id"],
-            shown(row["median_s"], 1e3),
-            shown(row["predicted_s"], 1e3),
-            times(row["predicted_s"] / row["median_s"]),
-        ]
-        for row in rows
-        if succeeded(row) and number(row.get("predicted_s")) is not None
-    ]
-    worst, wrong = summed["worst"], summed["wrong_order"]
+    lines = []
+    for row in rows:
+        if succeeded(row) and number(row.get("predicted_s")) is not None:
+            measured_s, predicted_s = row["median_s"], row["predicted_s"]
+            seconds = shown(measured_s, 1e3), shown(predicted_s, 1e3)
+            lines.append([row["variant"], row["case"]["id"], *seconds, times(predicted_s / measured_s)])
+    worst, wrong = accuracy["worst"], accuracy["wrong_order"]
     caption = (
-        f"off by {shown(summed['median_off'], 1e2, ' %')} at the median of {summed['variants']}, at worst "
-        f"{times(worst['ratio'])} ({worst['variant']}, {worst['case']}); order wrong in {len(wrong)} of {summed['pairs']} "
-        f"pairs that differ by over 10 %"
+        f"median error {shown(accuracy['median_error'], 1e2, ' %')} over {accuracy['variants']} rows, worst "
+        f"{times(worst['ratio'])} ({worst['variant']}, {worst['case']}); order wrong in {len(wrong)} of "
+        f"{accuracy['pairs']} pairs that differ by over 10 %"
     )
     return _table(("variant", "case", "measured ms", "predicted ms", "ratio"), lines, left=2, caption=caption)
 
 
-def sub_links(spans: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Spans dealt out so that those of one list follow one another without overlap; as few lists as that takes."""
-    links: list[list[Mapping[str, Any]]] = []
-    for span in sorted(spans, key=lambda span: (span["start_s"], span["end_s"])):
-        free = next((link for link in links if link[-1]["end_s"] <= span["start_s"]), None)
-        if free is None:
-            links.append([span])
-        else:
-            free.append(span)
-    return links
-
-
-def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
-    """All timelines in Chrome's trace format, which Perfetto opens. A process is a machine of one call; a thread is a
-    link of one rank, or several where spans of the link overlap."""
-    events: list[dict[str, Any]] = []
-    num_processes = 0
-
-    def name(kind: str, pid: int, tid: int, text: str) -> None:
-        events.append({"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": text}})
-        order = {"sort_index": tid if kind == "thread" else pid}
-        events.append({"ph": "M", "name": f"{kind}_sort_index", "pid": pid, "tid": tid, "args": order})
-
-    for timeline in document.get("timelines") or ():
-        for machine in sorted({rank["machine"] for rank in timeline["ranks"]}):
-            num_processes += 1
-            pid, tid = num_processes, 0
-            name("process", pid, tid, f"{timeline['variant']} machine {machine}: {timeline['case']}")
-            for rank in timeline["ranks"]:
-                if rank["machine"] != machine:
-                    continue
-                for link in dict.fromkeys(span["link"] for span in rank["spans"]):
-                    for n, spans in enumerate(sub_links(span for span in rank["spans"] if span["link"] == link)):
-                        tid += 1
-                        name("thread", pid, tid, f"rank {rank['rank']} {link}" + (f" {n + 1}" if n else ""))
-                        events += (_complete_event(span, pid, tid) for span in spans)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _complete_event(span: Mapping[str, Any], pid: int, tid: int) -> dict[str, Any]:
-    """In microseconds, rounded to the nanosecond so that the end of one span is never past the start of the next."""
-    start, end = round(span["start_s"] * 1e6, 3), round(span["end_s"] * 1e6, 3)
-    event = {"ph": "X", "name": span["name"], "cat": span["link"], "pid": pid, "tid": tid}
-    return {**event, "ts": start, "dur": round(end - start, 3), "args": {"bytes": span.get("bytes", 0)}}
-
-
 def _table(
-    columns: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    left: int,
-    styles: Sequence[str] = (),
-    title: str = "",
+    columns: Sequence[str], lines: Sequence[Sequence[str]], left: int, styles: Sequence[str] = (), title: str = "",
     caption: str = "",
-) -> Table:
-    """The first ``left`` columns hold text, the others numbers. The first stays whole where the terminal is narrow."""
+) -> Table:  # fmt: skip
+    """The first ``left`` columns hold text, the others numbers. A narrow terminal does not shorten the first column."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     result.title, result.caption = Text(title) if title else None, Text(caption) if caption else None
     for n, name in enumerate(columns):
@@ -403,51 +328,28 @@ def _table(
     return result
 
 
-def _ratios(subjects: Mapping[str, Row], key: str) -> dict[str, Any]:
-    known = {case: ratio for case, row in subjects.items() if (ratio := number(row.get(key)))}
-    ordered: list[dict[str, Any]] = [
-        {"case": case, "ratio": known[case]} for case in sorted(known, key=lambda case: known[case])
+def _ratios(torus: Mapping[str, Row], key: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = [
+        {"case": case, "ratio": ratio} for case, row in torus.items() if (ratio := number(row.get(key)))
     ]
+    found.sort(key=lambda item: float(item["ratio"]))
     return {
-        "cases": len(known),
-        "geometric_mean": statistics.geometric_mean(known.values()) if known else None,
-        "best": ordered[-1] if ordered else None,
-        "worst": ordered[0] if ordered else None,
-        "slower": [item for item in ordered if item["ratio"] < 1],
+        "cases": len(found),
+        "geometric_mean": statistics.geometric_mean(item["ratio"] for item in found) if found else None,
+        "best": found[-1] if found else None,
+        "worst": found[0] if found else None,
+        "slower": [item for item in found if item["ratio"] < 1],
     }
 
 
-def _largest_peak_ratio(subjects: Mapping[str, Row], others: Mapping[str, Row | None]) -> dict[str, Any] | None:
+def _largest_peak_ratio(torus: Mapping[str, Row], others: Mapping[str, Row | None]) -> dict[str, Any] | None:
     ratios: list[dict[str, Any]] = []
-    for case, row in subjects.items():
-        mine, other = peak(row), peak(others[case]) if succeeded(others[case]) else None
-        if mine is not None and other:
-            ratios.append({"case": case, "ratio": mine / other})
+    for case, row in torus.items():
+        own, other = peak(row), peak(others[case]) if succeeded(others[case]) else None
+        if own is not None and other:
+            ratios.append({"case": case, "ratio": own / other})
     return max(ratios, key=lambda item: item["ratio"], default=None)
 
 
 def _at(item: Mapping[str, Any] | None) -> str:
     return DASH if item is None else f"{times(item['ratio'])} ({item['case']})"
-
-
-# -- files that a command line names -----------------------------------------------------------------------------------
-
-
-def require_files(options: object, *names: str) -> None:
-    """Raises ValueError where one of these options names a folder, or a file in a folder that does not exist."""
-    for name in names:
-        path = getattr(options, name)
-        if path and path != "-" and not (folder := Path(path).absolute().parent).is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {folder}")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a folder; name a file")
-
-
-def write_json(path: str | None, document: object, indent: int | None = None) -> bool:
-    """Write ``document`` to ``path``; None: nowhere. Whether that is ``-``, standard output."""
-    text = json.dumps(document, indent=indent) if path else ""
-    if path == "-":
-        print(text)
-    elif path:
-        Path(path).write_text(text + "\n")
-    return path == "-"

@@ -1,4 +1,4 @@
-"""What was measured, as the rows of a bench document. Pure: seconds and bytes in, plain JSON data out."""
+"""Turns measurements (seconds, bytes) into the rows of a bench document. Pure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import best_xdit_row, usp_row
 from sf_xfuser.bench.variants import ALONE, SINGLE, Variant
 
-#: Largest absolute difference from a single process that is still right.
+#: Largest allowed absolute difference from a single process.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
-_OF_LATENTS = 10  # times that, after several denoising steps
-#: Lowest peak signal-to-noise ratio of latents against those of the run without compression.
+_OF_LATENTS = 10  # times the tolerance, for latents after several denoising steps
+#: Lowest allowed PSNR of latents against those of the uncompressed run.
 PSNR_DB = 40.0
 
 
 @dataclass
 class Sample:
-    """One variant's figures on rank 0. ``times_s``, ``attention_s``, ``exposed_s``, ``wire`` (bytes from machine to
-    machine): one entry per timed call. ``predicted_s`` is the simulator's, ``cluster`` the probe's, where asked for."""
+    """Measurements of one variant, on rank 0. ``times_s``, ``attention_s``, ``exposed_s`` and ``wire`` (bytes from
+    machine to machine) have one entry per timed call. ``predicted_s`` and ``cluster`` are set with ``--predict``."""
 
     times_s: list[float] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
@@ -40,53 +40,38 @@ class Sample:
 def attention_rows(
     case: Case, variants: Sequence[Variant], samples: Mapping[str, Sample], *, on_gpu: bool
 ) -> list[dict[str, Any]]:
-    """One row per variant. ``on_gpu``: the host's clock only sees launches, so the time in attention is that of the variant
-    with nothing to exchange, and what a call takes longer is exposed communication."""
+    """One row per variant.
+
+    ``on_gpu``: the host's clock measures only kernel launches. The time in attention is then that of
+    ``attention-alone``, and the rest of a call is exposed communication.
+    """
     alone = samples[ALONE].times_s if ALONE in samples else []
     compute_s = statistics.median(alone) if alone else None
     rows = []
     for variant in variants:
         sample = samples[variant.name]
-        description, layout = variant.said
+        description, layout = variant.described()
         timed = _times(sample.times_s)
         median_s = timed["median_s"]
         attention_s = statistics.median(sample.attention_s) if sample.attention_s else None
         exposed_s = statistics.median(sample.exposed_s) if sample.exposed_s else None
         if on_gpu and median_s is not None and compute_s is not None:
             attention_s, exposed_s = compute_s, median_s - compute_s
-        wire_s = None
+        wire_s = bound_s = None
         if variant.formula_bytes is not None and case.inter_rate_bps is not None:
             wire_s = variant.formula_bytes * 8 / case.inter_rate_bps
-        bound_s = None
         if compute_s is not None and median_s is not None and variant.name not in (SINGLE, ALONE):
             bound_s = max(compute_s, wire_s or 0.0)
-        rows.append(
-            _row(
-                kind="attention",
-                case=case.to_json(),
-                variant=variant.name,
-                description=description,
-                family=variant.family,
-                status="failed" if sample.failure else "ok" if sample.times_s else "skipped",
-                reason=sample.failure or variant.reason,
-                layout=layout,
-                **timed,
-                first_call_s=sample.first_call_s,
-                attention_s=attention_s,
-                exposed_s=exposed_s,
-                peak_bytes=sample.peak_bytes,
-                wire_bytes=_mean(sample.wire),
-                formula_bytes=variant.formula_bytes,
-                max_abs_error=sample.max_abs_error,
-                rms_error=sample.rms_error,
-                bound_s=bound_s,
-                bound_compute_s=compute_s,
-                bound_wire_s=wire_s,
-                efficiency=bound_s / median_s if bound_s is not None and median_s else None,
-                predicted_s=sample.predicted_s,
-                cluster=sample.cluster,
-            )
-        )
+        status = "failed" if sample.failure else "ok" if sample.times_s else "skipped"
+        copied = ("first_call_s", "peak_bytes", "max_abs_error", "rms_error", "predicted_s", "cluster")
+        rows.append(_row(
+            kind="attention", case=case.to_json(), variant=variant.name, description=description,
+            family=variant.family, status=status, reason=sample.failure or variant.reason, layout=layout, **timed,
+            attention_s=attention_s, exposed_s=exposed_s, wire_bytes=_mean(sample.wire),
+            formula_bytes=variant.formula_bytes, bound_s=bound_s, bound_compute_s=compute_s, bound_wire_s=wire_s,
+            efficiency=bound_s / median_s if bound_s is not None and median_s else None,
+            **{name: getattr(sample, name) for name in copied},
+        ))  # fmt: skip
     return _with_ratios(rows)
 
 
@@ -102,30 +87,21 @@ def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping
         wrong = ""
         if psnr_db is not None:
             if psnr_db < PSNR_DB:
-                wrong = f"latents have a PSNR of {psnr_db:.1f} dB against the uncompressed ones, below {PSNR_DB}"
+                wrong = f"PSNR of the latents against the uncompressed run is {psnr_db:.1f} dB, below {PSNR_DB:g} dB"
         elif not record["max_abs_error"] <= TOLERANCE[dtype] * _OF_LATENTS:
-            wrong = f"latents differ by {record['max_abs_error']:.2e} from one process"
-        rows.append(
-            _row(
-                kind="pipeline",
-                case=dict(case),
-                variant=name,
-                description="seconds per denoising step",
-                family="reference" if name == SINGLE else "ours" if ours else "xdit",
-                status="failed" if wrong else "ok",
-                reason=wrong,
-                layout=record["layout"],
-                **_times(record["times_s"]),
-                first_call_s=record["first_call_s"],
-                attention_s=statistics.median(record["attention_s"]) if any(record["attention_s"]) else None,
-                max_abs_error=None if name == SINGLE else record["max_abs_error"],
-                psnr_db=psnr_db,
-            )
-        )
+            wrong = f"error of the latents against one process: {record['max_abs_error']:.2e}"
+        rows.append(_row(
+            kind="pipeline", case=dict(case), variant=name, description="seconds per denoising step",
+            family="reference" if name == SINGLE else "ours" if ours else "xdit",
+            status="failed" if wrong else "ok", reason=wrong, layout=record["layout"], **_times(record["times_s"]),
+            first_call_s=record["first_call_s"],
+            attention_s=statistics.median(record["attention_s"]) if any(record["attention_s"]) else None,
+            max_abs_error=None if name == SINGLE else record["max_abs_error"], psnr_db=psnr_db,
+        ))  # fmt: skip
     return _with_ratios(rows)
 
 
-# Every row has all of them, in this order; None where nothing was measured.
+# Every row has these fields in this order; None where nothing was measured.
 _FIELDS = (
     *("kind", "case", "variant", "description", "family", "status", "reason", "layout"),
     *("times_s", "median_s", "min_s", "max_s", "q1_s", "q3_s", "first_call_s", "attention_s", "exposed_s"),
@@ -151,7 +127,7 @@ def _times(measured: Sequence[float]) -> dict[str, Any]:
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``ratio_to_usp`` and ``ratio_to_best_xdit``: the other's median over this row's; None for references."""
+    """Add ``ratio_to_usp`` and ``ratio_to_best_xdit``: that variant's median over this row's; None for references."""
     for key, reference in (("ratio_to_usp", usp_row(rows)), ("ratio_to_best_xdit", best_xdit_row(rows))):
         for row in rows:
             comparable = row["median_s"] is not None and reference is not None and row["family"] != "reference"

@@ -1,10 +1,9 @@
-"""Tiny diffusion models with random weights: real diffusers pipelines in real model folders, made without a network.
+"""Tiny diffusion models with random weights: real diffusers pipelines in real model folders, made offline.
 
-Each family is built from the classes that its published models use (transformer, text encoders, tokenizers, VAE,
-scheduler), a few layers deep, and saved the way ``DiffusionPipeline.save_pretrained`` saves them. Plain diffusers
-and xDiT load such a folder as they would load the real model, so tests and demos exercise the real loading and
-denoising code in seconds on a CPU. The pictures are noise; the numbers are reproducible, and every attention
-matters for them.
+Each family consists of the classes of its published models (transformer, text encoders, tokenizers, VAE, scheduler)
+with few layers, saved with ``DiffusionPipeline.save_pretrained``. Diffusers and xDiT load such a folder like a real
+model, so tests and demos run the real loading and denoising code in seconds on a CPU. The images are noise, but the
+numbers are reproducible and depend on every attention.
 
     python -m sf_xfuser.bench.tiny_models flux ./tiny-flux
 """
@@ -20,66 +19,30 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLCogVideoX,
-    AutoencoderKLHunyuanVideo,
-    AutoencoderKLWan,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+import transformers
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    LlamaConfig,
-    LlamaModel,
-    LlamaTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
-)
 
-FAMILIES: tuple[str, ...] = ("flux", "sd3", "cogvideox", "hunyuanvideo", "wan")
+#: The smallest input of each pipeline that splits over 4 sequence ranks: size in pixels and frames, and the guidance
+#: scale (above 1: two passes per step for sd3, cogvideox and wan).
+SMALL_INPUT: Mapping[str, Mapping[str, Any]] = {
+    "flux": {"height": 128, "width": 128, "guidance_scale": 3.5},
+    "sd3": {"height": 128, "width": 128, "guidance_scale": 2.0},
+    "cogvideox": {"height": 128, "width": 64, "num_frames": 9, "guidance_scale": 3.0},
+    "hunyuanvideo": {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 6.0},
+    "wan": {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0},
+}
+FAMILIES = tuple(SMALL_INPUT)
 
-#: What to ask of each pipeline for the smallest input that still splits over 4 sequence ranks: size in pixels and
-#: frames, and the guidance (above 1 means two passes per step for sd3, cogvideox and wan).
-SMALL_INPUT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "flux": {"height": 128, "width": 128, "guidance_scale": 3.5},
-        "sd3": {"height": 128, "width": 128, "guidance_scale": 2.0},
-        "cogvideox": {"height": 128, "width": 64, "num_frames": 9, "guidance_scale": 3.0},
-        "hunyuanvideo": {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 6.0},
-        "wan": {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0},
-    }
-)
-
-_LATENT_CHANNELS = 16  # all five families publish 16
+_LATENT_CHANNELS = 16  # as in all published models
 _TEXT_DIM = 64  # T5, UMT5 and Llama hidden size
-_CLIP_DIM = 32  # SD3 puts two CLIPs side by side in one T5-wide embedding
+_CLIP_DIM = 32  # SD3 concatenates two CLIPs into one embedding of T5's width
 _CLIP_POSITIONS = 77
-_CLIP_TOKENS_SD3 = 64  # not 77: SD3 appends the T5 tokens, and only a divisible total can be split over ranks
+_CLIP_TOKENS_SD3 = 64  # not 77: with the T5 tokens, the total must be divisible by the ranks
 _VAE_CHANNELS = (8, 8, 8, 8)
 _VAE_GROUPS = 4
 
@@ -88,7 +51,7 @@ A photo of a small cat on a wooden chair in the morning light. An old red car dr
 The artist paints a large green house near the sea while two children play with a yellow ball on the sand. A dog runs
 over the snow, the wind moves the trees, and the camera turns slowly to the mountains. High quality, very detailed,
 beautiful colors, soft shadows, cinematic style. Three birds fly above the city at night; the moon is white and the
-streets are full of people who walk domain from work. A robot holds a blue flower in its hand and looks at the stars.
+streets are full of people who walk home from work. A robot holds a blue flower in its hand and looks at the stars.
 """
 
 
@@ -104,18 +67,18 @@ def save_tiny_model(
 ) -> Path:
     """Save the tiny pipeline of ``family`` (one of ``FAMILIES``) under ``folder`` and return that path.
 
-    ``heads * head_dim`` is the width of the transformer; ``layers`` counts its blocks. flux and hunyuanvideo have two
-    kinds of block: ``single_layers`` counts those of one stream where it is not ``layers`` too. The same arguments
-    give the same bytes of weights, and the caller's random state is left alone. ``small_input.json`` in the folder
-    repeats ``SMALL_INPUT[family]``, for programs that are given only the folder. Raises ValueError for an unknown
-    family or for sizes that xDiT cannot split.
+    ``heads * head_dim`` is the width of the transformer, ``layers`` its number of blocks. flux and hunyuanvideo also
+    have ``single_layers`` blocks of one stream, by default as many as ``layers``. The same arguments give the same
+    weights; the caller's random state does not change. ``small_input.json`` in the folder contains
+    ``SMALL_INPUT[family]``, for programs that know only the folder. Raises ValueError for an unknown family and for
+    sizes that xDiT cannot split.
     """
     if family not in _BUILDERS:
         raise ValueError(f"unknown model family {family!r}; choose one of {', '.join(FAMILIES)}")
     if heads < 4 or heads % 2:
-        raise ValueError(f"heads={heads}: use an even number from 4 on, so that 2 ranks can share them")
+        raise ValueError(f"heads={heads}: use an even number, at least 4, so that 2 ranks can split them")
     if head_dim < 16 or head_dim % 16:
-        raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes get even sizes")
+        raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes have even sizes")
     if single_layers is not None and family not in _TWO_KINDS:
         raise ValueError(f"single_layers={single_layers}: only {' and '.join(_TWO_KINDS)} have blocks of one stream")
     if min(layers, single_layers or 0) < 0 or layers + (single_layers or 0) < 1:
@@ -127,15 +90,15 @@ def save_tiny_model(
         unit_gain(pipeline.transformer)
     folder = Path(folder)
     pipeline.save_pretrained(folder)
-    Path(folder, "small_input.json").write_text(json.dumps(dict(SMALL_INPUT[family])) + "\n", encoding="utf-8")
+    Path(folder, "small_input.json").write_text(json.dumps(SMALL_INPUT[family]) + "\n", encoding="utf-8")
     return folder
 
 
 def unit_gain(transformer: torch.nn.Module) -> None:
-    """Redraw linear and convolution weights with unit gain, in place.
+    """Redraw the weights of linear and convolution layers with unit gain, in place.
 
-    With the default draw (a third of that variance, behind gates of the same kind) the attention of a two-layer model
-    moves the result by little more than rounding does, and a test could not see a wrong attention.
+    With the default weights (a third of that variance, with such gates as well), the attention of a two-layer model
+    changes the result by little more than rounding errors, and tests could not detect a wrong attention.
     """
     for module in transformer.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)):
@@ -147,16 +110,16 @@ def unit_gain(transformer: torch.nn.Module) -> None:
 # ---- pipelines: (heads, head_dim, layers[, single_layers]) -> pipeline -----------------------------------------------
 
 
-def _flux(heads: int, head_dim: int, layers: int, single_layers: int) -> DiffusionPipeline:
+def _flux(heads: int, head_dim: int, layers: int, single_layers: int) -> diffusers.DiffusionPipeline:
     clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=image_vae(),
-        text_encoder=CLIPTextModel(_clip_config(clip_tokenizer)).eval(),
+        text_encoder=transformers.CLIPTextModel(_clip_config(clip_tokenizer)).eval(),
         tokenizer=clip_tokenizer,
-        text_encoder_2=T5EncoderModel(_t5_config(T5Config, t5_tokenizer)).eval(),
+        text_encoder_2=transformers.T5EncoderModel(_t5_config(transformers.T5Config, t5_tokenizer)).eval(),
         tokenizer_2=t5_tokenizer,
-        transformer=FluxTransformer2DModel(
+        transformer=diffusers.FluxTransformer2DModel(
             in_channels=4 * _LATENT_CHANNELS,  # 2x2 latent pixels are packed into one token
             num_layers=layers,
             num_single_layers=single_layers,
@@ -170,20 +133,20 @@ def _flux(heads: int, head_dim: int, layers: int, single_layers: int) -> Diffusi
     )
 
 
-def _sd3(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
+def _sd3(heads: int, head_dim: int, layers: int) -> diffusers.DiffusionPipeline:
     clip_tokenizers = [_clip_tokenizer(max_length=_CLIP_TOKENS_SD3) for _ in range(2)]
-    clips = [CLIPTextModelWithProjection(_clip_config(tokenizer)).eval() for tokenizer in clip_tokenizers]
+    clips = [transformers.CLIPTextModelWithProjection(_clip_config(tokenizer)).eval() for tokenizer in clip_tokenizers]
     t5_tokenizer = _t5_tokenizer()
-    return StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(),
         text_encoder=clips[0],
         tokenizer=clip_tokenizers[0],
         text_encoder_2=clips[1],
         tokenizer_2=clip_tokenizers[1],
-        text_encoder_3=T5EncoderModel(_t5_config(T5Config, t5_tokenizer)).eval(),
+        text_encoder_3=transformers.T5EncoderModel(_t5_config(transformers.T5Config, t5_tokenizer)).eval(),
         tokenizer_3=t5_tokenizer,
-        transformer=SD3Transformer2DModel(
+        transformer=diffusers.SD3Transformer2DModel(
             sample_size=32,
             in_channels=_LATENT_CHANNELS,
             out_channels=_LATENT_CHANNELS,
@@ -199,18 +162,18 @@ def _sd3(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
     )
 
 
-def _cogvideox(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
+def _cogvideox(heads: int, head_dim: int, layers: int) -> diffusers.DiffusionPipeline:
     tokenizer = _t5_tokenizer()
-    return CogVideoXPipeline(
+    return diffusers.CogVideoXPipeline(
         tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(_t5_config(T5Config, tokenizer)).eval(),
-        vae=AutoencoderKLCogVideoX(
+        text_encoder=transformers.T5EncoderModel(_t5_config(transformers.T5Config, tokenizer)).eval(),
+        vae=diffusers.AutoencoderKLCogVideoX(
             block_out_channels=_VAE_CHANNELS,
             latent_channels=_LATENT_CHANNELS,
             layers_per_block=1,
             norm_num_groups=_VAE_GROUPS,
         ),
-        transformer=CogVideoXTransformer3DModel(
+        transformer=diffusers.CogVideoXTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             in_channels=_LATENT_CHANNELS,
@@ -221,9 +184,9 @@ def _cogvideox(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
             sample_width=16,
             sample_height=16,
             sample_frames=9,
-            use_rotary_positional_embeddings=True,  # learned positions would fix the text length
+            use_rotary_positional_embeddings=True,  # learned positions fix the text length
         ),
-        scheduler=CogVideoXDDIMScheduler(
+        scheduler=diffusers.CogVideoXDDIMScheduler(
             beta_schedule="scaled_linear",
             clip_sample=False,
             prediction_type="v_prediction",
@@ -234,9 +197,9 @@ def _cogvideox(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
     )
 
 
-def _hunyuanvideo(heads: int, head_dim: int, layers: int, single_layers: int) -> DiffusionPipeline:
+def _hunyuanvideo(heads: int, head_dim: int, layers: int, single_layers: int) -> diffusers.DiffusionPipeline:
     tokenizer, clip_tokenizer = _llama_tokenizer(), _clip_tokenizer()
-    llama = LlamaConfig(
+    llama = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TEXT_DIM,
         intermediate_size=2 * _TEXT_DIM,
@@ -247,10 +210,10 @@ def _hunyuanvideo(heads: int, head_dim: int, layers: int, single_layers: int) ->
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return HunyuanVideoPipeline(
-        text_encoder=LlamaModel(llama).eval(),
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(llama).eval(),
         tokenizer=tokenizer,
-        transformer=HunyuanVideoTransformer3DModel(
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
             in_channels=_LATENT_CHANNELS,
             out_channels=_LATENT_CHANNELS,
             num_attention_heads=heads,
@@ -263,26 +226,28 @@ def _hunyuanvideo(heads: int, head_dim: int, layers: int, single_layers: int) ->
             pooled_projection_dim=_CLIP_DIM,
             rope_axes_dim=_rotary_axes(head_dim),
         ),
-        vae=AutoencoderKLHunyuanVideo(
+        vae=diffusers.AutoencoderKLHunyuanVideo(
             latent_channels=_LATENT_CHANNELS,
             block_out_channels=_VAE_CHANNELS,
             layers_per_block=1,
             norm_num_groups=_VAE_GROUPS,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=CLIPTextModel(_clip_config(clip_tokenizer)).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=transformers.CLIPTextModel(_clip_config(clip_tokenizer)).eval(),
         tokenizer_2=clip_tokenizer,
     )
 
 
-def _wan(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
+def _wan(heads: int, head_dim: int, layers: int) -> diffusers.DiffusionPipeline:
     tokenizer = _t5_tokenizer()
-    return WanPipeline(
+    return diffusers.WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(_t5_config(UMT5Config, tokenizer)).eval(),
-        vae=AutoencoderKLWan(base_dim=8, z_dim=_LATENT_CHANNELS, num_res_blocks=1),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=WanTransformer3DModel(
+        text_encoder=transformers.UMT5EncoderModel(_t5_config(transformers.UMT5Config, tokenizer)).eval(),
+        vae=diffusers.AutoencoderKLWan(base_dim=8, z_dim=_LATENT_CHANNELS, num_res_blocks=1),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=diffusers.WanTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             in_channels=_LATENT_CHANNELS,
@@ -296,7 +261,7 @@ def _wan(heads: int, head_dim: int, layers: int) -> DiffusionPipeline:
 
 
 _TWO_KINDS = ("flux", "hunyuanvideo")  # of block: two streams, then one
-_BUILDERS: Mapping[str, Callable[..., DiffusionPipeline]] = {
+_BUILDERS: Mapping[str, Callable[..., diffusers.DiffusionPipeline]] = {
     "flux": _flux,
     "sd3": _sd3,
     "cogvideox": _cogvideox,
@@ -309,13 +274,13 @@ _BUILDERS: Mapping[str, Callable[..., DiffusionPipeline]] = {
 
 
 def _rotary_axes(head_dim: int) -> tuple[int, int, int]:
-    """Split a head over (time, height, width) in the published proportion 1:3:3, all even. 16 -> (4, 6, 6)."""
+    """Split a head into (time, height, width) as 1:3:3, the published proportion; all even. 16 -> (4, 6, 6)."""
     spatial = 3 * head_dim // 8
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def image_vae() -> AutoencoderKL:
-    return AutoencoderKL(
+def image_vae() -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(_VAE_CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(_VAE_CHANNELS),
         block_out_channels=_VAE_CHANNELS,
@@ -328,8 +293,8 @@ def image_vae() -> AutoencoderKL:
     )
 
 
-def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def _clip_config(tokenizer: transformers.CLIPTokenizer) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_CLIP_DIM,
         intermediate_size=2 * _CLIP_DIM,
@@ -344,7 +309,7 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def _t5_config(config_class: type[T5Config] | type[UMT5Config], tokenizer: T5TokenizerFast) -> T5Config | UMT5Config:
+def _t5_config(config_class: type, tokenizer: transformers.T5TokenizerFast) -> Any:
     return config_class(
         vocab_size=len(tokenizer),
         d_model=_TEXT_DIM,
@@ -356,11 +321,11 @@ def _t5_config(config_class: type[T5Config] | type[UMT5Config], tokenizer: T5Tok
     )
 
 
-# ---- tokenizers: small vocabularies from the text above, total over any input ----------------------------------------
+# ---- tokenizers: small vocabularies from the text above, for any input -----------------------------------------------
 
 
-def _clip_tokenizer(max_length: int = _CLIP_POSITIONS) -> CLIPTokenizer:
-    """Byte-level BPE with CLIP's end-of-word marks; every byte is in the vocabulary, so nothing is unknown."""
+def _clip_tokenizer(max_length: int = _CLIP_POSITIONS) -> transformers.CLIPTokenizer:
+    """Byte-level BPE with CLIP's end-of-word marks; the vocabulary contains every byte, so no token is unknown."""
     start, end, mark = "<|startoftext|>", "<|endoftext|>", "</w>"
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=mark))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -374,10 +339,10 @@ def _clip_tokenizer(max_length: int = _CLIP_POSITIONS) -> CLIPTokenizer:
         Path(folder, "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
         lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
         Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
+        return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
 
 
-def _t5_tokenizer() -> T5TokenizerFast:
+def _t5_tokenizer() -> transformers.T5TokenizerFast:
     """Unigram over whole words and single printable characters; other characters become ``<unk>``."""
     counts = Counter(_TEXT.split())
     total = sum(counts.values())
@@ -391,14 +356,14 @@ def _t5_tokenizer() -> T5TokenizerFast:
     )
     tokenizer.decoder = decoders.Metaspace(**metaspace)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return _from_tokenizer_json(T5TokenizerFast, tokenizer, extra_ids=0)
+    return _from_tokenizer_json(transformers.T5TokenizerFast, tokenizer, extra_ids=0)
 
 
-def _llama_tokenizer() -> LlamaTokenizerFast:
-    """BPE with byte fall-back that splits HunyuanVideo's prompt template like the real one where it counts.
+def _llama_tokenizer() -> transformers.LlamaTokenizerFast:
+    """BPE with byte fall-back that splits HunyuanVideo's prompt template into as many tokens as the real tokenizer.
 
-    The pipeline cuts a fixed number of tokens (``crop_start``) off the front, which must be the template and not the
-    prompt. Merges are therefore taken, most frequent first, until the template has shrunk to that many tokens.
+    The pipeline removes a fixed number of tokens (``crop_start``) from the front: the template, but not the prompt. The
+    tokenizer has as many merges, most frequent first, as the template needs to shrink to that number.
     """
     instruction = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")[0]
     splitter = Tokenizer(models.BPE())
@@ -428,14 +393,16 @@ def _llama_tokenizer() -> LlamaTokenizerFast:
             low = middle + 1
         else:
             high = middle
-    return _from_tokenizer_json(LlamaTokenizerFast, tokenizer_with(low), padding_side="right", pad_token="<pad>")
+    return _from_tokenizer_json(
+        transformers.LlamaTokenizerFast, tokenizer_with(low), padding_side="right", pad_token="<pad>"
+    )
 
 
 def _learn_merges(splitter: Tokenizer, texts: list[str], num_merges: int, mark: str = "") -> list[tuple[str, str]]:
-    """The BPE merges of ``texts``, most frequent first, in words as ``splitter`` splits them, each ending in ``mark``.
+    """The BPE merges of ``texts``, most frequent first, within the words of ``splitter``, which end in ``mark``.
 
-    Ties go by the alphabet: the tokenizers library's own trainer breaks them differently in every process, and ranks
-    that made their models themselves would read different tokens.
+    Ties are broken alphabetically. The trainer of the tokenizers library breaks them differently in every process, so
+    ranks that make their own models would get different tokens.
     """
     words: Counter[tuple[str, ...]] = Counter()
     for text in texts:
@@ -478,8 +445,8 @@ def main(arguments: list[str] | None = None) -> None:
         "Nothing is downloaded; the same arguments give the same weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("family", choices=FAMILIES, help="which published model to imitate")
-    parser.add_argument("folder", type=Path, help="where to write it; made if missing")
+    parser.add_argument("family", choices=FAMILIES, help="published model to imitate")
+    parser.add_argument("folder", type=Path, help="output folder; created if missing")
     parser.add_argument("--heads", type=int, default=8, help="attention heads, an even number")
     parser.add_argument("--head-dim", type=int, default=16, help="size of one head, a multiple of 16")
     parser.add_argument("--layers", type=int, default=2, help="transformer blocks")

@@ -1,10 +1,8 @@
-"""xDiT's own attention call as variants of an A/B run: its USP, unchanged, in any of its layouts, call by call.
+"""xDiT's own attention call in any of its layouts, one call after the other in one process group.
 
-What xDiT's USP looks at is swapped around each call (``xdit_groups``), so variants alternate inside one process group and a
-run compares them under the same conditions.
-
-Every variant calls the attention function registered for xDiT's attention backend (on a CPU: PyTorch's CPU flash kernel):
-once per call without Ring, once per KV block with it, from PyTorch's ring template. ``attention_timer`` sits there.
+``XditGroups`` selects the layout around each call. Every call uses the attention function that xDiT registers for its
+attention backend (on a CPU: PyTorch's flash kernel): once without Ring, once per KV block with it, from PyTorch's ring
+template. ``attention_timer`` measures it there.
 
 Importing this module needs no xfuser.
 """
@@ -14,8 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,27 +31,11 @@ def available() -> str | None:
     return plugin.unsupported()
 
 
-class XditVariant:
-    """One configuration, ready to be called. Made by :func:`open_variants`; holds no tensors."""
-
-    def __init__(self, config: XditConfig, groups: XditGroups) -> None:
-        self.config, self.groups = config, groups
-
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """``call_usp`` as ``config`` says."""
-        with self.selected():
-            return call_usp(query, key, value)
-
-    def selected(self) -> AbstractContextManager[None]:
-        """Inside, xDiT is laid out as ``config`` says, for whatever of xDiT's is called; then as it was. Local."""
-        return self.groups.selected(self.config)
-
-
 def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of this rank's tokens on everybody's, not causal: [B, H, S, D] in (KV may have fewer heads), out. By
-    xDiT's own USP, also where the plugin is in its place.
+    """xDiT's own USP, not the plugin's: attention of this rank's tokens on all ranks' tokens, not causal.
 
-    Collective over the sequence-parallel group; every rank holds the same number of tokens.
+    [B, H, S, D] in and out; keys and values may have fewer heads. Collective over the sequence-parallel group, with the
+    same number of tokens on every rank.
     """
     from xfuser.model_executor.layers import usp
 
@@ -64,25 +46,21 @@ def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
     return out
 
 
-def open_variants(
-    configs: Sequence[XditConfig],
-    *,
-    ranks_per_machine: int,
-    members: Sequence[int] | None = None,
-) -> dict[XditConfig, XditVariant]:
-    """The variants of ``configs``, which share process groups. Collective over the world; the same arguments everywhere.
+def make_groups(
+    configs: Iterable[XditConfig], *, ranks_per_machine: int, members: Sequence[int] | None = None
+) -> XditGroups:
+    """The process groups of ``configs``. Collective over the world.
 
-    Starts xDiT where it is not started: torch.distributed if need be, xDiT's groups, its runtime state. That asks
-    for an attention backend whose partial results can be merged (RuntimeError where xDiT takes one that cannot).
-    ``members[p]`` is the rank at machine-major position
-    ``p``, for ``"machines-first"``; the default is rank ``p``.
+    Starts xDiT where it is not running: torch.distributed, xDiT's groups and its runtime state. xDiT then selects an
+    attention backend with mergeable partial results, or raises RuntimeError. ``members[p]``: the rank at machine-major
+    position ``p``; rank ``p`` by default.
     """
-    plugin.enable()  # on a machine without an accelerator xDiT cannot even be imported otherwise
+    plugin.enable()  # without an accelerator, importing xDiT fails otherwise
     _start_xdit()
     groups = XditGroups(range(dist.get_world_size()) if members is None else members, ranks_per_machine)
     for config in configs:
         groups.make(config)
-    return {config: XditVariant(config, groups) for config in configs}
+    return groups
 
 
 def _start_xdit() -> None:
@@ -91,16 +69,16 @@ def _start_xdit() -> None:
 
     if runtime_state.runtime_state_is_initialized():
         return
-    init_distributed_environment()  # xDiT's world group; torch.distributed too where it is not initialised
-    # Ring over all ranks: xDiT then refuses attention backends that no ring could merge.
+    init_distributed_environment()  # xDiT's world group, and torch.distributed where needed
+    # With Ring over all ranks, xDiT rejects attention backends whose partial results cannot be merged.
     args = xFuserArgs(model="none", ring_degree=dist.get_world_size())
     engine_config, _ = args.create_config()
-    # The base class is what attention needs; the others want a pipeline.
+    # Attention needs only the base class; its subclasses need a pipeline.
     runtime_state._RUNTIME = runtime_state.RuntimeState(engine_config)
 
 
 def registered_attention() -> AttendFunction:
-    """xDiT's attention function as Torus Attention calls it: looked up at each call, so ``attention_timer`` sees it."""
+    """xDiT's attention function for Torus Attention, looked up at each call so that ``attention_timer`` measures it."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from xfuser.core.distributed import get_runtime_state
@@ -114,10 +92,10 @@ def registered_attention() -> AttendFunction:
 
 @contextmanager
 def attention_timer(callback: Callable[[float, float], None]) -> Iterator[None]:
-    """Inside, ``callback(start_s, end_s)`` follows each call of xDiT's attention function, in ``time.perf_counter``.
+    """Inside, ``callback(start_s, end_s)`` (``time.perf_counter``) follows each call of xDiT's attention function.
 
-    It sees every variant of this module and Torus Attention under ``--sp-backend torus``, which look the function up at
-    each call. On an accelerator the times are those of the launch, not of the kernel. After ``open_variants``.
+    It measures xDiT's USP, and Torus Attention under ``--sp-backend torus``. On an accelerator it measures the launch,
+    not the kernel. xDiT must be running.
     """
     from xfuser.core.distributed import get_runtime_state
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY

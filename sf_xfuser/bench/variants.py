@@ -1,8 +1,8 @@
-"""The variants of an attention benchmark: for one case, every way to compute the same call across the same ranks."""
+"""The variants of an attention benchmark: every way to compute the call of one case across the same ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd
@@ -14,6 +14,7 @@ from sf_xfuser.bench import usp_variants
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.usp_variants import call_usp
 from sf_xfuser.config import COMPRESSIONS, TRANSPORTS, TorusArgs
+from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges
 from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
@@ -21,7 +22,6 @@ from sf_xfuser.simulator import TorusVariant
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh, build_mesh
-from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,20 +30,33 @@ SINGLE = "single"
 ALONE = "attention-alone"
 AUTO = "auto"
 UNSTAGED = "torus-unstaged"
-OLD_NAMES = {"torus-together": UNSTAGED}  # still accepted in 0.1
-NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 RELATIVE_ERROR = {"int8": 0.04, "fp8": 0.1}
 COMPRESSED = tuple(name for name in COMPRESSIONS if name != "none")
+_OURS = (("torus-no-overlap", "torus, waits for each transfer at once"), ("torus", "Torus Attention"))
+
+
+def over(name: str) -> str:
+    """The variant that is torus over a named transport or with a compression format."""
+    return f"torus-{name.replace('_', '-')}"
+
+
+NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
+#: All variants; ``xdit-uUrR-ROTATION`` stands for other degrees.
+NAMES = (
+    SINGLE, ALONE, "usp-allgather", "usp-alltoall", "usp-ulysses", "ulysses", "ring-allgather", "ring-alltoall",
+    "xdit-uUrR-ROTATION", "mapping", "mapping-allgather", "mapping-alltoall", "torus-no-overlap", "torus", UNSTAGED,
+    AUTO, *map(over, (*NAMED_TRANSPORTS, *COMPRESSED)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """``call`` takes this rank's q, k, v [B,H,S,D], returns [B,H,S,D]; None where the variant cannot run, for ``reason``.
+    """``call`` takes and returns this rank's [B,H,S,D]; it is None if the variant cannot run, because of ``reason``.
 
-    ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: what leaves the machine that sends most.
-    ``mesh`` is set where the variant can be traced, ``replayed`` where it can be predicted (``simulate.predict`` takes it).
-    ``relative_error``: of the result as root mean squares, that is right for a variant that compresses; None: as much as
-    rounding makes. ``choice``: of the variant that runs what its first calls select.
+    ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: sent to other machines by the machine that
+    sends most. ``mesh``: of a variant that can record a trace. ``relative_error``: allowed root mean square error of a
+    variant that compresses; None for rounding errors only. ``replayed``: what the simulator can predict. ``choice``:
+    the autotuner of ``auto``.
     """
 
     name: str
@@ -58,95 +71,76 @@ class Variant:
     replayed: TorusVariant | XditConfig | None = None
     choice: Choice | None = None
 
-    @property
-    def said(self) -> tuple[str, str]:
-        """(description, layout), as it turned out."""
+    def described(self) -> tuple[str, str]:
+        """(description, layout); of ``auto`` after its trials, with the selected candidate."""
         if self.choice is None or not self.choice.contests:
             return self.description, self.layout
         contest = next(iter(self.choice.contests.values()))
         return f"{self.description}: {contest}", contest.chosen or ""
 
 
-def known_names() -> str:
-    return (
-        f"{SINGLE}, {ALONE}, usp-allgather, usp-alltoall, usp-ulysses, ulysses, ring-allgather, ring-alltoall, "
-        f"xdit-uUrR-ROTATION, mapping, mapping-allgather, mapping-alltoall, torus-no-overlap, torus, {UNSTAGED}, "
-        f"{AUTO}, {', '.join(over(name) for name in (*NAMED_TRANSPORTS, *COMPRESSED))}"
-    )
+def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[str] | None) -> list[Variant]:
+    """The variants of ``case`` with these names, and ``attention-alone``. Collective; the same on every rank.
 
-
-def current_names(names: str) -> str:
-    """``--variants`` with old names replaced."""
-    return ",".join(OLD_NAMES.get(name, name) for name in names.split(","))
-
-
-def over(transport: str) -> str:
-    """The variant that is torus over a named transport, or with chunks compressed."""
-    return f"torus-{transport.replace('_', '-')}"
-
-
-def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[str] | None) -> list[Variant]:
-    """The variants of ``case`` whose names are ``wanted`` (None: all but ``auto``, torus without stages and those over
-    named transports). Collective over the world, alike on every rank."""
-    variants = [Variant(name=SINGLE, description="one process, the others wait", family="reference")]
+    ``names``: None for all except ``auto``, ``torus-unstaged``, named transports and compression.
+    """
+    single = Variant(name=SINGLE, description="one process; the other ranks wait", family="reference")
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
     kv_heads = case.kv_heads or case.heads
     mesh: Mesh | None = None
-    refused = ""
+    reason = ""
     try:
         mesh = _mesh(case, args)
     except ValueError as error:
-        refused = str(error)
-    if usp_variants.available() is None:
-        usp_variants.open_variants(
-            [], ranks_per_machine=case.ranks_per_machine
-        )  # also where the shape suits none of its variants
-    variants += _xdit_variants(case, mesh, wanted)
+        reason = str(error)
+    if usp_variants.available() is None:  # registered_attention needs xDiT even if none of its layouts is legal
+        usp_variants.make_groups([], ranks_per_machine=case.ranks_per_machine)
+    xdit = _xdit_variants(case, mesh, names)
     if mesh is None:
-        variants += [Variant(name=name, description=text, family="ours", reason=refused) for name, text in _OURS]
-        return [variant for variant in variants if wanted is None or variant.name in wanted]
+        ours = [Variant(name=name, description=text, family="ours", reason=reason) for name, text in _OURS]
+        return [variant for variant in (single, *xdit, *ours) if names is None or variant.name in names]
     attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
-    ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
-    if ours_wanted and not mesh.chosen:  # the first call does it; the variant without overlap is to use the same
+    needs_torus = names is None or any(name in names for name, _ in _OURS)
+    if needs_torus and not mesh.chosen:  # a first call selects the transport, which torus-no-overlap uses as well
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
         _torus(case, mesh, True, attend)(*(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads))
     blocking = replace(mesh, links={link: _Blocking(t) for link, t in mesh.links.items()}, calls={}, transports={})
-    formula = _torus_egress(case, mesh.layout) * _elements(case) * _itemsize(case)
-    alone = Variant(
-        name=ALONE,
-        description="the same attention on every rank, nothing to exchange",
-        family="reference",
-        layout=str(mesh.layout),
-        call=_alone(case, mesh, attend),
-    )
-    ours = [
-        _our_variant(name, description, case, used, attend, formula)
-        for (name, description), used in zip(_OURS, (blocking, mesh), strict=True)
-    ]
-    every = [variants[0], alone, *variants[1:], *ours]
-    asked = wanted or ()
-    if UNSTAGED in asked:
+    formula = _torus_egress(case, mesh.layout) * _tensor_bytes(case)
+    text = "the same attention on every rank, without communication"
+    call = _alone(case, mesh, attend)
+    alone = Variant(name=ALONE, description=text, family="reference", layout=str(mesh.layout), call=call)
+    variants = [single, alone, *xdit]
+    for (name, text), used in zip(_OURS, (blocking, mesh), strict=True):
+        variants.append(_our_variant(name, text, case, used, attend, formula))
+    variants += _further_variants(case, args, attend, mesh.layout, names or ())
+    if not needs_torus:
+        mesh.close()  # attention-alone needs only its layout
+    return [variant for variant in variants if names is None or variant.name in (ALONE, *names)]
+
+
+def _further_variants(
+    case: Case, args: TorusArgs, attend: AttendFunction, layout: Layout, names: Sequence[str]
+) -> Iterator[Variant]:
+    """The variants that are measured only on request."""
+    formula = _torus_egress(case, layout) * _tensor_bytes(case)
+    if UNSTAGED in names:
         text = "torus unstaged: all chunks, then one attention"
-        every.append(_variant(UNSTAGED, text, case, args, attend, formula))
-    if AUTO in asked:
-        every.append(_auto(case, args, attend))
+        yield _variant(UNSTAGED, text, case, args, attend, formula)
+    if AUTO in names:
+        yield _auto(case, args, attend)
     for name in NAMED_TRANSPORTS:
-        if over(name) in asked:
+        if over(name) in names:
             text = f"Torus Attention over {name}"
-            every.append(_variant(over(name), text, case, replace(args, transport=name), attend, formula))
+            yield _variant(over(name), text, case, replace(args, transport=name), attend, formula)
     for name in COMPRESSED:
-        if over(name) in asked:
-            text = f"Torus Attention, Q, V and O in {name} between machines"
-            packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte each, a scale of a token's head
-            fewer = _torus_egress(case, mesh.layout, packed) * _elements(case) * _itemsize(case)
+        if over(name) in names:
+            text = f"Torus Attention with Q, V and O in {name} between machines"
+            packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte per element, a scale per head
+            fewer = _torus_egress(case, layout, packed) * _tensor_bytes(case)
             variant = _variant(over(name), text, case, replace(args, compress=name), attend, fewer)
-            every.append(replace(variant, relative_error=RELATIVE_ERROR[name]))
-    kept = every if wanted is None else [variant for variant in every if variant.name in (ALONE, *wanted)]
-    if not ours_wanted:
-        mesh.close()  # attention alone asks only for its layout
-    return kept
+            yield replace(variant, relative_error=RELATIVE_ERROR[name])
 
 
 def _mesh(case: Case, args: TorusArgs) -> Mesh:
@@ -179,7 +173,7 @@ def _our_variant(
 def _variant(
     name: str, description: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float
 ) -> Variant:
-    """Torus in the same layout on a mesh of its own, whose windows are as large as this variant needs."""
+    """Torus in the same layout on its own mesh, with windows of the size that this variant needs."""
     try:
         mesh = _mesh(case, args)
     except (ValueError, TransportError) as error:
@@ -188,26 +182,18 @@ def _variant(
 
 
 def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
-    """What ``--sp-backend auto`` selects of xDiT's own code and torus, on meshes of its own."""
-    text = "the fastest of torus and xDiT's own"
+    """``--sp-backend auto`` on its own meshes."""
+    text = "selects the fastest of torus and xDiT's own"
     if (reason := _no_xdit(case)) is not None:
         return Variant(name=AUTO, description=text, family="ours", reason=reason)
     kv_heads, m = case.kv_heads or case.heads, case.ranks_per_machine
     degree = gcd(m, gcd(case.heads, kv_heads))
     own = XditConfig(ulysses_degree=degree, ring_degree=case.world_size // degree)
-    mesh = _mesh(case, args)
-    xdits = usp_variants.open_variants([own], ranks_per_machine=m, members=mesh.members)[own]
     found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
-    further = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
-    meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in further)]
-    choice = Choice(
-        own,
-        flat_ulysses(own, case.heads, kv_heads),
-        xdits.groups.selected,
-        meshes,
-        kv_ratio=Fraction(kv_heads, case.heads),
-        log=lambda message: None,
-    )
+    meshes = [_mesh(case, replace(args, plan=layout.flag)) for layout in found]
+    groups = usp_variants.make_groups([own], ranks_per_machine=m, members=meshes[0].members)
+    flat, ratio = flat_ulysses(own, case.heads, kv_heads), Fraction(kv_heads, case.heads)
+    choice = Choice(own, flat, groups.selected, meshes, kv_ratio=ratio, log=lambda message: None)
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         tensors = query, key, value
@@ -215,16 +201,10 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
         def torus(mesh: Mesh, overlap: bool) -> torch.Tensor:
             return _torus(case, mesh, overlap, attend)(*tensors)
 
-        with xdits.selected():
+        with groups.selected(own):
             return choice.serve(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
 
     return Variant(name=AUTO, description=text, family="ours", call=call, choice=choice)
-
-
-# -- ours -------------------------------------------------------------------------------------------------------------
-
-
-_OURS = (("torus-no-overlap", "torus, each transfer waited for at once"), ("torus", "Torus Attention"))
 
 
 def _torus(case: Case, mesh: Mesh, overlap: bool, attend: AttendFunction) -> Call:
@@ -236,29 +216,27 @@ def _torus(case: Case, mesh: Mesh, overlap: bool, attend: AttendFunction) -> Cal
 
 
 def _alone(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
-    """What this rank computes in the torus variant, as one call on tensors that are simply there."""
+    """This rank's attention in the torus variant as one local call, on random tensors."""
     layout = mesh.layout
     queries, _ = head_ranges(case.heads, case.heads, layout.ulysses_degree)
     low, high = queries[layout.head_group(mesh.position)]
-    heads = high - low
-    mine = layout.ulysses_group(mesh.position)
-    given: list[torch.Tensor] = []
+    tokens = sum(case.tokens[position] for position in layout.ulysses_group(mesh.position))
+    inputs: list[torch.Tensor] = []
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor
-        if not given:
+        if not inputs:
             make = torch.Generator().manual_seed(mesh.position)
-            shape = (case.batch, heads, case.seq_len, case.head_dim)
+            shape = (case.batch, high - low, case.seq_len, case.head_dim)
             q, k, v = (torch.randn(shape, generator=make, dtype=torch.float32).to(query) for _ in range(3))
-            given.extend((q[:, :, : sum(case.tokens[p] for p in mine)].contiguous(), k, v))
-        out, _ = attend(*given)
+            inputs.extend((q[:, :, :tokens].contiguous(), k, v))
+        out: torch.Tensor = attend(*inputs)[0]
         return out
 
     return call
 
 
 class _Blocking(Transport):
-    """Waits for each exchange before the next step: the schedule without its overlap."""
+    """Waits for each exchange at once, so that nothing overlaps."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -279,66 +257,55 @@ class _Blocking(Transport):
         self._transport.close()
 
 
-def traced(variant: Variant, trace: Trace | None) -> None:
-    """Let the variant's calls report to ``trace``."""
-    if variant.mesh is not None:
-        variant.mesh.trace = trace
-
-
-# -- xDiT's -----------------------------------------------------------------------------------------------------------
-
-
-def _xdit_variants(case: Case, mesh: Mesh | None, wanted: Sequence[str] | None) -> list[Variant]:
+def _xdit_variants(case: Case, mesh: Mesh | None, only: Sequence[str] | None) -> list[Variant]:
     kv_heads = case.kv_heads or case.heads
     n, m = case.num_machines, case.ranks_per_machine
-    own = gcd(m, gcd(case.heads, kv_heads))  # xDiT's own layout: Ulysses inside a machine as far as heads allow
-    named: dict[str, XditConfig] = {}
-    for config in legal_configs(case.world_size, m, case.heads, kv_heads):
-        named[variant_name(config, own)] = config
+    own = gcd(m, gcd(case.heads, kv_heads))  # xDiT's default: Ulysses inside a machine as far as the heads allow
+    degree = own if mesh is None else mesh.layout.ulysses_degree
+    legal = legal_configs(case.world_size, m, case.heads, kv_heads)
+    mapped = legal_configs(case.world_size, m, case.heads, kv_heads, placement="machines-first")
+    mapped = [config for config in mapped if config.ulysses_degree == degree]
+    named = {variant_name(config, own): config for config in (*legal, *mapped)}
     reasons: dict[str, str] = {}
     if "ulysses" not in named and "usp-ulysses" not in named:
-        reasons["ulysses"] = f"{gcd(case.heads, kv_heads)} heads do not split {case.world_size} ways"
-    degree = own if mesh is None else mesh.layout.ulysses_degree
-    mapped = [
-        config
-        for config in legal_configs(case.world_size, m, case.heads, kv_heads, placement="machines-first")
-        if config.ulysses_degree == degree
-    ]
-    named.update({variant_name(config, own): config for config in mapped})
-    if not mapped:
-        reasons["mapping"] = (
-            f"with ulysses={degree} it is xDiT's own placement"
-            if case.heads % degree == 0
-            else f"xDiT cannot split {case.heads} heads {degree} ways"
-        )
+        reasons["ulysses"] = f"{gcd(case.heads, kv_heads)} heads cannot be split over {case.world_size} ranks"
+    if not mapped and case.heads % degree:
+        reasons["mapping"] = f"xDiT cannot split {case.heads} heads over {degree} ranks"
+    elif not mapped:
+        reasons["mapping"] = f"with ulysses={degree} it equals xDiT's own placement"
     order = ("usp", "ulysses", "ring", "xdit", "mapping")
     names = sorted({*named, *reasons}, key=lambda name: (order.index(name.split("-")[0]), name))
-    names = [name for name in names if wanted is None or name in wanted]
+    names = [name for name in names if only is None or name in only]
     if (missing := _no_xdit(case)) is not None:
         return [Variant(name=name, description="xDiT", family=_family(name), reason=missing) for name in names]
+    configs = [named[name] for name in names if name in named]
     members = None if mesh is None else mesh.members
-    calls = usp_variants.open_variants([named[x] for x in names if x in named], ranks_per_machine=m, members=members)
-    return [
-        Variant(
-            name=name,
-            description=_DESCRIPTIONS[name.split("-")[0]],
-            family=_family(name),
-            layout=str(named[name]),
-            call=calls[named[name]],
-            formula_bytes=egress(named[name], n, m, kv_heads / case.heads) * _elements(case) * _itemsize(case),
-            replayed=named[name],
-        )
-        if name in named
-        else Variant(name=name, description=_DESCRIPTIONS[name], family=_family(name), reason=reasons[name])
-        for name in names
-    ]
+    groups = usp_variants.make_groups(configs, ranks_per_machine=m, members=members)
+    variants = []
+    for name in names:
+        variant = Variant(name=name, description=_DESCRIPTIONS[name.split("-")[0]], family=_family(name))
+        if (config := named.get(name)) is None:
+            variants.append(replace(variant, reason=reasons[name]))
+        else:
+            formula = egress(config, n, m, kv_heads / case.heads) * _tensor_bytes(case)
+            call = _usp(groups, config)
+            variants.append(replace(variant, layout=str(config), call=call, formula_bytes=formula, replayed=config))
+    return variants
+
+
+def _usp(groups: XditGroups, config: XditConfig) -> Call:
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with groups.selected(config):
+            return call_usp(query, key, value)
+
+    return call
 
 
 def _no_xdit(case: Case) -> str | None:
-    """Why none of xDiT's variants can run the case."""
+    """Why xDiT cannot run the case; None if it can."""
     missing = usp_variants.available()
     if missing is None and case.seq_len % case.world_size:
-        missing = f"xDiT splits tokens evenly, and {case.world_size} ranks do not divide {case.seq_len}"
+        missing = f"xDiT needs equal token counts; {case.seq_len} tokens cannot be split over {case.world_size} ranks"
     return missing
 
 
@@ -352,27 +319,28 @@ _DESCRIPTIONS = {
 
 
 def _family(name: str) -> str:
-    """The mapping alone is xDiT's code in a placement that no flag of xDiT's gives: it is no xDiT configuration."""
+    """``mapping`` is xDiT's code in a placement that xDiT has no flag for, so it is not an xDiT variant."""
     return "ours" if name.startswith("mapping") else "xdit"
 
 
 # -- bytes between machines -------------------------------------------------------------------------------------------
 
 
-def _elements(case: Case) -> int:
-    return case.batch * case.seq_len * case.heads * case.head_dim
+def _tensor_bytes(case: Case) -> int:
+    """Of one [B, L, H, D] tensor."""
+    return case.batch * case.seq_len * case.heads * case.head_dim * _itemsize(case)
 
 
 def _itemsize(case: Case) -> int:
-    return int(torch.empty(0, dtype=getattr(torch, case.dtype)).element_size())
+    return int(getattr(torch, case.dtype).itemsize)
 
 
 def _torus_egress(case: Case, layout: Layout, packed: float = 1.0) -> float:
-    """Elements that leave the machine that sends most, in units of ``B*L*H*D``; ``Layout.egress`` for uneven heads.
+    """Elements sent to other machines by the machine that sends most, in units of ``B*L*H*D``.
 
-    A rank sends every head group of other machines its tokens' Q, K and V, and returns the O of other machines' tokens
-    for its own heads; in a ring across machines it passes each KV block on, R_x - 1 times. ``packed``: what an element
-    of Q, V and O takes in parts of one of K.
+    As ``Layout.egress``, but exact for uneven heads and for compression. A rank sends its tokens' Q, K and V to the
+    head groups of other machines and returns O for their tokens. In a ring across machines it forwards each KV block
+    R_x - 1 times. ``packed``: size of an element of Q, V and O relative to one of K.
     """
     ways = layout.ulysses_degree
     ranges = head_ranges(case.heads, case.kv_heads or case.heads, ways)

@@ -1,4 +1,4 @@
-"""``sf-xfuser bench`` and ``cluster run`` as a user meets them: cases, refusals, real runs, and how they end."""
+"""``sf-xfuser bench`` and ``cluster run``: cases, invalid requests, real runs, and how they end."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pytest
 from sf_xfuser import cli
 from sf_xfuser.bench import command, emulate, report, usp_variants
 from sf_xfuser.bench.case import Case, launches, make_case, read_grid
+from sf_xfuser.bench.variants import NAMES
 from tests.launch import torchrun
 
 REASON = emulate.unavailable()
@@ -79,7 +80,7 @@ def test_tokens_of_an_uneven_case():
 
 
 def test_ids_tell_cases_apart():
-    """Rows are put together by the id, so every field has to be in it."""
+    """Rows are grouped by id, so the id must contain every field."""
     plain = {"cluster": "2x2", "inter_rate": "1gbit"}
     others = {
         "cluster": "4x1", "inter_rate": "2gbit", "inter_delay": "1ms", "seq_len": 8192, "heads": 16, "kv_heads": 4,
@@ -89,7 +90,7 @@ def test_ids_tell_cases_apart():
     assert len(set(ids)) == len(ids)
 
 
-def test_launches_put_cases_of_one_cluster_together():
+def test_launches_group_cases_of_one_cluster():
     def a_case(cluster: str, rate: str | None = None, delay: str | None = None, seq_len: int = 64) -> Case:
         return make_case({"cluster": cluster, "inter_rate": rate, "inter_delay": delay, "seq_len": seq_len})
 
@@ -104,7 +105,7 @@ def test_launches_put_cases_of_one_cluster_together():
     [
         ("[[case]\n", "is not TOML"),
         pytest.param("case = " + "[" * 5000, "is not TOML", id="nested"),
-        ("", r"must hold \[\[case\]\] tables.*it has no \[\[case\]\]"),
+        ("", r"must have \[\[case\]\] tables.*it has no \[\[case\]\]"),
         ("[defaults]\nheads = 4\n", r"it has no \[\[case\]\]"),
         ('[[cases]]\ncluster = "2x2"\n', "it has cases"),
         ("case = 4\n", r"\[\[case\]\]"),
@@ -121,38 +122,38 @@ def test_launches_put_cases_of_one_cluster_together():
         ('[[case]]\ncluster = "2x2"\ndtype = "float64"\n', "dtype must be one of float32, bfloat16, float16"),
         ('[[case]]\ncluster = "2x2"\nseq_len = []\n', "seq_len"),
         ('[[case]]\ncluster = "2x2"\nplan = "best"\n', "best"),
-        ('[[case]]\ncluster = ["2x2", "2X2"]\n', "lists some cases twice: 2x2 L4096 H8 D64"),
+        ('[[case]]\ncluster = ["2x2", "2X2"]\n', "lists some cases more than once: 2x2 L4096 H8 D64"),
     ],
 )
-def test_a_wrong_grid_names_the_file_and_the_table(tmp_path, text, message):
+def test_an_invalid_grid_names_the_file_and_the_table(tmp_path, text, message):
     file = grid(tmp_path, text)
     with pytest.raises(ValueError, match=message) as refused:
         read_grid(file)
     assert f"--grid {file}" in str(refused.value)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- invalid requests -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unlaunched(monkeypatch):
-    """As started from a shell, where no rank may be started."""
+    """No torchrun variables; starting a cluster fails the test."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*_: Any, **__: Any) -> None:
-        raise AssertionError("the request is refused only after a cluster was started")
+        raise AssertionError("a cluster was started for an invalid request")
 
     monkeypatch.setattr(emulate, "run", run)
 
 
 def refuse(capsys, *arguments: object) -> str:
-    """What ``sf-xfuser bench`` says when it ends with status 2: one line, and on stderr alone."""
+    """The error of a request that ends with status 2: one line, only on stderr."""
     assert cli.main(["bench", *map(str, arguments)]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("sf-xfuser bench: ") and said.err.count("\n") == 1, said.err
-    return said.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("sf-xfuser bench: ") and captured.err.count("\n") == 1, captured.err
+    return str(captured.err)
 
 
 @pytest.mark.parametrize(
@@ -170,30 +171,32 @@ def refuse(capsys, *arguments: object) -> str:
         ("--cluster 2x1 --heads 8 --kv-heads 3", ["kv_heads must divide 8 heads, got 3"]),
         ("--cluster 2x2 --seq-len 3", ["leaves some of 4 ranks without a token"]),
         ("--cluster 2x1 --plan best", ["best"]),
-        ("--cluster 2x1 --variants torus,warp", ["no variant is called 'warp'", "usp-allgather", "torus-no-overlap"]),
+        ("--cluster 2x1 --variants torus,warp", ["unknown variant 'warp'", "usp-allgather", "torus-no-overlap"]),
         ("--cluster 2x1 --repeat 0", ["--repeat", "at least 1"]),
         ("--cluster 2x1 --warmup -1", ["--warmup", "at least 0"]),
         ("--cluster 2x1 --timeout nan", ["--timeout", "nan"]),
         ("--grid {folder}/none.toml", ["none.toml", "No such file"]),
-        ("--grid {folder}/none.toml --cluster 2x1", ["--grid", "leave --cluster, its rates and --pipeline out"]),
+        (
+            "--grid {folder}/none.toml --cluster 2x1",
+            ["--grid", "remove --cluster, --inter-rate, --inter-delay and --pipeline"],
+        ),
         ("--cluster 2x1 --json {folder}/no/rows.json", ["--json", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --report {folder}/no/page.html", ["--report", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --json {folder}", ["--json {folder}"]),
         ("--cluster 2x1 --pipeline nothing", ["nothing"]),
     ],
 )
-def test_a_request_without_sense_is_refused(unlaunched, capsys, tmp_path, arguments, words):
-    said = refuse(capsys, *arguments.format(folder=tmp_path).split())
+def test_an_invalid_request_is_refused(unlaunched, capsys, tmp_path, arguments, words):
+    error = refuse(capsys, *arguments.format(folder=tmp_path).split())
     for word in words:
-        assert word.format(folder=tmp_path) in said
+        assert word.format(folder=tmp_path) in error
 
 
 def test_under_torchrun_the_cluster_is_torchruns(unlaunched, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for arguments in ("--cluster 2x1", "--inter-rate 1gbit"):
-        assert "mean nothing under torchrun" in refuse(capsys, *arguments.split())
     file = grid(tmp_path, '[[case]]\ncluster = "2x1"\n')
-    assert "give the shape on the command line" in refuse(capsys, "--grid", file)
+    for arguments in ("--cluster 2x1", "--inter-rate 1gbit", f"--grid {file}"):
+        assert "cannot be used under torchrun; give --topology" in refuse(capsys, *arguments.split())
 
 
 def test_a_refusal_of_the_installed_command():
@@ -223,7 +226,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def strict_json(text: str) -> Any:
-    """JSON as every reader takes it: Infinity and NaN are Python's own."""
+    """JSON without Infinity and NaN, which only Python accepts."""
 
     def refuse_constant(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -267,7 +270,7 @@ def ok_rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def test_every_variant_is_measured_or_says_why_not(one_run):
+def test_every_variant_is_measured_or_has_a_reason(one_run):
     assert one_run.status == 0, one_run.err
     status = {row["variant"]: row["status"] for row in one_run.document["rows"]}
     xdit = ["usp-allgather", "usp-alltoall", "ulysses", "mapping"]
@@ -300,7 +303,7 @@ def test_results_are_those_of_one_process(one_run):
             assert row["max_abs_error"] is None
         else:
             assert 0 <= row["rms_error"] <= row["max_abs_error"] < 1e-5, row["variant"]
-    assert one_run.row("torus")["max_abs_error"] > 0, "two ways to add up are never the same in every bit"
+    assert one_run.row("torus")["max_abs_error"] > 0, "the two ways to sum cannot agree in every bit"
 
 
 def test_bytes_between_machines_are_those_of_the_formula(one_run):
@@ -357,8 +360,8 @@ def test_the_table_shows_the_rows(one_run):
             assert (cell is None) == (value is None), line
             assert value is None or float(cell) == pytest.approx(value, rel=0.06, abs=0.005), line
     assert one_run.document["rows"][0]["case"]["id"] in one_run.out
-    assert "machine (column)" in one_run.out
-    assert "DEBUG" not in one_run.out and "WARNING" not in one_run.out, "libraries talk into the table"
+    assert "torus, MB sent" in one_run.out
+    assert "DEBUG" not in one_run.out and "WARNING" not in one_run.out, "a library writes into the table"
 
 
 def test_the_document_says_what_was_run_where(one_run):
@@ -396,12 +399,12 @@ def test_the_page_and_the_plot(one_run):
     assert (one_run.folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_grid_that_is_killed_has_stored_what_it_had(tmp_path, monkeypatch):
+def test_a_killed_grid_has_stored_its_results(tmp_path, monkeypatch):
     launched = []
 
-    def launch(_: Any, spec: emulate.ClusterSpec, __: str, document: dict[str, Any]) -> int:
+    def launch(_: Any, spec: emulate.ClusterSpec, __: Any, document: dict[str, Any]) -> int:
         if launched:
-            raise SystemExit("killed")  # nothing is made of it
+            raise SystemExit("killed")  # not handled anywhere
         launched.append(spec)
         document["rows"].append({"case": {"id": str(spec)}})
         return 0
@@ -449,7 +452,7 @@ def test_uneven_tokens_leave_xdit_out(grid_run):
     for row in uneven:
         if row["family"] == "xdit":
             assert row["status"] == "skipped"
-            assert usp_variants.available() or "2 ranks do not divide 1023" in row["reason"]
+            assert usp_variants.available() or "1023 tokens cannot be split over 2 ranks" in row["reason"]
         else:
             assert row["status"] == "ok" and len(row["times_s"]) == 2
             assert 0 < row["attention_s"] <= row["max_s"], "attention is timed also where no variant of xDiT runs"
@@ -459,7 +462,7 @@ def test_uneven_tokens_leave_xdit_out(grid_run):
 
 def test_the_rate_changes_between_cases(grid_run):
     """With half as many key heads, a ring across machines sends least: half of K and V. That takes 100 ms at 10 Mbit/s,
-    however fast the computer, less a burst; at the first case's rate it would take 3 ms."""
+    on any computer, less a burst; at the first case's rate it would take 3 ms."""
     torus = report.variant_row(list(report.by_case(grid_run.document["rows"]).values())[1], "torus")
     assert torus["formula_bytes"] == 2 * 1024 * 2 * 16 * 4 / 2
     assert torus["formula_bytes"] <= torus["wire_bytes"][0][1] <= 1.05 * torus["formula_bytes"]
@@ -488,21 +491,11 @@ def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
 
 @pytest.fixture(scope="module")
 def wrong_run(tmp_path_factory) -> Run:
-    """Under torchrun, with two variants whose results are wrong."""
+    """Under torchrun, with two variants that return wrong results."""
     folder = tmp_path_factory.mktemp("wrong")
     variants = "usp-alltoall,torus-no-overlap,torus"
-    arguments = [
-        "--variants",
-        variants,
-        "--topology",
-        "2x1",
-        "--seq-len",
-        64,
-        *SHAPE,
-        *QUICK,
-        "--json",
-        folder / "rows.json",
-    ]
+    arguments = ["--variants", variants, "--topology", "2x1", "--seq-len", 64, *SHAPE, *QUICK]
+    arguments += ["--json", folder / "rows.json"]
     done = torchrun("bench_wrong_variants.py", *arguments, nproc=2, expect_failure=True)
     return Run(folder, done.returncode, done.output, "")
 
@@ -510,8 +503,8 @@ def wrong_run(tmp_path_factory) -> Run:
 def test_a_wrong_variant_fails_and_the_others_are_measured(wrong_run):
     torus, blocking = wrong_run.row("torus"), wrong_run.row("torus-no-overlap")
     assert (torus["status"], blocking["status"]) == ("failed", "failed")
-    assert "differs by 1.00e-02 from one process" in torus["reason"] and torus["times_s"] == []
-    assert "not finite" in blocking["reason"] and blocking["max_abs_error"] is None
+    assert "error 1.00e-02, allowed 0.0001" in torus["reason"] and torus["times_s"] == []
+    assert "not all elements are finite" in blocking["reason"] and blocking["max_abs_error"] is None
     assert wrong_run.row("attention-alone")["status"] == "ok"
     if usp_variants.available() is None:
         usp = wrong_run.row("usp-alltoall")
@@ -526,7 +519,7 @@ def test_every_reader_takes_the_json_of_a_wrong_variant(wrong_run):
 
 def test_one_rank_fails_the_command(wrong_run):
     assert wrong_run.status == 1
-    assert re.findall(r"rank (\d) ended with exit status", wrong_run.out) == ["0"]  # whose status is the job's
+    assert re.findall(r"rank (\d) ended with exit status", wrong_run.out) == ["0"]  # its status is the job's
 
 
 def ranks_among(pids: set[int]) -> dict[int, int]:
@@ -560,7 +553,7 @@ def wait_for(condition, what: str, seconds: float) -> None:
 
 @dataclass
 class Driver:
-    """A bench of two cases, of which the first is done in no time and the second takes minutes."""
+    """A bench of two cases: the first takes a moment, the second minutes."""
 
     folder: Path
     process: subprocess.Popen[str]
@@ -590,11 +583,11 @@ def driver(tmp_path):
         yield Driver(tmp_path, process)
     finally:
         if process.poll() is None:
-            process.kill()  # the kernel ends the ranks
+            process.kill()  # the kernel kills the ranks
             process.communicate()
 
 
-def test_a_rank_that_dies_is_named_and_what_was_measured_stays(driver):
+def test_a_killed_rank_is_named_and_earlier_results_remain(driver):
     wait_for(driver.in_second_case, "the first case is measured", 120)
     below = descendants(driver.process.pid)
     ranks = ranks_among(below)
@@ -602,9 +595,9 @@ def test_a_rank_that_dies_is_named_and_what_was_measured_stays(driver):
     os.kill(ranks[1], signal.SIGKILL)
     out, err = driver.finish(below, 60)
     assert driver.process.returncode == 1
-    said = " ".join(err.split())
-    assert "rank 1 (machine 1) was killed by SIGKILL" in said
-    assert "not measured: ['2x1 0.1mbit L4096 H4 D16']" in said
+    words = " ".join(err.split())
+    assert "rank 1 (machine 1) was killed by SIGKILL" in words
+    assert "not measured: ['2x1 0.1mbit L4096 H4 D16']" in words
     rows = strict_json((driver.folder / "rows.json").read_text())["rows"]
     assert {row["case"]["id"] for row in rows} == {"2x1 400mbit L64 H4 D16"}
     assert report.variant_row(rows, "torus")["status"] == "ok" and "torus" in out
@@ -621,7 +614,7 @@ def test_ctrl_c_ends_everything(driver):
 
 # --- cluster run ----------------------------------------------------------------------------------------------------
 
-# One write for each line: ranks share the stream.
+# One write per line, because ranks share the stream.
 SAY = "import os; os.write(1, '{RANK} of {WORLD_SIZE} on {0}\\n'.format(os.uname().nodename, **os.environ).encode())"
 
 
@@ -645,18 +638,22 @@ def test_cluster_run(tmp_path):
     assert strict_json((tmp_path / "run.json").read_text())["status"] == 0
 
 
-def test_a_cluster_without_sense_is_refused(unlaunched, capsys):
+def test_an_invalid_cluster_is_refused(unlaunched, capsys):
     assert cli.main(["cluster", "run", "--cluster", "0x1", "--", "true"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("sf-xfuser cluster: ") and said.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("sf-xfuser cluster: ") and captured.err.count("\n") == 1
 
 
-def test_names_of_variants_are_known():
-    """Every variant that can be in a row can be asked for."""
-    assert {"single", "attention-alone", "torus", "torus-no-overlap", "auto"} <= set(command.known_names().split(", "))
-
-
-def test_old_names_of_variants_still_work():
+def test_old_names_work_with_one_warning_each(capsys):
     parser = argparse.ArgumentParser()
     command.add_bench_arguments(parser)
-    assert parser.parse_args(["--variants", "torus,torus-together"]).variants == "torus,torus-unstaged"
+    assert parser.parse_args([]).variants is None
+    options = parser.parse_args(["--cluster", "2x1", "--arms", "torus,torus-together"])
+    command._check(options)
+    assert options.variants == ("torus", "torus-unstaged")
+    assert capsys.readouterr().err.splitlines() == [
+        "sf-xfuser: --arms is now --variants; old names will be removed in 0.2",
+        "sf-xfuser: the variant torus-together is now torus-unstaged; old names will be removed in 0.2",
+    ]
+    command._check(parser.parse_args(["--cluster", "2x1", "--variants", ",".join(NAMES)]))
+    assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""``python -m sf_xfuser.bench.gpu`` as far as a CPU goes: every row's code on tiny tensors, the gate."""
+"""``python -m sf_xfuser.bench.gpu`` on a CPU: every part on tiny tensors and the check of results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from sf_xfuser.bench import gpu
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
+from sf_xfuser.bench.timing import summary
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout.plan import Layout
 from tests import virtual
@@ -17,7 +18,7 @@ from tests import virtual
 CPU = torch.device("cpu")
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_without_a_gpu_it_fails(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert "no GPU" in capsys.readouterr().err
@@ -54,8 +55,8 @@ def test_every_row_has_the_librarys_time(smoke):
 
 
 def test_statistics():
-    assert gpu.summary([4.0, 1.0, 3.0, 2.0, 9.0]) == {"median_us": 3.0, "quartiles_us": [2.0, 4.0], "repeat": 5}
-    assert gpu.summary([7.0]) == {"median_us": 7.0, "quartiles_us": [7.0, 7.0], "repeat": 1}
+    assert summary([4.0, 1.0, 3.0, 2.0, 9.0]) == {"median_us": 3.0, "quartiles_us": [2.0, 4.0], "repeat": 5}
+    assert summary([7.0]) == {"median_us": 7.0, "quartiles_us": [7.0, 7.0], "repeat": 1}
     assert gpu.fastest({"a": [1.0, 9.0, 9.0], "b": [8.0, 8.0, 8.0], "c": [0.1]}, ["a", "b"]) == ("b", 8.0)
 
 
@@ -73,14 +74,14 @@ def test_variants_take_turns_and_warm_up_runs_are_not_counted():
         (["--repeat", "0"], "--repeat must be at least 1"),
     ],
 )
-def test_a_request_without_sense_is_refused(arguments, words, capsys):
+def test_an_invalid_request_is_refused(arguments, words, capsys):
     with pytest.raises(SystemExit):
         gpu.parse(arguments)
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["a row twice as large", "a row not written"])
-def test_the_gate_sees(fault):
+def test_wrong_results_are_found(fault):
     q, k, v = (torch.randn(1, 2, 40, 64).bfloat16() for _ in range(3))
     out, _ = sdpa_attend(q, k, v)
     assert gpu.require_exact("right", out.clone(), out, q, k, v) <= 1
@@ -90,7 +91,7 @@ def test_the_gate_sees(fault):
         gpu.require_exact("wrong", wrong, out, q, k, v)
 
 
-def test_new_memory_is_poisoned_for_the_gate_alone():
+def test_new_memory_is_poisoned_only_inside_the_block():
     with gpu.poisoned():
         assert torch.empty(1000).isnan().all() and torch.zeros(2).new_empty(1000).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -102,8 +103,7 @@ LAYOUTS = [(4, 1, 1, 1), (4, 2, 1, 4), (1, 2, 1, 2), (2, 2, 2, 1), (1, 1, 2, 2),
 @pytest.mark.parametrize("kernel", gpu.KERNELS)
 @pytest.mark.parametrize("degrees", LAYOUTS)
 def test_one_rank_computes_what_the_whole_group_would(degrees, kernel):
-    """All that it attends: its own tokens' heads, and what it sends back; and what comes back from others is put in its
-    place."""
+    """Its own result, the outputs that it sends to peers, and the outputs that it receives."""
     layout = Layout(**dict(zip(("torus", "ulysses", "ring_across", "ring_inside"), degrees, strict=True)))
     L = 12 * layout.world_size
     q, k, v = (torch.randn(2, L, 24, 64).transpose(1, 2) for _ in range(3))
@@ -128,8 +128,8 @@ def test_tokens_that_do_not_divide_are_refused():
         )
 
 
-def test_the_transport_between_gpus_with_nobody_at_the_other_end(monkeypatch):
-    """With threads in place of streams: calls go through, whatever half of the window they use, and wait for nobody."""
+def test_the_transport_between_gpus_without_peers(monkeypatch):
+    """With threads as streams: calls in both halves of the window finish without peers."""
     virtual.use_cpu_streams(monkeypatch)
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=1)
     q, k, v = (torch.randn(1, 8 * 16, 8, 64).transpose(1, 2) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Denoising steps as variants of a benchmark: every variant runs what its name says, and gives one process's latents."""
+"""``bench --pipeline``: every variant runs the attention of its name and returns the latents of one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from sf_xfuser.bench import page, report
-from sf_xfuser.bench.pipeline import SHAPES, PipelineOptions, measure
+from sf_xfuser.bench.pipeline import MODELS, PipelineOptions, measure
 from sf_xfuser.bench.rows import pipeline_rows
 from sf_xfuser.bench.tiny_models import save_tiny_model
 from sf_xfuser.bench.variants import SINGLE
@@ -17,7 +17,7 @@ from sf_xfuser.integrations.xdit.degrees import read_model_facts
 from tests.launch import torchrun
 
 COMPRESSED = ["torus-fp8", "torus-int8"]
-CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 4}  # of attention per step: blocks, times passes
+CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 4}  # attention calls per step: blocks x passes
 
 
 @pytest.mark.parametrize("family", CALLS)
@@ -49,14 +49,14 @@ def test_variants(family, tmp_path):
         ring = [rank["rank"] % 2, rank["rank"] % 2 + 2]  # xDiT's own layout: Ring across machines
         expected = [[ring, "ALL_GATHER"]] * per_variant + [[ring, "ALL_TO_ALL"]] * per_variant
         assert rank["rings"] == 2 * expected
-        assert rank["served"] == 2 * per_variant
+        assert rank["torus_calls"] == 2 * per_variant
 
 
-def test_rows_and_tables_give_the_noise_of_compression():
-    """Against the run without it; below 40 dB a variant has failed."""
+def test_rows_and_tables_contain_the_psnr():
+    """Below 40 dB against the uncompressed run, a variant has failed."""
     records = [
-        {"variant": variant, "layout": "l", "times_s": [1.0], "attention_s": [0.5], "first_call_s": 2.0, "max_abs_error": error,
-         "psnr_db": psnr_db}
+        {"variant": variant, "layout": "l", "times_s": [1.0], "attention_s": [0.5], "first_call_s": 2.0,
+         "max_abs_error": error, "psnr_db": psnr_db}
         for variant, error, psnr_db in (("single", 0, None), ("torus", 1e-6, None), ("ulysses=4 ring=1", 1e-6, None),
                                     ("torus-int8", 2e-2, 51.26), ("torus-fp8", 3e-2, 39.9))
     ]  # fmt: skip
@@ -65,20 +65,19 @@ def test_rows_and_tables_give_the_noise_of_compression():
     assert [row["family"] for row in rows] == ["reference", "ours", "xdit", "ours", "ours"]
     assert [row["psnr_db"] for row in rows] == [None, None, None, 51.26, 39.9]
     assert [row["status"] for row in rows] == ["ok"] * 4 + ["failed"]
-    assert "39.9 dB against the uncompressed ones, below 40" in rows[-1]["reason"]
+    assert "39.9 dB, below 40 dB" in rows[-1]["reason"]
     assert "2.0e-02 (51.3 dB)" in report.cells(rows[3])
     assert "2.0e-02 (51.3 dB)" in page.html({"rows": rows, "timelines": []})
 
 
 def test_only_compressed_variants_can_be_added(capsys):
     assert main(["bench", "--cluster", "2x1", "--pipeline", "flux", "--variants", "torus-fp8,ulysses"]) == 2
-    assert "with --pipeline it adds variants" in capsys.readouterr().err
+    assert "with --pipeline: unknown variant 'ulysses'; choose from torus-fp8, torus-int8" in capsys.readouterr().err
 
 
-def test_shapes_make_models(tmp_path):
-    """A folder with the heads of the published model, and blocks of the one kind that is wanted."""
-    flux = SHAPES["flux"]
-    folder = save_tiny_model("flux", tmp_path / "flux", heads=flux.heads, head_dim=16, layers=0, single_layers=1)
+def test_models_have_the_heads_of_the_published_ones(tmp_path):
+    arguments = {**MODELS["flux"].arguments, "head_dim": 16, "single_layers": 1}
+    folder = save_tiny_model("flux", tmp_path / "flux", **arguments)
     assert read_model_facts(str(folder)).heads == 24
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert (config["num_layers"], config["num_single_layers"]) == (0, 1)
@@ -89,5 +88,5 @@ def test_shapes_make_models(tmp_path):
 
 
 def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no diffusers folder; bench --pipeline measures folders of FluxPipeline"):
+    with pytest.raises(ValueError, match="is not a diffusers folder; bench --pipeline supports FluxPipeline"):
         measure(PipelineOptions(model=str(tmp_path)))

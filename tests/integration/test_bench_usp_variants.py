@@ -1,4 +1,4 @@
-"""xDiT's own USP as variants of a benchmark: right in every configuration, alternating in one process group."""
+"""xDiT's own USP as variants of a benchmark: correct in every configuration, alternating in one process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulated cluster, on the real kernel: what ranks see, what the counters say, and that nothing is left behind."""
+"""The emulated cluster on the real kernel: environment of the ranks, traffic counters, and cleanup."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ status = main(["cluster", "run", *sys.argv[1:]])
 assert "torch" not in sys.modules, "the emulated cluster works without PyTorch"
 sys.exit(status)
 """
-# Every rank says what it sees, leaves a process of its own behind, and tells rank 0 over a socket that it is there.
+# Every rank writes its environment to a file, leaves a process behind, and connects to rank 0.
 SEE = """
 import json, os, socket, subprocess, sys, time
 from pathlib import Path
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", sys.argv[1]], start_new_session=True)
-heard = []
+peers = []
 if rank == 0:
     with socket.create_server(address) as server:
         for _ in range(world - 1):
             peer, (host, _) = server.accept()
-            heard.append([host, int(peer.recv(16))])
+            peers.append([host, int(peer.recv(16))])
 else:
     while True:
         try:
@@ -50,7 +50,7 @@ else:
             time.sleep(0.02)
     peer.sendall(b"%d" % rank)
 seen = {
-    "env": dict(os.environ), "hostname": socket.gethostname(), "heard": sorted(heard), "cwd": os.getcwd(),
+    "env": dict(os.environ), "hostname": socket.gethostname(), "peers": sorted(peers), "cwd": os.getcwd(),
     "interfaces": [name for _, name in socket.if_nameindex()], "stdin": sys.stdin.read(),
     "named": socket.gethostbyname("machine1"),
     "congestion": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
@@ -89,7 +89,7 @@ elif rank == source:
     moved = [[b - a for a, b in zip(*rows)] for rows in zip(before, after)]
     Path(folder, "transfer.json").write_text(json.dumps({"seconds": seconds, "moved": moved}))
 """
-# Says that it runs (a file per rank), then waits to be ended.
+# Writes a file per rank, then sleeps.
 WAIT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -153,13 +153,13 @@ def wait_for(condition, what: str, seconds: float = 60.0):
 
 
 def host_interfaces() -> set[str]:
-    """The host's interfaces that are named as those of a cluster are."""
+    """The host's interfaces with names of a cluster's interfaces."""
     return {name for _, name in socket.if_nameindex() if re.fullmatch(r"(up|br)\d+|x\d+-\d+", name)}
 
 
 @pytest.fixture
 def clean(tmp_path):
-    """The host's network is untouched, and no process is left: below this one, or given this test's folder."""
+    """No interface on the host, no child process and no process with the test's folder as argument is left."""
     network, processes = host_interfaces(), descendants(os.getpid())
     yield
     assert host_interfaces() == network
@@ -203,7 +203,7 @@ def test_parsing(arguments, machines, ranks, rate, delay, text):
         (("2x2", None, "11s"), ["0s to 10s", "11"]),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, words):
+def test_invalid_values_are_refused(arguments, words):
     with pytest.raises(ValueError) as caught:
         ClusterSpec.parse(*arguments)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -214,7 +214,7 @@ def test_a_missing_program_is_named_with_its_package(monkeypatch):
     assert "'tc'" in emulate.unavailable() and "iproute2" in emulate.unavailable()
 
 
-def test_a_refusal_is_told_with_what_was_tried_and_what_to_do(monkeypatch, tmp_path):
+def test_the_error_contains_the_tried_commands_and_the_remedy(monkeypatch, tmp_path):
     fake = tmp_path / "unshare"
     fake.write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -260,12 +260,12 @@ def test_ranks_see_machines(clean, tmp_path, capfd, monkeypatch):
         assert seen["hostname"] == f"machine{machine}" and seen["interfaces"] == ["lo", "eth0"]
         assert seen["named"] == "10.77.0.2"
         assert seen["cwd"] == os.getcwd() and seen["stdin"] == "" and seen["congestion"] == "reno"
-        if rank == 0:  # a rank of the same machine comes from that machine's address, the others from theirs
-            assert seen["heard"] == [["10.77.0.1", 1], ["10.77.0.2", 2], ["10.77.0.2", 3]]
+        if rank == 0:  # ranks connect from the address of their machine
+            assert seen["peers"] == [["10.77.0.1", 1], ["10.77.0.2", 2], ["10.77.0.2", 3]]
 
 
 @needs_namespaces
-def test_omp_num_threads_of_the_user_stays(clean, capfd, monkeypatch):
+def test_omp_num_threads_of_the_user_is_kept(clean, capfd, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert emulate.run(spec("1x1"), ["sh", "-c", "echo $OMP_NUM_THREADS"]).status == 0
     assert capfd.readouterr().out == "7\n"
@@ -328,9 +328,9 @@ def test_a_killed_rank_is_reported_and_the_others_are_ended(clean, tmp_path, cap
     first, *others = outcome.failures
     assert (first.rank, first.machine, first.what) == (2, 1, "was killed by SIGKILL")
     assert sorted(failure.rank for failure in others) == [0, 1, 3]
-    assert all("SIGTERM" in failure.what and "ended by the launcher" in failure.what for failure in others)
-    said = capfd.readouterr().err
-    assert "rank 2 (machine 1) was killed by SIGKILL" in said and "ending rank(s) [0, 1, 3]" in said
+    assert all("SIGTERM" in failure.what and "stopped by the launcher" in failure.what for failure in others)
+    error = capfd.readouterr().err
+    assert "rank 2 (machine 1) was killed by SIGKILL" in error and "stopping rank(s) [0, 1, 3]" in error
 
 
 @needs_namespaces
@@ -349,7 +349,7 @@ def test_the_time_out_ends_ranks_that_ignore_sigterm(clean, tmp_path, capfd):
     outcome = emulate.run(spec("1x2"), python(WAIT, tmp_path, "stubborn"), timeout_s=1.5)
     assert outcome.status == 124
     assert ["SIGKILL" in failure.what for failure in outcome.failures] == [True, True]
-    assert "the time-out of 1.5 s is over" in capfd.readouterr().err
+    assert "the time-out of 1.5 s has passed" in capfd.readouterr().err
 
 
 @needs_namespaces
@@ -393,7 +393,7 @@ def test_an_end_of_the_holder_is_an_error(clean, tmp_path, who):
         first = min(below)  # unshare; its child is the holder
         assert len(descendants(first)) == 3
         os.kill(first if who == "unshare" else min(descendants(first)), signal.SIGKILL)
-        assert "ended without an answer" in driver.communicate(timeout=60)[1]
+        assert "the emulated cluster was killed" in driver.communicate(timeout=60)[1]
         assert driver.returncode == 2
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the cluster's processes end", 20)
     finally:

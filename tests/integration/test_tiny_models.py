@@ -1,4 +1,4 @@
-"""The tiny models load and run in plain diffusers, repeat themselves, and show a wrong attention in their result."""
+"""The tiny models load and run in plain diffusers, are reproducible, and make a wrong attention visible."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def latents(pipeline, family, prompt=CAT, text_length=16, seed=1):
 def attention_of_blocks(pipeline, change):
     """Let ``change(kv_BHSD) -> kv_BHSD`` edit keys and values of every self-attention in the transformer's blocks.
 
-    Text encoders and HunyuanVideo's text refiner, which sequence parallelism leaves alone, are left alone here too.
+    Text encoders and HunyuanVideo's text refiner do not change, because sequence parallelism does not split them.
     """
     original, inside, edits = F.scaled_dot_product_attention, [], []
 
@@ -107,7 +107,7 @@ def test_every_prompt_has_its_own_tokens(pipeline):
     prompts = ["", "a cat", "a dog", "A cat.", "naïve 猫 \N{CAT FACE}\t\n{}", CAT, DOG]
     for name, tokenizer in pipeline.components.items():
         if name.startswith("tokenizer") and tokenizer is not None:
-            # CLIP folds case; everything else must stay apart.
+            # CLIP ignores case; all other differences must change the tokens.
             ids = [tuple(tokenizer(prompt).input_ids) for prompt in prompts]
             assert len(set(ids)) == len(ids)
 
@@ -133,7 +133,7 @@ def test_hunyuan_prompt_survives_the_template_crop(model_folder):
 
 @pytest.mark.parametrize("family", ["sd3", "hunyuanvideo"])  # two CLIPs and T5; Llama and CLIP
 def test_same_arguments_same_bytes(tmp_path, family):
-    """Also in another process: each rank of a job may make its model itself."""
+    """Even in another process, because each rank of a job may make its own model."""
 
     def digests(folder):
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]

@@ -1,7 +1,7 @@
-"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH. Prints what it measured.
+"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH. Prints the records.
 
-``@@{"rank", "records", "rings", "served"}@@``, where ``rings`` lists the ring calls of xDiT's own USP in their order:
-``[ranks of the ring, rotation]``, and ``served`` counts the calls that Torus Attention took.
+``@@{"rank", "records", "rings", "torus_calls"}@@``: ``rings`` lists the ring calls of xDiT's own USP in their order,
+``[ranks of the ring, rotation]``; ``torus_calls`` counts the calls of Torus Attention.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def main() -> None:
         model=model, topology="2x2", text_length=text_length, steps=2, rounds=1, compress=("fp8", "int8")
     )
     records = measure(options)
-    served = int(re.search(r"served by torus: (\d+)", sf_xfuser.explain())[1])
-    found = {"rank": dist.get_rank(), "records": records, "rings": rings, "served": served}
+    torus_calls = int(re.search(r"by torus: (\d+)", sf_xfuser.explain())[1])
+    found = {"rank": dist.get_rank(), "records": records, "rings": rings, "torus_calls": torus_calls}
     print(f"@@{json.dumps(found)}@@", flush=True)
     try:
         measure(PipelineOptions(model=model, topology="2x2"))
     except RuntimeError as error:
         assert "set up in this process already" in str(error), error
     else:
-        raise AssertionError("a second measurement would have found the groups of the first")
+        raise AssertionError("a second measurement used the groups of the first")
     dist.barrier()
     dist.destroy_process_group()
 

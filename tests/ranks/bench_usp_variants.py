@@ -1,4 +1,4 @@
-"""Rank side of test_bench_usp_variants.py: four ranks, taken for two machines of two. Prints one JSON line per call."""
+"""Rank side of test_bench_usp_variants.py: four ranks as two machines of two. Prints one JSON line per call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from sf_xfuser.bench.usp_variants import attention_timer, available, open_variants
+from sf_xfuser.bench.usp_variants import attention_timer, available, call_usp, make_groups
 from sf_xfuser.layout.usp_layouts import legal_configs
 
 B, S, D = 2, 24, 16
@@ -27,31 +27,32 @@ def main() -> None:
         for shape in SHAPES
     }  # fmt: skip
     configs = list(dict.fromkeys(config for configs in by_shape.values() for config in configs))
-    variants = open_variants(configs, ranks_per_machine=RANKS_PER_MACHINE)
-    check_groups(variants)
+    groups = make_groups(configs, ranks_per_machine=RANKS_PER_MACHINE)
+    check_groups(groups, configs)
 
     mine = slice(rank * S, (rank + 1) * S)
     for (heads, kv_heads), configs in by_shape.items():
         torch.manual_seed(heads)
-        # As views of [B, S, H, D], which is what xDiT's models pass.
+        # Views of [B, S, H, D], as in xDiT's models.
         q, k, v = (torch.randn(B, S * world_size, h, D).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
-        wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)[:, :, mine]
+        expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)[:, :, mine]
         first = {}
         for config in [*configs, *reversed(configs)]:  # each variant twice, others in between
             before = state()
             kernels: list[tuple[float, float]] = []
             started = time.perf_counter()
-            with attention_timer(lambda start, end, seen=kernels: seen.append((start, end))):
-                out = variants[config](q[:, :, mine], k[:, :, mine], v[:, :, mine])
+            timer = attention_timer(lambda start, end, seen=kernels: seen.append((start, end)))
+            with groups.selected(config), timer:
+                out = call_usp(q[:, :, mine], k[:, :, mine], v[:, :, mine])
             ended = time.perf_counter()
-            assert state() == before, "a variant left xDiT changed"
-            assert out.dtype == q.dtype and out.shape == wanted.shape
+            assert state() == before, "xDiT differs after the call"
+            assert out.dtype == q.dtype and out.shape == expected.shape
             record = {
                 "rank": rank,
                 "heads": heads,
                 "kv_heads": kv_heads,
                 "config": str(config),
-                "error": (out.double() - wanted).abs().max().item(),
+                "error": (out.double() - expected).abs().max().item(),
                 "kernels": len(kernels),
                 "kernels_in_order": all(started <= a <= b <= ended for a, b in kernels),
                 "repeats": torch.equal(first.setdefault(config, out), out),
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def state() -> list[object]:
-    """All that a variant may change for the time of a call."""
+    """Everything that is swapped during a call."""
     from torch.distributed.tensor.experimental._attention import _cp_options
     from xfuser.core.distributed import get_runtime_state, get_sp_group
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY
@@ -72,16 +73,16 @@ def state() -> list[object]:
     return [dict(vars(PROCESS_GROUP)), dict(vars(get_sp_group())), _cp_options.rotate_method, kernel]
 
 
-def check_groups(variants) -> None:
-    """What xDiT would have made itself for ``placement="xdit"``; machines crossed for ``"machines-first"``."""
+def check_groups(groups, configs) -> None:
+    """``placement="xdit"`` has the groups that xDiT makes; Ulysses crosses machines for ``"machines-first"``."""
     from yunchang import set_seq_parallel_pg
     from yunchang.globals import PROCESS_GROUP
 
     world_size, kept = dist.get_world_size(), dict(vars(PROCESS_GROUP))
-    for config, variant in variants.items():
+    for config in configs:
         set_seq_parallel_pg(config.ulysses_degree, config.ring_degree, dist.get_rank(), world_size)
         own = [members(PROCESS_GROUP.ULYSSES_PG), members(PROCESS_GROUP.RING_PG)]
-        with variant.selected():
+        with groups.selected(config):
             selected = [members(PROCESS_GROUP.ULYSSES_PG), members(PROCESS_GROUP.RING_PG)]
         if config.placement == "xdit":
             assert selected == own, (config, selected, own)

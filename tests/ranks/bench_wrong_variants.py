@@ -1,4 +1,4 @@
-"""Rank side of test_bench.py: ``sf-xfuser bench`` with two variants that are wrong. Arguments: those of the command.
+"""Rank side of test_bench.py: ``sf-xfuser bench`` with two wrong variants. Takes the arguments of the command.
 
 The variant torus is off by 0.01 on one rank, torus-no-overlap has one NaN.
 """

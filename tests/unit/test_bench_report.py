@@ -1,4 +1,4 @@
-"""What the bench's report says, on documents made here: the numbers in tables, summary, plots, trace and page."""
+"""Reports of bench documents: the numbers in tables, summary, plots, trace and page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sf_xfuser import cli
 from sf_xfuser.bench import page, report
+from sf_xfuser.bench.timelines import chrome_trace
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -64,7 +66,7 @@ def refused(case: dict[str, Any], variant: str, status: str, reason: str, family
 
 
 def a_document() -> dict[str, Any]:
-    """Torus is 2x, 0.5x and 4x as fast as USP, and 1.6x, 0.4x and 4x as the best variant of xDiT; skipped in the last."""
+    """Torus is 2x, 0.5x and 4x as fast as USP, 1.6x, 0.4x and 4x as xDiT's best variant; it fails in the last case."""
     rows: list[dict[str, Any]] = []
     for name, usp, flat, torus in (("A", 1.0, 0.8, 0.5), ("B", 0.5, 0.4, 1.0), ("C", 2.0, 3.0, 0.5)):
         case = a_case(f"{name} 2x2 L4096")
@@ -126,11 +128,11 @@ def printed(table: Any, width: int = 250) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in capture.get().splitlines() if line.strip()]
 
 
-def test_a_table_shows_each_variant_and_why_one_has_no_numbers():
+def test_a_table_shows_each_variant_and_the_reason_of_missing_numbers():
     rows = rows_of(a_document(), "A")
     result = report.table(rows)
     text = printed(result)
-    assert text[0] == ["A 2x2 L4096"] and text[-1] == ["bound 400 ms, set by wire"]
+    assert text[0] == ["A 2x2 L4096"] and text[-1] == ["lower bound 400 ms, set by wire"]
     head, found = list(report.COLUMNS), {line[0]: line for line in text}
     torus = dict(zip(head, found["torus"], strict=True))
     assert torus == {
@@ -153,7 +155,7 @@ def test_a_table_shows_each_variant_and_why_one_has_no_numbers():
     for width in (250, 80):
         assert [line[0] for line in printed(result, width) if line[0] in variants] == variants
     bold = [row["variant"] for row, line in zip(rows, result.rows, strict=True) if "bold" in str(line.style)]
-    assert bold == ["torus"], "the single process is faster, but no contender"
+    assert bold == ["torus"], "the single process is faster, but a reference"
 
 
 def test_what_bounds_a_case_comes_from_its_row():
@@ -166,14 +168,14 @@ def test_what_bounds_a_case_comes_from_its_row():
 def test_bytes_and_numbers():
     case = a_case("x", 3)
     row = a_row(case, "torus", 1.0, wire_bytes=[[5, 1, 2], [3, 5, 4], [0, 0, 9]])
-    assert report.bytes_out(row) == 7, "machine 1, without what it sends itself"
-    assert ["0", "7.00e-06", "1.00", "1.00"] in printed(report.matrix_table(a_row(case, "torus", 1.0)))
+    assert report.bytes_out(row) == 7, "machine 1, without bytes to itself"
+    assert ["from 0", "7.00e-06", "1.00", "1.00"] in printed(report.matrix_table(a_row(case, "torus", 1.0)))
     assert [report.shown(x, 1e3) for x in (0.0123456, 1.2345, 0.0099, 0.00001)] == ["12.3", "1,234", "9.90", "0.0100"]
     assert [report.shown(x) for x in (None, math.nan, math.inf, "?")] == ["–"] * 4
 
 
 def test_predictions_are_compared_by_hand():
-    """Off by 10 %, 50 % and 20 %; of the pairs that differ by over 10 % the one of A is predicted the other way."""
+    """Errors of 10 %, 50 % and 20 %. The pair of A differs by over 10 % and is predicted in the wrong order."""
     case, other = a_case("A"), a_case("B")
     rows = [
         a_row(case, "usp-allgather", 1.0, predicted_s=0.9),
@@ -183,14 +185,13 @@ def test_predictions_are_compared_by_hand():
         a_row(other, "ulysses", 0.5, predicted_s=0.5, status="failed"),
     ]
     found = report.predictions(rows)
-    assert found["variants"] == 3 and found["median_off"] == pytest.approx(0.2)
+    assert found["variants"] == 3 and found["median_error"] == pytest.approx(0.2)
     assert found["worst"] == {"case": case["id"], "variant": "torus", "ratio": pytest.approx(1.5)}
     wrong = {"case": case["id"], "variants": ["usp-allgather", "torus"], "ratio": pytest.approx(1.25)}
     assert found["pairs"] == 1 and found["wrong_order"] == [wrong]
-    said = report.prediction_table(rows).caption.plain
-    assert (
-        said.startswith("off by 20.0 % at the median of 3, at worst 1.50x (torus") and "wrong in 1 of 1 pairs" in said
-    )
+    caption = report.prediction_table(rows).caption.plain
+    assert caption.startswith("median error 20.0 % over 3 rows, worst 1.50x (torus")
+    assert "order wrong in 1 of 1 pairs" in caption
     assert report.prediction_table(a_document()["rows"]) is None
 
 
@@ -211,7 +212,7 @@ def test_the_summary_is_right_by_hand():
     lines = {line[0]: line[1] for line in printed(report.summary_table(result)) if len(line) == 2}
     assert lines["vs USP, geometric mean of 3"] == "1.59x"
     assert lines["vs best xDiT, slower in"] == "1 of 3: 0.40x (B 2x2 L4096)"
-    assert lines["bytes vs formula, at worst"] == "-10.00% (torus, A 2x2 L4096)"
+    assert lines["bytes vs formula, worst"] == "-10.00% (torus, A 2x2 L4096)"
     assert json.loads(json.dumps(result)) == result
 
 
@@ -233,7 +234,7 @@ def test_a_grid_has_one_line_per_case():
 
 def test_a_trace_has_every_span_and_its_events_never_overlap_on_a_thread():
     document = a_document()
-    trace = json.loads(json.dumps(report.chrome_trace(document)))
+    trace = json.loads(json.dumps(chrome_trace(document)))
     complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     spans = [span for timeline in document["timelines"] for rank in timeline["ranks"] for span in rank["spans"]]
     keys = sorted((span["name"], span["link"], span["start_s"] * 1e6, span["bytes"]) for span in spans)
@@ -282,8 +283,13 @@ def test_bars_are_the_numbers_of_the_rows():
         at = round(bar.get_y() + bar.get_height() / 2)
         ends[at] = max(ends.get(at, 0.0), bar.get_x() + bar.get_width())
     assert ends == pytest.approx({0: 350, 1: 1500, 2: 1000, 3: 800, 5: 500})
-    assert {"500 ms, 2.00x USP", "skipped: [gloo] has no such rotation", "bound, by wire", "attention"} <= set(texts)
-    assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_label() == "bound, by wire"] == [400]
+    assert {
+        "500 ms, 2.00x USP",
+        "skipped: [gloo] has no such rotation",
+        "lower bound, set by wire",
+        "attention",
+    } <= set(texts)
+    assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_label() == "lower bound, set by wire"] == [400]
 
 
 def test_ratio_bars_and_timeline_show_all():
@@ -292,7 +298,7 @@ def test_ratio_bars_and_timeline_show_all():
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([2.0, 1.6, 0.5, 0.4, 4.0, 4.0])
     assert "failed: rank 3 </script> ended" in texts
     axes, texts = texts_of(page.timeline_panel(document["timelines"][0]))
-    assert {"machine 0", "machine 1", "rank 3  compute", "across", "inside", "waits", "other tensors", *"qkvo"} <= set(
+    assert {"machine 0", "machine 1", "rank 3  compute", "across", "inside", "wait", "other tensors", *"qkvo"} <= set(
         texts
     )
     assert sum(len(spans.get_paths()) for spans in axes.collections) == 4 * 9
@@ -300,7 +306,7 @@ def test_ratio_bars_and_timeline_show_all():
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_plots_are_written_as_their_suffix_says(tmp_path, suffix):
+def test_the_suffix_selects_the_type_of_a_plot(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"plot.{suffix}"
     page.plot(one_case(a_document(), "A") if suffix == "png" else a_document(), path)
@@ -308,7 +314,7 @@ def test_plots_are_written_as_their_suffix_says(tmp_path, suffix):
     assert path.read_bytes().startswith(start) and path.stat().st_size > 5000
 
 
-def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch, tmp_path):
+def test_without_matplotlib_a_plot_names_the_package_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"plots need matplotlib: pip install 'sf-xfuser\[bench\]'"):
         page.plot(a_document(), tmp_path / "plot.png")
@@ -317,7 +323,7 @@ def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch, tmp_path):
 
 
 class Reader(HTMLParser):
-    """Fails where tags do not match; keeps text, ids and the JSON of the page."""
+    """Fails on unmatched tags; collects text, ids and the JSON of the page."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -354,7 +360,7 @@ class Reader(HTMLParser):
             self.words.append(data.strip())
 
 
-def test_the_page_holds_all_and_needs_nothing_else():
+def test_the_page_contains_everything_and_loads_nothing():
     pytest.importorskip("matplotlib")
     document = a_document()
     document["rows"][1]["rms_error"] = math.nan
@@ -399,6 +405,28 @@ def test_documents_with_gaps_still_render(rows, tmp_path):
     for row in rows:
         assert printed(report.matrix_table(row))
     assert report.markdown_table(rows).count("\n") == 2 + len(report.by_case(rows))
-    assert report.chrome_trace(document)["traceEvents"] == []
+    assert chrome_trace(document)["traceEvents"] == []
     if rows:
         page.plot(document | {"timelines": [{"case": "x", "variant": "torus", "ranks": []}]}, tmp_path / "plot.png")
+
+
+def test_documents_with_old_keys_are_read_with_one_warning(capsys, tmp_path):
+    """Rows and timelines of 0.1's first documents have "arm" for "variant" and "lane" for "link"."""
+    pytest.importorskip("matplotlib")
+    document = one_case(a_document(), "A")
+    expected, trace = page.html(document), chrome_trace(document)
+    old = json.loads(json.dumps(document).replace('"variant":', '"arm":').replace('"link":', '"lane":'))
+    assert capsys.readouterr().err == ""
+    assert page.html(old) == expected
+    warning = "keys 'arm' and 'lane' are now 'variant' and 'link'; old names will be removed in 0.2"
+    assert warning in capsys.readouterr().err
+    assert chrome_trace(old) == trace
+    page.plot(old, tmp_path / "plot.png")
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    call = ["--machines", "2", "--gpus-per-machine", "2", "--heads", "8", "--head-dim", "64", "--seq-len", "4096"]
+    capsys.readouterr()
+    assert cli.main(["simulate", *call, "--measured", str(path), "--measured-arm", "torus"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("measured torus, A 2x2 L4096: 300.00 ms")
+    assert "--measured-arm is now --measured-variant" in captured.err and warning in captured.err

@@ -1,0 +1,83 @@
+"""The JSON document of a benchmark run, and the files that a command line names."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sf_xfuser import __version__
+
+
+def new_document(command: str) -> dict[str, Any]:
+    """A document without rows: date, commit, command line, hardware and versions."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "schema": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": shlex.join([*shlex.split(command), *sys.argv[1:]]),
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_bytes": memory, "accelerator": accelerator},
+        "versions": {
+            "sf_xfuser": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
+        },
+        "rows": [],
+        "timelines": [],
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that holds this package, if any."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_output_paths(options: object, *names: str) -> None:
+    """Raise ValueError if one of these options names a folder, or a file in a folder that does not exist."""
+    for name in names:
+        path = getattr(options, name)
+        if path and path != "-" and not (folder := Path(path).absolute().parent).is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {folder}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{name} {path} is a folder; name a file")
+
+
+def write_json(path: str | None, document: object, indent: int | None = None) -> bool:
+    """Write ``document`` to ``path``, if any. Returns whether ``path`` is ``-``, standard output."""
+    text = json.dumps(document, indent=indent) if path else ""
+    if path == "-":
+        print(text)
+    elif path:
+        Path(path).write_text(text + "\n")
+    return path == "-"
