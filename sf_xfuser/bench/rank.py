@@ -166,7 +166,7 @@ class _Measurement:
                 f"--predict measures over the links of the variant {SUBJECT}, which is not among the variants"
             )
         rate_bps = case.inter_rate_bps if self.order.emulated else None
-        order = probe.Order(
+        order = probe.CalibrationSettings(
             attend=sdpa_attend if usp_variants.available() else usp_variants.registered_attention(),
             heads=case.heads,
             head_dim=case.head_dim,

@@ -121,7 +121,9 @@ def test_auto_takes_the_fewest_bytes_and_says_why_not_the_others():
     rejected = {c.layout: c.rejected for c in mha.options}
     assert rejected[mha.layout] == "" and all(rejected[x] for x in rejected if x != mha.layout)
     assert rejected[Layout(torus=1, ulysses=8, ring_across=4, ring_inside=1)] == "2.00x the bytes between machines"
-    assert "24 heads cannot be split over 16 ranks" in rejected[Layout(torus=2, ulysses=8, ring_across=2, ring_inside=1)]
+    assert (
+        "24 heads cannot be split over 16 ranks" in rejected[Layout(torus=2, ulysses=8, ring_across=2, ring_inside=1)]
+    )
     assert any("chosen" in line for line in mha.lines())
 
 
