@@ -89,13 +89,13 @@ class Pace:
 
     def sample(self) -> None:
         """All ranks attend once at the same time. Collective."""
-        self._samples_s.append(self._calibration.timed_once(self._attention, 1).seconds)
+        self._samples_s.append(self._calibration.time_calls(self._attention, 1).seconds)
 
     def cluster(self) -> Cluster:
         """The cluster with compute rates at the median of the samples."""
         slowdown = statistics.median(self._samples_s) / self._expected_s
         compute = self._cluster.compute
-        paced = replace(
+        scaled = replace(
             compute,
             attention_tflops=tuple((dtype, size, rate / slowdown) for dtype, size, rate in compute.attention_tflops),
             linear_tflops=compute.linear_tflops / slowdown,
@@ -103,7 +103,7 @@ class Pace:
             attend_us=compute.attend_us * slowdown,
         )
         source = f"while the variants were timed, attention ran at {1 / slowdown:.2f}x of that speed"
-        return replace(self._cluster, compute=paced, sources=(*self._cluster.sources, source))
+        return replace(self._cluster, compute=scaled, sources=(*self._cluster.sources, source))
 
 
 class _Calibration:
@@ -131,20 +131,20 @@ class _Calibration:
             across=across or link,
             device=self.settings.device.type,
         )
-        cluster = self._with_puts(cluster)
+        cluster = self._with_torus_cost(cluster)
         duration_s = max(self.gather(time.perf_counter() - started_s))
         return replace(cluster, sources=(f"measured in {duration_s:.1f} s",))
 
     def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
         """One of several calls in a row: the median of the repeats, or the ``fastest`` if only interference makes them
         differ. ``alone``: on one rank while the others wait."""
-        warmup = self.timed_once(call, 1, alone)  # creates buffers and connections
+        warmup = self.time_calls(call, 1, alone)  # creates buffers and connections
         times = max(1, min(64, round(_REPEAT_S / warmup.seconds)))
-        repeats = [self.timed_once(call, times, alone) for _ in range(_REPEATS)]
+        repeats = [self.time_calls(call, times, alone) for _ in range(_REPEATS)]
         pick = min if fastest else statistics.median
         return Timing(seconds=pick(t.seconds for t in repeats), cpu_s=pick(t.cpu_s for t in repeats))
 
-    def timed_once(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
+    def time_calls(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
         idle = alone and dist.get_rank() != self.mesh.members[0]
         self._synchronize()
         self.gather(None)
@@ -196,7 +196,7 @@ class _Calibration:
     def _link(self, slots: float | None, *, inside: bool) -> LinkSpec:
         """The costs of xDiT's collectives; the other patterns get the first of these until they are measured. The rate
         is the fastest measured one."""
-        measured: list[tuple[str, int, float, float, float]] = []  # pattern, group size, start_s, Gbit/s, compute share
+        measured: list[tuple[str, int, float, PatternCost]] = []  # pattern, group size, Gbit/s, cost
         for pattern, config in self._patterns(inside=inside):
             is_exchange = pattern == "exchange"
             traffic = ulysses_traffic(config, *self.grid) if is_exchange else ring_hop_traffic(config, *self.grid)
@@ -208,17 +208,14 @@ class _Calibration:
             sent = busiest * self.world_size * (size - 1 if pattern == "allgather" else 1) * nbytes
             share = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
             moving_s = max(large.seconds - small.seconds, large.seconds / 2)
-            measured.append((pattern, size, small.seconds, sent * 8e-9 / moving_s, share))
-        nominal = max(gbps for _, _, _, gbps, _ in measured)
+            cost = PatternCost(efficiency=1.0, start_us=small.seconds * 1e6, compute_share=share)
+            measured.append((pattern, size, sent * 8e-9 / moving_s, cost))
+        nominal = max(gbps for _, _, gbps, _ in measured)
         if not inside and self.settings.across_gbps is not None:
             nominal = self.settings.across_gbps
         costs = [
-            (
-                pattern,
-                size,
-                PatternCost(efficiency=min(1.5, gbps / nominal), start_us=start_s * 1e6, compute_share=share),
-            )
-            for pattern, size, start_s, gbps, share in measured
+            (pattern, size, replace(cost, efficiency=min(1.5, gbps / nominal)))
+            for pattern, size, gbps, cost in measured
         ]
         known = {pattern for pattern, _, _ in costs}
         costs += [(pattern, 2, costs[0][2]) for pattern in PATTERNS if pattern not in known]
@@ -255,24 +252,22 @@ class _Calibration:
         def call(numel: int) -> Callable[[], None]:
             return partial(run, torch.zeros(numel, dtype=dtype, device=self.settings.device))
 
-        dtype = self.settings.dtype
+        settings, dtype = self.settings, self.settings.dtype
         small = self._timed(call(64 * size))
         tensors = 1 if pattern == "exchange" else 2  # a ring moves K and V together
-        numel = (
-            tensors * math.ceil(self.settings.seq_len / self.world_size) * self.settings.heads * self.settings.head_dim
-        )
+        numel = tensors * math.ceil(settings.seq_len / self.world_size) * settings.heads * settings.head_dim
         numel = math.ceil(numel / size) * size
         return small, self._timed(call(numel)), numel * dtype.itemsize
 
     # -- the schedule's transfers -------------------------------------------------------------------------------------
 
-    def _with_puts(self, cluster: Cluster) -> Cluster:
+    def _with_torus_cost(self, cluster: Cluster) -> Cluster:
         """Time torus calls without attention at two sizes: the rate belongs to the link, the rest to the host."""
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
         few = 4 * self.world_size
         small = self._timed(self._exchange(few))
         tokens = 4 * few
-        while tokens < 1 << 17 and self.timed_once(self._exchange(tokens), 1).seconds < 2 * _TRANSFER_S:
+        while tokens < 1 << 17 and self.time_calls(self._exchange(tokens), 1).seconds < 2 * _TRANSFER_S:
             tokens *= 4
         large = self._timed(self._exchange(tokens))
         return _fitted(cluster, self.layout, self.settings, pattern, {few: small, tokens: large})
