@@ -64,10 +64,10 @@ def legal_configs(
     *,
     placement: Placement = "xdit",
 ) -> list[XditConfig]:
-    """Every pair of degrees that xDiT can run, with both rotations where there is a ring.
+    """Every pair of degrees that xDiT can run, with both rotations if there is a ring.
 
     The Ulysses degree must divide the query heads and the KV heads, since xDiT splits KV before repeating it.
-    ``"machines-first"`` omits configurations whose groups are the same as with xDiT's placement.
+    ``"machines-first"`` omits configurations that have the same groups as with xDiT's placement.
     """
     if world_size % ranks_per_machine:
         raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")

@@ -91,12 +91,12 @@ class TorusCall(SimulatedCall):
         inside_s = hops * ((inside.start_us + inside.message_us) * 1e-6 + block * self.seconds_per_byte["inside"])
         busy_s, small_s = self._busy_s()
         # The least slowdown by transfers: they overlap first the calls that leave SMs idle, then each other.
-        taken = (
+        slowdown_s = (
             across.compute_share * max(0.0, across_s - small_s),
             inside.compute_share * max(0.0, inside_s - small_s),
         )
         both_s = across.compute_share * inside.compute_share * max(0.0, min(across_s, inside_s) - small_s)
-        return max(busy_s + sum(taken) - both_s, across_s, inside_s)
+        return max(busy_s + sum(slowdown_s) - both_s, across_s, inside_s)
 
     def _busy_s(self) -> tuple[float, float]:
         """(the least time in attention calls and merges, without joint keys; the most of it that may leave SMs idle)"""
@@ -146,7 +146,7 @@ class TorusCall(SimulatedCall):
                     if self._forwards(message, group):
                         for piece in message.pieces:
                             if dependency := arriving[message.tensor].pop(piece, None):
-                                replay.wait(number, (yield dependency), "to pass on")
+                                replay.wait(number, (yield dependency), "to forward")
                 key = self._post(replay, number, group, step)
                 if not replay.symmetric:
                     yield None
@@ -183,7 +183,7 @@ class TorusCall(SimulatedCall):
         replay.compute(number, self.times.copy_s(result), "result", occupies_all=False)
 
     def _forwards(self, message: Message, group: int) -> bool:
-        """Whether a ring passes on what this rank received."""
+        """Whether this rank forwards a received chunk along a ring."""
         return message.tensor != "o" and self._head_group(message.peer) == group
 
     def _tokens(self, pieces: Sequence[Piece]) -> int:

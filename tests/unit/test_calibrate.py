@@ -44,10 +44,10 @@ def simulated_timing(cluster: Cluster, tokens: int) -> calibrate.Timing:
     """A replayed call without attention. Its CPU time is that of the ranks' compute and of the transfers."""
     no_attention = replace(cluster.compute, attention_tflops=(("float32", 64, 1e9),), attend_us=0.0)
     shape = CallShape(seq_len=tokens, heads=8, kv_heads=8, head_dim=64, dtype="float32")
-    found = predict(replace(cluster, compute=no_attention), shape, TorusVariant(layout=LAYOUT))
+    predicted = predict(replace(cluster, compute=no_attention), shape, TorusVariant(layout=LAYOUT))
     share, cores = cluster.across.cost("put").compute_share, cluster.compute.slots or 0.0
-    computed_s = found.seconds - found.exposed_s
-    return calibrate.Timing(seconds=found.seconds, cpu_s=cores * (computed_s + share * found.seconds))
+    computed_s = predicted.seconds - predicted.exposed_s
+    return calibrate.Timing(seconds=predicted.seconds, cpu_s=cores * (computed_s + share * predicted.seconds))
 
 
 @pytest.mark.parametrize("slots", [2.0, None])
@@ -76,28 +76,28 @@ def test_pace_scales_the_compute_rates_only():
     pace = calibrate.Pace(cluster, mesh, settings, lambda value: [value] * 8)
     for _ in range(3):
         pace.sample()
-    found = pace.cluster()
-    assert found.compute.attention_rate("float32", 64) == pytest.approx(0.065e12 / 3, rel=0.05)
-    assert found.compute.attend_us == pytest.approx(60.0, rel=0.05)
-    assert found.compute.memory_gbs == pytest.approx(10.0, rel=0.05)
-    assert found.compute.slots == 2.0 and (found.inside, found.across) == (cluster.inside, cluster.across)
-    assert "0.33x of that speed" in found.sources[-1]
+    scaled = pace.cluster()
+    assert scaled.compute.attention_rate("float32", 64) == pytest.approx(0.065e12 / 3, rel=0.05)
+    assert scaled.compute.attend_us == pytest.approx(60.0, rel=0.05)
+    assert scaled.compute.memory_gbs == pytest.approx(10.0, rel=0.05)
+    assert scaled.compute.slots == 2.0 and (scaled.inside, scaled.across) == (cluster.inside, cluster.across)
+    assert "0.33x of that speed" in scaled.sources[-1]
 
 
 def test_each_collective_is_measured_on_the_link_that_it_uses(monkeypatch):
     x = torch.zeros(1, 8, 8, 64)
-    found = calibrate._Calibration(OneRank(LAYOUT, x, x, x, Loopback(x.device)).mesh, SETTINGS, list)
-    seen = []
+    calibration = calibrate._Calibration(OneRank(LAYOUT, x, x, x, Loopback(x.device)).mesh, SETTINGS, list)
+    measured = []
 
     def collective(pattern, members):
-        seen.append((pattern, members))
+        measured.append((pattern, members))
         return calibrate.Timing(seconds=0.001, cpu_s=0.0), calibrate.Timing(seconds=0.1, cpu_s=0.1), 1 << 20
 
-    monkeypatch.setattr(found._groups, "mine", lambda groups, ranks: len(groups[0]))
-    monkeypatch.setattr(found, "_collective", collective)
+    monkeypatch.setattr(calibration._groups, "mine", lambda groups, ranks: len(groups[0]))
+    monkeypatch.setattr(calibration, "_collective", collective)
     rings = [(rotation, size) for size in (2, 4, 8) for rotation in ("allgather", "alltoall")]
-    for is_inside, wanted in ((False, [("exchange", 4), ("exchange", 8), *rings]), (True, [("exchange", 2)])):
-        link = found._link(2.0, inside=is_inside)
-        assert sorted(seen) == sorted(wanted)
+    for is_inside, expected in ((False, [("exchange", 4), ("exchange", 8), *rings]), (True, [("exchange", 2)])):
+        link = calibration._link(2.0, inside=is_inside)
+        assert sorted(measured) == sorted(expected)
         assert {pattern for pattern, _, _ in link.costs} >= set(PATTERNS) - {"put", "message"} and link.rank_gbps > 0
-        seen.clear()
+        measured.clear()

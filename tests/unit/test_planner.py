@@ -29,8 +29,8 @@ RESULTS = Path(__file__).parents[2] / "docs/results"
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((RESULTS / f"emulated-2core-{name}.json").read_text())["rows"]
-    return found
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"emulated-2core-{name}.json").read_text())["rows"]
+    return rows
 
 
 def shape_of(case: dict[str, Any]) -> CallShape:
@@ -175,12 +175,12 @@ def test_predicted_times_match_the_emulated_cluster(name):
     """Within 15 % at the median and 30 % at worst, with the order right wherever two variants of a case differ by over
     10 %."""
     rows = rows_of(name)
-    found = {row["case"]["id"]: Cluster.from_json(row["cluster"]) for row in rows if row["cluster"]}
+    clusters = {row["case"]["id"]: Cluster.from_json(row["cluster"]) for row in rows if row["cluster"]}
     times: dict[str, dict[str, tuple[float, float]]] = {}
     for row in rows:
         if row["predicted_s"] is None:
             continue
-        cluster = found[row["case"]["id"]]
+        cluster = clusters[row["case"]["id"]]
         variant: TorusVariant | XditConfig
         if row["variant"].startswith("torus"):
             n, m = cluster.num_machines, cluster.ranks_per_machine
@@ -310,7 +310,7 @@ def test_plots_and_timelines(capsys, tmp_path):
     assert main(["simulate", *SMALL, "--sp-plan", "paper", "--trace", str(trace), "--json", "-"]) == 0
     timeline = json.loads(capsys.readouterr().out.splitlines()[-1])["timelines"][0]
     assert len(timeline["ranks"]) == 4
-    links = {span["link"] for found in timeline["ranks"] for span in found["spans"]}
+    links = {span["link"] for r in timeline["ranks"] for span in r["spans"]}
     assert {"compute", "across", "inside"} <= links
     assert max(s["end_s"] for r in timeline["ranks"] for s in r["spans"]) <= timeline["duration_s"] * (1 + 1e-9)
     beside = ["--measured", str(trace), "--measured-variant", timeline["variant"], "--plot", str(picture)]
