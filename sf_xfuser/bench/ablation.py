@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from sf_xfuser.layout.plan import paper_layout
 from sf_xfuser.layout.usp_layouts import XditConfig
 from sf_xfuser.simulator import CallShape, TorusVariant, predict
-from sf_xfuser.simulator.cluster import Cluster, Link, Way
+from sf_xfuser.simulator.cluster import Cluster, LinkSpec, PatternCost
 from sf_xfuser.simulator.presets import preset
 
 VARIANTS = ("mapping alone", "+ Torus (NCCL)", "+ one-sided")
@@ -64,7 +64,7 @@ BOUNDS = {
     "nccl_efficiency": (0.4, 0.95),
     "nccl_start_us": (10.0, 200.0),
     "nccl_message_us": (2.0, 80.0),
-    "nccl_takes": (0.05, 0.35),
+    "nccl_compute_share": (0.05, 0.35),
     "put_efficiency": (0.3, 0.95),
     "put_message_us": (2.0, 100.0),
 }
@@ -73,7 +73,7 @@ BOUNDS = {
 def ratios(cluster: Cluster, workload: Workload) -> tuple[float, ...]:
     """Predicted speedup of each of ``VARIANTS`` over USP with Ulysses inside machines and Ring across."""
     n, m, shape = workload.num_machines, cluster.ranks_per_machine, workload.shape
-    sized = cluster.sized(n, m)
+    sized = cluster.with_size(n, m)
     layout = paper_layout(n, m, shape.heads)
     hidden = shape.heads * shape.head_dim
     others_s = 24.0 * hidden**2 * shape.seq_len / sized.world_size / (cluster.compute.linear_tflops * 1e12)
@@ -105,12 +105,14 @@ def wrong_directions(predicted: Sequence[Sequence[float]]) -> int:
 
 def with_parameters(cluster: Cluster, parameters: Mapping[str, float]) -> Cluster:
     """``cluster`` with other parameters for EFA: those of ``BOUNDS``."""
-    ways = []
-    for pattern, members, way in cluster.across.ways:
+    costs = []
+    for pattern, members, cost in cluster.across.costs:
         kind = "put" if pattern == "put" else "nccl"
-        named: dict[str, Any] = {f: parameters[f"{kind}_{f}"] for f in Way.__slots__ if f"{kind}_{f}" in parameters}
-        ways.append((pattern, members, replace(way, **named)))
-    link: Link = replace(cluster.across, ways=tuple(ways))
+        named: dict[str, Any] = {
+            f: parameters[f"{kind}_{f}"] for f in PatternCost.__slots__ if f"{kind}_{f}" in parameters
+        }
+        costs.append((pattern, members, replace(cost, **named)))
+    link: LinkSpec = replace(cluster.across, costs=tuple(costs))
     return replace(cluster, across=link)
 
 

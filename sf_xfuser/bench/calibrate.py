@@ -1,9 +1,8 @@
-"""Measures a cluster: how fast its ranks attend, and what each pattern of transfers makes of its links. Some seconds.
+"""Measures the rates and overheads of the cluster that runs this job, in 10 to 33 s, as a ``cluster.Cluster``.
 
-What is measured are pieces, never a whole variant: attention calls, a merge, each collective of xDiT's alone on the groups
-that xDiT would make, and the schedule's own transfers with nothing computed. Each is measured small (what it takes
-whatever its size) and large (what grows with it), several in a row: ranks leave the barrier before it at different
-times, which is no cost of theirs. The result is a ``cluster.Cluster`` for ``simulate.predict``.
+It never runs a whole variant. It measures attention calls, a merge, each of xDiT's collectives alone on the groups that
+xDiT would create, and torus calls without attention. Each is measured at a small size (the fixed overhead) and at a
+large one (the rate), several calls in a row, since ranks leave the barrier at different times.
 """
 
 from __future__ import annotations
@@ -23,28 +22,27 @@ import torch.distributed as dist
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction, merge_
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.layout.usp_layouts import Traffic, XditConfig, ring_hop_traffic, ulysses_traffic
+from sf_xfuser.layout.usp_layouts import XditConfig, ring_hop_traffic, ulysses_traffic
 from sf_xfuser.simulator import MERGE_BYTES, CallShape, TorusVariant, predict
-from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, Link, Way
+from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, LinkSpec, PatternCost
 from sf_xfuser.torus.attention import attend_nothing, torus_attention
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh
 
-_TRIES, _TRY_S = 3, 0.2  # how often a piece is timed, and for how long each time
-_TRANSFER_S = 0.1  # calls with nothing computed are made to take longer than this
-_ATTEND_S = 0.04  # a large attention call takes longer than this
-_MOST_TOKENS = 1 << 15  # of such a call
-_SLOWED = 1.2  # by less than this, ranks that compute at once do not share what computes
+_REPEATS, _REPEAT_S = 3, 0.2  # measurements of each piece, and the duration of each
+_TRANSFER_S = 0.1  # minimum duration of a large call without attention
+_ATTEND_S = 0.04  # minimum duration of a large attention call
+_MAX_TOKENS = 1 << 15  # of that call
+_SHARED_CORES = 1.2  # slowdown above which ranks are assumed to share cores
 
 Gather = Callable[[Any], list[Any]]
-"""Every rank's value, in the order of ranks. Collective."""
+"""Gathers a value of every rank, in rank settings. Collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What to measure with: ``attend`` on tensors of ``dtype``, ``heads`` heads of ``head_dim``. ``seq_len``: of the
-    calls to come, at whose size collectives are measured. ``across_gbps``: what a machine can send, where known (None:
-    the fastest pattern seen)."""
+class CalibrationSettings:
+    """``attend`` runs on ``heads`` heads of ``head_dim`` in ``dtype``; collectives run at the size of a call with
+    ``seq_len`` tokens. ``across_gbps``: the send rate of a machine (None: the fastest measured pattern)."""
 
     attend: AttendFunction
     heads: int
@@ -55,63 +53,62 @@ class Order:
     across_gbps: float | None = None
 
     def flop(self, tokens: int) -> float:
-        """Of one attention call of so many queries and keys."""
+        """FLOPs of one attention call of ``tokens`` queries and keys."""
         return 4.0 * tokens**2 * self.heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Of one call of the slowest rank: ``seconds`` of the clock, and ``cpu_s`` of all ranks together."""
+    """``seconds``: wall time of one call on the slowest rank; ``cpu_s``: CPU time of one call, summed over ranks."""
 
     seconds: float
     cpu_s: float
 
 
-def measure(mesh: Mesh, order: Order, gather: Gather) -> Cluster:
-    """The cluster on which ``mesh`` lies, as its group finds it: where the job has several and they measure at the
-    same time, as they also attend, each sees its share of the links. Collective over the group; the same on its ranks.
-    """
-    return _Probe(mesh, order, gather).cluster()
+def measure(mesh: Mesh, settings: CalibrationSettings, gather: Gather) -> Cluster:
+    """The cluster under ``mesh``. Groups that measure at the same time each get their share of the links, as when they
+    attend. Collective over the group; every rank gets the same result."""
+    return _Calibration(mesh, settings, gather).cluster()
 
 
 class Pace:
-    """How fast the ranks of ``cluster`` attend while other calls are timed: what else runs on a machine, and its clock,
-    change that from one minute to the next. Samples alternate with those calls."""
+    """Samples the speed of attention between other timed calls, because the clock and the load of a machine change from
+    minute to minute."""
 
-    def __init__(self, cluster: Cluster, mesh: Mesh, order: Order, gather: Gather) -> None:
-        """``cluster`` as ``measure`` found it with the same ``mesh``, ``order`` and ``gather``."""
-        self._cluster, self._probe = cluster, _Probe(mesh, order, gather)
+    def __init__(self, cluster: Cluster, mesh: Mesh, settings: CalibrationSettings, gather: Gather) -> None:
+        """``cluster``: the result of ``measure`` with the same ``mesh``, ``settings`` and ``gather``."""
+        self._cluster, self._calibration = cluster, _Calibration(mesh, settings, gather)
         compute, tokens = cluster.compute, 512
-        rate = compute.attention_rate(_name(order.dtype), order.head_dim)
-        while order.flop(tokens) / rate < _ATTEND_S and tokens < _MOST_TOKENS:
+        rate = compute.attention_rate(_name(settings.dtype), settings.head_dim)
+        while settings.flop(tokens) / rate < _ATTEND_S and tokens < _MAX_TOKENS:
             tokens *= 2
-        at_once = self._probe.world_size / compute.slots if compute.slots else 1.0
-        self._expected_s = order.flop(tokens) / rate * at_once
-        self._attention = self._probe.attention(tokens)
-        self._seen_s: list[float] = []
+        slowdown = self._calibration.world_size / compute.slots if compute.slots else 1.0
+        self._expected_s = settings.flop(tokens) / rate * slowdown
+        self._attention = self._calibration.attention(tokens)
+        self._samples_s: list[float] = []
 
     def sample(self) -> None:
-        """All ranks attend once, at the same time. Collective."""
-        self._seen_s.append(self._probe.tried(self._attention, 1).seconds)
+        """All ranks attend once at the same time. Collective."""
+        self._samples_s.append(self._calibration.time_calls(self._attention, 1).seconds)
 
     def cluster(self) -> Cluster:
-        """The cluster at the median of the samples' pace."""
-        slower = statistics.median(self._seen_s) / self._expected_s
+        """The cluster with compute rates at the median of the samples."""
+        slowdown = statistics.median(self._samples_s) / self._expected_s
         compute = self._cluster.compute
-        paced = replace(
+        scaled = replace(
             compute,
-            attention_tflops=tuple((dtype, size, rate / slower) for dtype, size, rate in compute.attention_tflops),
-            linear_tflops=compute.linear_tflops / slower,
-            memory_gbs=compute.memory_gbs / slower,
-            attend_us=compute.attend_us * slower,
+            attention_tflops=tuple((dtype, size, rate / slowdown) for dtype, size, rate in compute.attention_tflops),
+            linear_tflops=compute.linear_tflops / slowdown,
+            memory_gbs=compute.memory_gbs / slowdown,
+            attend_us=compute.attend_us * slowdown,
         )
-        says = f"attention at {1 / slower:.2f}x of that pace while the variants were timed"
-        return replace(self._cluster, compute=paced, sources=(*self._cluster.sources, says))
+        source = f"while the variants were timed, attention ran at {1 / slowdown:.2f}x of that speed"
+        return replace(self._cluster, compute=scaled, sources=(*self._cluster.sources, source))
 
 
-class _Probe:
-    def __init__(self, mesh: Mesh, order: Order, gather: Gather) -> None:
-        self.mesh, self.order, self.gather = mesh, order, gather
+class _Calibration:
+    def __init__(self, mesh: Mesh, settings: CalibrationSettings, gather: Gather) -> None:
+        self.mesh, self.settings, self.gather = mesh, settings, gather
         self.layout = mesh.layout
         self.grid = self.layout.num_machines, self.layout.ranks_per_machine
         self.world_size = self.layout.world_size
@@ -123,31 +120,31 @@ class _Probe:
         compute = self._compute()
         across = self._link(compute.slots, inside=False) if n > 1 else None
         inside = self._link(compute.slots, inside=True) if m > 1 else None
-        known = across or inside
-        assert known is not None, "a mesh has at least two ranks"
-        found = Cluster(
+        link = across or inside
+        assert link is not None, "a mesh has at least two ranks"
+        cluster = Cluster(
             name="measured",
             num_machines=n,
             ranks_per_machine=m,
             compute=compute,
-            inside=inside or known,
-            across=across or known,
-            device=self.order.device.type,
+            inside=inside or link,
+            across=across or link,
+            device=self.settings.device.type,
         )
-        found = self._with_puts(found)
-        took_s = max(self.gather(time.perf_counter() - started_s))
-        return replace(found, sources=(f"measured by the probe in {took_s:.1f} s",))
+        cluster = self._with_torus_cost(cluster)
+        duration_s = max(self.gather(time.perf_counter() - started_s))
+        return replace(cluster, sources=(f"measured in {duration_s:.1f} s",))
 
     def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
-        """One of several calls in a row, the median of some tries, or the ``fastest`` where only interference makes a
-        difference; ``alone``: on one rank, while the others wait."""
-        first = self.tried(call, 1, alone)  # makes buffers and connections warm
-        times = max(1, min(64, round(_TRY_S / first.seconds)))
-        tries = [self.tried(call, times, alone) for _ in range(_TRIES)]
+        """One of several calls in a row: the median of the repeats, or the ``fastest`` if only interference makes them
+        differ. ``alone``: on one rank while the others wait."""
+        warmup = self.time_calls(call, 1, alone)  # creates buffers and connections
+        times = max(1, min(64, round(_REPEAT_S / warmup.seconds)))
+        repeats = [self.time_calls(call, times, alone) for _ in range(_REPEATS)]
         pick = min if fastest else statistics.median
-        return Timing(seconds=pick(t.seconds for t in tries), cpu_s=pick(t.cpu_s for t in tries))
+        return Timing(seconds=pick(t.seconds for t in repeats), cpu_s=pick(t.cpu_s for t in repeats))
 
-    def tried(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
+    def time_calls(self, call: Callable[[], object], times: int, alone: bool = False) -> Timing:
         idle = alone and dist.get_rank() != self.mesh.members[0]
         self._synchronize()
         self.gather(None)
@@ -155,93 +152,93 @@ class _Probe:
         for _ in range(0 if idle else times):
             call()
         self._synchronize()
-        took_s = 0.0 if idle else time.perf_counter() - started_s
-        reports = self.gather((took_s / times, (_cpu_s() - cpu_s) / times))
+        seconds = 0.0 if idle else time.perf_counter() - started_s
+        reports = self.gather((seconds / times, (_cpu_s() - cpu_s) / times))
         return Timing(seconds=max(r[0] for r in reports), cpu_s=sum(r[1] for r in reports))
 
     def _synchronize(self) -> None:
-        if self.order.device.type == "cuda":
+        if self.settings.device.type == "cuda":
             torch.cuda.synchronize()
 
     # -- compute ------------------------------------------------------------------------------------------------------
 
     def _compute(self) -> Compute:
-        order, tokens = self.order, 512
+        settings, tokens = self.settings, 512
         while True:
             attend = self.attention(tokens)
             large_s = self._timed(attend, alone=True, fastest=True).seconds
-            if large_s > _ATTEND_S or tokens >= _MOST_TOKENS:
+            if large_s > _ATTEND_S or tokens >= _MAX_TOKENS:
                 break
             tokens *= 2
-        slower = self._timed(attend, fastest=True).seconds / large_s
-        slots = self.world_size / slower if slower > _SLOWED else None
-        rate = order.flop(tokens) / large_s
+        slowdown = self._timed(attend, fastest=True).seconds / large_s
+        slots = self.world_size / slowdown if slowdown > _SHARED_CORES else None
+        rate = settings.flop(tokens) / large_s
         small = 256
         small_s = self._timed(self.attention(small), alone=True, fastest=True).seconds
-        out = torch.randn((1, order.heads, 1024, order.head_dim), device=order.device).to(order.dtype)
-        total, lse = out.float().clone(), torch.zeros(out.shape[:3], device=order.device)
+        out = torch.randn((1, settings.heads, 1024, settings.head_dim), device=settings.device).to(settings.dtype)
+        total, lse = out.float().clone(), torch.zeros(out.shape[:3], device=settings.device)
         merge_s = self._timed(lambda: merge_(total, lse, out, lse.clone()), fastest=True).seconds
         return Compute(
-            attention_tflops=((_name(order.dtype), order.head_dim, rate / 1e12),),
+            attention_tflops=((_name(settings.dtype), settings.head_dim, rate / 1e12),),
             linear_tflops=rate / 1e12,
-            memory_gbs=MERGE_BYTES * out.numel() / merge_s * (slower if slots else 1.0) / 1e9,
-            attend_us=max(0.0, small_s - order.flop(small) / rate) * 1e6,
+            memory_gbs=MERGE_BYTES * out.numel() / merge_s * (slowdown if slots else 1.0) / 1e9,
+            attend_us=max(0.0, small_s - settings.flop(small) / rate) * 1e6,
             slots=slots,
         )
 
     def attention(self, tokens: int) -> Callable[[], object]:
-        shape = (1, self.order.heads, tokens, self.order.head_dim)
-        x = torch.randn(shape, device=self.order.device).to(self.order.dtype)
-        return partial(self.order.attend, x, x.clone(), x.clone())
+        shape = (1, self.settings.heads, tokens, self.settings.head_dim)
+        x = torch.randn(shape, device=self.settings.device).to(self.settings.dtype)
+        return partial(self.settings.attend, x, x.clone(), x.clone())
 
     # -- xDiT's collectives -------------------------------------------------------------------------------------------
 
-    def _link(self, slots: float | None, *, inside: bool) -> Link:
-        """Ways of the collectives; those of the schedule's transfers come later. The rate is the fastest one seen."""
-        seen: list[tuple[str, int, float, float, float]] = []  # pattern, members, start_s, Gbit/s, takes
+    def _link(self, slots: float | None, *, inside: bool) -> LinkSpec:
+        """The costs of xDiT's collectives; the other patterns get the first of these until they are measured. The rate
+        is the fastest measured one."""
+        measured: list[tuple[str, int, float, PatternCost]] = []  # pattern, group size, Gbit/s, cost
         for pattern, config in self._patterns(inside=inside):
-            sent = (
-                ulysses_traffic(config, *self.grid) if pattern == "exchange" else ring_hop_traffic(config, *self.grid)
-            )
-            groups = config.groups(*self.grid)[0 if pattern == "exchange" else 1]
-            members = len(groups[0])
-            hops = members - 1 if pattern == "allgather" else 1
-            # Of one byte on each rank: what goes out of a machine, or, inside, out of the rank that sends most.
-            parts = [part * self.world_size * hops for part in (sent.inside if inside else sent.across)]
-            busiest = max(parts) if inside else Traffic((), tuple(parts)).egress(self.grid[1])
+            is_exchange = pattern == "exchange"
+            traffic = ulysses_traffic(config, *self.grid) if is_exchange else ring_hop_traffic(config, *self.grid)
+            groups = config.groups(*self.grid)[0 if is_exchange else 1]
+            size = len(groups[0])
             small, large, nbytes = self._collective(pattern, self._groups.mine(groups, self.mesh.members))
-            takes = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
-            moved_s = max(large.seconds - small.seconds, large.seconds / 2)
-            seen.append((pattern, members, small.seconds, busiest * nbytes * 8e-9 / moved_s, takes))
-        nominal = max(gbps for _, _, _, gbps, _ in seen)
-        if not inside and self.order.across_gbps is not None:
-            nominal = self.order.across_gbps
-        ways = [
-            (pattern, members, Way(efficiency=min(1.5, gbps / nominal), start_us=start_s * 1e6, takes=takes))
-            for pattern, members, start_s, gbps, takes in seen
+            # Bytes sent per byte of a rank's tensor, by the busiest machine or, inside, by the busiest rank.
+            busiest = max(traffic.inside) if inside else traffic.egress(self.grid[1])
+            sent = busiest * self.world_size * (size - 1 if pattern == "allgather" else 1) * nbytes
+            share = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
+            moving_s = max(large.seconds - small.seconds, large.seconds / 2)
+            cost = PatternCost(efficiency=1.0, start_us=small.seconds * 1e6, compute_share=share)
+            measured.append((pattern, size, sent * 8e-9 / moving_s, cost))
+        nominal = max(gbps for _, _, gbps, _ in measured)
+        if not inside and self.settings.across_gbps is not None:
+            nominal = self.settings.across_gbps
+        costs = [
+            (pattern, size, replace(cost, efficiency=min(1.5, gbps / nominal)))
+            for pattern, size, gbps, cost in measured
         ]
-        known = {pattern for pattern, _, _ in ways}
-        ways += [(pattern, 2, ways[0][2]) for pattern in PATTERNS if pattern not in known]
-        return Link(rank_gbps=nominal, machine_gbps=None if inside else nominal, ways=tuple(ways))
+        known = {pattern for pattern, _, _ in costs}
+        costs += [(pattern, 2, costs[0][2]) for pattern in PATTERNS if pattern not in known]
+        return LinkSpec(rank_gbps=nominal, machine_gbps=None if inside else nominal, costs=tuple(costs))
 
     def _patterns(self, *, inside: bool) -> Iterable[tuple[str, XditConfig]]:
-        """The collectives that cross machines (or do not), on the groups of each pair of degrees."""
+        """The collectives that stay inside a machine, or cross machines, for each pair of degrees."""
         n, m = self.grid
         for size in (d for d in range(2, self.world_size + 1) if self.world_size % d == 0):
             if (size <= m) == inside and (m % size == 0 or size % m == 0):
                 yield "exchange", XditConfig(ulysses_degree=size, ring_degree=self.world_size // size)
             for rotation in ("allgather", "alltoall"):
-                # xDiT's rings cross machines wherever there are several; inside lie those of one.
+                # xDiT's rings cross machines if there are several.
                 if (n == 1) == inside:
                     ulysses = self.world_size // size
                     yield rotation, XditConfig(ulysses_degree=ulysses, ring_degree=size, rotation=rotation)
 
     def _collective(self, pattern: str, group: dist.ProcessGroup) -> tuple[Timing, Timing, int]:
-        """(small, large, bytes of this rank's tensor in the large one)"""
+        """(timing of a small tensor, of a large one, bytes of this rank's large tensor)"""
         from torch.distributed import _functional_collectives as functional
 
         size = dist.get_world_size(group)
-        # As PyTorch's ring gathers KV, or passes it on.
+        # The calls of PyTorch's ring.
         gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
         def run(tensor: torch.Tensor) -> None:
@@ -252,84 +249,87 @@ class _Probe:
             else:
                 functional.wait_tensor(functional.permute_tensor(tensor, [*range(1, size), 0], group))  # type: ignore[no-untyped-call]
 
-        def of(numel: int) -> Callable[[], None]:
-            return partial(run, torch.zeros(numel, dtype=dtype, device=self.order.device))
+        def call(numel: int) -> Callable[[], None]:
+            return partial(run, torch.zeros(numel, dtype=dtype, device=self.settings.device))
 
-        dtype = self.order.dtype
-        small = self._timed(of(64 * size))
-        tensors = 1 if pattern == "exchange" else 2  # a ring moves K and V at once
-        numel = tensors * math.ceil(self.order.seq_len / self.world_size) * self.order.heads * self.order.head_dim
+        settings, dtype = self.settings, self.settings.dtype
+        small = self._timed(call(64 * size))
+        tensors = 1 if pattern == "exchange" else 2  # a ring moves K and V together
+        numel = tensors * math.ceil(settings.seq_len / self.world_size) * settings.heads * settings.head_dim
         numel = math.ceil(numel / size) * size
-        return small, self._timed(of(numel)), numel * dtype.itemsize
+        return small, self._timed(call(numel)), numel * dtype.itemsize
 
     # -- the schedule's transfers -------------------------------------------------------------------------------------
 
-    def _with_puts(self, cluster: Cluster) -> Cluster:
-        """Calls with nothing computed, of two sizes: what grows with the bytes is the link's, the rest the host's."""
+    def _with_torus_cost(self, cluster: Cluster) -> Cluster:
+        """Time torus calls without attention at two sizes: the rate belongs to the link, the rest to the host."""
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
-        least = 4 * self.world_size
-        small = self._timed(self._exchange(least))
-        tokens = 4 * least
-        while tokens < 1 << 17 and self.tried(self._exchange(tokens), 1).seconds < 2 * _TRANSFER_S:
+        few = 4 * self.world_size
+        small = self._timed(self._exchange(few))
+        tokens = 4 * few
+        while tokens < 1 << 17 and self.time_calls(self._exchange(tokens), 1).seconds < 2 * _TRANSFER_S:
             tokens *= 4
         large = self._timed(self._exchange(tokens))
-        return _fitted(cluster, self.layout, self.order, pattern, {least: small, tokens: large})
+        return _fitted(cluster, self.layout, self.settings, pattern, {few: small, tokens: large})
 
     def _exchange(self, tokens: int) -> Callable[[], object]:
-        order, each = self.order, tokens // self.world_size
-        x = torch.zeros((1, order.heads, each, order.head_dim), dtype=order.dtype, device=order.device)
+        settings, each = self.settings, tokens // self.world_size
+        x = torch.zeros((1, settings.heads, each, settings.head_dim), dtype=settings.dtype, device=settings.device)
         counts = (each,) * self.world_size
         return partial(
             torus_attention, x, x, x, mesh=self.mesh, attention=attend_nothing, tokens=Tokens(counts, counts)
         )
 
 
-def _fitted(cluster: Cluster, layout: Layout, order: Order, pattern: str, seen: dict[int, Timing]) -> Cluster:
-    """``cluster`` whose ``pattern`` explains calls with nothing computed, of ``{tokens: timing}``. Pure."""
-    (few, small), (many, large) = sorted(seen.items())
-    dtype, slots = _name(order.dtype), cluster.compute.slots
-    nothing = replace(cluster.compute, attention_tflops=((dtype, order.head_dim, 1e9),), attend_us=0.0)
+def _fitted(
+    cluster: Cluster, layout: Layout, settings: CalibrationSettings, pattern: str, timings: dict[int, Timing]
+) -> Cluster:
+    """``cluster`` with the cost of ``pattern`` that fits ``{tokens: timing}`` of calls without attention. Pure."""
+    (few, small), (many, large) = sorted(timings.items())
+    dtype, slots = _name(settings.dtype), cluster.compute.slots
+    no_attention = replace(cluster.compute, attention_tflops=((dtype, settings.head_dim, 1e9),), attend_us=0.0)
 
-    def replayed(tokens: int, way: Way) -> tuple[float, float]:
-        """(seconds, those in which a rank computes)"""
-        changed = _with_way(replace(cluster, compute=nothing), pattern, way)
-        shape = CallShape(seq_len=tokens, heads=order.heads, kv_heads=order.heads, head_dim=order.head_dim, dtype=dtype)
-        found = predict(changed, shape, TorusVariant(layout=layout, pattern=pattern))
-        return found.seconds, found.seconds - found.exposed_s
+    def replayed(tokens: int, cost: PatternCost) -> tuple[float, float]:
+        """(seconds of a call, seconds of its compute)"""
+        changed = _with_cost(replace(cluster, compute=no_attention), pattern, cost)
+        heads, head_dim = settings.heads, settings.head_dim
+        shape = CallShape(seq_len=tokens, heads=heads, kv_heads=heads, head_dim=head_dim, dtype=dtype)
+        predicted = predict(changed, shape, TorusVariant(layout=layout, pattern=pattern))
+        return predicted.seconds, predicted.seconds - predicted.exposed_s
 
-    def with_host(way: Way, host_us: float) -> float:
-        return replayed(few, replace(way, host_us=host_us))[0]
+    def small_s(cost: PatternCost, host_us: float) -> float:
+        return replayed(few, replace(cost, host_us=host_us))[0]
 
-    def slowed(way: Way, times: float) -> float:
-        return replayed(many, replace(way, efficiency=1 / times))[0]
+    def large_s(cost: PatternCost, slowdown: float) -> float:
+        return replayed(many, replace(cost, efficiency=1 / slowdown))[0]
 
-    way = Way(efficiency=1.0)
-    for _ in range(3):  # each in turn: they hardly touch one another
-        way = replace(way, host_us=_solved(partial(with_host, way), small.seconds, 0.0, 1e4))
-        way = replace(way, efficiency=1 / _solved(partial(slowed, way), large.seconds, 0.67, 20.0))
-        if slots:  # what its ranks used of the cores beyond what the replay has them compute
-            moving_s = large.cpu_s / slots - replayed(many, way)[1]
-            way = replace(way, takes=min(0.9, max(0.0, moving_s / large.seconds)))
-    return _with_way(cluster, pattern, way)
+    cost = PatternCost(efficiency=1.0)
+    for _ in range(3):  # one figure at a time: they hardly depend on each other
+        cost = replace(cost, host_us=_bisect(partial(small_s, cost), small.seconds, 0.0, 1e4))
+        cost = replace(cost, efficiency=1 / _bisect(partial(large_s, cost), large.seconds, 0.67, 20.0))
+        if slots:  # CPU time beyond the compute of the replay
+            moving_s = large.cpu_s / slots - replayed(many, cost)[1]
+            cost = replace(cost, compute_share=min(0.9, max(0.0, moving_s / large.seconds)))
+    return _with_cost(cluster, pattern, cost)
 
 
-def _solved(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """Where ``rising`` is ``wanted``, or the end that is nearer."""
+def _bisect(increasing: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """The argument for which ``increasing`` is ``target``, or the nearer end of the interval."""
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+        low, high = (middle, high) if increasing(middle) < target else (low, middle)
     return (low + high) / 2
 
 
-def _with_way(cluster: Cluster, pattern: str, way: Way) -> Cluster:
-    # Inside machines the schedule's bytes are few: their host time is seen, their rate is not.
-    inside = way if cluster.num_machines == 1 else replace(way, efficiency=1.0)
+def _with_cost(cluster: Cluster, pattern: str, cost: PatternCost) -> Cluster:
+    # The schedule sends few bytes inside machines: they reveal the host time, not the rate.
+    inside = cost if cluster.num_machines == 1 else replace(cost, efficiency=1.0)
 
-    def with_it(link: Link, way: Way) -> Link:
-        kept = tuple(entry for entry in link.ways if entry[0] != pattern)
-        return replace(link, ways=(*kept, (pattern, 2, way)))
+    def replaced(link: LinkSpec, cost: PatternCost) -> LinkSpec:
+        others = tuple(entry for entry in link.costs if entry[0] != pattern)
+        return replace(link, costs=(*others, (pattern, 2, cost)))
 
-    return replace(cluster, inside=with_it(cluster.inside, inside), across=with_it(cluster.across, way))
+    return replace(cluster, inside=replaced(cluster.inside, inside), across=replaced(cluster.across, cost))
 
 
 def _name(dtype: torch.dtype) -> str:

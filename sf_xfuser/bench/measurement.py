@@ -15,8 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from sf_xfuser.bench import calibrate as probe
-from sf_xfuser.bench import emulate, usp_variants
+from sf_xfuser.bench import calibrate, emulate, usp_variants
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows
@@ -94,19 +93,19 @@ class Measurement:
 
     # -- prediction ------------------------------------------------------------------------------------------------
 
-    def _calibrate(self) -> probe.Pace:
+    def _calibrate(self) -> calibrate.Pace:
         """Measure the parameters of the simulator."""
         case = self.case
         mesh = next((variant.mesh for variant in self.variants if variant.name == SUBJECT), None)
         if mesh is None:
             raise ValueError(f"--predict measures links with the variant {SUBJECT}; add it to --variants")
         rate_bps = case.inter_rate_bps if self.order.emulated else None
-        order = probe.Order(
+        settings = calibrate.CalibrationSettings(
             attend=sdpa_attend if usp_variants.available() else usp_variants.registered_attention(),
             heads=case.heads, head_dim=case.head_dim, dtype=getattr(torch, case.dtype), device=self.device,
             seq_len=case.seq_len, across_gbps=None if rate_bps is None else rate_bps / 1e9,
         )  # fmt: skip
-        return probe.Pace(probe.measure(mesh, order, self._gather), mesh, order, self._gather)
+        return calibrate.Pace(calibrate.measure(mesh, settings, self._gather), mesh, settings, self._gather)
 
     def _predict(self, cluster: Cluster) -> None:
         case = self.case

@@ -145,9 +145,9 @@ def _call(options: argparse.Namespace) -> tuple[Cluster, CallShape, int]:
     for name, number in given.items():
         if number is not None and not 1 <= number <= 4096:
             raise ValueError(f"{name} must be 1 to 4096, got {number}")
-    cluster = known.sized(
+    cluster = known.with_size(
         options.machines or known.num_machines, options.gpus_per_machine or known.ranks_per_machine
-    ).linked(across_gbps=options.across_gbps, inside_gbps=options.inside_gbps)
+    ).with_rates(across_gbps=options.across_gbps, inside_gbps=options.inside_gbps)
     shape, calls = _shape(options, cluster.world_size)
     return cluster, replace(shape, batch=shape.batch if options.batch is None else options.batch), calls
 
@@ -179,7 +179,7 @@ def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) ->
         return config
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)
-        best = next(c for c in ranked.candidates if c.name == report.SUBJECT)
+        best = next(c for c in ranked.layouts if c.name == report.SUBJECT)
         text = re.search(r"torus=\S+", best.flags)[0]  # type: ignore[index]
     try:
         args = TorusArgs(plan=text)
@@ -242,12 +242,12 @@ def _show(ranking: Ranking, took_s: float) -> None:
         Column("result"),
     ]
     table = Table(*columns, title=title, caption=_caption(ranking), pad_edge=False)
-    for candidate in ranking.candidates:
+    for candidate in ranking.layouts:
         style = "bold green" if candidate is ranking.best else "dim" if candidate.bound_s is None else ""
         table.add_row(*_cells(candidate, ranking.calls), style=style)
     console.print(table)
-    replayed = sum(candidate.predicted is not None for candidate in ranking.candidates)
-    legal = sum(candidate.bound_s is not None for candidate in ranking.candidates)
+    replayed = sum(candidate.predicted is not None for candidate in ranking.layouts)
+    legal = sum(candidate.bound_s is not None for candidate in ranking.layouts)
     console.print(f"ranked in {took_s * 1e3:.0f} ms, {replayed} of {legal} replayed", highlight=False)
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
@@ -263,7 +263,7 @@ def _cells(candidate: RankedLayout, calls: int) -> list[str]:
     sent = report.DASH if candidate.across_bytes is None else f"{candidate.across_bytes / 1e6:,.1f}"
     buffer = report.DASH if predicted is None else f"{predicted.buffer_bytes / 1e6:,.0f}"
     name = f"{candidate.name} (paper's rule)" if candidate.paper else candidate.name
-    return [name, candidate.layout, seconds, step, sent, buffer, candidate.verdict]
+    return [name, candidate.layout, seconds, step, sent, buffer, candidate.reason]
 
 
 def _caption(ranking: Ranking) -> str:

@@ -57,7 +57,7 @@ def sweeps(ranking: Ranking, transport: str) -> list[Sweep]:
     lengths = [x for x in (round(shape.seq_len * f) for f in _FACTORS) if x >= cluster.world_size]
     unit = "out of a machine" if cluster.across.machine_gbps else "out of a rank"
     return [
-        swept("machines", machines, n, lambda x: (cluster.sized(int(x), m), shape)),
+        swept("machines", machines, n, lambda x: (cluster.with_size(int(x), m), shape)),
         swept(f"Gbit/s {unit}", [rate * f for f in _FACTORS], rate, lambda x: (_at_rate(cluster, x), shape)),
         swept("tokens", lengths, shape.seq_len, lambda x: (cluster, replace(shape, seq_len=int(x)))),
     ]
@@ -65,13 +65,15 @@ def sweeps(ranking: Ranking, transport: str) -> list[Sweep]:
 
 def _at_rate(cluster: Cluster, gbps: float) -> Cluster:
     if cluster.across.machine_gbps:
-        return cluster.linked(across_gbps=gbps)
+        return cluster.with_rates(across_gbps=gbps)
     return replace(cluster, across=replace(cluster.across, rank_gbps=gbps))
 
 
 def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, float | None]:
     found = rank(cluster, shape, transport=transport)
-    timed = [(c.name, c.predicted.seconds) for c in found.candidates if c.predicted is not None]
+    timed = [
+        (candidate.name, candidate.predicted.seconds) for candidate in found.layouts if candidate.predicted is not None
+    ]
     paper = paper_layout(cluster.num_machines, cluster.ranks_per_machine, gcd(shape.heads, shape.kv_heads))
 
     by_rule = TorusVariant(layout=paper, pattern=PATTERN_OF[transport])

@@ -1,4 +1,4 @@
-"""Chooses the degrees of a sequence-parallel group of N machines x M ranks, and gives the reason. Pure.
+"""Chooses the degrees of a sequence-parallel group of N machines x M ranks, with a reason. Pure.
 
     axis              degree   splits
     torus             T        heads across machines         (inter-machine Ulysses)
@@ -150,7 +150,7 @@ class Plan:
     def __str__(self) -> str:
         layout = self.layout
         shape = f"{layout.num_machines} machine(s) x {layout.ranks_per_machine} rank(s)"
-        uneven = f"; {self.heads} heads unevenly, xDiT's own code with {self.even}" if self.even != layout else ""
+        uneven = f"; {self.heads} heads split unevenly, xDiT's own code uses {self.even}" if self.even != layout else ""
         return f"{shape}: {layout} (rule {self.rule}: {self.reason}{uneven})"
 
     def lines(self) -> list[str]:
@@ -175,7 +175,7 @@ def head_ranges(
     heads: int, kv_heads: int, ways: int
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """(query heads, KV heads) of each of ``ways`` head groups, as half-open ranges. Where ``ways`` does not divide
-    ``heads``, the first groups have one query head more. A KV head whose query heads lie in two groups is in both."""
+    ``heads``, the first groups have one query head more. A KV head that two groups share is in both."""
     repeat = heads // kv_heads
     bounds = [group * (heads // ways) + min(group, heads % ways) for group in range(ways + 1)]
     queries = tuple(pairwise(bounds))
@@ -231,8 +231,8 @@ def make_plan(
 
     ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees. Otherwise ``rule``
     decides: ``"paper"``, ``"usp"`` or ``"auto"`` (fewest bytes between machines; the paper's layout on a tie).
-    No rank gets more than ``max_imbalance`` times the mean number of heads. A given ``ulysses_degree`` is that of
-    ``Plan.even`` as well. Raises ValueError with the wrong value and the allowed ones.
+    No rank gets more than ``max_imbalance`` times the mean number of heads. ``Plan.even`` has a given
+    ``ulysses_degree``, too. Raises ValueError with the wrong value and the allowed ones.
     """
     world_size = num_machines * ranks_per_machine
     divisible = heads if kv_heads is None or heads is None else gcd(heads, kv_heads)

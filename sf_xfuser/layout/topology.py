@@ -1,7 +1,7 @@
 """Which ranks share a machine: ``probe`` each rank, then ``Topology.from_facts`` of the gathered facts.
 
-A *machine* is a set of ranks with a fast link: one host, or one NVLink domain that spans hosts. Nothing here
-communicates.
+A *machine* is a set of ranks with a fast link: one host, or one NVLink domain that spans hosts. This module does not
+communicate.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Topology:
     def fold(self, ranks: Sequence[int]) -> MachineGrid:
         """One sequence-parallel group (``ranks``, global, ascending) as a full N x M grid.
 
-        Machines with unequal numbers of ranks are split into equal virtual machines, whose size is the greatest common
-        divisor. A virtual machine never spans two machines. ``note`` is the explanation for logs.
+        Machines with unequal numbers of ranks are split into equal virtual machines of the greatest common divisor. A
+        virtual machine never spans two machines. ``note`` is the explanation for logs.
         """
         member = set(ranks)
         covered = [[rank for rank in machine if rank in member] for machine in self.machines]

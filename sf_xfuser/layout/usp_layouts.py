@@ -1,4 +1,4 @@
-"""The layouts of xDiT's own USP: degrees, placement, process groups, and their traffic. Pure."""
+"""The layouts of xDiT's own USP: degrees, placement, process groups and traffic. Pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class XditConfig:
             )
 
     def groups(self, num_machines: int, ranks_per_machine: int) -> tuple[Groups, Groups]:
-        """Every Ulysses group and every Ring group, as machine-major positions. Pure."""
+        """Every Ulysses group and every Ring group, as machine-major positions."""
         world_size = num_machines * ranks_per_machine
         if self.ulysses_degree * self.ring_degree != world_size:
             raise ValueError(f"{self} describes {self.ulysses_degree * self.ring_degree} ranks, not {world_size}")
@@ -64,10 +64,10 @@ def legal_configs(
     *,
     placement: Placement = "xdit",
 ) -> list[XditConfig]:
-    """Every pair of degrees that xDiT can run, with both rotations where there is a ring.
+    """Every pair of degrees that xDiT can run, with both rotations if there is a ring.
 
     The Ulysses degree must divide the query heads and the KV heads, since xDiT splits KV before repeating it.
-    ``"machines-first"`` omits configurations whose groups are the same as with xDiT's placement.
+    ``"machines-first"`` omits configurations that have the same groups as with xDiT's placement.
     """
     if world_size % ranks_per_machine:
         raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")
@@ -108,20 +108,20 @@ def variant_name(config: XditConfig, own_ulysses: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What each rank sends inside its machine and across machines, in bytes or in fractions of ``B*L*H*D``."""
+    """The amount each rank sends inside its machine and to others, in bytes or in fractions of ``B*L*H*D``."""
 
     inside: tuple[float, ...]
     across: tuple[float, ...]
 
     def egress(self, ranks_per_machine: int) -> float:
-        """What the machine that sends most sends to other machines."""
+        """The amount that the busiest machine sends to others."""
         firsts = range(0, len(self.across), ranks_per_machine)
         return max(sum(self.across[first : first + ranks_per_machine]) for first in firsts)
 
 
 @lru_cache
 def ulysses_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Traffic:
-    """Of one tensor through a Ulysses all-to-all: each rank holds 1/W of it and sends every peer the peer's heads."""
+    """The Ulysses all-to-all of one tensor: each rank holds 1/W of it and sends every peer the peer's heads."""
     share = 1 / (config.ulysses_degree * num_machines * ranks_per_machine)
     ulysses, _ = config.groups(num_machines, ranks_per_machine)
     inside, across = [0.0] * num_machines * ranks_per_machine, [0.0] * num_machines * ranks_per_machine
@@ -134,7 +134,7 @@ def ulysses_traffic(config: XditConfig, num_machines: int, ranks_per_machine: in
 
 @lru_cache
 def ring_hop_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int) -> Traffic:
-    """Of one tensor in one ring hop: each rank sends its 1/W to the next. An all-gather is R - 1 hops."""
+    """One ring hop of one tensor: each rank sends its 1/W to the next. An all-gather is R - 1 hops."""
     share = 1 / (num_machines * ranks_per_machine)
     _, rings = config.groups(num_machines, ranks_per_machine)
     inside, across = [0.0] * num_machines * ranks_per_machine, [0.0] * num_machines * ranks_per_machine
@@ -146,7 +146,7 @@ def ring_hop_traffic(config: XditConfig, num_machines: int, ranks_per_machine: i
 
 
 def call_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> Traffic:
-    """Of one attention call: Q, K, V and O through Ulysses, then K and V through the ring. ``kv_ratio`` = H_kv/H; xDiT
+    """One attention call: the all-to-all of Q, K, V and O, and K and V through the ring. ``kv_ratio`` = H_kv/H; xDiT
     repeats shared KV heads before the ring."""
     all_to_all = ulysses_traffic(config, num_machines, ranks_per_machine)
     hop = ring_hop_traffic(config, num_machines, ranks_per_machine)
@@ -158,5 +158,5 @@ def call_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int, 
 
 
 def egress(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> float:
-    """As ``Layout.egress``, of the machine that sends most."""
+    """``Layout.egress`` for xDiT's layouts: the elements that the busiest machine sends to others."""
     return call_traffic(config, num_machines, ranks_per_machine, kv_ratio).egress(ranks_per_machine)

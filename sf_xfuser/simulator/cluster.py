@@ -1,7 +1,7 @@
-"""A cluster as the cost model sees it: what a rank computes with, and the links inside and between machines. Pure.
+"""A cluster for the simulator: the compute rates of a rank, and the links inside and between machines. Pure.
 
-Rates of links are Gbit/s per direction (links are full duplex), of memory GB/s, costs microseconds. Figures that are
-not measured carry their source in ``Cluster.sources``; ``presets`` has clusters that can be rented or bought.
+Link rates are Gbit/s per direction (links are full duplex), memory rates GB/s, overheads microseconds.
+``Cluster.sources`` names the origin of each figure that we did not measure. ``presets`` has clusters to rent or buy.
 """
 
 from __future__ import annotations
@@ -15,65 +15,66 @@ from typing import Any
 from sf_xfuser.files import read_json
 
 PATTERNS = ("put", "message", "exchange", "allgather", "alltoall")
-"""How bytes move: one-sided puts, matched sends and receives of the schedule, an all-to-all of a group (Ulysses), the
-all-gather and the hop of a ring."""
+"""Traffic patterns: one-sided puts, matched sends and receives, the all-to-all of a Ulysses group, the all-gather and
+the hop of a ring."""
+
+_RENAMED = {"ways": "costs", "takes": "compute_share", "queues": "needs_sms", "units": "num_sms"}
+"""Old keys of cluster files. They still load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """What one pattern makes of a link. ``efficiency``: the fraction of the link's rate that it reaches on large
-    transfers; ``start_us``: before a round or collective moves anything (launch, and both ends finding each other);
-    ``message_us``: for each message, during which the sender's link carries nothing; ``host_us``: for each message, of
-    the thread that computes; ``takes``: the fraction of a rank's compute that is gone while it is under way;
-    ``queues``: it is a kernel that needs multiprocessors, and gets none before an attention call that fills them ends.
+class PatternCost:
+    """The cost of one traffic pattern on a link.
+
+    ``efficiency``: fraction of the link's rate that large transfers reach. ``start_us``: delay before a round or
+    collective moves data (launch and rendezvous). ``message_us``: idle time of the sender's link per message.
+    ``host_us``: time per message on the thread that computes. ``compute_share``: fraction of the rank's compute that an
+    active transfer uses. ``needs_sms``: the transfer is a kernel, which starts only while an SM is free.
     """
 
     efficiency: float
     start_us: float = 0.0
     message_us: float = 0.0
     host_us: float = 0.0
-    takes: float = 0.0
-    queues: bool = False
+    compute_share: float = 0.0
+    needs_sms: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.efficiency <= 1.5:
             raise ValueError(f"efficiency must be above 0 and at most 1.5 (1: the link's rate), got {self.efficiency}")
-        if not 0 <= self.takes < 1:
-            raise ValueError(f"takes must be at least 0 and below 1, got {self.takes}")
+        if not 0 <= self.compute_share < 1:
+            raise ValueError(f"compute_share must be at least 0 and below 1, got {self.compute_share}")
         for name in ("start_us", "message_us", "host_us"):
-            _at_least_zero(name, getattr(self, name))
+            _require_non_negative(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """``rank_gbps``: the most that one rank sends; ``machine_gbps``: the most that all ranks of a machine send together
-    (None: no limit of their own), through ``nics`` network cards that the ranks share evenly. ``ways``: (pattern,
-    members, way); of a group's size the largest ``members`` not above it counts, else the smallest there is."""
+class LinkSpec:
+    """``rank_gbps``: the maximum rate of one rank. ``machine_gbps``: the maximum rate of all ranks of a machine (None:
+    unlimited), through ``nics`` network cards that the ranks share evenly. ``costs``: (pattern, group size, cost). A
+    group uses the entry with the largest size up to its own, else the smallest entry."""
 
     rank_gbps: float
     machine_gbps: float | None = None
     nics: int = 1
     latency_us: float = 0.0
-    ways: tuple[tuple[str, int, Way], ...]
+    costs: tuple[tuple[str, int, PatternCost], ...]
 
     def __post_init__(self) -> None:
         for name in ("rank_gbps", "machine_gbps"):
-            _positive(name, getattr(self, name))
-        _at_least_zero("latency_us", self.latency_us)
-        if not isinstance(self.nics, int) or self.nics < 1:
-            raise ValueError(f"nics must be a whole number from 1 on, got {self.nics!r}")
-        missing = sorted(set(PATTERNS) - {pattern for pattern, _, _ in self.ways})
-        unknown = sorted({pattern for pattern, _, _ in self.ways} - set(PATTERNS))
-        if missing or unknown:
-            wrong = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
-            raise ValueError(f"a link needs a way for each of {', '.join(PATTERNS)}; this one {wrong}")
+            _require_positive(name, getattr(self, name))
+        _require_non_negative("latency_us", self.latency_us)
+        require_count("nics", self.nics)
+        wrong = sorted({pattern for pattern, _, _ in self.costs} ^ set(PATTERNS))
+        if wrong:
+            raise ValueError(f"costs must have each of {', '.join(PATTERNS)}; missing or unknown: {', '.join(wrong)}")
 
-    def way(self, pattern: str, members: int = 2) -> Way:
-        known = sorted(((size, way) for name, size, way in self.ways if name == pattern), key=lambda at: at[0])
-        return next((way for size, way in reversed(known) if size <= members), known[0][1])
+    def cost(self, pattern: str, group_size: int = 2) -> PatternCost:
+        known = sorted(((size, cost) for name, size, cost in self.costs if name == pattern), key=lambda entry: entry[0])
+        return next((cost for size, cost in reversed(known) if size <= group_size), known[0][1])
 
-    def seconds(self, sent: Sequence[float], ranks_per_machine: int, way: Way) -> float:
-        """Until all bytes are out, where rank ``w`` sends ``sent[w]``: the busiest rank, card or machine says."""
+    def transfer_s(self, sent: Sequence[float], ranks_per_machine: int, cost: PatternCost) -> float:
+        """Seconds in which every rank ``w`` sends ``sent[w]`` bytes; the busiest rank, card or machine is the limit."""
         busiest = max(sent) / self.rank_gbps
         for first in range(0, len(sent), ranks_per_machine) if self.machine_gbps else ():
             of_machine = sent[first : first + ranks_per_machine]
@@ -82,30 +83,23 @@ class Link:
                 cards[m * self.nics // ranks_per_machine] += nbytes
             assert self.machine_gbps is not None
             busiest = max(busiest, sum(of_machine) / self.machine_gbps, max(cards) * self.nics / self.machine_gbps)
-        return busiest * 8e-9 / way.efficiency
-
-    def share_gbps(self, ranks_per_machine: int) -> float:
-        """Of one rank while all of its machine send."""
-        if self.machine_gbps is None:
-            return self.rank_gbps
-        on_a_card = math.ceil(ranks_per_machine / self.nics)
-        return min(self.rank_gbps, self.machine_gbps / ranks_per_machine, self.machine_gbps / self.nics / on_a_card)
+        return busiest * 8e-9 / cost.efficiency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute:
-    """What one rank computes with. ``attention_tflops``: (dtype, head size, TFLOP/s of a large attention call; the
-    nearest entry serves others); ``linear_tflops``: of matrix products; ``memory_gbs``: of reading or writing.
+    """The compute rates of one rank. ``attention_tflops``: (dtype, head size, TFLOP/s of a large attention call); other
+    head sizes use the nearest entry. ``linear_tflops``: matrix products. ``memory_gbs``: reads or writes.
 
-    ``units``: multiprocessors, each of which takes ``tile_rows`` query rows of one head at a time, so that a call of
-    fewer pieces leaves some idle (0: calls of any size run at the full rate). ``attend_us``: each attention call and
-    its merge, besides. ``slots``: how many ranks of the cluster can compute at once (None: all of them)."""
+    ``num_sms``: each SM processes ``tile_rows`` query rows of one head at a time, so calls with fewer tiles leave SMs
+    idle (0: calls of any size run at the full rate). ``attend_us``: overhead of an attention call and its merge.
+    ``slots``: the number of ranks of the cluster that can compute at once (None: all)."""
 
     attention_tflops: tuple[tuple[str, int, float], ...]
     linear_tflops: float
     memory_gbs: float
     attend_us: float
-    units: int = 0
+    num_sms: int = 0
     tile_rows: int = 128
     slots: float | None = None
 
@@ -113,12 +107,12 @@ class Compute:
         if not self.attention_tflops:
             raise ValueError("attention_tflops needs at least one (dtype, head size, TFLOP/s)")
         for _, head_dim, rate in self.attention_tflops:
-            _positive("a head size of attention_tflops", head_dim)
-            _positive("a rate of attention_tflops", rate)
+            _require_positive("a head size of attention_tflops", head_dim)
+            _require_positive("a rate of attention_tflops", rate)
         for name in ("linear_tflops", "memory_gbs", "tile_rows", "slots"):
-            _positive(name, getattr(self, name))
-        for name in ("attend_us", "units"):
-            _at_least_zero(name, getattr(self, name))
+            _require_positive(name, getattr(self, name))
+        for name in ("attend_us", "num_sms"):
+            _require_non_negative(name, getattr(self, name))
 
     def attention_rate(self, dtype: str, head_dim: int) -> float:
         """FLOP/s of a large call."""
@@ -128,23 +122,21 @@ class Compute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """``num_machines`` x ``ranks_per_machine`` ranks, all alike. ``device``: ``"cuda"`` or ``"cpu"``, which says how
-    the schedule cuts chunks. ``sources``: where the figures come from, one line each."""
+    """``num_machines`` x ``ranks_per_machine`` equal ranks. The schedule cuts chunks for ``device``, ``"cuda"`` or
+    ``"cpu"``. ``sources``: the origin of the figures, one line each."""
 
     name: str
     num_machines: int
     ranks_per_machine: int
     compute: Compute
-    inside: Link
-    across: Link
+    inside: LinkSpec
+    across: LinkSpec
     device: str = "cuda"
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_machines", "ranks_per_machine"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+            require_count(name, getattr(self, name))
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f'device must be "cuda" or "cpu", got {self.device!r}')
 
@@ -152,19 +144,19 @@ class Cluster:
     def world_size(self) -> int:
         return self.num_machines * self.ranks_per_machine
 
-    def sized(self, num_machines: int, ranks_per_machine: int) -> Cluster:
-        """The same machines, others in number; with fewer or more ranks each, sharing the same cards."""
+    def with_size(self, num_machines: int, ranks_per_machine: int) -> Cluster:
+        """A copy with another number of machines, and of ranks that share the network cards of a machine."""
         return replace(self, num_machines=num_machines, ranks_per_machine=ranks_per_machine)
 
-    def linked(self, *, across_gbps: float | None = None, inside_gbps: float | None = None) -> Cluster:
-        """With other rates: ``across_gbps`` out of a machine, ``inside_gbps`` out of a rank inside its machine."""
+    def with_rates(self, *, across_gbps: float | None = None, inside_gbps: float | None = None) -> Cluster:
+        """A copy in which a machine sends ``across_gbps`` to others, and a rank ``inside_gbps`` inside its machine."""
         across, inside = self.across, self.inside
         if across_gbps is not None:
-            _positive("the rate between machines", across_gbps)
+            _require_positive("the rate between machines", across_gbps)
             share = across.rank_gbps / across.machine_gbps if across.machine_gbps else 1.0
             across = replace(across, machine_gbps=across_gbps, rank_gbps=across_gbps * share)
         if inside_gbps is not None:
-            _positive("the rate inside machines", inside_gbps)
+            _require_positive("the rate inside machines", inside_gbps)
             scale = inside_gbps / inside.rank_gbps
             limit = inside.machine_gbps and inside.machine_gbps * scale
             inside = replace(inside, rank_gbps=inside_gbps, machine_gbps=limit)
@@ -175,54 +167,61 @@ class Cluster:
 
     @classmethod
     def from_json(cls, values: Any) -> Cluster:
-        """Raises ValueError naming the field that is missing, unknown or makes no sense."""
-        values = _fields_of(cls, values, "a cluster")
+        """Raises ValueError naming the field that is missing, unknown or out of range. Accepts old names of fields."""
+        values = _checked_fields(cls, values, "a cluster")
         links = {}
         for name in ("inside", "across"):
-            link = _fields_of(Link, values[name], name)
+            link = _checked_fields(LinkSpec, values[name], name)
             try:
-                ways = tuple(
-                    (str(p), int(n), Way(**_fields_of(Way, w, f"a way of {name}"))) for p, n, w in link["ways"]
+                costs = tuple(
+                    (str(pattern), int(size), PatternCost(**_checked_fields(PatternCost, cost, f"a cost of {name}")))
+                    for pattern, size, cost in link["costs"]
                 )
-                links[name] = Link(**{**link, "ways": ways})
+                links[name] = LinkSpec(**{**link, "costs": costs})
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{name}: {error}") from None
-        compute = _fields_of(Compute, values["compute"], "compute")
+        compute = _checked_fields(Compute, values["compute"], "compute")
         try:
-            compute["attention_tflops"] = tuple((str(t), int(d), float(r)) for t, d, r in compute["attention_tflops"])
-            made = Compute(**compute)
+            rates = tuple((str(dtype), int(size), float(rate)) for dtype, size, rate in compute["attention_tflops"])
+            parsed = Compute(**{**compute, "attention_tflops": rates})
         except (TypeError, ValueError) as error:
             raise ValueError(f"compute: {error}") from None
-        return cls(**{**values, **links, "compute": made, "sources": tuple(values.get("sources", ()))})
+        return cls(**{**values, **links, "compute": parsed, "sources": tuple(values.get("sources", ()))})
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
-        """From a JSON file, as ``to_json`` gives it or ``sf-xfuser plan --json``. Raises ValueError naming the file."""
+        """Read a JSON file with the output of ``to_json`` or ``sf-xfuser plan --json``. Raises ValueError naming it."""
         try:
             values = read_json(path)
             return cls.from_json(values["cluster"] if isinstance(values, dict) and "cluster" in values else values)
         except (OSError, ValueError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"{path} describes no cluster: {said}") from None
+            cause = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"cannot read a cluster from {path}: {cause}") from None
 
 
-def _fields_of(kind: Any, values: Any, what: str) -> dict[str, Any]:
+def _checked_fields(kind: Any, values: Any, what: str) -> dict[str, Any]:
     known = {field.name: field for field in fields(kind)}
     if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a table of {', '.join(known)}, got {values!r}")
+        raise ValueError(f"{what} must be an object with the fields {', '.join(known)}, got {values!r}")
+    renamed = {_RENAMED.get(str(name), str(name)): value for name, value in values.items()}
     required = {name for name, field in known.items() if field.default is field.default_factory}  # both MISSING
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{what} has no field {', '.join(unknown)}; there are {', '.join(known)}")
-    if missing := sorted(required - set(values)):
+    if unknown := sorted(set(renamed) - set(known)):
+        raise ValueError(f"{what} has unknown field {', '.join(unknown)}; allowed: {', '.join(known)}")
+    if missing := sorted(required - set(renamed)):
         raise ValueError(f"{what} lacks {', '.join(missing)}")
-    return dict(values)
+    return renamed
 
 
-def _positive(name: str, value: float | None) -> None:
+def _require_positive(name: str, value: float | None) -> None:
     if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
-def _at_least_zero(name: str, value: float) -> None:
+def _require_non_negative(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number from 0 on, got {value!r}")
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def require_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,7 +1,7 @@
-"""How many tokens a diffusion transformer attends, and how often: from its configuration and the picture's size. Pure.
+"""The attention calls of a diffusion transformer, from its configuration and the size of the image or video. Pure.
 
-Figures are those of diffusers' configurations and pipelines. The VAE (8 pixels to a latent; video: 4 frames) is not in
-a transformer's configuration, so it comes with the family.
+Figures come from diffusers' configurations and pipelines. The VAE (8 pixels per latent; video: 4 frames) is not part of
+a transformer's configuration, so each model family defines it here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sf_xfuser.simulator import CallShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """``layers``: attention calls of one forward pass, each over all tokens; ``patch`` (frames, height, width) latents
-    make a token; ``vae`` (frames, pixels) make a latent. ``text_tokens`` are attended with the picture's. ``batch``:
-    sequences of one call, ``passes``: forward passes of a step (classifier-free guidance makes one of the two 2).
+    """``layers``: attention calls of one forward pass, each over all tokens. ``patch``: (frames, height, width) latents
+    per token. ``vae``: (frames, pixels) per latent. ``text_tokens`` are attended with the image or video. ``batch``:
+    sequences per call. ``passes``: forward passes per step (classifier-free guidance doubles one of the two).
     ``pads_frames``: latent frames are padded to a multiple of the patch."""
 
     name: str
@@ -44,18 +44,18 @@ class Model:
         return self.layers * self.passes
 
     def tokens(self, height: int, width: int, frames: int | None) -> int:
-        """Of the picture or video, without text. Raises ValueError for sizes that do not make whole tokens."""
+        """Tokens of the image or video, without text. Raises ValueError for sizes that do not give whole tokens."""
         if self.is_video != (frames is not None):
-            said = "is a video model: give --frames" if self.is_video else "makes pictures: leave --frames out"
-            raise ValueError(f"{self.name} {said}")
+            problem = "is a video model: give --frames" if self.is_video else "is an image model: omit --frames"
+            raise ValueError(f"{self.name} {problem}")
         sides = []
         for name, pixels, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
             unit = self.vae[1] * patch
             if pixels < unit or pixels % unit:
                 near = max(unit, pixels // unit * unit)
                 raise ValueError(
-                    f"--{name} {pixels} is not a multiple of {unit} ({self.vae[1]} pixels to a latent, {patch} latents "
-                    f"to a token of {self.name}); {near} and {near + unit} are"
+                    f"--{name} {pixels} is not a multiple of {unit} ({self.vae[1]} pixels per latent, {patch} latents "
+                    f"per token of {self.name}); use {near} or {near + unit}"
                 )
             sides.append(pixels // unit)
         return self._latent_frames(frames) // self.patch[0] * sides[0] * sides[1]
@@ -68,13 +68,13 @@ class Model:
         latents, patch = (frames - 1) // self.vae[0] + 1, self.patch[0]
         if latents % patch and not self.pads_frames:
             raise ValueError(
-                f"--frames {frames} gives {latents} latent frames, which {self.name} cannot cut into patches of {patch}"
+                f"--frames {frames} gives {latents} latent frames, not a multiple of the patch of {self.name}: {patch}"
             )
         return -(-latents // patch) * patch
 
     def call(self, world_size: int, height: int, width: int, frames: int | None, dtype: str = "bfloat16") -> CallShape:
-        """One attention call. Text is split with the picture where the ranks divide it, and else on every rank (joint
-        tokens), as xDiT does."""
+        """One attention call. As in xDiT, text tokens are split if the ranks divide them; else every rank holds all of
+        them (joint tokens)."""
         tokens, split = self.tokens(height, width, frames), self.text_tokens % world_size == 0
         return CallShape(
             seq_len=tokens + (self.text_tokens if split else 0),
@@ -98,7 +98,7 @@ MODELS = {
         Model(
             name="cogvideox", heads=48, head_dim=64, layers=42, patch=(1, 2, 2), vae=(4, 8), text_tokens=226, batch=2
         ),
-        # CogVideoX1.5-5B: two latent frames to a token.
+        # CogVideoX1.5-5B: two latent frames per token.
         Model(
             name="cogvideox1.5",
             heads=48,
@@ -110,7 +110,7 @@ MODELS = {
             batch=2,
             pads_frames=True,
         ),
-        # Wan2.1-14B: text is attended apart, by each rank alone; guidance is a second pass.
+        # Wan2.1-14B: each rank attends text in a separate local call; guidance is a second pass.
         Model(name="wan", heads=40, head_dim=128, layers=40, patch=(1, 2, 2), vae=(4, 8), text_tokens=0, passes=2),
     )
 }
@@ -122,12 +122,12 @@ _FAMILIES = {
     "CogVideoXTransformer3DModel": "cogvideox1.5",
     "WanTransformer3DModel": "wan",
 }
-"""By class of a transformer: the model that has what its configuration does not say."""
+"""The model that supplies what the configuration of a transformer class lacks."""
 
 
 def find_model(name: str) -> Model:
-    """A name of ``MODELS``, a transformer's ``config.json``, or a model as of ``files.transformer_configs``. Raises
-    ValueError."""
+    """The model called ``name`` in ``MODELS``, or of a ``config.json`` or of a path or repository as in
+    ``files.transformer_configs``. Raises ValueError."""
     if name in MODELS:
         return MODELS[name]
     path = name if os.path.isfile(name) else next(transformer_configs(name), None)
@@ -142,12 +142,12 @@ def find_model(name: str) -> Model:
 
 def _from_config(path: str, config: Any) -> Model:
     if not isinstance(config, Mapping):
-        raise ValueError(f"--model {path} holds no configuration but {type(config).__name__}")
+        raise ValueError(f"--model {path} must hold a JSON object, got {type(config).__name__}")
     kind = config.get("_class_name")
     if kind not in _FAMILIES:
         raise ValueError(
-            f"--model {path} describes {kind or 'no class (it has no _class_name)'}; known are {', '.join(_FAMILIES)}. "
-            f"For others give --heads, --head-dim and --seq-len"
+            f"--model {path} has _class_name={kind!r}; supported: {', '.join(_FAMILIES)}. "
+            f"For other models give --heads, --head-dim and --seq-len"
         )
     base = MODELS[_FAMILIES[kind]]
     number = partial(_number, path, config)
@@ -155,7 +155,7 @@ def _from_config(path: str, config: Any) -> Model:
     if base.name == "wan":
         given = config.get("patch_size")
         if not (isinstance(given, list) and len(given) == 3 and all(isinstance(x, int) and x > 0 for x in given)):
-            raise ValueError(f"--model {path} lacks patch_size as [frames, height, width], got {given!r}")
+            raise ValueError(f"--model {path} needs patch_size=[frames, height, width], got {given!r}")
         patch = (given[0], given[1], given[2])
     elif base.name != "flux":
         is_cogvideox = base.name == "cogvideox1.5"
@@ -181,8 +181,8 @@ def _from_config(path: str, config: Any) -> Model:
 
 def _number(path: str, config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = config.get(name, default)
-    least = 0 if name == "num_single_layers" else 1
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        said = f"lacks {name}" if value is None else f"has {name}={value!r}, which is no count"
-        raise ValueError(f"--model {path} {said}; it must be a transformer's whole config.json")
+    minimum = 0 if name == "num_single_layers" else 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        problem = f"lacks {name}" if value is None else f"has {name}={value!r}, not a count"
+        raise ValueError(f"--model {path} {problem}; give the complete config.json of a transformer")
     return value

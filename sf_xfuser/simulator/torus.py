@@ -1,4 +1,4 @@
-"""Torus Attention, replayed from its schedule."""
+"""The replay of Torus Attention from its schedule."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Literal
 from sf_xfuser.layout.memory_map import Places, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
 from sf_xfuser.layout.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
-from sf_xfuser.simulator.cluster import Cluster, Link, Way
-from sf_xfuser.simulator.replay import Key, Program, Replay, Round
-from sf_xfuser.simulator.variant import ITEMSIZE, CallShape, ReplayedVariant, Work
+from sf_xfuser.simulator.call import ITEMSIZE, CallShape, SimulatedCall
+from sf_xfuser.simulator.cluster import Cluster
+from sf_xfuser.simulator.replay import Dependency, Program, Replay, Round, RoundKey
 
 MERGE_BYTES = 18
-"""Read and written for one element of a partial result by ``kernels.merge``: to fp32, then one lerp."""
+"""Bytes that ``kernels.merge`` reads and writes per element of a partial result: to fp32, then one lerp."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusVariant:
-    """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives);
-    ``overlap`` False: each transfer is waited for at once. ``unstaged``: all attended in one call."""
+    """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives).
+    ``overlap`` False: wait for each transfer at once. ``unstaged``: attend everything in one call."""
 
     layout: Layout
     pattern: str = "put"
@@ -34,15 +34,18 @@ class TorusVariant:
         return f"{self.layout}{'' if self.overlap else ', no overlap'}{', unstaged' if self.unstaged else ''}"
 
 
-class Torus(ReplayedVariant):
+class TorusCall(SimulatedCall):
     def __init__(self, cluster: Cluster, shape: CallShape, variant: TorusVariant) -> None:
-        super().__init__(cluster, shape, Work(cluster, shape, overlap=variant.overlap))
+        super().__init__(cluster, shape, overlap=variant.overlap)
         self.variant, self.layout = variant, variant.layout
-        self._head_group = cache(variant.layout.head_group)
-        world_size, ways = cluster.world_size, variant.layout.ulysses_degree
-        # Evenly dealt out as far as that goes; an unequal token more or less is nothing.
-        tokens = (math.ceil(shape.seq_len / world_size),) * world_size
-        q_heads, kv_heads = head_ranges(shape.heads, shape.kv_heads, ways)
+        grid = cluster.num_machines, cluster.ranks_per_machine
+        if (self.layout.num_machines, self.layout.ranks_per_machine) != grid:
+            raise ValueError(f"{self.layout} does not fit {grid[0]} x {grid[1]} ranks")
+        self._head_group = cache(self.layout.head_group)
+        num_groups = self.layout.ulysses_degree
+        # Equal token counts on all ranks: a remainder of one token changes nothing.
+        tokens = (math.ceil(shape.seq_len / cluster.world_size),) * cluster.world_size
+        q_heads, kv_heads = head_ranges(shape.heads, shape.kv_heads, num_groups)
         self.sizes = Sizes(
             batch=shape.batch,
             head_size=shape.head_dim,
@@ -55,51 +58,52 @@ class Torus(ReplayedVariant):
         )
         self.tokens = tokens[0]
         self.heads = max(high - low for low, high in q_heads)
-        self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
+        self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(num_groups)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.cut: Cut = choose_cut(variant.layout, self.tokens, cluster.device, overlap=not variant.unstaged)
-        self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
-        self.ways: dict[str, Way] = {name: link.way(variant.pattern) for name, link in self.links.items()}
+        self.cut: Cut = choose_cut(self.layout, self.tokens, cluster.device, overlap=not variant.unstaged)
+        self.costs = {name: link.cost(variant.pattern) for name, link in self.links.items()}
+        # While all ranks of a machine send equal numbers of bytes.
+        equal = [1.0] * cluster.ranks_per_machine
         self.seconds_per_byte = {
-            name: 8e-9 / link.share_gbps(cluster.ranks_per_machine) / self.ways[name].efficiency
-            for name, link in self.links.items()
+            name: link.transfer_s(equal, len(equal), self.costs[name]) for name, link in self.links.items()
         }
 
     @cached_property
-    def alike(self) -> bool:
-        sizes = {high - low for low, high in self.sizes.q_heads}, {high - low for low, high in self.sizes.kv_heads}
-        return all(len(found) == 1 for found in sizes)
+    def is_symmetric(self) -> bool:
+        return all(len({high - low for low, high in x}) == 1 for x in (self.sizes.q_heads, self.sizes.kv_heads))
 
     @property
+    def egress_bytes(self) -> float:
+        return float(self.layout.egress(Fraction(self.shape.kv_heads, self.shape.heads))) * self.shape.nbytes
+
+    @cached_property
     def bound_s(self) -> float:
         """Each chunk of Q and O and each slab is a round between machines, each further block of a slab one inside."""
         layout = self.layout
         slabs = layout.num_machines
-        ratio = Fraction(self.shape.kv_heads, self.shape.heads)
-        share = float(layout.egress(ratio)) * self.shape.nbytes / layout.ranks_per_machine
-        ulysses = 3 * (layout.torus - 1)  # Q, KV and O, U messages each
-        messages = ulysses * layout.ulysses + slabs - layout.torus
-        across, inside = self.ways["across"], self.ways["inside"]
-        across_s = (across.start_us * (ulysses + slabs - layout.torus) + across.message_us * messages) * 1e-6
-        across_s += share * self.seconds_per_byte["across"]
-        block = float(2 * ratio) * self.shape.nbytes / layout.world_size / layout.torus  # K and V of one head group
-        passed_on = block * slabs * (layout.ring_inside - 1)
-        inside_s = (inside.start_us + inside.message_us) * 1e-6 * slabs * (layout.ring_inside - 1)
-        inside_s += passed_on * self.seconds_per_byte["inside"]
+        ulysses = 3 * (layout.torus - 1)  # rounds of Q, KV and O, of U messages each
+        ring = slabs - layout.torus
+        across, inside = self.costs["across"], self.costs["inside"]
+        across_s = (across.start_us * (ulysses + ring) + across.message_us * (ulysses * layout.ulysses + ring)) * 1e-6
+        across_s += self.egress_bytes / layout.ranks_per_machine * self.seconds_per_byte["across"]
+        block = 2 * self.shape.nbytes * self.shape.kv_heads / self.shape.heads / layout.world_size / layout.torus
+        hops = slabs * (layout.ring_inside - 1)
+        inside_s = hops * ((inside.start_us + inside.message_us) * 1e-6 + block * self.seconds_per_byte["inside"])
         busy_s, small_s = self._busy_s()
-        # What transfers take from computing, if they lie beside the calls that leave it to them as far as that goes,
-        # and the two links beside each other.
-        taken = (across.takes * max(0.0, across_s - small_s), inside.takes * max(0.0, inside_s - small_s))
-        both_s = across.takes * inside.takes * max(0.0, min(across_s, inside_s) - small_s)
-        return max(busy_s + sum(taken) - both_s, across_s, inside_s)
+        # The least slowdown by transfers: they overlap first the calls that leave SMs idle, then each other.
+        slowdown_s = (
+            across.compute_share * max(0.0, across_s - small_s),
+            inside.compute_share * max(0.0, inside_s - small_s),
+        )
+        both_s = across.compute_share * inside.compute_share * max(0.0, min(across_s, inside_s) - small_s)
+        return max(busy_s + sum(slowdown_s) - both_s, across_s, inside_s)
 
     def _busy_s(self) -> tuple[float, float]:
-        """In attention calls and merges, at the least (joint keys are left out); and in those of them that may leave
-        multiprocessors idle, at the most."""
+        """(the least time in attention calls and merges, without joint keys; the most of it that may leave SMs idle)"""
         layout, cut, heads = self.layout, self.cut, self.heads
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
         others, last = own * (layout.torus - 1), own // cut.last_kv
-        calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, how many calls
+        calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, number of calls
         if not cut.overlap:
             calls = [(own * layout.torus, own * blocks * layout.num_machines, 0, 1)]
         elif not others:
@@ -114,70 +118,72 @@ class Torus(ReplayedVariant):
                 (own, last, MERGE_BYTES, layout.torus - 1),
             ]
         busy_s = small_s = 0.0
-        for rows, keys, merge_bytes, times in calls:
-            seconds = self.work.attend(rows, keys, heads, merge_bytes) * times
+        for rows, keys, merge_bytes, count in calls:
+            seconds = self.times.attention_s(rows, keys, heads, merge_bytes) * count
             busy_s += seconds
-            if not self.work.fills(rows if rows > own else self.tokens, heads):  # a chunk may be attended by itself
+            if not self.times.occupies_all(rows if rows > own else self.tokens, heads):  # one call may have one chunk
                 small_s += seconds
         return busy_s, small_s
 
     @cached_property
-    def first(self) -> Schedule:
-        return self.schedule(0)
+    def first_schedule(self) -> Schedule:
+        return self._schedule(0)
 
-    def schedule(self, position: int) -> Schedule:
+    def _schedule(self, position: int) -> Schedule:
         return build_schedule(self.layout, position, self.joint, self.cut)
 
-    def programs(self, replay: Replay) -> list[Program]:
-        return [self._program(replay, number) for number in range(len(replay.ranks))]
-
-    def _program(self, replay: Replay, position: int) -> Program:
-        schedule = self.schedule(position) if position else self.first
-        group = self.layout.head_group(position)
+    def program(self, replay: Replay, number: int) -> Program:
+        schedule = self._schedule(number) if number else self.first_schedule
+        group = self.layout.head_group(number)
         q_low, q_high = self.sizes.q_heads[group]
-        arriving: dict[str, dict[Piece, tuple[tuple[int, ...], Key]]] = {"q": {}, "kv": {}}
-        outputs: list[tuple[tuple[int, ...], Key]] = []
+        arriving: dict[str, dict[Piece, Dependency]] = {"q": {}, "kv": {}}
+        outputs: list[Dependency] = []
         begun: set[Piece] = set()
-        wanted: tuple[tuple[int, ...], Key] | None
+        dependency: Dependency | None
         for step in schedule.steps:
             if isinstance(step, Exchange):
                 for message in step.sends:
-                    if self._passes_on(message, group):
+                    if self._forwards(message, group):
                         for piece in message.pieces:
-                            if wanted := arriving[message.tensor].pop(piece, None):
-                                replay.wait(position, (yield wanted), "to pass on")
-                key = self._post(replay, position, group, step)
-                if not replay.mirrored:
+                            if dependency := arriving[message.tensor].pop(piece, None):
+                                replay.wait(number, (yield dependency), "to forward")
+                key = self._post(replay, number, group, step)
+                if not replay.symmetric:
                     yield None
                 for message in step.receives:
-                    whose = (message.peer,)
+                    dependency = (message.peer,), key
                     if message.tensor == "o":
-                        outputs.append((whose, key))
+                        outputs.append(dependency)
                     else:
-                        arriving[message.tensor].update((piece, (whose, key)) for piece in message.pieces)
+                        arriving[message.tensor].update((piece, dependency) for piece in message.pieces)
                 if not self.variant.overlap:
-                    replay.wait(position, (yield tuple(m.peer for m in step.receives), key), "each transfer")
+                    replay.wait(number, (yield tuple(m.peer for m in step.receives), key), "each transfer")
                 continue
-            name = _name(step) if replay.keep_spans else "-"
+            name = _name(step) if replay.record_spans else "-"
             for tensor, pieces in (("q", step.queries), ("kv", step.keys)):
                 for piece in pieces if arriving[tensor] else ():
-                    if wanted := arriving[tensor].pop(piece, None):
-                        replay.wait(position, (yield wanted), name)
+                    if dependency := arriving[tensor].pop(piece, None):
+                        replay.wait(number, (yield dependency), name)
             rows, keys = self._tokens(step.queries), self._tokens(step.keys)
-            merge = MERGE_BYTES if not begun.isdisjoint(step.queries) else 4 + self.work.itemsize
+            merge = MERGE_BYTES if not begun.isdisjoint(step.queries) else 4 + self.times.itemsize
             if len(begun) < len(schedule.queries):
                 begun.update(step.queries)
             if rows and keys:
                 heads = q_high - q_low
-                replay.work(position, self.work.attend(rows, keys, heads, merge), name, self.work.fills(rows, heads))
-                if not replay.mirrored:
+                seconds, occupies_all = (
+                    self.times.attention_s(rows, keys, heads, merge),
+                    self.times.occupies_all(rows, heads),
+                )
+                replay.compute(number, seconds, name, occupies_all)
+                if not replay.symmetric:
                     yield None
-        for wanted in outputs:
-            replay.wait(position, (yield wanted), "outputs")
-        result = self.tokens * self.shape.heads * self.shape.head_dim * self.shape.batch * self.work.itemsize
-        replay.work(position, self.work.copy(result), "result", fills=False)
+        for dependency in outputs:
+            replay.wait(number, (yield dependency), "outputs")
+        result = self.tokens * self.shape.heads * self.shape.head_dim * self.shape.batch * self.times.itemsize
+        replay.compute(number, self.times.copy_s(result), "result", occupies_all=False)
 
-    def _passes_on(self, message: Message, group: int) -> bool:
+    def _forwards(self, message: Message, group: int) -> bool:
+        """Whether this rank forwards a received chunk along a ring."""
         return message.tensor != "o" and self._head_group(message.peer) == group
 
     def _tokens(self, pieces: Sequence[Piece]) -> int:
@@ -189,45 +195,39 @@ class Torus(ReplayedVariant):
                 total += self.tokens * (part + 1) // parts - self.tokens * part // parts
         return total
 
-    def _post(self, replay: Replay, position: int, group: int, step: Exchange) -> Key:
-        way, packed, nbytes, messages = self.ways[step.link], 0, 0, 0
+    def _post(self, replay: Replay, number: int, group: int, step: Exchange) -> RoundKey:
+        cost, packed, nbytes, messages = self.costs[step.link], 0, 0, 0
         for message in step.sends:
             to = self._head_group(message.peer)
-            size = self._row_bytes[message.tensor, group if message.tensor == "o" else to] * self._tokens(
-                message.pieces
-            )
+            row_bytes = self._row_bytes[message.tensor, group if message.tensor == "o" else to]
+            size = row_bytes * self._tokens(message.pieces)
             nbytes += size
             messages += size > 0
             if message.tensor == "o" or to != group:
                 packed += size
-        host_s = self.work.host(way, messages) + self.work.copy(packed)
+        host_s = self.times.host_s(cost, messages) + self.times.copy_s(packed)
         if host_s:
-            replay.work(position, host_s, fills=False)
-        replay.post(
-            position,
-            step.link,
-            Round(
-                posted_s=0.0,
-                seconds=nbytes * self.seconds_per_byte[step.link] + (way.start_us + way.message_us * messages) * 1e-6,
-                latency_s=self.links[step.link].latency_us * 1e-6,
-                takes=way.takes,
-                queues=way.queues,
-                matched=self.variant.pattern == "message",
-                receivers=tuple(m.peer for m in step.sends),
-                senders=tuple(m.peer for m in step.receives),
-                name=_round_name(step) if replay.keep_spans else "",
-                nbytes=nbytes,
-            ),
+            replay.compute(number, host_s, occupies_all=False)
+        round = Round(
+            seconds=nbytes * self.seconds_per_byte[step.link] + (cost.start_us + cost.message_us * messages) * 1e-6,
+            latency_s=self.links[step.link].latency_us * 1e-6,
+            compute_share=cost.compute_share,
+            needs_sms=cost.needs_sms,
+            matched=self.variant.pattern == "message",
+            receivers=tuple(m.peer for m in step.sends),
+            senders=tuple(m.peer for m in step.receives),
+            name=_round_name(step) if replay.record_spans else "",
+            nbytes=nbytes,
         )
-        return step.link, step.round
+        return replay.post(number, step.link, round)
 
     @property
     def buffer_bytes(self) -> float:
-        return held_bytes(self.first, self.sizes, in_windows=self.variant.pattern == "put")
+        return held_bytes(self.first_schedule, self.sizes, in_windows=self.variant.pattern == "put")
 
 
 def _name(step: Attend) -> str:
-    """As ``attention._Run`` names it."""
+    """The span's name in a measured timeline."""
     queries, keys = ("+".join(str(s) for s in sorted({p.source for p in x})) for x in (step.queries, step.keys))
     return f"Q {queries} x KV {keys}".replace(str(JOINT), "joint")
 
@@ -237,14 +237,14 @@ def _round_name(step: Exchange) -> str:
 
 
 def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
-    """The most that a rank holds at once during a call, besides its inputs and result: accumulators (fp32), queries,
-    slabs of KV and outputs that came from other ranks. ``in_windows``: what peers write lies in a window, which has all
-    of it at once, twice (calls use its halves in turn)."""
+    """Peak memory of a rank during a call besides its inputs and result: fp32 accumulators, queries, KV slabs and
+    outputs of other ranks. ``in_windows``: peers write into a window, which holds all of these twice, since calls
+    alternate between its halves."""
     layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
     places = Places(schedule, sizes, ("inside", "across") if in_windows else ())
     low, high = sizes.q_heads[group]
     accumulator = places.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
-    if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # nothing to accumulate: what the call returned
+    if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # no merge: the output of the only call
         accumulator = places.queries.total * sizes.row_bytes("o", group)
     row = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
     if in_windows:

@@ -1,4 +1,4 @@
-"""Topology and plan: pure, on fakes."""
+"""Topology and plan, on fake machines."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_coordinates_and_groups_are_consistent(n, m, heads):
     ("heads", "machines", "torus", "xdit"),
     [(24, 5, 5, (1, 5)), (24, 6, 6, (6, 1)), (30, 4, 4, (2, 2)), (8, 3, 3, (1, 3)), (7, 5, 1, (1, 5))],
 )
-def test_torus_splits_heads_unevenly_where_that_moves_fewer_bytes(heads, machines, torus, xdit):
-    """And xDiT gets degrees that divide the heads; the same layout follows from these. 7 heads over 5 ranks would give
-    one of them 10/7 of the mean."""
+def test_torus_splits_heads_unevenly_to_send_fewer_bytes(heads, machines, torus, xdit):
+    """xDiT gets degrees that divide the heads and lead to the same layout. 7 heads over 5 ranks use Ring: one rank
+    would compute 10/7 of the mean."""
     plan = make_plan(machines, 1, heads=heads, max_imbalance=UNEVEN)
     assert plan.layout.torus == torus
     assert (plan.even.ulysses_degree, plan.even.ring_degree) == xdit
-    assert ("heads unevenly, xDiT's own code with" in str(plan)) == (heads % torus > 0)
+    assert ("heads split unevenly, xDiT's own code uses" in str(plan)) == (heads % torus > 0)
     assert plan.layout.egress() <= make_plan(machines, 1, heads=heads).layout.egress()
     again = make_plan(machines, 1, heads=heads, ulysses_degree=xdit[0], max_imbalance=UNEVEN)
     assert (again.layout, again.even) == (plan.layout, plan.even)
@@ -78,13 +78,13 @@ def test_the_degrees_that_xdit_gets_lead_to_the_same_plan(n, m, kv_heads, repeat
     heads = kv_heads * repeat
     plan = make_plan(n, m, heads=heads, kv_heads=kv_heads, max_imbalance=UNEVEN)
     assert kv_heads % plan.even.ulysses_degree == 0 and plan.even.world_size == n * m
-    given_back = plan.even.ulysses_degree
-    again = make_plan(n, m, heads=heads, kv_heads=kv_heads, ulysses_degree=given_back, max_imbalance=UNEVEN)
+    degree = plan.even.ulysses_degree
+    again = make_plan(n, m, heads=heads, kv_heads=kv_heads, ulysses_degree=degree, max_imbalance=UNEVEN)
     assert (again.layout, again.even) == (plan.layout, plan.even)
 
 
-def test_of_layouts_that_move_as_much_the_most_even_one_is_taken():
-    """40 heads on 3 machines of 8: six ways (7 heads of the busiest rank) and not 24 (2 of 1.67)."""
+def test_a_tie_in_bytes_selects_the_most_even_split():
+    """40 heads on 3 machines of 8: 6 ways (maximum 7, mean 6.67 heads), not 24 ways (maximum 2, mean 1.67)."""
     plan = make_plan(3, 8, heads=40, max_imbalance=Fraction(6, 5))
     assert (plan.layout.torus, plan.layout.ulysses) == (3, 2)
 
@@ -93,7 +93,7 @@ def test_inside_one_machine_heads_stay_even():
     assert make_plan(1, 5, heads=24, max_imbalance=UNEVEN).layout.ring_degree == 5
 
 
-def test_a_given_degree_is_kept_where_xdit_pads_the_heads():
+def test_an_explicit_degree_is_kept_if_xdit_pads_the_heads():
     assert make_plan(2, 2, heads=30, ulysses_degree=4).layout.ulysses_degree == 4
 
 
@@ -105,7 +105,7 @@ def test_usp_layout_is_xdits_own():
 
 
 def test_break_even_of_two_machines_and_of_gqa():
-    """Ulysses across over Ring across, in bytes out of a machine: (1+g)/(g*N)."""
+    """Ulysses across sends (1+g)/(g*N) of the bytes of Ring across."""
     for n in (2, 3, 4, 5, 8):
         for g in (Fraction(1), Fraction(1, 4)):
             across = Layout(torus=n, ulysses=1, ring_across=1, ring_inside=8).egress(g)
@@ -113,7 +113,7 @@ def test_break_even_of_two_machines_and_of_gqa():
             assert across / usp == (1 + g) / (g * n)
 
 
-def test_auto_takes_the_fewest_bytes_and_says_why_not_the_others():
+def test_auto_selects_the_fewest_bytes_and_explains_the_other_layouts():
     mha = make_plan(4, 8, heads=24)
     assert mha.layout == paper_layout(4, 8, 24) and "paper" in mha.reason
     gqa = make_plan(2, 4, heads=32, kv_heads=8)  # g = 1/4 on two machines: Ulysses across would lose
@@ -137,7 +137,7 @@ def test_auto_takes_the_fewest_bytes_and_says_why_not_the_others():
         (dict(rule="paper"), "number of attention heads is unknown.*--ulysses_degree"),
     ],
 )  # fmt: skip
-def test_refusals_say_what_is_allowed(call, message):
+def test_errors_name_the_allowed_values(call, message):
     with pytest.raises(ValueError, match=message):
         make_plan(4, 4, **call)
 
@@ -154,14 +154,14 @@ def test_topology_follows_hosts_not_rank_arithmetic():
     assert interleaved.fold([0, 1]).rows == ((0,), (1,))
 
 
-def test_unequal_machines_become_equal_virtual_ones_that_never_mix_hosts():
+def test_unequal_machines_become_equal_virtual_machines_within_one_host():
     topology = Topology.from_facts(facts(*"aaaabb"))
     grid = topology.fold(range(6))
     assert grid.rows == ((0, 1), (2, 3), (4, 5)) and "unequal size" in grid.note
     assert Topology.from_facts(facts(*"aaab")).fold(range(4)).rows == ((0,), (1,), (2,), (3,))
 
 
-def test_pretended_topology():
+def test_topology_overridden_by_flag():
     assert Topology.parse("2x3", 6).machines == ((0, 1, 2), (3, 4, 5))
     with pytest.raises(ValueError, match="describes 8 ranks, but the job has 6"):
         Topology.parse("2x4", 6)
@@ -171,14 +171,14 @@ def test_pretended_topology():
         Topology(machines=((0, 1), (1, 2)), source="test")
 
 
-def test_probe_sees_this_host_and_takes_the_override(monkeypatch):
+def test_probe_returns_this_host_or_the_override(monkeypatch):
     here = probe()
     assert here.machine == here.host and "/" in here.host
     monkeypatch.setenv("SF_XFUSER_MACHINE", "rack7")
     assert probe().machine == "rack7"
 
 
-def test_head_groups_cover_all_heads_and_share_kv_heads_where_they_must():
+def test_head_groups_cover_all_heads_and_share_kv_heads_if_needed():
     assert head_ranges(8, 8, 3) == (((0, 3), (3, 6), (6, 8)),) * 2
-    # 6 query heads on 2 KV heads, 4 ways: the second KV head serves groups 1 (head 3), 2 and 3.
+    # 6 query heads on 2 KV heads, 4 ways: the second KV head is in groups 1 (head 3), 2 and 3.
     assert head_ranges(6, 2, 4) == (((0, 2), (2, 4), (4, 5), (5, 6)), ((0, 1), (0, 2), (1, 2), (1, 2)))
