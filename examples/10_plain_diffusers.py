@@ -44,7 +44,7 @@ def main() -> None:
     if rank == 0:
         print("\n".join(torus.mesh.lines()))
         print(f"latents {tuple(picture.shape)}, mean {picture.float().mean().item():.4f}")
-        print(f"attention calls served by torus: {torus.served}, handed back: {dict(torus.handed_back)}")
+        print(f"attention calls handled by torus: {torus.handled}, fallbacks: {dict(torus.fallbacks)}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -131,9 +131,9 @@ def _hooks() -> Iterator[Finding]:
 def _accelerators() -> Iterator[Finding]:
     import torch
 
-    from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
+    from sf_xfuser.integrations.xdit import cpu_platform
 
-    if platform_cpu.needed():
+    if cpu_platform.needed():
         detail = f"none (torch {torch.__version__}): the CPU platform runs xDiT on CPU ranks over gloo"
         yield Finding(section="accelerators", name="accelerator", status="info", detail=detail)
         return

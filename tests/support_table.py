@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.pipelines.test_pipelines import FAMILIES
+from tests.integration.test_pipelines import FAMILIES
 from tests.ranks.model_table import HEIGHT, MODELS, SIZES, But
 
 START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"
@@ -34,7 +34,7 @@ def _line(name: str, but: Mapping[str, But]) -> str:
 def _result(but: But | None) -> str:
     if but is None:
         return "exact"
-    return {"xdit": "as xDiT", "handed back": "handed back", "fails": "xDiT cannot", "never": "xDiT cannot"}[but.kind]
+    return {"xdit": "as xDiT", "falls back": "handed back", "fails": "xDiT cannot", "never": "xDiT cannot"}[but.kind]
 
 
 def main() -> None:

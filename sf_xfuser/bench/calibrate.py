@@ -206,7 +206,7 @@ class _Probe:
             # Of one byte on each rank: what goes out of a machine, or, inside, out of the rank that sends most.
             parts = [part * self.world_size * hops for part in (sent.inside if inside else sent.across)]
             busiest = max(parts) if inside else Sent((), tuple(parts)).out_of_a_machine(self.grid[1])
-            small, large, nbytes = self._collective(pattern, self._groups.mine(groups, self.mesh.members))
+            small, large, nbytes = self._collective(pattern, self._groups.own_group(groups, self.mesh.members))
             takes = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
             moved_s = max(large.seconds - small.seconds, large.seconds / 2)
             seen.append((pattern, members, small.seconds, busiest * nbytes * 8e-9 / moved_s, takes))

@@ -176,7 +176,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
             max_imbalance=UNEVEN,
         )
         variants.append(
-            _Variant(f"torus-{name}", str(mesh.layout), functools.partial(session.torus_over, mesh), compresses=True)
+            _Variant(f"torus-{name}", str(mesh.layout), functools.partial(session.torus_on, mesh), compresses=True)
         )
     uncompressed, *others = [(variant, variant.call(pipeline, options, wanted, timed=False)) for variant in variants]
     for variant, latents in others:
@@ -196,7 +196,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
 @contextmanager
 def _xdit(layout: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Inside, attention is xDiT's own USP, in ``layout``."""
-    with session.xdits_own(), layout():
+    with session.without_torus(), layout():
         yield
 
 
@@ -331,7 +331,7 @@ def _largest(values: list[float]) -> list[float]:
 
 
 def _served_by_torus() -> int:
-    found = re.search(r"served by torus: (\d+)", session.explain())
+    found = re.search(r"handled by torus: (\d+)", session.explain())
     return int(found[1]) if found else 0
 
 

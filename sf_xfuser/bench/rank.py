@@ -121,7 +121,7 @@ class _Measurement:
             for variant in runnable:
                 advance(f"{variant.name}: checking")
                 self._gate(variant)
-                while variant.choice is not None and not variant.choice.settled:  # its trial
+                while variant.choice is not None and not variant.choice.finished:  # its trial
                     self._call(variant)
             for variant in runnable:
                 if not self.samples[variant.name].failure:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.integrations.xdit import plugin
-from sf_xfuser.integrations.xdit.usp import as_attend_function
+from sf_xfuser.integrations.xdit.attention_backends import as_attend_function
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.layout.usp_layouts import XditConfig
@@ -46,7 +46,7 @@ class XditVariant:
 
     def selected(self) -> AbstractContextManager[None]:
         """Inside, xDiT is laid out as ``config`` says, for whatever of xDiT's is called; then as it was. Local."""
-        return self.groups.selected(self.config)
+        return self.groups.use(self.config)
 
 
 def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

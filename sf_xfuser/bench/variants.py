@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from math import gcd
 
 import torch
 
-from sf_xfuser.autotune.selector import Choice, flat_ulysses, layouts
+from sf_xfuser.autotune.selector import Selector, build_selector
 from sf_xfuser.bench import usp_variants
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.usp_variants import call_usp
@@ -54,15 +53,15 @@ class Variant:
     mesh: Mesh | None = None
     relative_error: float | None = None
     replayed: TorusVariant | XditConfig | None = None
-    choice: Choice | None = None
+    choice: Selector | None = None
 
     @property
     def said(self) -> tuple[str, str]:
         """(description, layout), as it turned out."""
-        if self.choice is None or not self.choice.contests:
+        if self.choice is None or not self.choice.trials:
             return self.description, self.layout
-        contest = next(iter(self.choice.contests.values()))
-        return f"{self.description}: {contest}", contest.chosen or ""
+        trial = next(iter(self.choice.trials.values()))
+        return f"{self.description}: {trial}", trial.selected or ""
 
 
 def known_names() -> str:
@@ -190,19 +189,16 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
     kv_heads, m = case.kv_heads or case.heads, case.ranks_per_machine
     degree = gcd(m, gcd(case.heads, kv_heads))
     own = XditConfig(ulysses_degree=degree, ring_degree=case.world_size // degree)
-    mesh = _mesh(case, args)
-    xdits = usp_variants.open_variants([own], ranks_per_machine=m, members=mesh.members)[own]
-    found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
-    further = found[1:] if found[0] == mesh.layout else []  # uneven heads have no other
-    meshes = [mesh, *(_mesh(case, replace(args, plan=layout.flag)) for layout in further)]
-    choice = Choice(
+    choice = build_selector(
+        [list(range(case.world_size))],
+        args,
         own,
-        flat_ulysses(own, case.heads, kv_heads),
-        xdits.groups.selected,
-        meshes,
-        kv_ratio=Fraction(kv_heads, case.heads),
+        lambda degrees: xdits.groups.use(degrees),
+        heads=case.heads,
+        kv_heads=kv_heads,
         log=lambda message: None,
     )
+    xdits = usp_variants.open_variants([own], ranks_per_machine=m, members=choice.mesh.members)[own]
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         tensors = query, key, value
@@ -211,7 +207,7 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
             return _torus(case, mesh, together, attend)(*tensors)
 
         with xdits.selected():
-            return choice.serve(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
+            return choice.run(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
 
     return Variant(name=AUTO, description=text, family="ours", call=call, choice=choice)
 

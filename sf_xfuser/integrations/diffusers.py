@@ -132,9 +132,8 @@ class TorusContextParallel(DropIn):
     Modules are looked up by name when a forward begins: adapters and compilers replace modules, and processors may be
     set at any time."""
 
-    cannot = "torus cannot run this attention call exactly"
-    owner = "diffusers' own context-parallel attention"
-    handing = "falls back to diffusers' own context-parallel attention"
+    unsupported = "torus cannot run this attention call exactly"
+    original_name = "diffusers' own context-parallel attention"
 
     original: Callable[..., Any]
     plan: Mapping[str, Any]
@@ -186,10 +185,10 @@ class TorusContextParallel(DropIn):
         reason = self.why_not(dropout_p, return_lse)
         if reason is not None:
             self._require_own(reason, attn_mask)
-            self.note(reason)
+            self.count_fallback(reason)
             given = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
             return self.original(query, key, value, *given, forward_op=forward_op, **rest)
-        self.served += 1
+        self.handled += 1
         attend = partial(torus_attention, mesh=self.mesh, attend=as_attend_function(forward_op, scale))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attn_mask is not None:
@@ -214,7 +213,7 @@ class TorusContextParallel(DropIn):
                 f"all queries"
             )
         if reason is not None:
-            raise ValueError(f"{self.cannot}: {reason}, and tokens are split over ranks; leave it out")
+            raise ValueError(f"{self.unsupported}: {reason}, and tokens are split over ranks; leave it out")
 
     def _without_masked_keys(
         self, attend: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
@@ -234,7 +233,7 @@ class TorusContextParallel(DropIn):
             if not all(map(sum, zip(*(left for _, _, left in told), strict=True))):
                 reason = "the mask leaves a sample without keys; keep one at least"
             if reasons := {reason, *(its for its, _, _ in told)} - {None}:
-                self.mesh.refuse(f"{self.cannot}: {min(reasons)}")
+                self.mesh.refuse(f"{self.unsupported}: {min(reasons)}")
         q_tokens = [queries for _, queries, _ in told]
         outs = []
         for n, some in enumerate(keys):
@@ -267,7 +266,7 @@ class TorusContextParallel(DropIn):
         elif attn_mask is not None:
             only = "without a mask: leave the mask out"
         if only is not None:
-            raise ValueError(f"{self.cannot}: {reason}; {self.owner} can only run it {only}")
+            raise ValueError(f"{self.unsupported}: {reason}; {self.original_name} can only run it {only}")
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
-"""What stands in for a function of another package: it serves the calls that it can serve exactly and hands the others
-back to the function itself, with a reason that is logged once and counted."""
+"""Base class of the drop-in replacements for functions of other packages.
+
+A replacement runs the calls that it computes exactly. Other calls fall back to the original function; each reason is
+counted, and logged once.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +19,35 @@ from sf_xfuser.torus.mesh import Mesh
 
 
 def log_on_rank_0(message: str) -> None:
-    """For programs without xDiT, whose logger the plugin uses."""
+    """For programs without xDiT. With xDiT the plugin uses its logger."""
     if dist.get_rank() == 0:
         logging.getLogger("sf_xfuser").warning(message)
 
 
 @dataclass(eq=False, kw_only=True)
 class DropIn:
-    """``strict``: raise instead of handing back.
+    """``strict``: raise instead of falling back. ``handled`` counts the calls that did not fall back, ``fallbacks`` the
+    others by reason."""
 
-    ``served`` and ``handed_back`` count calls; the latter by reason. ``log`` receives each new reason once.
-    """
-
-    cannot: ClassVar[str]
-    """What is said where a call is refused, before the reason."""
-    owner: ClassVar[str]
-    """To whom calls are handed back."""
-    handing: ClassVar[str]
-    """What is logged where one is, before the reason."""
+    unsupported: ClassVar[str]
+    """Error text of a call that this replacement cannot run, before the reason."""
+    original_name: ClassVar[str]
+    """Name of the function that calls fall back to, for messages."""
 
     mesh: Mesh
     strict: bool
     log: Callable[[str], None]
-    served: int = 0
-    handed_back: Counter[str] = field(default_factory=Counter)
+    handled: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
 
-    def note(self, reason: str) -> None:
-        """A call is about to be handed back. Raises RuntimeError where that is not wanted."""
+    def count_fallback(self, reason: str) -> None:
+        """Count a call that is about to fall back. Raises RuntimeError under ``strict``."""
         if self.strict:
-            raise RuntimeError(f"--sp-strict: {self.cannot}: {reason}. Without --sp-strict it goes to {self.owner}")
+            raise RuntimeError(
+                f"--sp-strict: {self.unsupported}: {reason}. Without --sp-strict it falls back to {self.original_name}"
+            )
         if torch.compiler.is_compiling():
             return
-        if reason not in self.handed_back:
-            self.log(f"{self.handing}: {reason}")
-        self.handed_back[reason] += 1
+        if reason not in self.fallbacks:
+            self.log(f"falls back to {self.original_name}: {reason}")
+        self.fallbacks[reason] += 1

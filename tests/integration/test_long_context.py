@@ -53,4 +53,4 @@ def test_with_yunchang():
     causal = "equal; 0 served, 1 handed back causal attention needs keys in order"
     wanted = " | ".join(["equal; 1 served, 0 handed back"] * 3 + [causal] * 2)
     assert set(reports(finished.output, ["yunchangs_own"])["yunchangs_own"].values()) == {wanted}, finished.output
-    assert finished.output.count("handed back to yunchang's own LongContextAttention: causal attention") == 2
+    assert finished.output.count("falls back to yunchang's own LongContextAttention: causal attention") == 2

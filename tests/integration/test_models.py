@@ -1,7 +1,7 @@
 """Every transformer of xDiT that calls USP, under ``--sp-backend torus`` on 2x2 ranks: the rows of ``model_table.py``.
 
-All of them run in one launch. A row says what torus has to equal; its exceptions are checked too, by the reason that is
-logged or by xDiT's own error. README's table is printed from the rows: ``python -m tests.support_table``.
+All of them run in one launch. A row names the result that torus must equal. Exceptions are checked by the logged reason
+or by xDiT's own error. ``python -m tests.support_table`` prints README's table from the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support_table import END, START, table
 CASES = {"4x1": (4, 1), "2x2": (2, 2)}
 EXACT = 2e-5
 Measured = dict[tuple[str, str, str], list[dict]]  # (model, case, size) -> by rank
-VISIBLE = 5e-2  # what a rank that attends to its own keys alone makes of the result, at least
+VISIBLE = 5e-2  # smallest difference if a rank attends to its own keys only
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def measured(folder) -> Measured:
 
 
 def measure(folder: Path, *names: str, **env: str) -> Measured:
-    """What each of the four ranks saw. ``names``: of some models."""
+    """The results of each rank. ``names``: only these models."""
     flags = {
         case: ["--model", "none", "--sp-backend", "torus", "--sp-topology", "2x2",
                "--ulysses_degree", str(ulysses), "--ring_degree", str(ring)]
@@ -58,7 +58,7 @@ def measure(folder: Path, *names: str, **env: str) -> Measured:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.folder)
 def test_torus_equals(measured, model: Model, case, size):
     exception = model.exception(case, size)
-    kind = exception.kind if exception else "served"
+    kind = exception.kind if exception else "torus"
     if exception is not None and kind == "never":
         pytest.skip(exception.why)
     ranks = measured[model.name, case, size]
@@ -71,11 +71,11 @@ def test_torus_equals(measured, model: Model, case, size):
     if model.repaired:
         assert worst(ranks, "installed_single") > 100 * EXACT, ranks
         assert all(model.repaired in rank["repaired"] for rank in ranks), ranks
-    if exception is not None and kind == "handed back":
+    if exception is not None and kind == "falls back":
         assert worst(ranks, "torus_single") <= EXACT, ranks
-        assert all(rank["served"] == 0 and list(rank["handed_back"]) == [exception.says] for rank in ranks), ranks
+        assert all(rank["handled"] == 0 and list(rank["fallbacks"]) == [exception.says] for rank in ranks), ranks
         return
-    assert all(rank["served"] > 0 and not rank["handed_back"] for rank in ranks), ranks
+    assert all(rank["handled"] > 0 and not rank["fallbacks"] for rank in ranks), ranks
     assert worst(ranks, "alone_single") >= VISIBLE, ranks
     if kind == "xdit":
         assert worst(ranks, "xdit_single") > EXACT, "xDiT is exact here: compare with one process"
@@ -84,14 +84,14 @@ def test_torus_equals(measured, model: Model, case, size):
 
 
 def worst(ranks: list[dict], what: str) -> float:
-    """The largest difference among the ranks that hold a result."""
+    """The largest difference on the ranks that have a result."""
     held = [rank[what] for rank in ranks if rank[what] == rank[what]]
     assert held, ranks
     return max(held)
 
 
 def test_patches_repair_the_same(folder, tmp_path):
-    """Without any repair by the plugin, on torus and on xDiT's own USP."""
+    """Without a repair by the plugin, on torus and on xDiT's own USP."""
     names = [model.name for model in MODELS if model.repaired]
     found = measure(folder, *names, PYTHONPATH=str(copy_of_xdit(tmp_path, "repairs")))
     assert {name for name, _, _ in found} == set(names)
@@ -100,13 +100,13 @@ def test_patches_repair_the_same(folder, tmp_path):
         exception = model.exception(case, size)
         if exception is not None and exception.kind == "fails":
             assert all("NotImplementedError" in rank["error"] for rank in ranks), ranks
-        elif exception is None or exception.kind == "handed back":
+        elif exception is None or exception.kind == "falls back":
             assert not any(rank["repaired"] for rank in ranks), ranks
             assert max(worst(ranks, "torus_single"), worst(ranks, "xdit_single")) <= EXACT, ranks
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["hooks", "patches"])
-def test_a_mask_is_not_that_of_an_earlier_request(folder, tmp_path, patched):
+def test_masks_of_an_earlier_request_are_not_reused(folder, tmp_path, patched):
     env = {"PYTHONPATH": str(copy_of_xdit(tmp_path, "repairs"))} if patched else {}
     output = torchrun("stale_masks.py", folder, nproc=2, env=env).output
     for name, ranks in reports(output, ["krea2", "ltx2"]).items():
@@ -115,7 +115,7 @@ def test_a_mask_is_not_that_of_an_earlier_request(folder, tmp_path, patched):
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.folder)
 def test_heads_are_read_from_the_models_folder(model: Model, tmp_path):
-    """So that degrees need not be given."""
+    """So that degrees can be planned."""
     built = model.build()
     (built.transformer if model.is_pipeline else built).save_config(tmp_path / "transformer")
     facts = read_model_facts(str(tmp_path))

@@ -1,4 +1,4 @@
-"""xDiT with the dispatch point of ``patches/0.7.0/backend``: the plugin is its backend, with and without hooks."""
+"""xDiT with the dispatch point of ``patches/0.7.0/backend``: the plugin as its backend, with and without hooks."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def run_flux(xdit: Path, model: Path, out: Path, **env: str) -> str:
 
 
 def test_a_patched_xdit_finds_the_plugin_without_any_hook(native, flux, tmp_path):
-    """With autoload off nothing is rebound: xDiT itself knows the flag, the CPU, and where to find the backend."""
+    """Without autoload no attribute is replaced: xDiT itself has the flag, supports the CPU and finds the backend."""
     explained = run_flux(native, flux, tmp_path, SF_XFUSER_AUTOLOAD="0")
-    assert "attention calls served by torus: 8" in explained, explained
+    assert "attention calls handled by torus: 8" in explained, explained
 
 
-def test_a_patched_xdit_under_the_hooks_is_served_once(native, flux, tmp_path):
-    """2 steps x (2 double + 2 single blocks) are 8 calls; a call that passes two dispatchers would count twice."""
+def test_a_patched_xdit_with_hooks_handles_each_call_once(native, flux, tmp_path):
+    """2 steps x (2 double + 2 single blocks) are 8 calls; a call through two dispatchers would count twice."""
     explained = run_flux(native, flux, tmp_path)
-    assert "attention calls served by torus: 8" in explained, explained
+    assert "attention calls handled by torus: 8" in explained, explained
 
 
-def test_hooks_that_a_patched_xdit_does_not_need_are_left_out(native):
+def test_a_patched_xdit_skips_the_hooks_that_it_replaces(native):
     code = (
         "import torch, json, xfuser\n"
         "from sf_xfuser.integrations.xdit import plugin\n"
@@ -86,7 +86,7 @@ def test_hooks_that_a_patched_xdit_does_not_need_are_left_out(native):
 
 
 def test_native_flags_are_those_of_the_plugin(native):
-    """A patched xDiT without hooks: it parses them, and refuses a backend that is not installed."""
+    """A patched xDiT without hooks parses them, and refuses a backend that is not installed."""
     env = {"PYTHONPATH": str(native), "SF_XFUSER_AUTOLOAD": "0"}
     code = (
         "from xfuser import xFuserArgs\nfrom xfuser.config import FlexibleArgumentParser\n"

@@ -183,7 +183,7 @@ def test_exact_with_the_hooks(name, installed, wanted):
     assert error(installed.latents(f"{name}, torus"), wanted[name]) <= EXACT
     explained = installed.explained[f"{name}, torus"]
     assert f"repaired in xDiT: {CASES[name].says}" in explained or not CASES[name].says, explained
-    assert "handed back" not in explained or "valid_kv_len" in explained, explained
+    assert "fell back" not in explained or "valid_kv_len" in explained, explained
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,7 +1,7 @@
 """xDiT's own runner with a tiny Flux on 3, 5 and 6 ranks, whatever the height, against one process of diffusers.
 
-xDiT as installed starts none of them: its runner splits the rows of a default height. Each case makes two requests, of
-which the mesh is told.
+xDiT as installed starts none of them, because its runner splits the rows of a default height. Each case makes two
+requests, which the mesh compares between ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, nproc: int, height: int, width: int, flags: str, **options) -> tuple[str, list[torch.Tensor]]:
-    """What every rank reports, and the latents of the two requests, for seeds 1 and 2."""
+    """The report of rank 0, and the latents of the two requests, for seeds 1 and 2."""
     size = ["--height", str(height), "--width", str(width), "--max_sequence_length", str(TEXT)]
     argv = ["--prompt", PROMPT, *size, "--num_inference_steps", "2", "--num_iterations", "1", *flags.split()]
     output = torchrun("runner.py", folder, json.dumps({"case": argv}), nproc=nproc, timeout=120, **options).output
@@ -49,7 +49,7 @@ def run(folder: Path, nproc: int, height: int, width: int, flags: str, **options
 
 
 def single(folder: Path, height: int, width: int, steps: int) -> list[torch.Tensor]:
-    """As the runner loads the model: in bfloat16, or in float16 under PipeFusion, where one step is made."""
+    """With the dtype of the runner: bfloat16, or float16 under PipeFusion, which runs one step."""
     dtype = torch.float16 if steps == 1 else torch.bfloat16
     pipe = FluxPipeline.from_pretrained(folder / "black-forest-labs" / "FLUX.1-dev", torch_dtype=dtype)
     pipe.to(torch.float32).set_progress_bar_config(disable=True)
@@ -89,7 +89,7 @@ def test_latents(folder, nproc, height, width, flags):
     assert_equal(found, single(folder, height, width, steps=1 if PIPEFUSION in flags else 2))
     assert "repaired in xDiT: Flux's runner does not cut the default height of 1024 into rows" in text, text
     requests = [line for line in text.splitlines() if line.startswith("request: ")]
-    # The runner, and the pipeline of diffusers or xDiT that it then calls
+    # one from the runner and one from the pipeline that it calls
     wanted = [f"max_sequence_length={TEXT}, seed={seed}{more}" for seed in (1, 2) for more in ("", ", state")]
     assert len(requests) == len(wanted) and all(w in r for w, r in zip(wanted, requests, strict=True)), requests
 

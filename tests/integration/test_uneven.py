@@ -103,6 +103,6 @@ def test_latents(finished, name):
     assert error <= EXACT, f"{error:.2e}\n{explained}"
     assert f"{case.machines} machine(s) x 1 rank(s): {case.layout}" in explained, explained
     assert ("heads unevenly" in explained) == (case.heads % case.machines > 0)
-    served = re.search(r"served by torus: (\d+)", explained)
-    assert served is not None and int(served[1]) > 0
-    assert "handed back" not in explained, explained
+    handled = re.search(r"handled by torus: (\d+)", explained)
+    assert handled is not None and int(handled[1]) > 0
+    assert "fell back" not in explained, explained

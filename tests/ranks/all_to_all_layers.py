@@ -115,8 +115,8 @@ def outcome(call):
 def counts() -> tuple[int, dict[str, int]]:
     """All-to-alls that were served, and those handed back with the reason, so far."""
     text = sf_xfuser.explain()
-    served = re.search(r"yunchang served by the mesh: (\d+)", text)
-    handed_back = re.findall(r"handed back to yunchang (\d+) times: (.*)", text)
+    served = re.search(r"all-to-all calls handled by the mesh: (\d+)", text)
+    handed_back = re.findall(r"fell back to yunchang (\d+) times: (.*)", text)
     return int(served[1]) if served else 0, {why: int(n) for n, why in handed_back}
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         model=model, topology="2x2", text_length=text_length, steps=2, rounds=1, compress=("fp8", "int8")
     )
     records = measure(options)
-    served = int(re.search(r"served by torus: (\d+)", sf_xfuser.explain())[1])
+    served = int(re.search(r"handled by torus: (\d+)", sf_xfuser.explain())[1])
     found = {"rank": dist.get_rank(), "records": records, "rings": rings, "served": served}
     print(f"@@{json.dumps(found)}@@", flush=True)
     try:

@@ -60,7 +60,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor, torus: TorusContextPar
     torus.mesh.close()
     assert found.shape == wanted.shape and wanted.abs().max() > 0.01
     error = (found - wanted).abs().max().item()
-    counted = f"{torus.served} served, {sum(torus.handed_back.values())} handed back {'; '.join(torus.handed_back)}"
+    counted = f"{torus.handled} served, {sum(torus.fallbacks.values())} handed back {'; '.join(torus.fallbacks)}"
     return f"{'equal' if error < 1e-4 else error}; {counted.strip()}"
 
 
@@ -155,7 +155,7 @@ def case_flux2_compiled(rank: int) -> str:
     torus = sf_xfuser.parallelize(model, args=args())
     model.compile(backend="aot_eager")
     error = (call() - wanted).abs().max().item()
-    return f"{'equal' if error < 1e-4 else error}; {torus.served} served"
+    return f"{'equal' if error < 1e-4 else error}; {torus.handled} served"
 
 
 def case_two_models_on_one_mesh(rank: int) -> str:
@@ -164,7 +164,7 @@ def case_two_models_on_one_mesh(rank: int) -> str:
     torus = [sf_xfuser.parallelize(first[0], args=args())]
     torus.append(sf_xfuser.parallelize(second[0], torus[0].mesh))
     errors = [(call() - one).abs().max().item() for (_, call), one in zip((first, second), wanted, strict=True)]
-    return f"{'equal' if max(errors) < 1e-4 else errors}; {[one.served for one in torus]} served"
+    return f"{'equal' if max(errors) < 1e-4 else errors}; {[one.handled for one in torus]} served"
 
 
 def case_two_groups(rank: int) -> str:

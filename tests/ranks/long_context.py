@@ -51,8 +51,8 @@ def compare(layer: LongContextAttention, wanted: torch.Tensor, *call: object, **
     out = layer(*call, **options)
     assert out.shape == call[0].shape and out.is_contiguous()
     error = (out - wanted).abs().max().item()
-    counted = f"{layer.layers.served} served, {sum(layer.layers.handed_back.values())} handed back"
-    return f"{'equal' if error < 2e-6 else error}; {counted} {'; '.join(layer.layers.handed_back)}".strip()
+    counted = f"{layer.layers.handled} served, {sum(layer.layers.fallbacks.values())} handed back"
+    return f"{'equal' if error < 2e-6 else error}; {counted} {'; '.join(layer.layers.fallbacks)}".strip()
 
 
 def served(ulysses: int, ring: int, kv_heads: int = H, scale: float | None = None, **given: object) -> str:

@@ -45,12 +45,12 @@ SIZES = {
 class But:
     """What differs for one size of input, one way to split the ranks, or one of both. ``why`` stands in the README.
 
-    ``xdit``: xDiT's own result differs from that of one process, and torus equals xDiT's. ``handed back``: torus hands
-    the calls to xDiT's USP, and ``says`` is the reason it logs. ``fails``: every rank raises, with and without torus;
+    ``xdit``: xDiT's own result differs from that of one process, and torus equals xDiT's. ``falls back``: calls
+    fall back to xDiT's USP, and ``says`` is the reason it logs. ``fails``: every rank raises, with and without torus;
     ``says`` is the error. ``never``: not run, because xDiT's ranks would wait for each other.
     """
 
-    kind: Literal["xdit", "handed back", "fails", "never"]
+    kind: Literal["xdit", "falls back", "fails", "never"]
     why: str
     says: str = ""
 
@@ -381,7 +381,7 @@ ONCE = But(kind="xdit", why="xDiT attends to the text once for each rank")
 PADDING = But(kind="xdit", why="xDiT attends to its own padding")
 HEIGHT = But(kind="fails", why="xDiT wants a height that the ranks divide", says="The height of the")
 NO_RING = But(kind="never", why="xDiT has no ring for it")
-MASK = But(kind="handed back", why="masked keys", says="attention_kwargs['attn_mask'] needs keys in order")
+MASK = But(kind="falls back", why="masked keys", says="attention_kwargs['attn_mask'] needs keys in order")
 BATCH = "each prompt of a batch attends to its own text where lengths differ"
 MASKED = "calls with masked keys are computed by SDPA where the attention backend ignores masks"
 HAS_HEADS = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
@@ -629,7 +629,7 @@ MODELS = (
             "2x2": NO_RING,
             **dict.fromkeys(
                 ("text 13", "odd"),
-                But(kind="handed back", why="padded keys", says="attention_kwargs['indices_k'] needs keys in order"),
+                But(kind="falls back", why="padded keys", says="attention_kwargs['indices_k'] needs keys in order"),
             ),
         },
     ),

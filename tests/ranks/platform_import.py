@@ -42,7 +42,7 @@ def import_all(package):
 
 
 def from_platform(value):
-    """Whether ``value`` was made by platform_cpu: its code, its class, or an instance of its class."""
+    """Whether ``value`` was made by cpu_platform: its code, its class, or an instance of its class."""
     kind = value if inspect.isclass(value) else type(value)
     code = getattr(inspect.unwrap(value, stop=lambda f: hasattr(f, "__code__")), "__code__", None)
     return kind.__module__.startswith("sf_xfuser.integrations.xdit.cpu_platform") or (
@@ -51,7 +51,7 @@ def from_platform(value):
 
 
 def traces():
-    """Every attribute of a host module, or of a class in one, that platform_cpu made."""
+    """Every attribute of a host module, or of a class in one, that cpu_platform made."""
     roots = ("xfuser", "yunchang", "diffusers", "transformers.modeling_utils", "torch.cuda")
     for name, module in list(sys.modules.items()):
         if not (name in roots or name.startswith(tuple(f"{root}." for root in roots))):

@@ -41,7 +41,7 @@ from sf_xfuser.integrations.xdit import repairs, session
 
 @dataclass
 class Measured:
-    """What one rank saw: largest differences, calls served, calls handed back by reason, or xDiT's own error."""
+    """Results of one rank: largest differences, handled calls, fallbacks by reason, or xDiT's own error."""
 
     name: str
     case: str
@@ -51,8 +51,8 @@ class Measured:
     xdit_single: float = float("nan")
     installed_single: float = float("nan")  # xDiT's own without repairs
     alone_single: float = float("nan")  # each rank attends to its own keys only: how much a wrong attention shows
-    served: int = 0
-    handed_back: dict[str, int] = field(default_factory=dict)
+    handled: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -100,11 +100,11 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     model = xdit_model(row, folder, engine_config)
     row.prepare(model, get_runtime_state(), size)
     torus = session.current.usp
-    torus.served, torus.handed_back = 0, Counter()
+    torus.handled, torus.fallbacks = 0, Counter()
     repairs.used.clear()
     result = run()
-    found.served, found.handed_back = torus.served, dict(torus.handed_back)
-    with session.xdits_own():
+    found.handled, found.fallbacks = torus.handled, dict(torus.fallbacks)
+    with session.without_torus():
         xdit = run()
         found.repaired = list(repairs.used)
         if row.repaired:

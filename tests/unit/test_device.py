@@ -620,10 +620,10 @@ def test_calls_in_a_capture_are_handed_back(monkeypatch):
     served = usp.TorusUSP(original=None, host=Unasked(), mesh=mesh, ring_degree=1, strict=False, log=print)
     exchanged = all_to_all.MeshAllToAll4D(original=None, mesh=mesh, strict=False, log=print)
     plain = ("FLASH", 0.0, False, None, None, None, 1, {})
-    assert served.why_not(*plain) is None
+    assert served.fallback_reason(*plain) is None
     monkeypatch.setattr(device, "captures", lambda: True)
-    assert served.why_not(*plain) == "a CUDA graph is being captured, and the flags of virtual count calls"
-    assert exchanged.why_not(torch.empty(1, 4, 4, 8), 2, 1, None) == served.why_not(*plain)
+    assert served.fallback_reason(*plain) == "a CUDA graph is being captured, and the flags of virtual count calls"
+    assert exchanged.why_not(torch.empty(1, 4, 4, 8), 2, 1, None) == served.fallback_reason(*plain)
 
 
 class Unasked:

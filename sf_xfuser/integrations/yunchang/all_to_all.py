@@ -113,9 +113,8 @@ class MeshAllToAll4D(DropIn):
     It is what yunchang's ``SeqAllToAll4D`` calls forward and backward, so gradients go the same way.
     """
 
-    cannot = "the mesh cannot serve this all-to-all"
-    owner = "yunchang's own"
-    handing = "all-to-all handed back to yunchang"
+    unsupported = "the mesh cannot run this all-to-all"
+    original_name = "yunchang's own all-to-all"
 
     original: Callable[..., torch.Tensor]
 
@@ -125,9 +124,9 @@ class MeshAllToAll4D(DropIn):
         """As :func:`all_to_all_4d`, to the bit what ``original`` returns. ``use_sync``: return when it is done."""
         reason = self.why_not(input, scatter_idx, gather_idx, group)
         if reason is not None:
-            self.note(reason)
+            self.count_fallback(reason)
             return self.original(input, scatter_idx, gather_idx, group=group, use_sync=use_sync)
-        self.served += 1
+        self.handled += 1
         out = all_to_all_4d(input, scatter_idx, gather_idx, self.mesh)
         if use_sync and out.is_cuda:
             torch.cuda.synchronize()

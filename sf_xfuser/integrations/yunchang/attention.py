@@ -33,9 +33,8 @@ class TorusLayers(DropIn):
     """What all layers of a process share: its mesh, and how many of their calls were served and handed back.
     ``make_own``: yunchang's class; None where it is not installed."""
 
-    cannot = "torus cannot serve this LongContextAttention call exactly"
-    owner = "yunchang's own LongContextAttention"
-    handing = "handed back to yunchang's own LongContextAttention"
+    unsupported = "torus cannot run this LongContextAttention call exactly"
+    original_name = "yunchang's own LongContextAttention"
 
     make_own: Callable[..., torch.nn.Module] | None
 
@@ -149,12 +148,12 @@ class LongContextAttention(torch.nn.Module):
             reason = NO_GRADIENT
         if reason is not None:
             if self.own is None:
-                raise ValueError(f"{self.layers.cannot}: {reason}; yunchang's own class can (pip install yunchang)")
-            self.layers.note(reason)
+                raise ValueError(f"{self.layers.unsupported}: {reason}; yunchang's own can (pip install yunchang)")
+            self.layers.count_fallback(reason)
             given = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
             own: torch.Tensor = self.own(query, key, value, *given, return_attn_probs, *args)
             return own
-        self.layers.served += 1
+        self.layers.handled += 1
         world_size = self.layers.mesh.layout.world_size
         out = torus_attention(
             *(x.transpose(1, 2) for x in (query, key, value)),

@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 
 from sf_xfuser.integrations.hooks import Hook, HookSet
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
+from sf_xfuser.integrations.xdit import cpu_platform
 
 
 def _register_tiny_flux(path):
@@ -31,6 +31,6 @@ REGISTER = Hook(
     remove_when="xDiT discovers registered models of other packages",
 )
 
-PLATFORM = platform_cpu.HOOKS if os.environ.get("SF_XFUSER_AUTOLOAD") == "0" else ()
+PLATFORM = cpu_platform.HOOKS if os.environ.get("SF_XFUSER_AUTOLOAD") == "0" else ()
 HOOK_SET = HookSet([*PLATFORM, *([REGISTER] if "TINY_FLUX" in os.environ else [])])
 HOOK_SET.install()
