@@ -1,6 +1,6 @@
-"""DBCache (the package cache-dit) in Flux: all ranks agree on what a step skips, so their attention calls match.
+"""DBCache (the package cache-dit) in Flux: all ranks skip the same steps, so their attention calls match.
 
-In a file and a launch of its own, since cache-dit changes the pipeline's class for the rest of the process.
+In its own file and launch, because cache-dit changes the pipeline's class for the rest of the process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pytest.importorskip("cache_dit", reason="DBCache needs the package cache-dit")
 pytest.importorskip("xfuser.model_executor.cache.adapters.cache_dit", reason="xDiT before 0.7 has no DBCache")
 
 STEPS = 6
-CALLS_OF_A_STEP = 4  # two blocks of either kind
+CALLS_OF_A_STEP = 4  # two double and two single blocks
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """Tiny transformers through xDiT's wrappers on every rank. Usage: run_transformers.py FOLDER CASES [MODEL ...]
 
-FOLDER holds the models of ``model_table.py``, saved; CASES is JSON, {case: flags}; MODEL names some of them. For each
-model and size three results are compared: that of diffusers in one process, that of xDiT's wrapper with torus, and that
-of the same wrapper with xDiT's own USP in the same groups. Where the row names a repair, also that of xDiT without it.
-Every rank prints ``@<{...}>@`` for each: a JSON object, see ``Measured``.
+FOLDER holds the saved models of ``model_table.py``; CASES is JSON, {case: flags}; MODEL selects some of them. For each
+model and size three results are compared: diffusers in one process, xDiT's wrapper with torus, and the same wrapper
+with xDiT's own USP in the same groups. If the row names a repair, also xDiT without it. Every rank prints ``@<{...}>@``
+for each: ``Measured`` as JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Measured:
     torus_xdit: float = float("nan")
     xdit_single: float = float("nan")
     installed_single: float = float("nan")  # xDiT's own without repairs
-    alone_single: float = float("nan")  # each rank attends to its own keys only: how much a wrong attention shows
+    alone_single: float = float("nan")  # each rank attends to its own keys only: the size of a visible error
     handled: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Measured:
 
 
 def flat(output: Any) -> torch.Tensor:
-    """Every tensor of a model's output, one after the other; empty on a rank to which xDiT gives no result."""
+    """Every tensor of a model's output, one after the other; empty on a rank without a result."""
     if output is None:
         return torch.empty(0)
     if isinstance(output, torch.Tensor):

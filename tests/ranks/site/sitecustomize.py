@@ -1,8 +1,8 @@
 """Runs in every Python process that has this folder on PYTHONPATH.
 
-With SF_XFUSER_AUTOLOAD=0 it installs the CPU platform before xfuser exists, in the plugin's place, so that the platform
-is tested without the plugin. With TINY_FLUX set to a model folder it registers the runner model "tiny-flux", as a
-user's own package would through ``register_model``.
+With SF_XFUSER_AUTOLOAD=0 it installs the CPU platform before xfuser is imported, to test it without the plugin. With
+TINY_FLUX set to a model folder it registers the runner model "tiny-flux" as a user's package would
+(``register_model``).
 """
 
 import os
