@@ -230,14 +230,15 @@ def extract(argv: Sequence[str]) -> tuple[TorusArgs | None, list[str]]:
     """Remove ``--sp-*`` flags from a command line for another parser: (their values, the rest)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
-    known, rest = parser.parse_known_args(list(argv))
-    return from_mapping(vars(known)), rest
+    parsed, rest = parser.parse_known_args(list(argv))
+    return from_mapping(vars(parsed)), rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchEnvironment:
     """torchrun's environment variables and ``SF_XFUSER_MACHINE``; None if not set."""
 
+    rank: int | None = None
     world_size: int | None = None
     local_world_size: int | None = None
     local_rank: int | None = None
@@ -250,6 +251,7 @@ def launch_environment() -> LaunchEnvironment:
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else None
 
     return LaunchEnvironment(
+        rank=number("RANK"),
         world_size=number("WORLD_SIZE"),
         local_world_size=number("LOCAL_WORLD_SIZE"),
         local_rank=number("LOCAL_RANK"),

@@ -233,7 +233,7 @@ class Selector:
         """The candidates, trials and calls, as text."""
         why = "torus sends no more bytes between machines" if self.torus_first else "torus saves no inter-machine bytes"
         return [
-            f"--sp-backend auto: candidates {', '.join(self.candidates)} ({self.own}); "
+            f"--sp-backend auto: candidates {', '.join(self.candidates)}; {OWN} is {self.own}; "
             f"without a trial: {next(iter(self.candidates))}, because {why}",
             *(f"{_format(shape)}: {trial}" for shape, trial in self.trials.items()),
             *(f"attention calls handled by {name}: {n}" for name, n in self.calls.items()),

@@ -179,7 +179,7 @@ def test_a_candidate_that_is_slow_on_one_rank_is_selected_by_none():
     assert selected_of(found, {TORUS, OWN}) == {OWN}
     assert f"{FLAT} is left out: rank 2: ArithmeticError: planted" in output
     for text in {text for text, _ in found["explain"]}:
-        assert f"--sp-backend auto: candidates {TORUS}, {OWN}, {FLAT} (ulysses=2 ring=2 allgather)" in text
+        assert f"--sp-backend auto: candidates {TORUS}, {OWN}, {FLAT}; {OWN} is ulysses=2 ring=2 allgather; " in text
         assert f"calls of [1, 8, 256, 16] in float32, SDPA_FLASH: selected {OWN}; " in text
         assert re.search(rf"{OWN}: \S+ ms \(median of \d\); {re.escape(FLAT)}: failed", text)
         assert f"attention calls handled by {OWN}: " in text

@@ -110,10 +110,10 @@ def test_ray_workers(flux, tmp_path):
     finished = run(command, timeout=300)
     assert re.search(r"RayWorkerWrapper.*--sp-backend torus: Torus Attention", finished.output), finished.output[-4000:]
     pipe = DiffusionPipeline.from_pretrained(flux, torch_dtype=torch.float32)
-    wanted = pipe(
+    expected = pipe(
         prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(size.pop("seed")), output_type="pt", **size
     ).images
-    assert (torch.load(out) - wanted).abs().max() <= 1e-4
+    assert (torch.load(out) - expected).abs().max() <= 1e-4
 
 
 def test_http_service(flux):

@@ -64,7 +64,7 @@ def test_torus_equals(measured, model: Model, case, size):
     ranks = measured[model.name, case, size]
     assert len(ranks) == 4
     if exception is not None and kind == "fails":
-        assert all(exception.says in rank["error"] for rank in ranks), ranks
+        assert all(exception.reason in rank["error"] for rank in ranks), ranks
         return
     assert not any(rank["error"] for rank in ranks), ranks
     assert worst(ranks, "torus_xdit") <= EXACT, ranks
@@ -73,7 +73,7 @@ def test_torus_equals(measured, model: Model, case, size):
         assert all(model.repaired in rank["repaired"] for rank in ranks), ranks
     if exception is not None and kind == "falls back":
         assert worst(ranks, "torus_single") <= EXACT, ranks
-        assert all(rank["handled"] == 0 and list(rank["fallbacks"]) == [exception.says] for rank in ranks), ranks
+        assert all(rank["handled"] == 0 and list(rank["fallbacks"]) == [exception.reason] for rank in ranks), ranks
         return
     assert all(rank["handled"] > 0 and not rank["fallbacks"] for rank in ranks), ranks
     assert worst(ranks, "alone_single") >= VISIBLE, ranks
@@ -85,9 +85,9 @@ def test_torus_equals(measured, model: Model, case, size):
 
 def worst(ranks: list[dict], what: str) -> float:
     """The largest difference on the ranks that have a result."""
-    held = [rank[what] for rank in ranks if rank[what] == rank[what]]
-    assert held, ranks
-    return max(held)
+    values = [rank[what] for rank in ranks if rank[what] == rank[what]]
+    assert values, ranks
+    return max(values)
 
 
 def test_patches_repair_the_same(folder, tmp_path):

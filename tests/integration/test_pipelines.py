@@ -66,8 +66,8 @@ def cases_of(family: str) -> dict[str, Case]:
         for topology in TOPOLOGIES if even else ("2x2",):  # degrees from the plan: Ulysses over all ranks
             add(f"torus-{topology}", torus(topology), xdit="usp-4x1")
         for topology in ("2x2", "4x1") if even else ("2x2",):  # Ring inside machines, and Ring across machines
-            given = ["--ulysses_degree", "2", "--ring_degree", "2"]
-            add(f"torus-{topology}-2x2", torus(topology, *given), xdit="usp-2x2")
+            degrees = ["--ulysses_degree", "2", "--ring_degree", "2"]
+            add(f"torus-{topology}-2x2", torus(topology, *degrees), xdit="usp-2x2")
     cases["torus-1x4-ring-only"] = Case(family, 16, torus("1x4", "--sp-plan", "ring=4"))
     cases["backend-usp"] = Case(family, 16, ["--sp-backend", "usp", "--sp-topology", "2x2"])
     cases["backend-ulysses"] = Case(family, 16, ["--sp-backend", "ulysses"])
@@ -158,8 +158,8 @@ def test_latents(finished, name):
         pytest.skip(CANNOT[name])
     case = finished[name]
     for other in case.equals:
-        wanted = finished[f"single-{case.text_length}" if other == "single" else other].latents
-        error = (case.latents - wanted).abs().max().item()
+        expected = finished[f"single-{case.text_length}" if other == "single" else other].latents
+        error = (case.latents - expected).abs().max().item()
         assert error <= EXACT, f"{name} differs from {other} by {error:.2e}\n{case.explained}"
     handled = re.search(r"handled by torus: (\d+)", case.explained)
     if (case.family, name) == ("sd3", "pipefusion-async"):

@@ -160,7 +160,7 @@ def test_other_parsers_are_unchanged(launched):
 
 
 @pytest.mark.parametrize(
-    ("backend", "transport", "found", "wanted"),
+    ("backend", "transport", "found", "expected"),
     [
         ("torus", "auto", None, "32"),
         ("usp", "nvshmem", None, "32"),
@@ -170,14 +170,14 @@ def test_other_parsers_are_unchanged(launched):
     ],
 )
 def test_the_number_of_hardware_queues_is_set_for_transports_that_wait_on_the_gpu(
-    backend, transport, found, wanted, monkeypatch
+    backend, transport, found, expected, monkeypatch
 ):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", found or "")
     if found is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     monkeypatch.setattr(session.current, "args", None)
     session.activate(TorusArgs(backend=backend, transport=transport))
-    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 def test_without_the_flag_xdits_arguments_are_unchanged(launched):
@@ -247,7 +247,7 @@ ACCEPTED = {  # similar to the refused ones
     "strict all-to-all": ["--sp-backend", "ulysses", "--sp-strict", "--sp-transport", "tcp"],
     "plan and its degrees": [*TORUS, "--sp-plan", "torus=1,ulysses=2,ring=1"],
 }
-if version("xfuser") < "0.7":  # whose parser does not know the flag
+if version("xfuser") < "0.7":  # its parser does not have the flag
     for cases in (REFUSED, ACCEPTED):
         for name in [name for name, case in cases.items() if "--use_fp8_comms" in str(case)]:
             del cases[name]
@@ -293,11 +293,11 @@ def test_strict_and_a_cache_inside_usp(launched, transformer, tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "4")
     argv = ["--model", str(tmp_path), "--sp-backend", "torus", "--sp-strict", "--pipefusion_parallel_degree", "2"]
     arguments = xFuserArgs.add_cli_args(FlexibleArgumentParser()).parse_args(argv)
-    said = (
+    message = (
         "--sp-strict with --pipefusion_parallel_degree 2: xDiT's own USP keeps PipeFusion's KV cache of SD3Transformer"
     )
     refused = transformer.startswith("SD3")
-    with pytest.raises(ValueError, match=said) if refused else nullcontext():
+    with pytest.raises(ValueError, match=message) if refused else nullcontext():
         xFuserArgs.from_cli_args(arguments)
 
 
@@ -364,7 +364,7 @@ def test_every_hook_is_applied_and_removed():
         "import xfuser\n"
         "assert not plugin.import_hooked_modules()\n"
         "states = {f'{h.module}.{h.name}': s for h, s in plugin.hook_states()\n"
-        "          if h.required or h.module in sys.modules}  # some versions lack some modules\n"
+        "          if h.required or h.module in sys.modules}  # optional modules\n"
         "assert set(states.values()) == {'applied'}, states\n"
         "import importlib, inspect, sys\n"
         "usp = importlib.import_module('xfuser.model_executor.layers.usp')\n"

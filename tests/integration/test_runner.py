@@ -1,4 +1,4 @@
-"""xDiT's own runner with a tiny Flux on 3, 5 and 6 ranks, whatever the height, against one process of diffusers.
+"""xDiT's own runner with a tiny Flux on 3, 5 and 6 ranks, at any height, against one process of diffusers.
 
 xDiT as installed starts none of them, because its runner splits the rows of a default height. Each case makes two
 requests, which the mesh compares between ranks.
@@ -69,9 +69,9 @@ def single(folder: Path, height: int, width: int, steps: int) -> list[torch.Tens
     return decoded
 
 
-def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    assert len(found) == len(wanted) == 2
-    for one, other in zip(found, wanted, strict=True):
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= EXACT
 
 
@@ -90,8 +90,8 @@ def test_latents(folder, nproc, height, width, flags):
     assert "repaired in xDiT: Flux's runner does not cut the default height of 1024 into rows" in text, text
     requests = [line for line in text.splitlines() if line.startswith("request: ")]
     # one from the runner and one from the pipeline that it calls
-    wanted = [f"max_sequence_length={TEXT}, seed={seed}{more}" for seed in (1, 2) for more in ("", ", state")]
-    assert len(requests) == len(wanted) and all(w in r for w, r in zip(wanted, requests, strict=True)), requests
+    expected = [f"max_sequence_length={TEXT}, seed={seed}{more}" for seed in (1, 2) for more in ("", ", state")]
+    assert len(requests) == len(expected) and all(w in r for w, r in zip(expected, requests, strict=True)), requests
 
 
 def test_xdit_as_installed_and_patched(folder, tmp_path_factory):
@@ -99,11 +99,11 @@ def test_xdit_as_installed_and_patched(folder, tmp_path_factory):
     text, found = run(folder, 3, 128, 128, flags)
     assert text == CANNOT and not found
     patched = copy_of_xdit(tmp_path_factory.mktemp("patched"), "repairs")
-    wanted = single(folder, 128, 128, steps=2)
+    expected = single(folder, 128, 128, steps=2)
     path = {"PYTHONPATH": os.fspath(patched)}
     text, found = run(folder, 3, 128, 128, flags, env=path)
     assert text == "no --sp-backend: xDiT runs untouched"
-    assert_equal(found, wanted)
+    assert_equal(found, expected)
     text, found = run(folder, 3, 128, 128, "--sp-backend torus --sp-topology 3x1", env=path)
     assert "repaired in xDiT" not in text
-    assert_equal(found, wanted)
+    assert_equal(found, expected)

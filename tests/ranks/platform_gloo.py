@@ -42,10 +42,10 @@ def checked(call, group, receives, sends=None):
 
 def plain(x, sizes, group, asynchronous):
     def call(stock):
-        given, taken = sizes
-        out = torch.zeros(sum(taken) if taken else x.shape[0], *x.shape[1:], dtype=x.dtype)
+        sends, receives = sizes
+        out = torch.zeros(sum(receives) if receives else x.shape[0], *x.shape[1:], dtype=x.dtype)
         all_to_all = dist.all_to_all_single
-        work = (all_to_all.__wrapped__ if stock else all_to_all)(out, x, taken, given, group, async_op=asynchronous)
+        work = (all_to_all.__wrapped__ if stock else all_to_all)(out, x, receives, sends, group, async_op=asynchronous)
         gc.collect()
         assert (work is None) != asynchronous and (work is None or work.wait())
         return out
@@ -68,14 +68,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.uint8):
     large = rows.repeat(1, 50_000).to(dtype)
     # Row counts by (source, destination); some are zero.
     counts = [[(source + 2 * to + 1) % 3 for to in range(SIZE)] for source in range(SIZE)]
-    given, taken = counts[RANK], [row[RANK] for row in counts]
-    from_others, to_others = (sum(n > 0 for at, n in enumerate(x) if at != RANK) for x in (taken, given))
-    uneven = large[: sum(given)]
+    sends, receives = counts[RANK], [row[RANK] for row in counts]
+    from_others, to_others = (sum(n > 0 for at, n in enumerate(x) if at != RANK) for x in (receives, sends))
+    uneven = large[: sum(sends)]
     for asynchronous in (False, True):
         checked(plain(large, (None, None), WORLD, asynchronous), WORLD, SIZE - 1)
-        checked(plain(uneven, (given, taken), WORLD, asynchronous), WORLD, from_others, to_others)
+        checked(plain(uneven, (sends, receives), WORLD, asynchronous), WORLD, from_others, to_others)
     checked(used(functional.all_to_all_single, large, None, None, WORLD), WORLD, SIZE - 1)
-    checked(used(functional.all_to_all_single, uneven, taken, given, WORLD), WORLD, from_others, to_others)
+    checked(used(functional.all_to_all_single, uneven, receives, sends, WORLD), WORLD, from_others, to_others)
     around = [int(to == (RANK + 1) % SIZE) * 12 for to in range(SIZE)]
     back = [int(source == (RANK - 1) % SIZE) * 12 for source in range(SIZE)]
     checked(used(functional.all_to_all_single, large, back, around, WORLD), WORLD, 1)
@@ -100,19 +100,19 @@ assert not order, order
 # Input strides may differ between ranks; an output must be contiguous.
 strided = torch.stack([rows, rows], dim=1)[:, RANK % 2] if RANK else rows
 assert strided.is_contiguous() == (RANK == 0)
-wanted = torch.empty_like(rows)
-dist.all_to_all_single.__wrapped__(wanted, rows)
-assert torch.equal(functional.all_to_all_single(strided, [], [], WORLD) * 1, wanted)
+expected = torch.empty_like(rows)
+dist.all_to_all_single.__wrapped__(expected, rows)
+assert torch.equal(functional.all_to_all_single(strided, [], [], WORLD) * 1, expected)
 
-for what, given, taken in (
+for what, sends, receives in (
     (f"{SIZE + 1} rows do not split evenly over {SIZE} ranks", torch.empty(SIZE + 1), torch.empty(SIZE + 1)),
     ("must be contiguous", rows, torch.empty(12, 2)[:, :1]),
 ):
     try:
-        dist.all_to_all_single(taken, given)
+        dist.all_to_all_single(receives, sends)
     except ValueError as error:
         assert what in str(error), error
     else:
-        raise AssertionError(f"taken: {what}")
+        raise AssertionError(f"receives: {what}")
 assert not _Works._pending, "a finished Work is still stored"
 dist.destroy_process_group()

@@ -62,7 +62,7 @@ def traces():
             if from_platform(value):
                 yield f"{name}.{key}"
             if inspect.isclass(value) and value.__module__ == name:
-                yield from (f"{name}.{key}.{member}" for member, held in vars(value).items() if from_platform(held))
+                yield from (f"{name}.{key}.{member}" for member, value_ in vars(value).items() if from_platform(value_))
 
 
 def main():

@@ -23,7 +23,7 @@ def patch(number, generation, dtype):
 
 def check_sends(dtype):
     """Rank 0 posts all sends, then deletes and overwrites the tensors; rank 1 receives them late and in order."""
-    pipeline, held = get_pp_group(), []
+    pipeline, stored = get_pp_group(), []
     for generation in range(3):
         pipeline.reset_buffer()
         if pipeline.rank_in_group == 0:
@@ -48,8 +48,8 @@ def check_sends(dtype):
                 if number + 1 < PATCHES:
                     pipeline.recv_next()
         torch.distributed.barrier()
-        held.append(len(vars(pipeline).get("_sf_gloo_sends", ())))
-    assert held[0] == held[-1], f"the number of stored sends grows with each round: {held}"
+        stored.append(len(vars(pipeline).get("_sf_gloo_sends", ())))
+    assert stored[0] == stored[-1], f"the number of stored sends grows with each round: {stored}"
 
 
 def denoise(pipeline, steps):

@@ -204,11 +204,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
         output_type="pt" if arguments.decode else "latent",
         **size,
     )
-    held: list[torch.Tensor | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(held, latents)
+    results: list[torch.Tensor | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(results, latents)
     if torch.distributed.get_rank() == 0:
-        by_rank = {rank: latents for rank, latents in enumerate(held) if latents is not None}
-        torch.save({"world_size": len(held), "latents": by_rank}, arguments.out)
+        by_rank = {rank: latents for rank, latents in enumerate(results) if latents is not None}
+        torch.save({"world_size": len(results), "latents": by_rank}, arguments.out)
 
 
 def main() -> None:

@@ -37,10 +37,10 @@ def run_case(name: str, argv: list[str]) -> None:
     for seed in (1, 2):
         output, _ = runner.run(input_args | {"seed": seed})
         runner.save(output=output)
-    held = [None] * dist.get_world_size()
-    dist.all_gather_object(held, decoded)
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, decoded)
     if dist.get_rank() == 0:
-        torch.save(next(latents for latents in held if latents), f"{name}.pt")
+        torch.save(next(latents for latents in results if latents), f"{name}.pt")
 
 
 def main() -> None:

@@ -30,9 +30,9 @@ def test_every_spelling(spelled):
 
 def test_all_flags():
     line = "--sp-backend auto --sp-plan torus=2,ulysses=3,ring=1 --sp-topology 2x3 --sp-timeout 7.5 --sp-strict"
-    given = parse(*line.split())
-    assert given == TorusArgs(backend="auto", plan="torus=2,ulysses=3,ring=1", topology="2x3", timeout=7.5, strict=True)
-    assert given.explicit_plan() == {"torus": 2, "ulysses": 3, "ring": 1}
+    args = parse(*line.split())
+    assert args == TorusArgs(backend="auto", plan="torus=2,ulysses=3,ring=1", topology="2x3", timeout=7.5, strict=True)
+    assert args.explicit_plan() == {"torus": 2, "ulysses": 3, "ring": 1}
 
 
 def test_a_flag_without_backend_is_an_error():
@@ -103,8 +103,8 @@ def test_bad_environment(text, message, monkeypatch):
 
 
 def test_extract_removes_only_sp_flags():
-    given, rest = sp_args.extract(["--model", "m", "--sp-backend=torus", "--sp_plan", "paper", "--height", "64"])
-    assert given == TorusArgs(backend="torus", plan="paper")
+    args, rest = sp_args.extract(["--model", "m", "--sp-backend=torus", "--sp_plan", "paper", "--height", "64"])
+    assert args == TorusArgs(backend="torus", plan="paper")
     assert rest == ["--model", "m", "--height", "64"]
 
 
@@ -113,13 +113,13 @@ def test_environment(monkeypatch):
     assert sp_args.args_from_environment() == TorusArgs(backend="torus", topology="2x2")
     monkeypatch.setenv(sp_args.ARGS_VARIABLE, "{}")
     assert sp_args.args_from_environment() is None
-    for value, wanted in (("0", False), ("off", False), ("1", True), ("", True)):
+    for value, expected in (("0", False), ("off", False), ("1", True), ("", True)):
         monkeypatch.setenv(sp_args.AUTOLOAD_VARIABLE, value)
-        assert sp_args.autoload_wanted() is wanted
+        assert sp_args.autoload_wanted() is expected
 
 
 @pytest.mark.parametrize(
-    ("argv", "product", "wanted"),
+    ("argv", "product", "expected"),
     [
         ("--sp-backend torus --sp-topology 2x4", 1, 8),
         ("--sp-backend torus --sp-topology 2x4 --nnodes 2", 1, 4),
@@ -129,9 +129,9 @@ def test_environment(monkeypatch):
         ("--height 64", 1, 1),
     ],
 )
-def test_processes_of_the_xdit_command(argv, product, wanted, monkeypatch):
+def test_processes_of_the_xdit_command(argv, product, expected, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xdit", *argv.split()])
-    assert num_processes(argv.split(), lambda rest: product) == wanted
+    assert num_processes(argv.split(), lambda rest: product) == expected
 
 
 def test_processes_default_to_the_devices_of_this_machine(monkeypatch):

@@ -86,7 +86,7 @@ def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) ->
         return None
     if args.backend in ("ulysses", "ring"):
         ulysses, ring = (sp_size, 1) if args.backend == "ulysses" else (1, sp_size)
-        planned = f"all {sp_size} ranks"
+        planned = f"{sp_size} ranks"
     else:
         stride = xfuser_args.tensor_parallel_degree  # xDiT's rank order: tensor parallel first, then sequence parallel
         grid = _launched_topology(args, world_size).fold(range(0, stride * sp_size, stride))
@@ -106,7 +106,7 @@ def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) ->
         ulysses, ring = plan.even.ulysses_degree, plan.even.ring_degree
         planned = str(plan)
     xfuser_args.ulysses_degree, xfuser_args.ring_degree = ulysses, ring
-    return f"planned ulysses_degree={ulysses}, ring_degree={ring}: {planned}"
+    return f"--sp-backend {args.backend}: ulysses_degree={ulysses}, ring_degree={ring}, planned for {planned}"
 
 
 def max_imbalance(args: TorusArgs) -> Fraction:
@@ -119,7 +119,7 @@ def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
     if xfuser_args.vae_parallel_size > 0:
         raise ValueError(
             f"--sp-backend does not work with --vae_parallel_size {xfuser_args.vae_parallel_size}: the ranks of a "
-            f"separate VAE do not take part in creating process groups; use --use_parallel_vae alone"
+            f"separate VAE do not take part in creating process groups; use only --use_parallel_vae"
         )
     others = prod(
         (

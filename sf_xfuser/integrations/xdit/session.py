@@ -212,10 +212,11 @@ def _use(mesh: Mesh, selector: Selector | None, args: TorusArgs) -> None:
         original = _unhooked("yunchang.comm.all_to_all", "all_to_all_4D")
         current.all_to_all = MeshAllToAll4D(original=original, mesh=mesh, strict=args.strict, log=log)
     if selector is not None:
-        attention = f"the first calls of each shape select among {', '.join(selector.candidates)}"
+        names = ", ".join(selector.candidates)
+        attention = f"uses the fastest candidate, timed on the first calls of each shape: {names}; xDiT's groups:"
     else:
-        attention = "xDiT's own attention" if current.usp is None else "Torus Attention"
-    log(f"--sp-backend {args.backend}: {attention}; {mesh}")
+        attention = "xDiT's own attention;" if current.usp is None else "Torus Attention;"
+    log(f"--sp-backend {args.backend}: {attention} {mesh}")
 
 
 def _unhooked(module: str, name: str) -> Any:
@@ -259,7 +260,7 @@ def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def without_torus() -> Iterator[None]:
-    """Run attention on xDiT's own USP inside, to compare call by call. All ranks enter it together."""
+    """Run attention on xDiT's own USP inside, to compare call by call. All ranks must enter it."""
     saved, current.usp = current.usp, None
     try:
         yield
@@ -315,5 +316,6 @@ def log(message: str) -> None:
     import torch.distributed as dist
     from xfuser.logger import init_logger
 
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    rank = dist.get_rank() if dist.is_initialized() else config.launch_environment().rank
+    if not rank:
         init_logger("xfuser.sf_xfuser").info(message)

@@ -34,7 +34,7 @@ class XditGroups:
         if config in self._entries:
             return
         num_machines = len(self._members) // self._ranks_per_machine
-        # xDiT orders ranks ascending, on whatever machine they are.
+        # xDiT orders ranks ascending, regardless of machines.
         ranks = sorted(self._members) if config.placement == "xdit" else self._members
         ulysses, ring = (
             self.own_group(groups, ranks) for groups in config.groups(num_machines, self._ranks_per_machine)
