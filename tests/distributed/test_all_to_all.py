@@ -92,7 +92,7 @@ def test_layers_are_served(run):
     for case in UNTOUCHED:
         assert found[case] == {"equal | untouched"}, case
     assert all(re.match(links, said) for said in found["links"]), found["links"]
-    assert output.count("all-to-all handed back to yunchang: its process group") == 1
+    assert output.count("falls back to yunchang's own all-to-all: its process group") == 1
 
 
 def test_groups_made_without_xfuser_args_are_served():
@@ -126,6 +126,6 @@ def test_strict_raises_on_every_rank():
     for case, expected in HANDED_BACK.items():
         (said,) = found[case]
         why = expected.format(ways=4).partition(" | ")[2]
-        assert said.startswith(f"--sp-strict: the mesh cannot serve this all-to-all: {why}. Without"), said
+        assert said.startswith(f"--sp-strict: the mesh cannot run this all-to-all: {why}. Without"), said
     for case, number in SERVED.items():
         assert found[case] == {f"equal | {number} served"}, case

@@ -20,7 +20,7 @@ WITHOUT = {
     "grouped_queries": "equal; 1 served, 0 handed back",
     "attention_type": "equal; 1 served, 0 handed back",
     "two_groups": "equal; 1 served, 0 handed back",
-    "causal": f"ValueError: torus cannot serve .*: causal attention needs keys in order{NOT_INSTALLED}",
+    "causal": f"ValueError: torus cannot run .*: causal attention needs keys in order{NOT_INSTALLED}",
     "dropout": f"ValueError: .*: attention dropout{NOT_INSTALLED}",
     "window": rf"ValueError: .*: a window of \(8, 0\) needs keys in order{NOT_INSTALLED}",
     "softcap": f"ValueError: .*: softcap=30.0{NOT_INSTALLED}",

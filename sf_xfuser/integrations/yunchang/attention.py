@@ -148,7 +148,9 @@ class LongContextAttention(torch.nn.Module):
             reason = NO_GRADIENT
         if reason is not None:
             if self.own is None:
-                raise ValueError(f"{self.layers.unsupported}: {reason}; yunchang's own can (pip install yunchang)")
+                raise ValueError(
+                    f"{self.layers.unsupported}: {reason}; yunchang's own class can (pip install yunchang)"
+                )
             self.layers.count_fallback(reason)
             given = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
             own: torch.Tensor = self.own(query, key, value, *given, return_attn_probs, *args)
