@@ -474,7 +474,7 @@ def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
     assert run.status == 0, run.err
     auto, candidates = run.row("auto"), {"xDiT's own USP", "torus (torus=2 ulysses=2 ring=1)"}
     candidates.add("torus (torus=1 ulysses=2 ring=2 (2 across machines x 1 inside))")
-    candidates.add("torus together (torus=2 ulysses=2 ring=1)")
+    candidates.add("torus unstaged (torus=2 ulysses=2 ring=1)")
     assert auto["status"] == "ok" and auto["max_abs_error"] < 1e-5 and len(auto["times_s"]) == 2
     candidates.add("xDiT's USP (ulysses=4 ring=1)")
     assert auto["layout"] in candidates and f"selected {auto['layout']}; " in auto["description"]
