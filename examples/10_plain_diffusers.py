@@ -44,7 +44,7 @@ def main() -> None:
     if rank == 0:
         print("\n".join(torus.mesh.lines()))
         print(f"latents {tuple(latents.shape)}, mean {latents.float().mean().item():.4f}")
-        print(f"attention calls on torus: {torus.handled}, fallbacks: {dict(torus.fallbacks)}")
+        print(f"attention calls handled by torus: {torus.handled}, fallbacks: {dict(torus.fallbacks)}")
     dist.barrier()
     dist.destroy_process_group()
 

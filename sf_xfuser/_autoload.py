@@ -1,7 +1,7 @@
 """PyTorch calls :func:`register` at the end of ``import torch`` (entry-point group ``torch.backends``).
 
-Whatever happens here must not break ``import torch`` for programs that have nothing to do with xDiT: nothing but the
-standard library is imported before ``xfuser`` is, and no error escapes.
+It must not break ``import torch`` in programs without xDiT: until ``xfuser`` is imported it imports only the standard
+library, and it catches every error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def register() -> None:
 
         if not autoload_wanted():
             return
-        if "xfuser" in sys.modules:  # xfuser itself is what imports torch
+        if "xfuser" in sys.modules:  # xfuser is importing torch
             _enable()
         elif not any(isinstance(finder, _FirstImport) for finder in sys.meta_path):
             sys.meta_path.insert(0, _FirstImport())
@@ -27,14 +27,14 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """An editable install that is older than its checkout asks for this function by its old name."""
+    """``register`` under any name: the entry point of an older editable install has another one."""
     if name.startswith("__"):
         raise AttributeError(name)
     return register
 
 
 class _FirstImport:
-    """A meta-path finder that finds nothing: it notices the first import of ``xfuser`` and is gone."""
+    """A meta-path finder that finds nothing: it enables the plugin at the first import of ``xfuser``, once."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname == "xfuser":
@@ -53,8 +53,8 @@ def _enable() -> None:
 
 def _warn(error: Exception) -> None:
     warnings.warn(
-        f"sf-xfuser is installed but could not be enabled, xDiT runs without it ({type(error).__name__}: {error}); "
-        f"`sf-xfuser doctor` tells more, SF_XFUSER_AUTOLOAD=0 silences this",
+        f"sf-xfuser is installed but could not be enabled; xDiT runs without it ({type(error).__name__}: {error}). "
+        f"Run `sf-xfuser doctor` for details, or set SF_XFUSER_AUTOLOAD=0 to silence this warning",
         RuntimeWarning,
         stacklevel=2,
     )

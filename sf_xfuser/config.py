@@ -1,6 +1,6 @@
-"""The user's choices: one frozen value, its command-line flags and its environment names.
+"""The user's settings: a frozen dataclass, its command-line flags and its environment variables.
 
-This is the only module that reads the environment.
+Only this module reads the environment.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
 _COUNT = "[1-9][0-9]{0,5}"
-_SHORT = reprlib.Repr()  # of values in error texts: those from JSON may be deep and long
+_SHORT = reprlib.Repr()  # for error texts: values from JSON may be deep and long
 _SHORT.maxstring = _SHORT.maxother = 200
 
 MAX_TIMEOUT_S = 86400
-"""Ranks wait up to five times that for each other; beyond 24 days a wait does not fit what sockets count it in."""
+"""Ranks wait up to five times this for each other; a socket timeout overflows beyond 24 days."""
 
 AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
 ARGS_VARIABLE = "SF_XFUSER_ARGS"
@@ -44,19 +44,18 @@ def parse_grid(text: object) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusArgs:
-    """What the user asked for. Raises ValueError for a value that no plan could mean.
+    """The values of ``--sp-*``. Raises ValueError for invalid values.
 
-    ``backend``: which sequence-parallel backend runs attention (``None``: xDiT untouched).
+    ``backend``: the sequence-parallel backend that runs attention; ``None``: xDiT is untouched.
     ``plan``: ``"auto"``, ``"paper"``, ``"usp"`` or ``"torus=T,ulysses=U,ring=R"``.
-    ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"`` machines x ranks per machine.
-    ``transport``: what moves chunks between ranks; ``"auto"``: the fastest in the first call, of those that are
-    there. A backend of xDiT's own uses it for yunchang's all-to-all, if it is named.
-    ``timeout``: seconds that a chunk may take. Ranks may come to a call five times that apart.
-    ``compress``: in what Torus Attention's Q, V and O travel between machines; K always as it is.
-    ``kernel``: what computes attention: xDiT's attention backend, or the fused Triton kernel.
+    ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"``: machines x ranks per machine.
+    ``transport``: how chunks move between ranks; ``"auto"``: benchmark the available transports on the first call and
+    use the fastest. xDiT's own backends use a named transport for yunchang's all-to-all.
+    ``timeout``: seconds to wait for a chunk. Ranks may start a call up to five times that apart.
+    ``kernel``: what computes Torus Attention locally: xDiT's attention backend, or the fused Triton kernel.
+    ``compress``: quantization of Torus Attention's Q, V and O between machines; K keeps the input dtype.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
-    ``strict``: a call that cannot be served exactly raises instead of going to xDiT's own USP, or to yunchang's own
-    all-to-all.
+    ``strict``: raise an error where a call would fall back to xDiT's own USP or yunchang's own all-to-all.
     """
 
     backend: str | None = None
@@ -70,7 +69,7 @@ class TorusArgs:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        # Values may be of any type here: they come from JSON (SF_XFUSER_ARGS) and from callers, too.
+        # Values from JSON (SF_XFUSER_ARGS) and from callers may have any type.
         if self.backend is not None:
             self._require_one_of("backend", BACKENDS)
         self.explicit_plan()
@@ -91,11 +90,11 @@ class TorusArgs:
                 f"got {_SHORT.repr(self.timeout)}"
             )
         if self.backend in XDIT_BACKENDS:
-            self._refuse_what_torus_alone_has()
+            self._refuse_flags_of_torus()
         if self.compress != "none" and self.transport in ("shm", "nvshmem"):
             raise ValueError(
                 f"--sp-compress {self.compress} cannot be used with --sp-transport {self.transport}, which writes "
-                f"chunks between machines straight to their places: use two_sided, tcp (CPU ranks), symm_mem or auto"
+                f"uncompressed chunks into remote memory; use two_sided, tcp (CPU ranks), symm_mem or auto"
             )
 
     def _require_one_of(self, name: str, allowed: Sequence[str]) -> None:
@@ -103,23 +102,23 @@ class TorusArgs:
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"--sp-{name} must be one of {', '.join(allowed)}, got {_SHORT.repr(value)}")
 
-    def _refuse_what_torus_alone_has(self) -> None:
+    def _refuse_flags_of_torus(self) -> None:
         runs = f"--sp-backend {self.backend} runs xDiT's own code"
-        moves = self.transport != "auto"
-        exchanges = moves and self.backend != "ring"  # yunchang's all-to-all is ours
-        for flag, given, about in (
-            (f"--sp-compress {self.compress}", self.compress != "none", "is about Torus Attention's chunks"),
-            (f"--sp-plan {self.plan}", self.plan not in ("auto", "usp"), "chooses Torus Attention's layout"),
-            (f"--sp-kernel {self.kernel}", self.kernel != "library", "computes Torus Attention's pieces"),
+        named = self.transport != "auto"
+        all_to_all = named and self.backend != "ring"  # yunchang's all-to-all uses a named transport
+        for flag, is_set, about in (
+            (f"--sp-compress {self.compress}", self.compress != "none", "compresses Torus Attention's chunks"),
+            (f"--sp-plan {self.plan}", self.plan not in ("auto", "usp"), "sets Torus Attention's layout"),
+            (f"--sp-kernel {self.kernel}", self.kernel != "library", "selects Torus Attention's kernel"),
             (f"--sp-check {self.check}", self.check != "off", "compares Torus Attention with xDiT's own code"),
-            (f"--sp-transport {self.transport}", moves and not exchanges, "moves no ring"),
-            ("--sp-strict", self.strict and not exchanges, "is about calls that are handed back to xDiT's own code"),
+            (f"--sp-transport {self.transport}", named and not all_to_all, "does not apply to a ring"),
+            ("--sp-strict", self.strict and not all_to_all, "applies to calls that fall back to xDiT's own code"),
         ):
-            if given:
-                raise ValueError(f"{flag} {about}, and {runs}: use --sp-backend torus, or leave {flag.split()[0]} out")
+            if is_set:
+                raise ValueError(f"{flag} {about}, but {runs}: use --sp-backend torus or remove {flag.split()[0]}")
 
     def explicit_plan(self) -> dict[str, int] | None:
-        """``{"torus": T, "ulysses": U, "ring": R}`` where the plan names degrees, else None."""
+        """``{"torus": T, "ulysses": U, "ring": R}`` if the plan gives degrees, else None."""
         if isinstance(self.plan, str) and self.plan in _PLAN_NAMES:
             return None
         degrees: dict[str, int] = {}
@@ -135,11 +134,11 @@ class TorusArgs:
 
     @property
     def rule(self) -> str:
-        """The planning rule that ``plan`` names; "auto" where it names degrees."""
+        """The planning rule that ``plan`` names; "auto" if it gives degrees."""
         return self.plan if self.plan in _PLAN_NAMES else "auto"
 
     def to_mapping(self) -> dict[str, Any]:
-        """The value as parsed arguments hold it: the inverse of :func:`from_mapping`."""
+        """As parsed arguments: the inverse of :func:`from_mapping`."""
         return {f"sp_{name}": value for name, value in asdict(self).items()}
 
     def to_json(self) -> str:
@@ -147,12 +146,12 @@ class TorusArgs:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--sp-*`` to ``parser``, each spelled with dashes and with underscores."""
+    """Add ``--sp-*`` to ``parser``, with dashes and with underscores."""
     add_options(parser.add_argument_group("Sequence-parallel backend (sf-xfuser)"), backend=True)
 
 
 def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
-    """As :func:`add_arguments`; ``backend=False`` where xDiT itself has ``--sp_backend``."""
+    """Add the options to ``group``; ``backend=False`` if xDiT itself has ``--sp_backend``."""
 
     def add(name: str, **options: Any) -> None:
         # xDiT's parser rewrites dashes to underscores and looks the result up; a plain ArgumentParser does not.
@@ -163,17 +162,17 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
             "backend",
             choices=BACKENDS,
             default=None,
-            help="How attention runs across the ranks of a sequence-parallel group: torus = Torus Attention (Ulysses "
-            "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code with the degrees filled "
-            "in; auto = whichever of torus and usp is faster in the first calls of each shape. Without this flag xDiT "
-            "is untouched.",
+            help="Backend that runs attention across a sequence-parallel group: torus = Torus Attention (Ulysses "
+            "across machines, Ring inside, overlapped); usp, ulysses, ring = xDiT's own code, with the degrees filled "
+            "in; auto = the fastest of torus and xDiT's USP, timed on the first calls of each shape. Without this flag "
+            "xDiT is untouched.",
         )
     add(
         "plan",
         default="auto",
         metavar="PLAN",
-        help="Layout of the group: auto, paper (largest Ulysses degree, machines first), usp (xDiT's own layout) or "
-        "torus=T,ulysses=U,ring=R. Default: auto",
+        help="Layout of the group: auto (fewest bytes between machines), paper (largest Ulysses degree, machines "
+        "first), usp (xDiT's own layout) or torus=T,ulysses=U,ring=R. Default: auto",
     )
     add(
         "topology",
@@ -185,25 +184,25 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         "transport",
         choices=TRANSPORTS,
         default="auto",
-        help="What moves chunks between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
-        "(torch.distributed's sends and receives, over NCCL or gloo), symm_mem (GPUs that NVLink joins; two_sided "
-        "between others), nvshmem (NVIDIA GPUs) or auto (the fastest in the first call, of those that can be had). "
-        "With usp and ulysses: those of yunchang's all-to-all, where one is named. Default: auto",
+        help="How chunks move between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
+        "(torch.distributed send and recv, over NCCL or gloo), symm_mem (GPUs connected by NVLink; two_sided between "
+        "others), nvshmem (NVIDIA GPUs) or auto (benchmark the available transports on the first call and use the "
+        "fastest). With usp and ulysses, a named transport is used for yunchang's all-to-all. Default: auto",
     )
     add(
         "timeout",
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="Longest wait for a chunk from another rank. Ranks may come to a call five times that apart. Default: 60",
+        help="Longest wait for a chunk from another rank. Ranks may start a call up to five times that apart. Default: "
+        "60",
     )
     add(
         "compress",
         choices=COMPRESSIONS,
         default="none",
-        help="In what Torus Attention's Q, V and O travel between machines, a scale for each token and head beside; K "
-        "as it is. fp8 and int8 halve the bytes of what they cover in 16-bit models, and change the picture a little: "
-        "explain() gives the error. Default: none",
+        help="Quantize inter-machine Q, V and O (scale per token and head); K keeps the input dtype. fp8 and int8 "
+        "halve the bytes of Q, V and O in 16-bit models, with a small error that explain() reports. Default: none",
     )
     add(
         "kernel",
@@ -217,15 +216,15 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         "check",
         choices=CHECKS,
         default="off",
-        help="first: the first attention call of each shape also runs xDiT's own USP and is compared; where they "
-        "differ, all ranks go on with xDiT's, with a warning (with --sp-strict: an error). Not under torch.compile. "
-        "Default: off",
+        help="first: compare the first attention call of each shape with xDiT's own USP. If they differ, all ranks "
+        "warn and fall back to xDiT's own USP (with --sp-strict: raise an error). Not under torch.compile. Default: "
+        "off",
     )
-    add("strict", action="store_true", help="Raise where a call has to be handed back to xDiT's own USP.")
+    add("strict", action="store_true", help="Raise an error where a call would fall back to xDiT's own USP.")
 
 
 def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
-    """The ``sp_*`` entries of parsed arguments as a value; None without ``sp_backend``. Raises ValueError."""
+    """``TorusArgs`` from the ``sp_*`` entries of parsed arguments; None without ``sp_backend``. Raises ValueError."""
     if values.get("sp_backend") is None:
         ignored = sorted(
             f"--sp-{field.name}"
@@ -241,17 +240,18 @@ def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
 
 
 def extract(argv: Sequence[str]) -> tuple[TorusArgs | None, list[str]]:
-    """Take the ``--sp-*`` flags out of a command line that another parser will read: (value, the rest)."""
+    """Remove ``--sp-*`` flags from a command line for another parser: (their values, the rest)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
-    known, rest = parser.parse_known_args(list(argv))
-    return from_mapping(vars(known)), rest
+    parsed, rest = parser.parse_known_args(list(argv))
+    return from_mapping(vars(parsed)), rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchEnvironment:
-    """What the launcher said (torchrun's variables); None where it said nothing."""
+    """torchrun's environment variables and ``SF_XFUSER_MACHINE``; None if not set."""
 
+    rank: int | None = None
     world_size: int | None = None
     local_world_size: int | None = None
     local_rank: int | None = None
@@ -264,6 +264,7 @@ def launch_environment() -> LaunchEnvironment:
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else None
 
     return LaunchEnvironment(
+        rank=number("RANK"),
         world_size=number("WORLD_SIZE"),
         local_world_size=number("LOCAL_WORLD_SIZE"),
         local_rank=number("LOCAL_RANK"),
@@ -272,17 +273,17 @@ def launch_environment() -> LaunchEnvironment:
 
 
 def environment(names: Iterable[str]) -> dict[str, str]:
-    """Those of ``names`` that are set, with their values."""
+    """The variables of ``names`` that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def with_environment(values: Mapping[str, str]) -> dict[str, str]:
-    """Our environment and ``values``, for another process."""
+    """The environment of this process with ``values``, for another process."""
     return {**os.environ, **values}
 
 
 def set_defaults(values: Mapping[str, str]) -> None:
-    """Set those environment names that are not set."""
+    """Set the environment variables that are not set."""
     for name, value in values.items():
         os.environ.setdefault(name, value)
 
@@ -292,13 +293,13 @@ def autoload_wanted() -> bool:
 
 
 def untested_allowed() -> bool:
-    """Whether an xfuser newer than the supported ones may be used, if every hook finds its place."""
+    """Whether an xfuser newer than the supported versions may be used if every hook applies."""
     return os.environ.get(UNTESTED_VARIABLE, "") == "1"
 
 
 def args_from_environment() -> TorusArgs | None:
-    """``SF_XFUSER_ARGS``: the JSON of a TorusArgs, for launchers that pass no flags; None where it names no backend.
-    Raises ValueError if malformed."""
+    """``TorusArgs`` from ``SF_XFUSER_ARGS``, JSON for launchers that pass no flags; None if it names no backend. Raises
+    ValueError."""
     text = os.environ.get(ARGS_VARIABLE)
     if not text:
         return None
@@ -306,10 +307,10 @@ def args_from_environment() -> TorusArgs | None:
     try:
         values = json.loads(text)
         if not isinstance(values, dict) or not set(values) <= set(names):
-            raise ValueError(f"it must be an object, and may hold {', '.join(names)}")
+            raise ValueError(f"it must be an object with the keys {', '.join(names)}")
     except (ValueError, RecursionError) as error:
-        like = TorusArgs(backend="torus").to_json()
-        raise ValueError(f"{ARGS_VARIABLE} must be JSON like {like}, got {_SHORT.repr(text)}: {error}") from None
+        example = TorusArgs(backend="torus").to_json()
+        raise ValueError(f"{ARGS_VARIABLE} must be JSON like {example}, got {_SHORT.repr(text)}: {error}") from None
     try:
         return from_mapping({f"sp_{name}": value for name, value in values.items()})
     except ValueError as error:

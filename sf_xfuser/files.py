@@ -1,5 +1,4 @@
-"""Reads small files that a user names. Whatever lies there, reading ends: a pipe is not waited for, and a
-file of any size or nesting is an error like one that is missing."""
+"""Reads small files that a user names. Pipes, huge files and deeply nested JSON raise an error like a missing file."""
 
 from __future__ import annotations
 
@@ -11,15 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LARGEST_CHARACTERS = 64 << 20
-"""A Chrome trace of a long benchmark is the largest that is read."""
+LARGEST_CHARACTERS = 64 << 20  # the largest file is a Chrome trace of a long benchmark
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a regular file. Raises OSError, for pipes and devices as well, and ValueError."""
+    """The text of a regular file. Raises OSError (also for pipes and devices) or ValueError."""
 
     def open_at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # a pipe without a writer
+        return os.open(name, flags | os.O_NONBLOCK)  # do not wait for the writer of a pipe
 
     with open(path, encoding="utf-8", opener=open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -31,7 +29,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a regular file holds as JSON. Raises OSError, for pipes and devices as well, and ValueError."""
+    """The JSON in a regular file. Raises OSError (also for pipes and devices) or ValueError."""
     try:
         return json.loads(read_text(path))
     except RecursionError:
@@ -39,10 +37,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def transformer_configs(model: str) -> Iterator[Path]:
-    """The files that may configure the transformer of ``model``, a folder or a hub id in the local cache; the likeliest
-    first. No network."""
+    """Files that may configure the transformer of ``model``, a folder or a hub id in the local cache. No network."""
     folder = Path(model)
-    is_folder = os.path.isdir(folder)  # False where a name is too long or a folder closed, which Path.is_dir raises
+    is_folder = os.path.isdir(folder)  # Path.is_dir raises for a long name or an unreadable folder
     for name in ("transformer/config.json", "config.json"):
         found: Any = folder / name
         if not is_folder:
@@ -50,7 +47,7 @@ def transformer_configs(model: str) -> Iterator[Path]:
                 from huggingface_hub import try_to_load_from_cache
 
                 found = try_to_load_from_cache(model, name)
-            except (ImportError, ValueError):  # not installed, or the text is no hub id
+            except (ImportError, ValueError):  # not installed, or not a hub id
                 return
         if isinstance(found, str | Path) and os.path.isfile(found):
             yield Path(found)

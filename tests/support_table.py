@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.integration.test_pipelines import FAMILIES
-from tests.ranks.model_table import HEIGHT, MODELS, SIZES, But
+from tests.ranks.model_table import HEIGHT, MODELS, SIZES, Limit
 
 START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"
 PAGE = Path(__file__).parents[1] / "docs/models.md"
@@ -21,20 +21,20 @@ def table() -> str:
     assert PIPELINES.keys() <= set(FAMILIES)
     lines = [f"| model | {' | '.join(SIZES)} | because |", "|---" * (len(SIZES) + 2) + "|"]
     lines += [_line(name, {"odd": HEIGHT}) for name in PIPELINES.values()]
-    return "\n".join([*lines, *(_line(model.name, model.but) for model in MODELS)])
+    return "\n".join([*lines, *(_line(model.name, model.limits) for model in MODELS)])
 
 
-def _line(name: str, but: Mapping[str, But]) -> str:
-    cells = [_result(but.get("all") or but.get(size)) + ", no ring" * (f"2x2 {size}" in but) for size in SIZES]
-    if "2x2" in but:
+def _line(name: str, limits: Mapping[str, Limit]) -> str:
+    cells = [_result(limits.get("all") or limits.get(size)) + ", no ring" * (f"2x2 {size}" in limits) for size in SIZES]
+    if "2x2" in limits:
         cells[0] += ", no ring"
-    return f"| {' | '.join([name, *cells, '; '.join(dict.fromkeys(x.why for x in but.values()))])} |"
+    return f"| {' | '.join([name, *cells, '; '.join(dict.fromkeys(x.why for x in limits.values()))])} |"
 
 
-def _result(but: But | None) -> str:
-    if but is None:
+def _result(limit: Limit | None) -> str:
+    if limit is None:
         return "exact"
-    return {"xdit": "as xDiT", "handed back": "falls back", "fails": "xDiT cannot", "never": "xDiT cannot"}[but.kind]
+    return {"xdit": "as xDiT", "falls back": "falls back", "fails": "xDiT cannot", "never": "xDiT cannot"}[limit.kind]
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
-"""``--sp-backend auto``: an autotuner over a few ways to run attention, by the first calls of each call shape.
+"""``--sp-backend auto``: times the candidates on the first calls of each call shape, then uses the fastest.
 
-The *candidates* take the same tensors and give the same result, so any of them may run any call:
+The candidates take the same tensors and give the same result:
 
-    xDiT's own USP           in the degrees that it was launched with
-    xDiT's flat Ulysses      all heads split over all ranks, where that is legal and something else
-    Torus Attention          in the layout of ``--sp-plan``, in the next one with as few bytes, and without overlap
+    xDiT's own USP        in the degrees of the launch
+    xDiT's USP            as flat Ulysses (heads split over all ranks), where the head count allows it
+    Torus Attention       in the layout of ``--sp-plan``, in the layout with the next fewest bytes, and unstaged
 
-The first calls of a shape are its *trial*: candidates run them in turns, each after one warm-up call whose result
-nobody uses. After ten timed calls at most, or thirty where two are near to each other, the one with the least median is
-*selected* for that shape; among equals xDiT's own, else the plan's layout in stages.
+A *trial* runs the first calls of a shape on the candidates in turn, each after one warm-up call. It selects the lowest
+median after at most ten timed calls, or thirty where two candidates are within 4 %. On a tie xDiT's own USP is
+selected, else the first layout of Torus Attention.
 
-Everything that decides is the same on all ranks: the time of a call is that of the slowest rank.
+The time of a call is that of the slowest rank, so all ranks select the same candidate.
 """
 
 from __future__ import annotations
@@ -19,53 +19,39 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from math import gcd, inf
 from typing import Any, NamedTuple
 
 import torch
 
-from sf_xfuser.autotune.trials import OWN, Contest
+from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, make_plan
+from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
-from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.torus.mesh import Mesh, build_mesh
 
-_SHAPES_KEPT = 64
+_MAX_TRIALS = 64
 
 
 # -- which candidates: pure --------------------------------------------------------------------------------------------
 
 
-def layouts(
-    num_machines: int, ranks_per_machine: int, heads: int | None, kv_heads: int | None, degree: int, args: TorusArgs
-) -> list[Layout]:
-    """Torus Attention's layouts worth trying: the one that ``--sp-plan`` takes, and where it is ``auto`` and there are
-    machines to cross, the next one with as few bytes (10 % more at most). ``degree``: xDiT's Ulysses degree, which says
-    how heads can be split where their number is not known. Pure; raises ValueError as ``make_plan``."""
-    plan = make_plan(
-        num_machines,
-        ranks_per_machine,
-        heads=heads,
-        kv_heads=kv_heads,
-        rule=args.rule,
-        explicit=args.explicit_plan(),
-        ulysses_degree=degree if heads is None and args.plan == "auto" else None,
-        max_imbalance=UNEVEN,
-    )
-    if args.plan != "auto" or heads is None or num_machines == 1:
-        return [plan.layout]
-    ratio = Fraction(kv_heads or heads, heads)
-    legal = legal_layouts(num_machines, ranks_per_machine, gcd(heads, kv_heads or heads), UNEVEN)
-    others = [x for x in legal if x != plan.layout and x.egress(ratio) <= Fraction(11, 10) * plan.layout.egress(ratio)]
-    others.sort(key=lambda layout: (layout.egress(ratio), -layout.ulysses_degree))
-    return [plan.layout, *others[:1]]
+def second_layout(first: Layout, heads: int, kv_heads: int) -> Layout | None:
+    """The layout with the fewest bytes between machines beside ``first``, at most 10 % more; None if there is none."""
+    if first.num_machines == 1:
+        return None
+    ratio = Fraction(kv_heads, heads)
+    legal = legal_layouts(first.num_machines, first.ranks_per_machine, gcd(heads, kv_heads), UNEVEN)
+    others = [x for x in legal if x != first and x.egress(ratio) <= Fraction(11, 10) * first.egress(ratio)]
+    return min(others, key=lambda layout: (layout.egress(ratio), -layout.ulysses_degree), default=None)
 
 
 def flat_ulysses(own: XditConfig, heads: int | None, kv_heads: int | None) -> list[XditConfig]:
-    """xDiT's flat Ulysses over the ranks of ``own``; none where it is ``own`` or heads do not divide. ``heads`` None:
-    not known, and calls may turn out not to suit it. No ring: those of xDiT count padded keys wrongly. Pure."""
+    """xDiT's flat Ulysses over the ranks of ``own``; empty where it equals ``own`` or does not divide the heads. With
+    unknown ``heads``, ``Selector`` leaves it out for shapes that it does not divide. xDiT's ring is not a candidate: it
+    counts padded keys wrongly."""
     world_size = own.ulysses_degree * own.ring_degree
     if own.ring_degree == 1 or (heads is not None and gcd(heads, kv_heads or heads) % world_size):
         return []
@@ -73,48 +59,48 @@ def flat_ulysses(own: XditConfig, heads: int | None, kv_heads: int | None) -> li
 
 
 def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
-    """Whether torus is to be preferred where nothing is timed: it has something to hide, and moves no more bytes
-    between machines than xDiT's own. Pure."""
+    """Whether torus is preferred without a trial: it crosses machines, with no more bytes than xDiT's own USP."""
     grid = layout.num_machines, layout.ranks_per_machine
     return grid[0] > 1 and float(layout.egress(kv_ratio)) <= egress(own, *grid, float(kv_ratio)) * (1 + 1e-9)
 
 
-# -- all ranks of a group ---------------------------------------------------------------------------------------------
+# -- all ranks of a group ----------------------------------------------------------------------------------------------
 
 
-class Way(NamedTuple):
-    """Torus Attention on ``mesh``; ``overlap=False``: unstaged."""
+class Candidate(NamedTuple):
+    """Torus Attention on ``mesh``, unstaged if not ``overlap``, or xDiT's USP in ``degrees`` (None: of the launch)."""
 
-    mesh: Mesh
+    mesh: Mesh | None = None
     overlap: bool = True
+    degrees: XditConfig | None = None
 
 
-class Choice:
-    """The candidates of one sequence-parallel group, and the trials of its call shapes. All ranks make the same calls.
+class Selector:
+    """The candidates of one sequence-parallel group, by name and in order of preference, and a trial per call shape.
 
-    ``own``: xDiT's own layout. ``others``: its other degrees, run inside ``selected``. ``meshes``: of Torus
-    Attention in each layout, the plan's first. ``ways``: the mesh of each of torus's candidates.
+    ``own``: the degrees of the launch. ``meshes``: of Torus Attention, the layout of ``--sp-plan`` first. xDiT's USP
+    runs in ``other_degrees`` inside the context manager ``use_degrees``. All ranks make the same calls.
     """
 
     def __init__(
         self,
         own: XditConfig,
-        others: Sequence[XditConfig],
-        selected: Callable[[XditConfig], AbstractContextManager[None]],
+        other_degrees: Sequence[XditConfig],
+        use_degrees: Callable[[XditConfig], AbstractContextManager[None]],
         meshes: Sequence[Mesh],
         *,
         kv_ratio: Fraction,
         log: Callable[[str], object],
     ) -> None:
-        self.own, self.selected, self.meshes, self.log = own, selected, tuple(meshes), log
-        self.others = {f"xDiT's USP ({config})": config for config in others}
-        self.ways = {f"torus ({mesh.layout})": Way(mesh) for mesh in meshes}
-        if torch.cuda.is_available() or not self.mesh.one_host:  # else torus is unstaged in any case
-            self.ways[f"torus unstaged ({self.mesh.layout})"] = Way(self.mesh, overlap=False)
+        self.own, self.use_degrees, self.meshes, self.log = own, use_degrees, tuple(meshes), log
+        torus = {f"torus ({mesh.layout})": Candidate(mesh) for mesh in meshes}
+        if torch.cuda.is_available() or not self.mesh.one_host:  # else torus is always unstaged
+            torus[f"torus unstaged ({self.mesh.layout})"] = Candidate(self.mesh, overlap=False)
+        others = {f"xDiT's USP ({degrees})": Candidate(degrees=degrees) for degrees in other_degrees}
         self.torus_first = torus_first(self.mesh.layout, own, kv_ratio)
-        self.candidates = [*self.ways, OWN] if self.torus_first else [OWN, *self.ways]
-        self.candidates += self.others
-        self.contests: dict[Hashable, Contest] = {}
+        usp = {OWN: Candidate()}
+        self.candidates = {**torus, **usp, **others} if self.torus_first else {**usp, **torus, **others}
+        self.trials: dict[Hashable, Trial] = {}
         self.calls: Counter[str] = Counter()
         self._session = self.mesh.control.session
 
@@ -125,132 +111,140 @@ class Choice:
     def why_not_now(self) -> str | None:
         return next((reason for mesh in self.meshes if (reason := mesh.why_not_now()) is not None), None)
 
-    def serve(
+    def run(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         joint_key: torch.Tensor | None,
         kind: Hashable,
         torus: Callable[[Mesh, bool], torch.Tensor],
-        xdits: Callable[[], torch.Tensor],
-    ) -> tuple[str, torch.Tensor]:
-        """(the candidate that ran the call, its result). ``torus`` makes the call on a mesh, with ``overlap`` or not,
-        ``xdits`` as xDiT does. ``kind``: whatever else than shapes and dtype tells calls apart. Collective; waits for
-        the device during a trial, then never again."""
+        usp: Callable[[], torch.Tensor],
+    ) -> tuple[Candidate, torch.Tensor]:
+        """Run one attention call: (the candidate that ran it, its result).
+
+        ``torus`` runs it on a mesh, ``usp`` on xDiT's USP. ``kind`` is part of the call shape. Collective. Waits for
+        the device during a trial only.
+        """
         joint_tokens = 0 if joint_key is None else joint_key.shape[2]
-        known = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind)
-        call = partial(self._call, torus=torus, xdits=xdits)
-        contest = self.contests.get(known)
-        if query.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph keeps what it captures: no trial
-            name = (contest and contest.chosen) or self.candidates[0]
-            return self._count(name), call(name)
+        shape = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind)
+
+        def call(candidate: Candidate) -> torch.Tensor:
+            if candidate.mesh is not None:
+                return torus(candidate.mesh, not candidate.overlap)
+            if candidate.degrees is None:
+                return usp()
+            with self.use_degrees(candidate.degrees):
+                return usp()
+
+        trial = self.trials.get(shape)
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph would record the trial
+            return self._count((trial and trial.selected) or next(iter(self.candidates)), call)
         if self.mesh.failed or self._session != self.mesh.control.session:
-            self._forget_what_differs()
-            contest = self.contests.get(known)
-        contest = contest or self._start(known)
-        while contest.chosen is None:
-            name = contest.turn
-            timed = len(contest.times[name])
+            self._drop_trials_that_differ()
+            trial = self.trials.get(shape)
+        trial = trial or self._start(shape)
+        while trial.selected is None:
+            name = trial.next
+            timed = len(trial.times[name])
             self._synchronize(query.device)
-            turns = set(self._gather(f"{name} {timed}", "turn"))
-            if len(turns) > 1:  # ranks that failed at different points start over
-                contest = self._start(known)
+            if len(set(self._gather(f"{name} {timed}", "next candidate"))) > 1:  # ranks failed at different calls
+                trial = self._start(shape)
                 continue
             out, seconds = None, inf
-            for _ in range(1 if timed else 2):  # the first makes connections, buffers and kernels
-                out, seconds, failure = self._tried(name, call, query.device)
+            for _ in range(1 if timed else 2):  # the warm-up opens connections, buffers and kernels
+                out, seconds, failure = self._time(name, call, query.device)
                 if failure:
                     self.log(f"--sp-backend auto: {name} is left out: {failure}")
                     break
-            self._took(known, seconds)
+            self._record(shape, seconds)
             if out is not None:
-                return self._count(name), out
-        return self._count(contest.chosen), call(contest.chosen)
+                self.calls[name] += 1
+                return self.candidates[name], out
+        return self._count(trial.selected, call)
 
-    def _call(
-        self, name: str, torus: Callable[[Mesh, bool], torch.Tensor], xdits: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        if name in self.ways:
-            return torus(*self.ways[name])
-        if name == OWN:
-            return xdits()
-        with self.selected(self.others[name]):
-            return xdits()
+    def _count(self, name: str, call: Callable[[Candidate], torch.Tensor]) -> tuple[Candidate, torch.Tensor]:
+        self.calls[name] += 1
+        return self.candidates[name], call(self.candidates[name])
 
-    def _start(self, known: Any) -> Contest:
-        """A trial of the candidates that suit the heads of these calls, from the beginning."""
-        self.contests.pop(known, None)
-        if len(self.contests) == _SHAPES_KEPT:
-            del self.contests[next(iter(self.contests))]
-        heads = gcd(known[0][1], known[1][1])
-        unfit = {name for name, config in self.others.items() if heads % config.ulysses_degree}
-        self.contests[known] = Contest([name for name in self.candidates if name not in unfit])
-        return self.contests[known]
+    def _start(self, shape: Any) -> Trial:
+        """A new trial of the candidates that can split the heads of this shape."""
+        self.trials.pop(shape, None)
+        if len(self.trials) == _MAX_TRIALS:
+            del self.trials[next(iter(self.trials))]
+        heads = gcd(shape[0][1], shape[1][1])
+        self.trials[shape] = Trial(
+            [name for name, x in self.candidates.items() if x.degrees is None or heads % x.degrees.ulysses_degree == 0]
+        )
+        return self.trials[shape]
 
-    def _took(self, known: Hashable, seconds: float) -> None:
-        contest = self.contests[known]
-        contest.took(seconds)
-        if contest.chosen is not None:
-            self.log(f"--sp-backend auto: {_spelled(known)}: {contest}")
+    def _record(self, shape: Hashable, seconds: float) -> None:
+        trial = self.trials[shape]
+        trial.record(seconds)
+        if trial.selected is not None:
+            self.log(f"--sp-backend auto: {_format(shape)}: {trial}")
 
-    def _tried(
-        self, name: str, call: Callable[[str], torch.Tensor], device: torch.device
+    def _time(
+        self, name: str, call: Callable[[Candidate], torch.Tensor], device: torch.device
     ) -> tuple[torch.Tensor | None, float, str]:
-        """(The result, seconds on the slowest rank, why the call failed on any rank): None and infinity where it did,
-        in xDiT's degrees that nobody asked for, which an attention backend may not support. Where xDiT's own fails on
-        one rank this raises on all; torus itself tells all ranks. Collective."""
-        started = time.perf_counter()
-        found: torch.Tensor | None = None
+        """(Result, seconds on the slowest rank, failures by rank). Collective.
+
+        If xDiT's USP fails on a rank in other degrees than its own, which an attention backend may not support, the
+        result is None and the time infinite on all ranks. In its own degrees all ranks raise. Torus Attention itself
+        raises on all ranks.
+        """
+        candidate, started = self.candidates[name], time.perf_counter()
+        out: torch.Tensor | None = None
         failed: Exception | None = None
         try:
-            found = call(name)
+            out = call(candidate)
             self._synchronize(device)
         except Exception as error:
-            if name in self.ways:
+            if candidate.mesh is not None:
                 raise
             failed = error
-        words = failed and f"{type(failed).__name__}: {failed}"
-        said = self._gather([time.perf_counter() - started, words], "a timed call")
-        reasons = [f"rank {rank}: {text}" for rank, (_, text) in zip(self.mesh.members, said, strict=True) if text]
-        if reasons and name not in self.others:
-            raise failed or RuntimeError(f"--sp-backend auto: {name} failed: {'; '.join(reasons)}")
-        if reasons:
-            return None, inf, "; ".join(reasons)
-        return found, max(seconds for seconds, _ in said), ""
+        error_text = failed and f"{type(failed).__name__}: {failed}"
+        ranks = self._gather([time.perf_counter() - started, error_text], "a timed call")
+        failures = "; ".join(
+            f"rank {rank}: {text}" for rank, (_, text) in zip(self.mesh.members, ranks, strict=True) if text
+        )
+        if failures and candidate.degrees is None:
+            raise failed or RuntimeError(f"--sp-backend auto: {name} failed: {failures}")
+        if failures:
+            return None, inf, failures
+        return out, max(seconds for seconds, _ in ranks), ""
 
-    def _forget_what_differs(self) -> None:
-        """After a failure that ranks may have met at different points. Collective."""
-        mine = {str(known): contest.state() for known, contest in self.contests.items()}
-        told = self._gather(mine, "what is selected")
+    def _drop_trials_that_differ(self) -> None:
+        """After a failed call, which may have interrupted ranks at different points of a trial. Collective."""
+        states = {str(shape): trial.state() for shape, trial in self.trials.items()}
+        ranks = self._gather(states, "trials")
         self._session = self.mesh.control.session
-        same = {name for name, state in mine.items() if all(each.get(name) == state for each in told)}
-        self.contests = {known: contest for known, contest in self.contests.items() if str(known) in same}
+        self.trials = {
+            shape: trial
+            for shape, trial in self.trials.items()
+            if all(other.get(str(shape)) == states[str(shape)] for other in ranks)
+        }
 
     @property
-    def settled(self) -> bool:
-        """Whether no trial is running."""
-        return bool(self.contests) and all(contest.chosen is not None for contest in self.contests.values())
+    def finished(self) -> bool:
+        """Whether there were trials and none is running."""
+        return bool(self.trials) and all(trial.selected is not None for trial in self.trials.values())
 
     def lines(self) -> list[str]:
         """The candidates, trials and calls, as text."""
-        why = "torus crosses machines with no more bytes" if self.torus_first else "torus has nothing to save"
-        text = [
-            f"--sp-backend auto: candidates {', '.join(self.candidates)} ({self.own}); "
-            f"without a trial: {self.candidates[0]}, since {why}"
+        why = "torus sends no more bytes between machines" if self.torus_first else "torus saves no inter-machine bytes"
+        return [
+            f"--sp-backend auto: candidates {', '.join(self.candidates)}; {OWN} is {self.own}; "
+            f"without a trial: {next(iter(self.candidates))}, because {why}",
+            *(f"{_format(shape)}: {trial}" for shape, trial in self.trials.items()),
+            *(f"attention calls handled by {name}: {n}" for name, n in self.calls.items()),
         ]
-        text += [f"{_spelled(known)}: {contest}" for known, contest in self.contests.items()]
-        return text + [f"attention calls handled by {name}: {n}" for name, n in self.calls.items()]
 
     def close(self) -> None:
         for mesh in self.meshes:
             mesh.close()
 
-    def _count(self, name: str) -> str:
-        self.calls[name] += 1
-        return name
-
     def _gather(self, value: Any, step: str) -> list[Any]:
-        """By position. ``step``: so that none is taken for another. Collective."""
+        """``value`` of each rank, by position. ``step`` identifies the exchange. Collective."""
         with self.mesh.call():
             return self.mesh.control.gather(f"--sp-backend auto: {step}", value)
 
@@ -259,8 +253,52 @@ class Choice:
             torch.cuda.synchronize(device)
 
 
-def _spelled(known: Any) -> str:
-    query, key, joint_tokens, dtype, kind = known
+def _format(shape: Any) -> str:
+    query, key, joint_tokens, dtype, kind = shape
     keys = "" if query == key else f", keys {list(key)}"
     joint = f", {joint_tokens} joint tokens" if joint_tokens else ""
     return f"calls of {list(query)}{keys}{joint} in {str(dtype).removeprefix('torch.')}, {kind}"
+
+
+def build_selector(
+    group_ranks: Sequence[Sequence[int]],
+    args: TorusArgs,
+    own: XditConfig,
+    use_degrees: Callable[[XditConfig], AbstractContextManager[None]],
+    *,
+    heads: int | None,
+    kv_heads: int | None,
+    log: Callable[[str], object],
+    backend: str | None = None,
+) -> Selector:
+    """The selector of this rank's group, with meshes for the layouts of Torus Attention.
+
+    Parameters as of ``build_mesh`` and ``Selector``. Collective over the world; all ranks pass the same arguments.
+    """
+
+    def build(plan: str) -> Mesh:
+        keep_degrees = heads is None and plan == "auto"  # no plan without the head count
+        return build_mesh(
+            group_ranks,
+            replace(args, backend="torus", plan=plan),
+            heads=heads,
+            kv_heads=kv_heads,
+            ulysses_degree=own.ulysses_degree if keep_degrees else None,
+            ring_degree=own.ring_degree if keep_degrees else None,
+            backend=backend,
+            max_imbalance=UNEVEN,
+        )
+
+    meshes = [build(args.plan)]
+    grids = {(grid.num_machines, grid.ranks_per_machine) for grid in map(meshes[0].topology.fold, group_ranks)}
+    if args.plan == "auto" and heads is not None and len(grids) == 1:  # else groups would build different layouts
+        second = second_layout(meshes[0].layout, heads, kv_heads or heads)
+        meshes += [build(second.flag)] if second else []
+    return Selector(
+        own,
+        flat_ulysses(own, heads, kv_heads),
+        use_degrees,
+        meshes,
+        kv_ratio=Fraction(kv_heads, heads) if heads and kv_heads else Fraction(1),
+        log=log,
+    )

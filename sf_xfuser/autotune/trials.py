@@ -1,7 +1,7 @@
-"""Which of several candidates runs the calls of one shape: who is timed, how often, and which is selected. Pure.
+"""The trial of one call shape: which candidate runs each call, and which one is selected. Pure.
 
-All candidates are timed once. The nearest three, then the nearest two are timed again, ten calls in all. Two that are
-near to each other then take turns for longer, since calls of one candidate differ by more than such candidates do.
+All candidates are timed once. Then the fastest three and the fastest two are timed again, ten calls in all. Two that
+are within 4 % take turns up to thirty calls, because the calls of one candidate vary by more than that.
 """
 
 from __future__ import annotations
@@ -13,72 +13,72 @@ from math import inf
 
 OWN = "xDiT's own USP"
 
-_MOST_CALLS = 10  # of a shape, before one is selected
-_MOST_OF_NEAR, _NEAR = 30, 1.04  # where two are so near to each other: half of that is lost by taking turns
-_BEHIND = (1.5, 1.2)  # slower than the best by this, after one timed call of each and after more: not timed again
-_TIE = 1.02  # times as long is as fast: calls of one candidate differ by more
+_CALLS = 10  # timed calls of a trial
+_CALLS_IF_CLOSE, _CLOSE = 30, 1.04  # taking turns costs half of such a difference
+_DROP = (1.5, 1.2)  # times the fastest, after one timed call of each candidate and after more: not timed again
+_TIE = 1.02  # times the fastest: calls of one candidate vary by more
 
 
-class Contest:
-    """The trial of one call shape, by measured seconds. Pure: the caller makes the calls.
+class Trial:
+    """Collects the measured seconds of each candidate until one is selected. The caller makes the calls.
 
-    ``candidates``: by preference among equals. ``times``: of a candidate's calls after its warm-up. ``chosen``: the
-    selected one; None while the trial runs.
+    ``candidates``: names, in order of preference on a tie. ``times``: seconds of each timed call. ``selected``: None
+    while the trial runs.
     """
 
     def __init__(self, candidates: Sequence[str]) -> None:
         self.candidates = tuple(candidates)
         self.times: dict[str, list[float]] = {name: [] for name in candidates}
-        self.running = list(candidates)
-        self.chosen = candidates[0] if len(candidates) == 1 else None
-        self._due = deque(candidates)
+        self.selected = candidates[0] if len(candidates) == 1 else None
+        self._remaining = list(candidates)
+        self._queue = deque(candidates)
 
     @property
-    def turn(self) -> str:
-        """The candidate that runs the next call."""
-        return self.chosen or self._due[0]
+    def next(self) -> str:
+        """The candidate of the next call."""
+        return self.selected or self._queue[0]
 
-    def took(self, seconds: float) -> None:
-        """The call of ``turn`` took this long on the slowest rank; infinity if it failed."""
-        self.times[self._due.popleft()].append(seconds)
-        if not self._due:
+    def record(self, seconds: float) -> None:
+        """Add the time of the call of ``next`` on the slowest rank; infinity if it failed."""
+        self.times[self._queue.popleft()].append(seconds)
+        if not self._queue:
             self._next_round()
 
     def state(self) -> str:
-        """All that decides, as text."""
-        return f"{self.times} {self.running} {self.chosen} {list(self._due)}"
+        """The whole state as text, to compare ranks."""
+        return f"{self.times} {self._remaining} {self.selected} {list(self._queue)}"
 
     def _next_round(self) -> None:
-        # Disturbances only ever add: the least says which one not to time again.
-        best = {name: min(self.times[name]) for name in self.running}
-        rounds = min(len(self.times[name]) for name in self.running)
-        behind, least = _BEHIND[rounds > 1], min(best.values())
-        self.running = [name for name in self.running if best[name] <= behind * least]
+        # Disturbances only add time, so the minimum decides which candidates are dropped.
+        best = {name: min(self.times[name]) for name in self._remaining}
+        rounds = min(len(self.times[name]) for name in self._remaining)
+        limit = _DROP[rounds > 1] * min(best.values())
+        self._remaining = [name for name in self._remaining if best[name] <= limit]
         calls = sum(map(len, self.times.values()))
-        left = _MOST_CALLS - calls
-        if len(self.running) > 1 and left > 1:
-            nearest = sorted(self.running, key=best.__getitem__)[: max(2, (left + 1) // 2)]
-            self._again(nearest)
+        left = _CALLS - calls
+        if len(self._remaining) > 1 and left > 1:
+            self._repeat(sorted(self._remaining, key=best.__getitem__)[: max(2, (left + 1) // 2)])
             return
-        # What is to come is as disturbed as these.
-        usual = {name: statistics.median(self.times[name]) for name in self.running}
-        near = [name for name in self.running if usual[name] <= _NEAR * min(usual.values())]
-        if len(near) > 1 and calls + len(near) <= _MOST_OF_NEAR:
-            self._again(near)
+        # Later calls will be disturbed as often as these, so the median decides which candidate is selected.
+        median = {name: statistics.median(self.times[name]) for name in self._remaining}
+        close = [name for name in self._remaining if median[name] <= _CLOSE * min(median.values())]
+        if len(close) > 1 and calls + len(close) <= _CALLS_IF_CLOSE:
+            self._repeat(close)
             return
-        equal = [name for name in self.candidates if usual.get(name, inf) <= _TIE * min(usual.values())]
-        self.chosen = OWN if OWN in equal else equal[0]
+        equal = [name for name in self.candidates if median.get(name, inf) <= _TIE * min(median.values())]
+        self.selected = OWN if OWN in equal else equal[0]
 
-    def _again(self, names: Sequence[str]) -> None:
-        self.running = [name for name in reversed(self.running) if name in names]  # none always after the same other
-        self._due.extend(self.running)
+    def _repeat(self, names: Sequence[str]) -> None:
+        # Reversed each time, so that no candidate always runs after the same other.
+        self._remaining = [name for name in reversed(self._remaining) if name in names]
+        self._queue.extend(self._remaining)
 
     def __str__(self) -> str:
-        said = [f"{name}: {_spelled(times)}" for name, times in self.times.items()]
-        return "; ".join([f"selected {self.chosen}" if self.chosen else "trial running", *said])
+        times = [f"{name}: {_format(seconds)}" for name, seconds in self.times.items()]
+        return "; ".join([f"selected {self.selected}" if self.selected else "trial running", *times])
 
 
-def _spelled(times: Sequence[float]) -> str:
+def _format(times: Sequence[float]) -> str:
     if not times:
         return "not timed"
     return "failed" if times == [inf] else f"{1e3 * statistics.median(times):.3g} ms (median of {len(times)})"

@@ -202,7 +202,7 @@ class _Calibration:
             traffic = ulysses_traffic(config, *self.grid) if is_exchange else ring_hop_traffic(config, *self.grid)
             groups = config.groups(*self.grid)[0 if is_exchange else 1]
             size = len(groups[0])
-            small, large, nbytes = self._collective(pattern, self._groups.mine(groups, self.mesh.members))
+            small, large, nbytes = self._collective(pattern, self._groups.own_group(groups, self.mesh.members))
             # Bytes sent per byte of a rank's tensor, by the busiest machine or, inside, by the busiest rank.
             busiest = max(traffic.inside) if inside else traffic.egress(self.grid[1])
             sent = busiest * self.world_size * (size - 1 if pattern == "allgather" else 1) * nbytes

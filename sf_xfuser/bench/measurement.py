@@ -62,7 +62,7 @@ class Measurement:
             for variant in runnable:
                 advance(f"{variant.name}: checking the result")
                 self._check(variant)
-                while variant.choice is not None and not variant.choice.settled:  # autotune before timing
+                while variant.selector is not None and not variant.selector.finished:  # autotune before timing
                     self._call(variant)
             passed = [variant for variant in runnable if not self.samples[variant.name].failure]
             for variant in passed:
@@ -88,8 +88,8 @@ class Measurement:
         for variant in self.variants:
             if variant.mesh is not None:
                 variant.mesh.close()
-            if variant.choice is not None:
-                variant.choice.close()
+            if variant.selector is not None:
+                variant.selector.close()
 
     # -- prediction ------------------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     for name in options.compress:
         args = replace(flags, compress=name)
         mesh = build_mesh([range(world_size)], args, **heads, max_imbalance=UNEVEN)
-        selected = functools.partial(session.torus_over, mesh)
+        selected = functools.partial(session.torus_on, mesh)
         variants.append(_Variant(f"torus-{name}", str(mesh.layout), selected, compresses=True))
     first = [variant.call(pipeline, options, expected, timed=False) for variant in variants]
     for variant, latents in zip(variants, first, strict=True):
@@ -154,7 +154,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
 @contextmanager
 def _xdit(groups: XditGroups, config: XditConfig) -> Iterator[None]:
     """Inside, attention is xDiT's own USP in the layout ``config``."""
-    with session.xdits_own(), groups.selected(config):
+    with session.without_torus(), groups.use(config):
         yield
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.integrations.xdit import plugin
-from sf_xfuser.integrations.xdit.usp import as_attend_function
+from sf_xfuser.integrations.xdit.attention_backends import as_attend_function
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.layout.usp_layouts import XditConfig

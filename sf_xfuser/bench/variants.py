@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from math import gcd
 
 import torch
 
-from sf_xfuser.autotune.selector import Choice, flat_ulysses, layouts
+from sf_xfuser.autotune.selector import Selector, build_selector
 from sf_xfuser.bench import usp_variants
 from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.usp_variants import call_usp
@@ -55,7 +54,7 @@ class Variant:
 
     ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: sent to other machines by the machine that
     sends most. ``mesh``: of a variant that can record a trace. ``relative_error``: allowed root mean square error of a
-    variant that compresses; None for rounding errors only. ``replayed``: what the simulator can predict. ``choice``:
+    variant that compresses; None for rounding errors only. ``replayed``: what the simulator can predict. ``selector``:
     the autotuner of ``auto``.
     """
 
@@ -69,14 +68,14 @@ class Variant:
     mesh: Mesh | None = None
     relative_error: float | None = None
     replayed: TorusVariant | XditConfig | None = None
-    choice: Choice | None = None
+    selector: Selector | None = None
 
     def described(self) -> tuple[str, str]:
         """(description, layout); of ``auto`` after its trials, with the selected candidate."""
-        if self.choice is None or not self.choice.contests:
+        if self.selector is None or not self.selector.trials:
             return self.description, self.layout
-        contest = next(iter(self.choice.contests.values()))
-        return f"{self.description}: {contest}", contest.chosen or ""
+        trial = next(iter(self.selector.trials.values()))
+        return f"{self.description}: {trial}", trial.selected or ""
 
 
 def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[str] | None) -> list[Variant]:
@@ -189,11 +188,9 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
     kv_heads, m = case.kv_heads or case.heads, case.ranks_per_machine
     degree = gcd(m, gcd(case.heads, kv_heads))
     own = XditConfig(ulysses_degree=degree, ring_degree=case.world_size // degree)
-    found = layouts(case.num_machines, m, case.heads, kv_heads, degree, args)
-    meshes = [_mesh(case, replace(args, plan=layout.flag)) for layout in found]
-    groups = usp_variants.make_groups([own], ranks_per_machine=m, members=meshes[0].members)
-    flat, ratio = flat_ulysses(own, case.heads, kv_heads), Fraction(kv_heads, case.heads)
-    choice = Choice(own, flat, groups.selected, meshes, kv_ratio=ratio, log=lambda message: None)
+    selector = build_selector([range(case.world_size)], args, own, lambda degrees: groups.use(degrees),
+                              heads=case.heads, kv_heads=kv_heads, log=lambda message: None)  # fmt: skip
+    groups = usp_variants.make_groups([own], ranks_per_machine=m, members=selector.mesh.members)
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         tensors = query, key, value
@@ -201,10 +198,10 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
         def torus(mesh: Mesh, overlap: bool) -> torch.Tensor:
             return _torus(case, mesh, overlap, attend)(*tensors)
 
-        with groups.selected(own):
-            return choice.serve(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
+        with groups.use(own):
+            return selector.run(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
 
-    return Variant(name=AUTO, description=text, family="ours", call=call, choice=choice)
+    return Variant(name=AUTO, description=text, family="ours", call=call, selector=selector)
 
 
 def _torus(case: Case, mesh: Mesh, overlap: bool, attend: AttendFunction) -> Call:
@@ -295,7 +292,7 @@ def _xdit_variants(case: Case, mesh: Mesh | None, only: Sequence[str] | None) ->
 
 def _usp(groups: XditGroups, config: XditConfig) -> Call:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        with groups.selected(config):
+        with groups.use(config):
             return call_usp(query, key, value)
 
     return call

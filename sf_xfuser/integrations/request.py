@@ -1,4 +1,4 @@
-"""The description of a request: a short text that is the same on all ranks that run the same request."""
+"""Describes a request by a short text. Ranks that run the same request get the same text."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from typing import Any
 import torch
 
 _FIRST = ("prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "max_sequence_length")
-_RESULT = ("output_type", "return_dict")  # ranks may use the result in different ways
+_RESULT = ("output_type", "return_dict")  # may differ between ranks
 _VALUE, _LENGTH = 60, 300
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """At most 300 characters about the arguments of a request, by name. Requests that differ have different texts.
+    """The arguments of a request in at most 300 characters. Different requests have different texts.
 
-    Reads host values only, to avoid a device synchronization: of a tensor, dtype and shape. Without ``generator``,
-    ``seed`` and ``latents`` the text has the state of the default generator, which the noise is drawn from: ranks that
-    draw different noise make a wrong picture. Skips None and callables.
+    Reads host values only (of tensors dtype and shape), to avoid a device synchronization. Without ``generator``,
+    ``seed`` and ``latents`` the text contains the state of the default generator, because ranks that draw different
+    noise produce a wrong picture. Skips None and callables.
     """
-    given = {
+    arguments = {
         name: value
         for name, value in values.items()
         if value is not None and name not in _RESULT and (isinstance(value, torch.Tensor) or not callable(value))
     }
-    seed = given.pop("generator", None)
+    seed = arguments.pop("generator", None)
     if seed is not None:
         seed = _text(seed)
-    elif "seed" in given:
-        seed = given.pop("seed")
-    elif "latents" not in given:
+    elif "seed" in arguments:
+        seed = arguments.pop("seed")
+    elif "latents" not in arguments:
         seed = f"drawn by this rank ({_text(_default_generator())})"
-    names = [*(name for name in _FIRST if name in given), *sorted(given.keys() - set(_FIRST))]
-    parts = [f"{name}={_cut(_text(given[name]), _VALUE)}" for name in names]
+    names = [*(name for name in _FIRST if name in arguments), *sorted(arguments.keys() - set(_FIRST))]
+    parts = [f"{name}={_cut(_text(arguments[name]), _VALUE)}" for name in names]
     if seed is not None:
-        parts.insert(sum(name in given for name in _FIRST), f"seed={seed}")
+        parts.insert(sum(name in arguments for name in _FIRST), f"seed={seed}")
     return _cut(", ".join(parts), _LENGTH)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, (str, Number)):
         return repr(value)
-    if isinstance(value, torch.Generator):  # initial_seed() does not show what has been drawn since
+    if isinstance(value, torch.Generator):  # initial_seed() does not change with draws
         return f"{value.initial_seed()}, state {_digest(value.get_state().numpy().tobytes())}"
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}{list(value.shape)}"
@@ -57,7 +57,7 @@ def _text(value: Any) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """At most ``length`` characters: where text is cut off, a digest of the whole."""
+    """At most ``length`` characters; a truncated text ends in a digest of the whole text."""
     return text if len(text) <= length else f"{text[: length - 12]}... {_digest(text.encode())}"
 
 

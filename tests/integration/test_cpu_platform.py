@@ -1,4 +1,4 @@
-"""xDiT on CPU ranks over gloo with the hooks of platform_cpu alone: imports, USP, PipeFusion, the runner, `xdit`."""
+"""xDiT on CPU ranks over gloo with only the hooks of cpu_platform: imports, USP, PipeFusion, the runner, `xdit`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from sf_xfuser.bench.tiny_models import save_tiny_model
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
+from sf_xfuser.integrations.xdit import cpu_platform
 from tests.launch import RANKS, run, torchrun
 
 PROMPT = "a cat on a red chair"
-# The plugin installs the same hooks; it is off here, and the sitecustomize of RANKS/site installs them by themselves.
+# The plugin, which installs the same hooks, is off; the sitecustomize of RANKS/site installs only them.
 PLATFORM_ONLY = {
     "SF_XFUSER_AUTOLOAD": "0",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(RANKS / "site"), os.environ.get("PYTHONPATH")])),
 }
-# One step: PipeFusion, whose first step is its synchronous warm-up, is then exact too.
+# One step: the first step of PipeFusion is its synchronous warm-up, which is exact.
 RUNNER_FLAGS = ["--model", "tiny-flux", "--prompt", PROMPT, "--seed", "1", "--height", "128", "--width", "128"]
 RUNNER_FLAGS += ["--num_inference_steps", "1", "--max_sequence_length", "16", "--num_iterations", "1"]
 
@@ -33,7 +33,7 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("build", [pytest.param("cpu-build", marks=pytest.mark.slow), "cuda-build"])
 def test_everything_imports_and_remove_restores_it(build):
-    """Also with a CUDA build of PyTorch without a GPU, which xDiT takes for a CUDA machine."""
+    """Also with a CUDA build of PyTorch without a GPU, which xDiT treats as a CUDA machine."""
     finished = run([sys.executable, str(RANKS / "platform_import.py"), build], env=PLATFORM_ONLY)
     assert "imported and removed" in finished.output
 
@@ -45,20 +45,20 @@ def test_usp_equals_single_process_attention():
 
 
 def test_pipefusion_delivers_every_send_and_is_exact(tiny_flux):
-    """Two stages of xDiT's Flux pipeline, synchronous and asynchronous; sends that the caller forgets still arrive."""
+    """Two stages of xDiT's Flux pipeline, synchronous and asynchronous; sends without a kept Work arrive."""
     output = torchrun("platform_pipefusion.py", tiny_flux, nproc=2, env=PLATFORM_ONLY).output
     assert "2 patches" in output
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
-def test_both_directions_of_a_link_are_used_at_once(nproc):
-    """All-to-all, even and uneven, plain, asynchronous and functional, the ring's hop, and all-gather of two ranks."""
+def test_exchanges_equal_those_of_gloo(nproc):
+    """All-to-all (even, uneven, asynchronous, functional), a hop of the ring, and all-gather of two ranks."""
     output = torchrun("platform_gloo.py", nproc=nproc, env=PLATFORM_ONLY).output
     assert output.count("as gloo's own") == 3 * nproc
 
 
 def test_fsdp_shards_and_equals_the_whole_module():
-    """Ranks that start with other weights than rank 0 (FSDP1 brings them in step), and the per-block path (FSDP2)."""
+    """Ranks that start with other weights than rank 0 (FSDP1 broadcasts them), and the per-block path (FSDP2)."""
     output = torchrun("platform_sharding.py", nproc=2, env=PLATFORM_ONLY).output
     assert output.count("equals the whole module") == 4
 
@@ -78,7 +78,7 @@ def test_cuda_devices_in_xdit_mean_the_cpu(tiny_flux):
     ],
 )
 def test_runner_makes_the_image_of_diffusers(launcher, degrees, tiny_flux, tmp_path):
-    """xDiT's own FLUX runner model (bfloat16; float16 with PipeFusion) through both of its entry points."""
+    """xDiT's own FLUX runner model (bfloat16; float16 with PipeFusion) through both entry points."""
     import numpy
     from diffusers import FluxPipeline
     from PIL import Image
@@ -108,7 +108,7 @@ def test_runner_makes_the_image_of_diffusers(launcher, degrees, tiny_flux, tmp_p
     ).images[0]
     error = numpy.abs(image - numpy.asarray(expected, dtype=float)).mean()
     assert error < 1.0, f"mean difference {error} of 255"
-    assert image.std() > 5, "an image without contrast compares equal to anything"
+    assert image.std() > 5, "images without contrast are always close"
 
 
 @pytest.mark.parametrize("accelerator", ["cuda", "npu", "musa", "mps"])
@@ -119,9 +119,9 @@ def test_is_not_needed_with_an_accelerator(accelerator, monkeypatch):
     for name in ("cuda", "npu", "musa"):
         monkeypatch.setattr(torch, name, absent, raising=False)
     monkeypatch.setattr(torch.backends, "mps", absent)
-    assert platform_cpu.needed()
+    assert cpu_platform.needed()
     monkeypatch.setattr(torch.backends if accelerator == "mps" else torch, accelerator, present, raising=False)
-    assert not platform_cpu.needed()
+    assert not cpu_platform.needed()
 
 
 def test_needed_survives_a_broken_probe(monkeypatch):
@@ -130,10 +130,10 @@ def test_needed_survives_a_broken_probe(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert platform_cpu.needed()
+    assert cpu_platform.needed()
 
 
-def test_every_hook_says_why_and_until_when():
-    places = [(hook.module, hook.name) for hook in platform_cpu.HOOKS]
-    assert len(set(places)) == len(places)
-    assert all(len(hook.why) > 20 and len(hook.remove_when) > 20 for hook in platform_cpu.HOOKS)
+def test_every_hook_has_a_reason_and_a_removal_condition():
+    attributes = [(hook.module, hook.name) for hook in cpu_platform.HOOKS]
+    assert len(set(attributes)) == len(attributes)
+    assert all(len(hook.why) > 20 and len(hook.remove_when) > 20 for hook in cpu_platform.HOOKS)

@@ -1,6 +1,6 @@
-"""The flag under every way to start xDiT, on CPU ranks: the xdit command, torchrun with one and two nodes, Ray, HTTP.
+"""``--sp-backend`` with every launcher of xDiT, on CPU ranks: the xdit command, torchrun, Ray, the HTTP service.
 
-Each runs the example of its number in examples/.
+The tests run the scripts in examples/.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def test_xdit_command_without_degrees():
         ("--sp-backend torus --ulysses_degree 2", 2),
     ],
 )
-def test_processes_that_the_xdit_command_starts(flags, processes, monkeypatch):
-    """What it would start on a machine of six devices."""
+def test_number_of_processes_of_the_xdit_command(flags, processes, monkeypatch):
+    """On a machine with six devices."""
     plugin.enable()
     cli = importlib.import_module("xfuser.cli")
     started = []
@@ -81,7 +81,7 @@ def test_processes_that_the_xdit_command_starts(flags, processes, monkeypatch):
 
 
 def test_one_torchrun_node(flux, tmp_path):
-    """examples/03_flux_with_the_flag.py, an xDiT script with nothing but the flag; the topology is gathered."""
+    """examples/03_flux_with_the_flag.py, an xDiT script with only the flag; the topology is gathered."""
     script, size = str(EXAMPLES / "03_flux_with_the_flag.py"), ["--height", "128", "--width", "128"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *size]
     command += ["--model", str(flux), "--prompt", PROMPT, "--num_inference_steps", "1", "--max_sequence_length", "16"]
@@ -101,7 +101,7 @@ def test_two_torchrun_nodes():
 
 
 def test_ray_workers(flux, tmp_path):
-    """examples/07_ray.py: the flags reach workers that parse no command line; the picture is that of one process."""
+    """examples/07_ray.py: workers parse no command line; the picture equals that of one process."""
     out = tmp_path / "picture.pt"
     size = {"height": 128, "width": 128, "num_inference_steps": 2, "max_sequence_length": 16, "seed": SEED}
     command = [sys.executable, str(EXAMPLES / "07_ray.py"), "--model", str(flux), "--prompt", PROMPT, "--out", str(out)]
@@ -110,14 +110,14 @@ def test_ray_workers(flux, tmp_path):
     finished = run(command, timeout=300)
     assert re.search(r"RayWorkerWrapper.*--sp-backend torus: Torus Attention", finished.output), finished.output[-4000:]
     pipe = DiffusionPipeline.from_pretrained(flux, torch_dtype=torch.float32)
-    wanted = pipe(
+    expected = pipe(
         prompt=PROMPT, generator=torch.Generator("cpu").manual_seed(size.pop("seed")), output_type="pt", **size
     ).images
-    assert (torch.load(out) - wanted).abs().max() <= 1e-4
+    assert (torch.load(out) - expected).abs().max() <= 1e-4
 
 
 def test_http_service(flux):
-    """examples/08_http_service.py: xDiT's service, whose parser knows nothing of the flags, serves a picture."""
+    """examples/08_http_service.py: xDiT's service, with a parser that does not know the flags, returns a picture."""
     command = [sys.executable, str(EXAMPLES / "08_http_service.py"), "--model_path", str(flux), "--world_size", "4"]
     command += ["--sp-backend", "torus", "--sp-topology=2x2"]
     service = subprocess.Popen(
@@ -146,11 +146,11 @@ def test_http_service(flux):
     text = "".join(lines)
     assert re.search(r"ImageGenerator.*--sp-backend torus: Torus Attention; 2 machine", text), text[-4000:]
     assert picture is not None and picture.size == (128, 128), text[-4000:]
-    assert len(picture.getcolors(maxcolors=128 * 128)) > 1000  # noise, as the weights are, and not one colour
+    assert len(picture.getcolors(maxcolors=128 * 128)) > 1000  # random weights give noise, not one colour
 
 
 def generate(timeout_s: float) -> Image.Image | None:
-    """What the service answers; None where it is not listening yet."""
+    """The picture from the service; None if it is not listening yet."""
     order = {"prompt": PROMPT, "num_inference_steps": 1, "cfg": 3.5, "height": 128, "width": 128}
     request = urllib.request.Request(
         "http://127.0.0.1:6000/generate", json.dumps(order).encode(), {"Content-Type": "application/json"}

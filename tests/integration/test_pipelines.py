@@ -1,6 +1,6 @@
 """Real pipelines through xDiT with ``--sp-backend torus``, against single-process diffusers and xDiT's own USP.
 
-Each family runs all its cases in one launch of four ranks; the machines are pretended with ``--sp-topology``.
+Each family runs all its cases in one launch of four ranks; ``--sp-topology`` overrides the topology.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ TOPOLOGIES = ("1x4", "2x2", "4x1")
 # Under --sp-backend that is repaired in xDiT 0.7 (test_repairs.py).
 UPSTREAM_INEXACT = {("flux", 13)}
 REPAIRED = version("xfuser") >= "0.7"
-# Cases that this xDiT cannot run without us either, and why
+# Cases that this xDiT does not run without the plugin either
 CANNOT: dict[str, str] = {}
 if version("xfuser") < "0.6":
     CANNOT |= dict.fromkeys(
         ("teacache-usp", "teacache", "fbcache-usp", "fbcache"),
-        "the step caches of xfuser 0.5 call Flux's single blocks in a way that diffusers has given up",
+        "the step caches of xfuser 0.5 call Flux's single blocks with arguments that diffusers removed",
     )
 
 
 @dataclass
 class Case:
-    """One run: its flags and what its latents have to equal."""
+    """One run: its flags, and the runs that its latents must equal."""
 
     family: str
     text_length: int
@@ -62,12 +62,12 @@ def cases_of(family: str) -> dict[str, Case]:
 
         for uly, ring in ((4, 1), (2, 2)):
             add(f"usp-{uly}x{ring}", ["--ulysses_degree", str(uly), "--ring_degree", str(ring)])
-        even = text == 16  # what text that SP does not divide adds is seen on one topology
+        even = text == 16  # one topology is enough for text that SP does not divide
         for topology in TOPOLOGIES if even else ("2x2",):  # degrees from the plan: Ulysses over all ranks
             add(f"torus-{topology}", torus(topology), xdit="usp-4x1")
         for topology in ("2x2", "4x1") if even else ("2x2",):  # Ring inside machines, and Ring across machines
-            given = ["--ulysses_degree", "2", "--ring_degree", "2"]
-            add(f"torus-{topology}-2x2", torus(topology, *given), xdit="usp-2x2")
+            degrees = ["--ulysses_degree", "2", "--ring_degree", "2"]
+            add(f"torus-{topology}-2x2", torus(topology, *degrees), xdit="usp-2x2")
     cases["torus-1x4-ring-only"] = Case(family, 16, torus("1x4", "--sp-plan", "ring=4"))
     cases["backend-usp"] = Case(family, 16, ["--sp-backend", "usp", "--sp-topology", "2x2"])
     cases["backend-ulysses"] = Case(family, 16, ["--sp-backend", "ulysses"])
@@ -90,13 +90,13 @@ def cases_of(family: str) -> dict[str, Case]:
         cases["parallel-vae"] = Case(family, 16, torus("2x2", "--use_parallel_vae", "--decode"), equals=("picture",))
         for format in ("int8", "fp8"):
             cases[format] = Case(family, 16, torus("2x2", "--sp-compress", format), equals=())
-        # A step that is skipped changes the result: only xDiT's own USP with the same cache gives the same.
+        # A skipped step changes the result: only xDiT's own USP with the same cache gives an equal one.
         for cache in ("teacache", "fbcache"):
             cached = [f"--use_{cache}", "--num_inference_steps", "4"]
             cases[f"{cache}-usp"] = Case(family, 16, [*cached, "--ulysses_degree", "4"], equals=())
             cases[cache] = Case(family, 16, torus("2x2", *cached), equals=(f"{cache}-usp",))
     if family in ("sd3", "flux"):
-        # Asynchronous steps use stale keys by design: only xDiT's own USP gives the same.
+        # Asynchronous steps use stale keys by design: only xDiT's own USP gives an equal result.
         stale = ["--pipefusion_parallel_degree", "2", "--warmup_steps", "1", "--num_inference_steps", "4"]
         cases["pipefusion-async-usp"] = Case(family, 16, [*stale, "--ulysses_degree", "2"], equals=())
         cases["pipefusion-async"] = Case(family, 16, torus("4x1", *stale), equals=("pipefusion-async-usp",))
@@ -115,7 +115,7 @@ _finished: dict[str, dict[str, Case]] = {}
 
 @pytest.fixture(scope="session")
 def finished(request, model_folder, tmp_path_factory):
-    """All cases of a family, run once, also where that fails."""
+    """All cases of a family, run once even if they fail."""
     family = request.param
     if family == "hunyuanvideo" and version("xfuser") < "0.6":
         pytest.skip("its wrapper in xfuser 0.5 reads no configuration: only the real model's size can be loaded")
@@ -144,7 +144,7 @@ def finished(request, model_folder, tmp_path_factory):
 
 
 def latents_of(path: Path) -> torch.Tensor:
-    """The result of a run: every rank that holds it holds the same bits."""
+    """The result of a run, which is bitwise equal on all ranks that have it."""
     first, *others = torch.load(path)["latents"].values()
     assert all(torch.equal(first, other) for other in others)
     return first
@@ -158,15 +158,15 @@ def test_latents(finished, name):
         pytest.skip(CANNOT[name])
     case = finished[name]
     for other in case.equals:
-        wanted = finished[f"single-{case.text_length}" if other == "single" else other].latents
-        error = (case.latents - wanted).abs().max().item()
+        expected = finished[f"single-{case.text_length}" if other == "single" else other].latents
+        error = (case.latents - expected).abs().max().item()
         assert error <= EXACT, f"{name} differs from {other} by {error:.2e}\n{case.explained}"
-    served = re.search(r"served by torus: (\d+)", case.explained)
+    handled = re.search(r"handled by torus: (\d+)", case.explained)
     if (case.family, name) == ("sd3", "pipefusion-async"):
-        assert "PipeFusion's KV cache sits inside USP" in case.explained, case.explained
+        assert "USP keeps PipeFusion's KV cache" in case.explained, case.explained
     elif "torus" in case.flags:
-        assert served is not None and int(served[1]) > 0, case.explained
-        assert "handed back" not in case.explained, case.explained
+        assert handled is not None and int(handled[1]) > 0, case.explained
+        assert "fell back" not in case.explained, case.explained
     if name.startswith("usp-"):
         assert case.explained == "no --sp-backend: xDiT runs untouched"
 
@@ -186,17 +186,17 @@ def test_compressed_chunks_change_the_latents_little(finished, format):
 @pytest.mark.parametrize("finished", ["flux"], indirect=True)
 @pytest.mark.parametrize("cache", ["teacache", "fbcache"])
 def test_step_caches_skip_attention_calls(finished, cache):
-    """On all ranks alike, or the ranks would have waited for each other."""
+    """The same calls on all ranks, else they would wait for each other."""
     if cache in CANNOT:
         pytest.skip(CANNOT[cache])
-    calls_of_a_step = calls_served(finished["runner-wrapper"]) // 2
-    assert calls_of_a_step <= calls_served(finished[cache]) < 4 * calls_of_a_step
+    calls_of_a_step = handled_calls(finished["runner-wrapper"]) // 2
+    assert calls_of_a_step <= handled_calls(finished[cache]) < 4 * calls_of_a_step
 
 
-def calls_served(case: Case) -> int:
-    served = re.search(r"served by torus: (\d+)", case.explained)
-    assert served is not None
-    return int(served[1])
+def handled_calls(case: Case) -> int:
+    handled = re.search(r"handled by torus: (\d+)", case.explained)
+    assert handled is not None
+    return int(handled[1])
 
 
 @pytest.mark.parametrize("finished", FAMILIES, indirect=True)
@@ -206,4 +206,4 @@ def test_the_plan_follows_the_topology(finished):
         explained = finished[f"torus-{topology}-16"].explained
         assert f"torus={torus_degree} ulysses={4 // torus_degree} ring=1" in explained
     assert "attention runs xDiT's own code" in finished["backend-usp"].explained
-    assert "served by torus" in finished["backend-auto"].explained
+    assert "handled by torus" in finished["backend-auto"].explained

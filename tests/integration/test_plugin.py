@@ -1,4 +1,4 @@
-"""The plugin inside xDiT, in one process: what autoload does, what the flags reach, what is undone."""
+"""The plugin inside xDiT, in one process: autoload, flags, refusals, hooks, command lines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from sf_xfuser import TorusArgs
-from sf_xfuser.integrations.xdit import plugin, session
-from sf_xfuser.integrations.xdit import validation as combinations
+from sf_xfuser.integrations.xdit import plugin, session, validation
 from tests.launch import run
 
 BASE = ["--model", "m", "--ulysses_degree", "2"]
@@ -39,7 +38,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 # -- autoload --------------------------------------------------------------------------------------------------------
 
 
-def test_importing_torch_costs_one_finder_and_imports_nothing_of_ours():
+def test_importing_torch_adds_one_finder_and_loads_no_plugin():
     finished = python(
         "import sys, torch\n"
         "assert 'xfuser' not in sys.modules and 'sf_xfuser.integrations.xdit.plugin' not in sys.modules\n"
@@ -50,7 +49,7 @@ def test_importing_torch_costs_one_finder_and_imports_nothing_of_ours():
     assert finished.returncode == 0, finished.stderr
 
 
-def test_autoload_can_be_kept_out():
+def test_autoload_can_be_disabled():
     finished = python(
         "import sys, torch\nassert not any('FirstImport' in type(f).__name__ for f in sys.meta_path)\n",
         SF_XFUSER_AUTOLOAD="0",
@@ -72,8 +71,7 @@ def test_a_broken_plugin_warns_and_never_breaks_an_import(tmp_path):
 
 
 def test_another_extension_that_breaks_torch_keeps_its_own_error(tmp_path):
-    """PyTorch loads extensions in the order of sys.path: ours first, while xfuser imports torch. What fails then fails
-    with its own error, and nothing else fails."""
+    """PyTorch loads extensions in the order of sys.path, so ours loads first, while xfuser imports torch."""
     (tmp_path / "broken.py").write_text("def load():\n    raise RuntimeError('planted')\n")
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
@@ -90,7 +88,7 @@ def test_another_extension_that_breaks_torch_keeps_its_own_error(tmp_path):
     assert finished.stdout == "xfuser RuntimeError planted\ncolorsys imported\n"
 
 
-def test_importing_the_package_touches_nothing():
+def test_importing_the_package_imports_neither_torch_nor_xfuser():
     finished = python("import sys, sf_xfuser\nassert 'torch' not in sys.modules and 'xfuser' not in sys.modules\n")
     assert finished.returncode == 0, finished.stderr
 
@@ -111,7 +109,7 @@ def test_few_modules_import_xdit():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """As if torchrun had started this process among two."""
+    """As if torchrun had started this process as one of two."""
     plugin.enable()
     monkeypatch.setenv("WORLD_SIZE", "2")
     yield
@@ -141,7 +139,7 @@ def test_the_runners_parser(launched):
 
 
 def test_the_http_services_plain_parser_and_keyword_arguments(launched):
-    """entrypoints/launch.py: its parser knows none of the flags, and xFuserArgs is built by keyword."""
+    """entrypoints/launch.py: its parser does not know the flags, and it builds xFuserArgs by keyword."""
     from xfuser import xFuserArgs
 
     parser = ArgumentParser()
@@ -152,7 +150,7 @@ def test_the_http_services_plain_parser_and_keyword_arguments(launched):
     assert getattr(pickle.loads(pickle.dumps(xfuser_args)), session.MARK).plan == "paper"
 
 
-def test_a_parser_that_knows_the_flags_or_never_sees_them_is_left_alone(launched):
+def test_other_parsers_are_unchanged(launched):
     parser = ArgumentParser()
     parser.add_argument("--sp-backend")
     assert parser.parse_args(["--sp-backend", "mine"]).sp_backend == "mine"
@@ -162,7 +160,7 @@ def test_a_parser_that_knows_the_flags_or_never_sees_them_is_left_alone(launched
 
 
 @pytest.mark.parametrize(
-    ("backend", "transport", "found", "wanted"),
+    ("backend", "transport", "found", "expected"),
     [
         ("torus", "auto", None, "32"),
         ("usp", "nvshmem", None, "32"),
@@ -171,16 +169,18 @@ def test_a_parser_that_knows_the_flags_or_never_sees_them_is_left_alone(launched
         ("torus", "two_sided", None, None),
     ],
 )
-def test_hardware_queues_are_asked_for_where_waits_may_share_them(backend, transport, found, wanted, monkeypatch):
+def test_the_number_of_hardware_queues_is_set_for_transports_that_wait_on_the_gpu(
+    backend, transport, found, expected, monkeypatch
+):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", found or "")
     if found is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     monkeypatch.setattr(session.current, "args", None)
-    session.put_in_force(TorusArgs(backend=backend, transport=transport))
-    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == wanted
+    session.activate(TorusArgs(backend=backend, transport=transport))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
-def test_without_the_flag_nothing_is_marked_or_filled(launched):
+def test_without_the_flag_xdits_arguments_are_unchanged(launched):
     from xfuser import xFuserArgs
     from xfuser.config import FlexibleArgumentParser
 
@@ -221,17 +221,17 @@ REFUSED = {
     "data parallel attention": ([*TORUS, "--use_fast_attn"], r"--sp-backend torus with --use_fast_attn: "),
     "plan of xDiT's own": (
         ["--sp-backend", "usp", "--sp-plan", "paper", "--ulysses_degree", "2"],
-        r"--sp-plan paper chooses Torus Attention's layout, and --sp-backend usp runs xDiT's own code",
+        r"--sp-plan paper sets Torus Attention's layout, but --sp-backend usp runs xDiT's own code",
     ),
     "check of xDiT's own": (["--sp-backend", "usp", "--sp-check", "first"], r"--sp-check first compares .*backend usp"),
     "kernel of xDiT's own": (
         ["--sp-backend", "usp", "--sp-kernel", "fused"],
-        r"--sp-kernel fused computes .*backend usp",
+        r"--sp-kernel fused selects .*backend usp",
     ),
-    "strict without torus": (["--sp-backend", "ulysses", "--sp-strict"], r"--sp-strict is about .*backend ulysses"),
+    "strict without torus": (["--sp-backend", "ulysses", "--sp-strict"], r"--sp-strict applies to .*backend ulysses"),
     "transport of a ring": (
         ["--sp-backend", "ring", "--sp-transport", "tcp"],
-        r"--sp-transport tcp moves no ring",
+        r"--sp-transport tcp does not apply to a ring",
     ),
     "compressed by xDiT": (
         ["--sp-backend", "ring", "--sp-compress", "int8"],
@@ -242,7 +242,7 @@ REFUSED = {
         r"--sp-compress int8 cannot be used with --sp-transport shm",
     ),
 }
-SERVED = {  # near what is refused
+ACCEPTED = {  # similar to the refused ones
     "lse": [*TORUS, "--attention_backend", "flash"],
     "fp8 communication": [*TORUS, "--use_fp8_comms"],
     "compiled": [*TORUS, "--use_torch_compile", "--sp-strict", "--sp-compress", "fp8"],
@@ -251,14 +251,14 @@ SERVED = {  # near what is refused
     "strict all-to-all": ["--sp-backend", "ulysses", "--sp-strict", "--sp-transport", "tcp"],
     "plan and its degrees": [*TORUS, "--sp-plan", "torus=1,ulysses=2,ring=1"],
 }
-if version("xfuser") < "0.7":  # whose parser does not know the flag
-    for cases in (REFUSED, SERVED):
+if version("xfuser") < "0.7":  # its parser does not have the flag
+    for cases in (REFUSED, ACCEPTED):
         for name in [name for name, case in cases.items() if "--use_fp8_comms" in str(case)]:
             del cases[name]
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_before_anything_is_started(launched, case):
+def test_refused_flags(launched, case):
     from xfuser import xFuserArgs
     from xfuser.config import FlexibleArgumentParser
 
@@ -269,25 +269,25 @@ def test_refusals_before_anything_is_started(launched, case):
         xFuserArgs.from_cli_args(arguments)
 
 
-@pytest.mark.parametrize("case", SERVED)
-def test_what_is_near_a_refusal_is_served(launched, case):
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted_flags(launched, case):
     from xfuser import xFuserArgs
     from xfuser.config import FlexibleArgumentParser
 
     parser = xFuserArgs.add_cli_args(FlexibleArgumentParser())
-    assert xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *SERVED[case]])).ulysses_degree == 2
+    assert xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *ACCEPTED[case]])).ulysses_degree == 2
 
 
-def test_a_hybrid_schedule_needs_log_sum_exps_too():
+def test_a_hybrid_schedule_needs_log_sum_exps():
     xfuser_args = SimpleNamespace(hybrid_attn_low_precision_backend="AITER_FP8")
     with pytest.raises(ValueError, match="--sp-backend torus with --hybrid_attn_low_precision_backend AITER_FP8: "):
-        combinations.refuse(xfuser_args, TorusArgs(backend="torus"), None)
-    combinations.refuse(xfuser_args, TorusArgs(backend="usp"), None)
+        validation.refuse(xfuser_args, TorusArgs(backend="torus"), None)
+    validation.refuse(xfuser_args, TorusArgs(backend="usp"), None)
 
 
 @pytest.mark.parametrize("transformer", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
 def test_strict_and_a_cache_inside_usp(launched, transformer, tmp_path, monkeypatch):
-    """PipeFusion's, which some models have. Asked of the model's configuration, before any weight is read."""
+    """Some models keep PipeFusion's cache inside USP. Refused by the model's configuration, before weights are read."""
     from xfuser import xFuserArgs
     from xfuser.config import FlexibleArgumentParser
 
@@ -297,9 +297,11 @@ def test_strict_and_a_cache_inside_usp(launched, transformer, tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "4")
     argv = ["--model", str(tmp_path), "--sp-backend", "torus", "--sp-strict", "--pipefusion_parallel_degree", "2"]
     arguments = xFuserArgs.add_cli_args(FlexibleArgumentParser()).parse_args(argv)
-    said = r"--sp-strict with --pipefusion_parallel_degree 2: PipeFusion keeps the keys of SD3Transformer2DModel"
+    message = (
+        "--sp-strict with --pipefusion_parallel_degree 2: xDiT's own USP keeps PipeFusion's KV cache of SD3Transformer"
+    )
     refused = transformer.startswith("SD3")
-    with pytest.raises(ValueError, match=said) if refused else nullcontext():
+    with pytest.raises(ValueError, match=message) if refused else nullcontext():
         xFuserArgs.from_cli_args(arguments)
 
 
@@ -317,14 +319,14 @@ def test_an_unsupported_version_is_refused_with_the_supported_ones(launched, mon
 
 @pytest.mark.parametrize(("version", "allowed"), [("0.9.1", True), ("0.4.5", False)])
 def test_a_newer_version_can_be_tried(version, allowed, launched, monkeypatch):
-    """An older one cannot: it lacks what is hooked."""
+    """An older version cannot: it lacks hooked attributes."""
     real = plugin.importlib.metadata.version
     monkeypatch.setattr(plugin.importlib.metadata, "version", lambda name: version if name == "xfuser" else real(name))
     monkeypatch.setenv("SF_XFUSER_ALLOW_UNTESTED", "1")
     assert (plugin.unsupported() is None) == allowed
 
 
-def test_a_newer_version_that_lacks_a_place_is_refused_all_the_same(launched, monkeypatch):
+def test_a_newer_version_without_a_hooked_attribute_is_refused(launched, monkeypatch):
     moved = replace(plugin.HOOKS[-2], name="USP_of_another_name")
     states = [*plugin.hook_states(), (moved, "missing")]
     monkeypatch.setattr(plugin, "hook_states", lambda: states)
@@ -342,7 +344,7 @@ def test_a_missing_package_is_named(launched, monkeypatch):
 
 
 def test_a_request_begins_in_every_pipeline_of_xdit(launched):
-    """Also one that a later xDiT adds."""
+    """Fails for a pipeline that a later xDiT adds."""
     from xfuser.model_executor import pipelines
 
     base = pipelines.xFuserPipelineBaseWrapper
@@ -359,14 +361,14 @@ def test_a_request_begins_in_every_pipeline_of_xdit(launched):
     assert own and own <= hooked, own - hooked
 
 
-def test_every_record_is_in_place_and_undone():
+def test_every_hook_is_applied_and_removed():
     finished = python(
         "import sys, torch\n"
         "from sf_xfuser.integrations.xdit import plugin\n"
         "import xfuser\n"
         "assert not plugin.import_hooked_modules()\n"
         "states = {f'{h.module}.{h.name}': s for h, s in plugin.hook_states()\n"
-        "          if h.required or h.module in sys.modules}  # some versions lack some modules\n"
+        "          if h.required or h.module in sys.modules}  # optional modules\n"
         "assert set(states.values()) == {'applied'}, states\n"
         "import importlib, inspect, sys\n"
         "usp = importlib.import_module('xfuser.model_executor.layers.usp')\n"
@@ -374,7 +376,7 @@ def test_every_record_is_in_place_and_undone():
         "wan = importlib.import_module('xfuser.model_executor.models.transformers.transformer_wan')\n"
         "hooked = usp.USP\n"
         "original = hooked.__wrapped__\n"
-        "assert wan.USP is hooked and inspect.unwrap(flux.USP) is original  # a repair may stand between\n"
+        "assert wan.USP is hooked and inspect.unwrap(flux.USP) is original  # a repair may wrap it\n"
         "import argparse\n"
         "parse = argparse.ArgumentParser.parse_known_args\n"
         "plugin.disable()\n"
@@ -447,7 +449,7 @@ def test_doctor(capsys, monkeypatch):
 
 
 def test_doctor_checks_the_environment_of_nvshmem(monkeypatch):
-    """As on one of AWS's machines, with NVSHMEM installed."""
+    """As on an AWS machine with NVSHMEM installed."""
     from sf_xfuser import doctor
     from sf_xfuser.transport.gpu import nvshmem
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong on an xDiT launch line: one clear error, the same on every rank, and no hang."""
+"""Invalid xDiT launch lines: one clear error, the same on every rank, and no hang."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A Flux of 8 heads, and its copy whose configuration says 6 (nothing of it is loaded)."""
+    """A Flux with 8 heads, and a copy with 6 heads in its configuration (no weights are loaded)."""
     good = save_tiny_model("flux", tmp_path_factory.mktemp("refusals") / "flux")
     odd = good.with_name("six-heads")
     shutil.copytree(good, odd)
@@ -77,13 +77,13 @@ def refusals(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_alike_on_every_rank(case, refusals):
+def test_same_error_on_every_rank(case, refusals):
     assert set(refusals[case]) == {"0", "1", "2", "3"}
     assert len(set(refusals[case].values())) == 1, refusals[case]
     assert re.match(REFUSED[case][1], refusals[case]["0"], re.DOTALL), refusals[case]["0"]
 
 
-def test_the_job_ends_soon_with_a_status(folders, tmp_path):
+def test_the_job_ends_soon_with_an_error_status(folders, tmp_path):
     started = time.monotonic()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     command += [str(RANKS / "run_pipeline.py"), "--family", "flux", "--model", str(folders[0]), "--out"]

@@ -1,7 +1,7 @@
-"""xDiT's own runner with a tiny Flux on 3, 5 and 6 ranks, whatever the height, against one process of diffusers.
+"""xDiT's own runner with a tiny Flux on 3, 5 and 6 ranks, at any height, against one process of diffusers.
 
-xDiT as installed starts none of them: its runner splits the rows of a default height. Each case makes two requests, of
-which the mesh is told.
+xDiT as installed starts none of them, because its runner splits the rows of a default height. Each case makes two
+requests, which the mesh compares between ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, nproc: int, height: int, width: int, flags: str, **options) -> tuple[str, list[torch.Tensor]]:
-    """What every rank reports, and the latents of the two requests, for seeds 1 and 2."""
+    """The report of rank 0, and the latents of the two requests, for seeds 1 and 2."""
     size = ["--height", str(height), "--width", str(width), "--max_sequence_length", str(TEXT)]
     argv = ["--prompt", PROMPT, *size, "--num_inference_steps", "2", "--num_iterations", "1", *flags.split()]
     output = torchrun("runner.py", folder, json.dumps({"case": argv}), nproc=nproc, timeout=120, **options).output
@@ -49,7 +49,7 @@ def run(folder: Path, nproc: int, height: int, width: int, flags: str, **options
 
 
 def single(folder: Path, height: int, width: int, steps: int) -> list[torch.Tensor]:
-    """As the runner loads the model: in bfloat16, or in float16 under PipeFusion, where one step is made."""
+    """With the dtype of the runner: bfloat16, or float16 under PipeFusion, which runs one step."""
     dtype = torch.float16 if steps == 1 else torch.bfloat16
     pipe = FluxPipeline.from_pretrained(folder / "black-forest-labs" / "FLUX.1-dev", torch_dtype=dtype)
     pipe.to(torch.float32).set_progress_bar_config(disable=True)
@@ -69,9 +69,9 @@ def single(folder: Path, height: int, width: int, steps: int) -> list[torch.Tens
     return decoded
 
 
-def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    assert len(found) == len(wanted) == 2
-    for one, other in zip(found, wanted, strict=True):
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= EXACT
 
 
@@ -89,9 +89,9 @@ def test_latents(folder, nproc, height, width, flags):
     assert_equal(found, single(folder, height, width, steps=1 if PIPEFUSION in flags else 2))
     assert "repaired in xDiT: Flux's runner does not cut the default height of 1024 into rows" in text, text
     requests = [line for line in text.splitlines() if line.startswith("request: ")]
-    # The runner, and the pipeline of diffusers or xDiT that it then calls
-    wanted = [f"max_sequence_length={TEXT}, seed={seed}{more}" for seed in (1, 2) for more in ("", ", state")]
-    assert len(requests) == len(wanted) and all(w in r for w, r in zip(wanted, requests, strict=True)), requests
+    # one from the runner and one from the pipeline that it calls
+    expected = [f"max_sequence_length={TEXT}, seed={seed}{more}" for seed in (1, 2) for more in ("", ", state")]
+    assert len(requests) == len(expected) and all(w in r for w, r in zip(expected, requests, strict=True)), requests
 
 
 def test_xdit_as_installed_and_patched(folder, tmp_path_factory):
@@ -99,11 +99,11 @@ def test_xdit_as_installed_and_patched(folder, tmp_path_factory):
     text, found = run(folder, 3, 128, 128, flags)
     assert text == CANNOT and not found
     patched = copy_of_xdit(tmp_path_factory.mktemp("patched"), "repairs")
-    wanted = single(folder, 128, 128, steps=2)
+    expected = single(folder, 128, 128, steps=2)
     path = {"PYTHONPATH": os.fspath(patched)}
     text, found = run(folder, 3, 128, 128, flags, env=path)
     assert text == "no --sp-backend: xDiT runs untouched"
-    assert_equal(found, wanted)
+    assert_equal(found, expected)
     text, found = run(folder, 3, 128, 128, "--sp-backend torus --sp-topology 3x1", env=path)
     assert "repaired in xDiT" not in text
-    assert_equal(found, wanted)
+    assert_equal(found, expected)

@@ -1,7 +1,7 @@
 """Heads, text and video tokens that the ranks do not divide, through real pipelines on 4, 5 and 6 machines of one rank.
 
-xDiT is given degrees that divide the heads (24 heads on 5 machines: ``ring_degree`` 5), and Torus Attention splits them
-5 ways all the same, since that moves fewer bytes between machines. Heights are those that xDiT can split.
+xDiT gets degrees that divide the heads (24 heads on 5 machines: ``ring_degree`` 5). Torus Attention still splits them
+over 5 ranks, because that moves fewer bytes between machines. xDiT can split all heights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEXT = 13
 
 @dataclass(frozen=True)
 class Case:
-    """``size`` is one that xDiT itself can run on that many ranks."""
+    """``size``: xDiT itself can split it over the ranks."""
 
     family: str
     heads: int
@@ -54,14 +54,14 @@ CASES = {
 @cache
 def folder_of(root, family, heads, size):
     folder = save_tiny_model(family, root / f"{family}-{heads}-{size[0]}x{size[1]}", heads=heads)
-    asked = folder / "small_input.json"
-    asked.write_text(json.dumps(json.loads(asked.read_text()) | {"height": size[0], "width": size[1]}))
+    path = folder / "small_input.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"height": size[0], "width": size[1]}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """machines -> case -> (latents, explained), run once and when asked for."""
+    """machines -> case -> (latents, explained), run once on first use."""
     root = tmp_path_factory.mktemp("uneven")
 
     @cache
@@ -103,6 +103,6 @@ def test_latents(finished, name):
     assert error <= EXACT, f"{error:.2e}\n{explained}"
     assert f"{case.machines} machine(s) x 1 rank(s): {case.layout}" in explained, explained
     assert ("heads split unevenly" in explained) == (case.heads % case.machines > 0)
-    served = re.search(r"served by torus: (\d+)", explained)
-    assert served is not None and int(served[1]) > 0
-    assert "handed back" not in explained, explained
+    handled = re.search(r"handled by torus: (\d+)", explained)
+    assert handled is not None and int(handled[1]) > 0
+    assert "fell back" not in explained, explained

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from cases import run_cases
 from diffusers import FluxTransformer2DModel
 
-from sf_xfuser.autotune.selector import Choice
+from sf_xfuser.autotune.selector import Selector
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.diffusers.parallelize import parallelize
 from sf_xfuser.kernels import sdpa_attend
@@ -479,7 +479,7 @@ def case_usp_trial_fails(rank):
     """--sp-backend auto: xDiT's own attention fails on rank 1 the first time it is called."""
     mesh, results, failures = mesh_of("shm"), [], iter([True])
     config = XditConfig(ulysses_degree=4, ring_degree=1)
-    choice = Choice(config, [], None, [mesh], kv_ratio=Fraction(1), log=lambda _: None)
+    selector = Selector(config, [], None, [mesh], kv_ratio=Fraction(1), log=lambda _: None)
 
     for seed in range(5):
         q, k, v = qkv(rank, seed)
@@ -495,7 +495,7 @@ def case_usp_trial_fails(rank):
             return torus(mesh=mesh, overlap=overlap)
 
         try:
-            results.append(compare(choice.serve(q, k, None, "kind", run_on, xdits)[1], rank, seed))
+            results.append(compare(selector.run(q, k, None, "kind", run_on, xdits)[1], rank, seed))
         except (RuntimeError, ArithmeticError) as error:
             results.append(f"{type(error).__name__}: {error}")
     mesh.close()

@@ -1,7 +1,7 @@
 """Rank side of test_selector.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
 
-Prints ``@@case|rank|value@@``: for each shape the largest difference from xDiT's own and the candidates that ran, in
-turn; for calls that torus cannot compute, why; and all that ``explain()`` says.
+Prints ``@@case|rank|first|second@@``: for each shape the largest difference from xDiT's own USP and the candidates that
+ran, in order; then ``explain()``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,70 +20,73 @@ from xfuser.core.distributed.attention_backend import AttentionBackendType
 from xfuser.model_executor.layers import usp
 
 import sf_xfuser
-from sf_xfuser.autotune import selector as choice
+from sf_xfuser.autotune.selector import Selector
 from sf_xfuser.integrations.xdit import session
 
 B, H, D, CALLS = 1, 8, 16, 32
 
 
 class AnyRuntimeState(runtime_state.RuntimeState):
-    """A runtime state without a pipeline: groups and attention backend are all that USP asks for."""
+    """A runtime state without a pipeline: USP uses only the groups and the attention backend."""
 
 
 def tensors(tokens: int, seed: int | None = None) -> list[torch.Tensor]:
-    """Of this rank; with a ``seed``, the same on all."""
+    """q, k, v of this rank; with ``seed``, the same on all ranks."""
     make = torch.Generator().manual_seed(get_sequence_parallel_rank() if seed is None else seed)
     return [torch.randn(B, tokens, H, D, generator=make).transpose(1, 2) for _ in range(3)]
 
 
-def slow_on_rank_2(parts: str, seconds: float) -> None:
-    """There the calls of candidates whose names hold one of ``parts``, which commas separate, take so much longer."""
-    call = choice.Choice._call
+def wrap_timed_calls(wrapper) -> None:
+    time_call = Selector._time
+    Selector._time = lambda self, name, call, device: time_call(self, name, partial(wrapper, name, call), device)
 
-    def slowed(self, name, **ways):
-        out = call(self, name, **ways)  # first: other ranks wait for nothing
+
+def slow_on_rank_2(parts: str, seconds: float) -> None:
+    """Slow down the timed calls of candidates with one of the comma-separated ``parts`` in their name."""
+
+    def slowed(name, call, candidate):
+        out = call(candidate)  # before the sleep, so that other ranks do not wait
         time.sleep(seconds if dist.get_rank() == 2 and any(part in name for part in parts.split(",")) else 0.0)
         return out
 
-    choice.Choice._call = slowed
+    wrap_timed_calls(slowed)
 
 
-def others_broken_on_rank_2() -> None:
-    """There xDiT fails in other degrees than its own."""
-    call = choice.Choice._call
+def other_degrees_fail_on_rank_2() -> None:
+    """Fail xDiT's USP in other degrees than its own."""
 
-    def broken(self, name, **ways):
-        out = call(self, name, **ways)
-        if name in self.others and dist.get_rank() == 2:
+    def broken(name, call, candidate):
+        out = call(candidate)
+        if candidate.degrees is not None and dist.get_rank() == 2:
             raise ArithmeticError("planted")
         return out
 
-    choice.Choice._call = broken
+    wrap_timed_calls(broken)
 
 
-def behind_on_rank_2() -> None:
-    """There the time of a trial's first call is not taken, as if the rank had been interrupted before it was."""
-    took, missed = choice.Choice._took, []
+def skip_a_record_on_rank_2() -> None:
+    """Skip recording the first call of a trial, as if the rank had been interrupted."""
+    record, missed = Selector._record, []
 
-    def miss(self, known, seconds):
-        if dist.get_rank() == 2 and known not in missed:
-            missed.append(known)
+    def miss(self, shape, seconds):
+        if dist.get_rank() == 2 and shape not in missed:
+            missed.append(shape)
         else:
-            took(self, known, seconds)
+            record(self, shape, seconds)
 
-    choice.Choice._took = miss
+    Selector._record = miss
 
 
 def apart() -> None:
-    """As if ranks shared no memory."""
-    make = choice.Choice.__init__
+    """Run as if ranks shared no memory."""
+    original = Selector.__init__
 
-    def init(self, own, others, groups, meshes, *args, **kwargs):
+    def init(self, own, other_degrees, use_degrees, meshes, *args, **kwargs):
         for mesh in meshes:
             mesh.one_host = False
-        make(self, own, others, groups, meshes, *args, **kwargs)
+        original(self, own, other_degrees, use_degrees, meshes, *args, **kwargs)
 
-    choice.Choice.__init__ = init
+    Selector.__init__ = init
 
 
 def main() -> None:
@@ -91,10 +95,10 @@ def main() -> None:
         apart()
     if "--broken" in sys.argv:
         sys.argv.remove("--broken")
-        others_broken_on_rank_2()
+        other_degrees_fail_on_rank_2()
     if "--behind" in sys.argv:
         sys.argv.remove("--behind")
-        behind_on_rank_2()
+        skip_a_record_on_rank_2()
     joint = "--joint" in sys.argv
     if joint:
         sys.argv.remove("--joint")
@@ -114,19 +118,19 @@ def main() -> None:
         expected = usp.USP.__wrapped__(q, k, v, **with_text)
         worst, ran = 0.0, []
         for _ in range(CALLS):
-            before = session.current.choice.calls.copy()
+            before = session.current.selector.calls.copy()
             worst = max(worst, (usp.USP(q, k, v, **with_text) - expected).abs().max().item())
-            ran += [one for one, n in session.current.choice.calls.items() if n > before[one]]
+            ran += [one for one, n in session.current.selector.calls.items() if n > before[one]]
         print(f"@@{name}|{rank}|{worst}|{' then '.join(ran)}@@", flush=True)
-    with contextlib.suppress(Exception):  # torus cannot compute it, and xDiT's own ring cannot either
+    with contextlib.suppress(Exception):  # neither torus nor xDiT's own ring supports it
         usp.USP(*tensors(12), is_causal=True)
-    if get_runtime_state().parallel_config.ring_degree == 1:  # xDiT's own ring needs a log-sum-exp, too
+    if get_runtime_state().parallel_config.ring_degree == 1:  # xDiT's own ring needs a log-sum-exp
         get_runtime_state().set_attention_backend(AttentionBackendType.SDPA)
         usp.USP(*tensors(12))
     print(f"@@explain|{rank}|{sf_xfuser.explain()}|@@", flush=True)
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
-    assert session.current.choice is None
+    assert session.current.selector is None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Every transformer of xDiT 0.7.0 that calls USP, as a tiny model with random weights, and inputs for it.
 
-``MODELS`` is the table: how each is built, which wrapper of xDiT runs it, and what has to come out of it under
-``--sp-backend torus``. ``run_transformers.py`` runs it on ranks, ``test_models.py`` checks what that says, and
-``support_table.py`` prints it for docs/models.md.
+``MODELS`` is the table: how to build each model, its wrapper in xDiT, and the expected result under ``--sp-backend
+torus``. ``run_transformers.py`` runs it on ranks, ``test_models.py`` checks the results, and ``support_table.py``
+prints it for docs/models.md.
 """
 
 from __future__ import annotations
@@ -42,36 +42,36 @@ SIZES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class But:
-    """What differs for one size of input, one way to split the ranks, or one of both. ``why`` is in docs/models.md.
+class Limit:
+    """A different result for one input size, one split of the ranks, or both. ``why`` is in docs/models.md.
 
-    ``xdit``: xDiT's own result differs from that of one process, and torus equals xDiT's. ``handed back``: torus hands
-    the calls to xDiT's USP, and ``says`` is the reason it logs. ``fails``: every rank raises, with and without torus;
-    ``says`` is the error. ``never``: not run, because xDiT's ranks would wait for each other.
+    ``xdit``: xDiT's own result differs from that of one process, and torus equals xDiT's. ``falls back``: calls
+    fall back to xDiT's USP, and ``reason`` is the reason it logs. ``fails``: every rank raises, with and without torus;
+    ``reason`` is the error. ``never``: not run, because xDiT's ranks would wait for each other.
     """
 
-    kind: Literal["xdit", "handed back", "fails", "never"]
+    kind: Literal["xdit", "falls back", "fails", "never"]
     why: str
-    says: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One row: a model of diffusers, and what runs it in xDiT.
+    """One row: a model of diffusers, and its wrapper in xDiT.
 
     ``wrapper`` is ``module:class`` below ``xfuser.model_executor.models.transformers``, or the name of a pipeline.
-    ``call(size)`` gives the arguments. ``but``: exceptions by ``"case size"``, case, size, or for ``"all"``; without
-    one, torus serves every call and equals diffusers in one process. ``split`` names arguments that xDiT's pipeline
-    cuts before the wrapper where the ranks divide them, with the dimension; ``"output"`` is put together again.
-    ``prepare(model, state, size)`` does what else the pipeline or the runner does first.
-    ``repaired``: what the log says of the repair, without which xDiT is wrong.
+    ``call(size)`` returns the arguments. ``limits``: by ``"case size"``, case, size, or for ``"all"``; without one,
+    torus handles every call and equals diffusers in one process. ``split`` names arguments that xDiT's pipeline splits
+    before the wrapper if the ranks divide them, with the dimension; ``"output"`` is gathered after it.
+    ``prepare(model, state, size)`` does the remaining set-up of the pipeline or runner.
+    ``repaired``: the log text of a repair, without which xDiT is wrong.
     """
 
     name: str
     wrapper: str
     build: Callable[[], Any]
     call: Callable[[Input], dict[str, Any]]
-    but: Mapping[str, But] = field(default_factory=dict)
+    limits: Mapping[str, Limit] = field(default_factory=dict)
     split: Mapping[str, int] = field(default_factory=dict)
     prepare: Callable[[Any, Any, Input], None] = lambda model, state, size: None
     repaired: str = ""
@@ -84,9 +84,9 @@ class Model:
     def is_pipeline(self) -> bool:
         return self.wrapper.endswith("Pipeline")
 
-    def exception(self, case: str, size: str) -> But | None:
+    def exception(self, case: str, size: str) -> Limit | None:
         keys = ("all", f"{case} {size}", case, size)
-        return next((self.but[key] for key in keys if key in self.but), None)
+        return next((self.limits[key] for key in keys if key in self.limits), None)
 
     def save(self, folder: Path) -> None:
         """Write the model with fixed random weights under ``folder``: a transformer, or a pipeline."""
@@ -377,11 +377,11 @@ def latte_call(size: Input) -> dict[str, Any]:
     )
 
 
-ONCE = But(kind="xdit", why="xDiT attends to the text once for each rank")
-PADDING = But(kind="xdit", why="xDiT attends to its own padding")
-HEIGHT = But(kind="fails", why="xDiT requires a height that the ranks divide", says="The height of the")
-NO_RING = But(kind="never", why="xDiT has no ring for it")
-MASK = But(kind="handed back", why="masked keys", says="attention_kwargs['attn_mask'] needs keys in order")
+ONCE = Limit(kind="xdit", why="xDiT attends to the text once for each rank")
+PADDING = Limit(kind="xdit", why="xDiT attends to its own padding")
+HEIGHT = Limit(kind="fails", why="xDiT requires a height that the ranks divide", reason="The height of the")
+NO_RING = Limit(kind="never", why="xDiT has no ring for it")
+MASK = Limit(kind="falls back", why="masked keys", reason="attention_kwargs['attn_mask'] needs keys in order")
 BATCH = "each prompt of a batch attends to its own text where lengths differ"
 MASKED = "calls with masked keys are computed by SDPA where the attention backend ignores masks"
 HAS_HEADS = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
@@ -436,7 +436,7 @@ def pixart(version: str) -> Model:
                 **HAS_HEADS, in_channels=16, out_channels=32, num_layers=2, cross_attention_dim=WIDTH, sample_size=32,
                 caption_channels=TEXT, use_additional_conditions=False)),
         call=pixart_call,
-        but={"odd": HEIGHT},
+        limits={"odd": HEIGHT},
     )  # fmt: skip
 
 
@@ -450,8 +450,8 @@ MODELS = (
         call=flux_call,
         prepare=lambda model, state, size: state.set_input_parameters(
             batch_size=1, num_inference_steps=1, max_condition_sequence_length=size.text),
-        but={
-            "2x2 odd": But(kind="fails", why="padding needs Ulysses over all ranks", says="needs ring_degree=1"),
+        limits={
+            "2x2 odd": Limit(kind="fails", why="padding needs Ulysses over all ranks", reason="needs ring_degree=1"),
         },
     ),
     Model(
@@ -461,7 +461,7 @@ MODELS = (
             **HAS_HEADS, in_channels=64, num_layers=1, num_single_layers=1, joint_attention_dim=TEXT,
             timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4)),
         call=flux2_call,
-        but={"text 13": But(kind="never", why="xDiT splits the text unevenly"), "odd": PADDING},
+        limits={"text 13": Limit(kind="never", why="xDiT splits the text unevenly"), "odd": PADDING},
     ),
     Model(
         name="SD3.5 with dual attention",
@@ -474,11 +474,10 @@ MODELS = (
                 caption_projection_dim=WIDTH, pooled_projection_dim=TEXT, pos_embed_max_size=32,
                 dual_attention_layers=(0,), qk_norm="rms_norm")),
         call=sd3_call,
-        but={
+        limits={
             "odd": HEIGHT,
             **dict.fromkeys(
-                ("even", "text 13"),
-                But(kind="fails", why="xDiT's processor omits joint_strategy", says="joint_strategy"),
+                ("even", "text 13"), Limit(kind="fails", why="xDiT's processor omits joint_strategy", reason="joint_strategy")
             ),
         },
     ),
@@ -487,7 +486,7 @@ MODELS = (
         wrapper="transformer_hunyuan_video:xFuserHunyuanVideoTransformer3DWrapper",
         build=hunyuan_video,
         call=hunyuan_video_call,
-        but={"odd": But(kind="never", why="xDiT splits the video unevenly")},
+        limits={"odd": Limit(kind="never", why="xDiT splits the video unevenly")},
     ),
     Model(
         name="HunyuanVideo, prompts of different length",
@@ -495,14 +494,14 @@ MODELS = (
         wrapper="transformer_hunyuan_video:xFuserHunyuanVideoTransformer3DWrapper",
         build=hunyuan_video,
         call=two_prompts(hunyuan_video_call, "encoder_attention_mask"),
-        but={"odd": But(kind="never", why="xDiT splits the video unevenly")},
+        limits={"odd": Limit(kind="never", why="xDiT splits the video unevenly")},
     ),
     Model(
         name="HunyuanVideo 1.5",
         wrapper="transformer_hunyuan_video15:xFuserHunyuanVideo15Transformer3DWrapper",
         build=hunyuan_video15,
         call=hunyuan_video15_call,
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="HunyuanVideo 1.5, prompts of different length",
@@ -510,35 +509,35 @@ MODELS = (
         wrapper="transformer_hunyuan_video15:xFuserHunyuanVideo15Transformer3DWrapper",
         build=hunyuan_video15,
         call=two_prompts(hunyuan_video15_call, "encoder_attention_mask"),
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Wan 2.1, 2.2",
         wrapper="transformer_wan:xFuserWanTransformer3DWrapper",
         build=lambda: diffusers.WanTransformer3DModel(**WAN),
         call=wan_call,
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Wan image to video",
         wrapper="transformer_wan:xFuserWanTransformer3DWrapper",
         build=lambda: diffusers.WanTransformer3DModel(**WAN, image_dim=TEXT, added_kv_proj_dim=WIDTH),
         call=wan_i2v_call,
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Wan VACE",
         wrapper="transformer_wan_vace:xFuserWanVACETransformer3DWrapper",
         build=lambda: diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=96),
         call=wan_vace_call,
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Qwen-Image",
         wrapper="transformer_qwen:xFuserQwenImageTransformerWrapper",
         build=qwen,
         call=qwen_call,
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Qwen-Image, prompts of different length",
@@ -546,7 +545,7 @@ MODELS = (
         wrapper="transformer_qwen:xFuserQwenImageTransformerWrapper",
         build=qwen,
         call=two_prompts(qwen_call, "encoder_hidden_states_mask"),
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Z-Image",
@@ -563,14 +562,14 @@ MODELS = (
             hidden_size=WIDTH, num_layers=2, num_refiner_layers=1, num_attention_heads=HEADS, num_kv_heads=4,
             multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(64, 32, 32), cap_feat_dim=TEXT),
         call=lumina2_call,
-        but={"2x2": NO_RING, "text 13": MASK, "odd": MASK},
+        limits={"2x2": NO_RING, "text 13": MASK, "odd": MASK},
     ),
     Model(
         name="Krea 2",
         wrapper="transformer_krea2:xFuserKrea2Transformer2DWrapper",
         build=krea2,
         call=krea2_call,
-        but={"text 13": PADDING, "odd": PADDING},
+        limits={"text 13": PADDING, "odd": PADDING},
     ),
     Model(
         name="Krea 2 with padded text",
@@ -578,8 +577,8 @@ MODELS = (
         wrapper="transformer_krea2:xFuserKrea2Transformer2DWrapper",
         build=krea2,
         call=lambda size: krea2_call(size, padded=3),
-        but={
-            "2x2": But(kind="fails", why="a ring has no masks", says="use --sp-plan with ring=1"),
+        limits={
+            "2x2": Limit(kind="fails", why="a ring has no masks", reason="use --sp-plan with ring=1"),
             **dict.fromkeys(SIZES, MASK),
         },
     ),
@@ -588,7 +587,7 @@ MODELS = (
         wrapper="transformer_ltx2:xFuserLTX2VideoTransformer3DWrapper",
         build=ltx2,
         call=ltx2_call,
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="LTX-2 with padded text",
@@ -596,7 +595,7 @@ MODELS = (
         wrapper="transformer_ltx2:xFuserLTX2VideoTransformer3DWrapper",
         build=ltx2,
         call=lambda size: ltx2_call(size, padded=3),
-        but={"odd": PADDING},
+        limits={"odd": PADDING},
     ),
     Model(
         name="Cosmos 3",
@@ -606,7 +605,7 @@ MODELS = (
             num_attention_heads=HEADS, num_hidden_layers=2, num_key_value_heads=HEADS, patch_latent_dim=64,
             vocab_size=64, rope_axes_dim=(4, 2, 2)),
         call=cosmos3_call,
-        but={"all": ONCE},
+        limits={"all": ONCE},
     ),
     Model(
         name="Ideogram 4",
@@ -616,7 +615,7 @@ MODELS = (
             mrope_section=(4, 2, 2)),
         call=ideogram4_call,
         prepare=lambda model, state, size: model._init_sp_state(),
-        but={"text 13": PADDING, "odd": PADDING},
+        limits={"text 13": PADDING, "odd": PADDING},
     ),
     Model(
         name="MiniMax-H3",
@@ -626,11 +625,11 @@ MODELS = (
             audio_in_channels=16, text_dim=TEXT, freq_dim=32, time_embed_hidden_dim=32, time_embed_dim=32,
             rope_freq_dim=2),
         call=minimax_h3_call,
-        but={
+        limits={
             "2x2": NO_RING,
             **dict.fromkeys(
                 ("text 13", "odd"),
-                But(kind="handed back", why="padded keys", says="attention_kwargs['indices_k'] needs keys in order"),
+                Limit(kind="falls back", why="padded keys", reason="attention_kwargs['indices_k'] needs keys in order"),
             ),
         },
     ),
@@ -647,7 +646,7 @@ MODELS = (
                 **HAS_HEADS, in_channels=16, patch_size=2, hidden_size=WIDTH, num_layers=4, cross_attention_dim=TEXT,
                 cross_attention_dim_t5=TEXT, pooled_projection_dim=TEXT)),
         call=hunyuan_dit_call,
-        but={"odd": HEIGHT},
+        limits={"odd": HEIGHT},
     ),
     Model(
         name="Latte",
@@ -660,7 +659,7 @@ MODELS = (
                 patch_size=2, activation_fn="gelu-approximate", norm_type="ada_norm_single", num_embeds_ada_norm=1000,
                 norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=TEXT, video_length=4)),
         call=latte_call,
-        but={"odd": HEIGHT},
+        limits={"odd": HEIGHT},
     ),
     Model(
         name="ConsisID",
@@ -671,7 +670,7 @@ MODELS = (
         call=consisid_call,
         split={"hidden_states": -2, "encoder_hidden_states": -2, "output": -2},
         prepare=consisid_state,
-        but={"odd": HEIGHT},
+        limits={"odd": HEIGHT},
     ),
     Model(
         name="Sana",
@@ -682,7 +681,7 @@ MODELS = (
         call=lambda size: {
             "hidden_states": rand(1, 16, size.height, size.width), "encoder_hidden_states": rand(1, size.text, TEXT),
             "timestep": torch.tensor([0.5])},
-        but={"all": But(kind="fails", why="its linear attention needs flash-attn, and a yunchang older than 0.6.4",
-                        says="TORCH")},
+        limits={"all": Limit(kind="fails", why="its linear attention needs flash-attn, and a yunchang older than 0.6.4",
+                        reason="TORCH")},
     ),
 )  # fmt: skip

@@ -1,10 +1,10 @@
-"""One process: where xDiT writes a CUDA device, the CPU is used; what xDiT itself says of devices is left alone."""
+"""One process: CUDA devices in xDiT mean the CPU; xDiT's own device functions are unchanged."""
 
 import sys
 from types import SimpleNamespace
 
 import torch
-import xfuser  # noqa: F401  (its import is what a user's program has too)
+import xfuser  # noqa: F401  (as in a user's program)
 from diffusers import FluxPipeline
 from xfuser.model_executor.models.runner_models import base_model, krea2
 from xfuser.model_executor.models.runner_models.loading import meta_load
@@ -25,7 +25,7 @@ def image_of(pipeline):
 
 
 def offloaded(option, path):
-    """A pipeline to which xDiT's own ``_enable_options`` has applied one offload option, as rank 3 would."""
+    """A pipeline after xDiT's ``_enable_options`` with one offload option on rank 3."""
     flags = dict.fromkeys(("enable_slicing", "enable_tiling", "group_offload_low_cpu_mem", *OFFLOADS), False)
     model = SimpleNamespace(
         config=SimpleNamespace(**{**flags, option: True}),

@@ -1,4 +1,4 @@
-"""Two or three ranks: all-to-all and all-gather with receives posted first give what gloo's own give."""
+"""Two or three ranks: all-to-all and all-gather with receives posted first equal those of gloo."""
 
 import gc
 import time
@@ -31,8 +31,7 @@ dist.ProcessGroup.recv, dist.ProcessGroup.send = recorded("recv"), recorded("sen
 
 
 def checked(call, group, receives, sends=None):
-    """``call`` through the hooks, with ranks that come apart, against gloo's own; it posts ``receives``, then ``sends``
-    (None: as many)."""
+    """Compare ``call`` with the hooks to gloo's own; it must post ``receives``, then ``sends`` (None: as many)."""
     stock = call(True)
     order.clear()
     time.sleep(0.01 * dist.get_rank(group))
@@ -43,10 +42,10 @@ def checked(call, group, receives, sends=None):
 
 def plain(x, sizes, group, asynchronous):
     def call(stock):
-        given, taken = sizes
-        out = torch.zeros(sum(taken) if taken else x.shape[0], *x.shape[1:], dtype=x.dtype)
+        sends, receives = sizes
+        out = torch.zeros(sum(receives) if receives else x.shape[0], *x.shape[1:], dtype=x.dtype)
         all_to_all = dist.all_to_all_single
-        work = (all_to_all.__wrapped__ if stock else all_to_all)(out, x, taken, given, group, async_op=asynchronous)
+        work = (all_to_all.__wrapped__ if stock else all_to_all)(out, x, receives, sends, group, async_op=asynchronous)
         gc.collect()
         assert (work is None) != asynchronous and (work is None or work.wait())
         return out
@@ -54,11 +53,11 @@ def plain(x, sizes, group, asynchronous):
     return call
 
 
-def as_read(collective, *args):
+def used(collective, *args):
     def call(stock):
         out = (collective.__wrapped__ if stock else collective)(*args)
         gc.collect()
-        assert stock or len(_Works._begun) == 1, "nobody but the tensor wants what knows how to wait for it"
+        assert stock or len(_Works._pending) == 1, "the Python object of a pending Work was deleted"
         return out * 1
 
     return call
@@ -67,53 +66,53 @@ def as_read(collective, *args):
 rows = torch.arange(12.0).view(12, 1) + 100 * RANK
 for dtype in (torch.float32, torch.bfloat16, torch.uint8):
     large = rows.repeat(1, 50_000).to(dtype)
-    # Row counts by (from, to): some are nothing.
+    # Row counts by (source, destination); some are zero.
     counts = [[(source + 2 * to + 1) % 3 for to in range(SIZE)] for source in range(SIZE)]
-    given, taken = counts[RANK], [row[RANK] for row in counts]
-    from_others, to_others = (sum(n > 0 for at, n in enumerate(x) if at != RANK) for x in (taken, given))
-    uneven = large[: sum(given)]
+    sends, receives = counts[RANK], [row[RANK] for row in counts]
+    from_others, to_others = (sum(n > 0 for at, n in enumerate(x) if at != RANK) for x in (receives, sends))
+    uneven = large[: sum(sends)]
     for asynchronous in (False, True):
         checked(plain(large, (None, None), WORLD, asynchronous), WORLD, SIZE - 1)
-        checked(plain(uneven, (given, taken), WORLD, asynchronous), WORLD, from_others, to_others)
-    checked(as_read(functional.all_to_all_single, large, None, None, WORLD), WORLD, SIZE - 1)
-    checked(as_read(functional.all_to_all_single, uneven, taken, given, WORLD), WORLD, from_others, to_others)
+        checked(plain(uneven, (sends, receives), WORLD, asynchronous), WORLD, from_others, to_others)
+    checked(used(functional.all_to_all_single, large, None, None, WORLD), WORLD, SIZE - 1)
+    checked(used(functional.all_to_all_single, uneven, receives, sends, WORLD), WORLD, from_others, to_others)
     around = [int(to == (RANK + 1) % SIZE) * 12 for to in range(SIZE)]
     back = [int(source == (RANK - 1) % SIZE) * 12 for source in range(SIZE)]
-    checked(as_read(functional.all_to_all_single, large, back, around, WORLD), WORLD, 1)
+    checked(used(functional.all_to_all_single, large, back, around, WORLD), WORLD, 1)
     if RANK < 2:
         for name in ("all_gather_single", "all_gather_tensor"):
             if gather := getattr(functional, name, None):
-                checked(as_read(gather, large, 0, SUBGROUP), SUBGROUP, 1)
+                checked(used(gather, large, 0, SUBGROUP), SUBGROUP, 1)
         checked(plain(large, (None, None), SUBGROUP, False), SUBGROUP, 1)
     print("as gloo's own", flush=True)
 
-# PyTorch's ring calls through the same name.
+# PyTorch's ring uses the same function.
 order.clear()
 passed_on = functional.permute_tensor(rows, [*range(1, SIZE), 0], WORLD)
 assert torch.equal(passed_on * 1, rows + 100 * ((RANK - 1) % SIZE - RANK))
 assert order == ["recv", "send"], order
 
-# Not ours: what autograd records.
+# Calls that need a gradient use gloo's own.
 order.clear()
 functional.all_to_all_single(rows.clone().requires_grad_(), None, None, WORLD).sum().backward()
 assert not order, order
 
-# Strides may differ from rank to rank; an output's may not differ from what gloo writes.
+# Input strides may differ between ranks; an output must be contiguous.
 strided = torch.stack([rows, rows], dim=1)[:, RANK % 2] if RANK else rows
 assert strided.is_contiguous() == (RANK == 0)
-wanted = torch.empty_like(rows)
-dist.all_to_all_single.__wrapped__(wanted, rows)
-assert torch.equal(functional.all_to_all_single(strided, [], [], WORLD) * 1, wanted)
+expected = torch.empty_like(rows)
+dist.all_to_all_single.__wrapped__(expected, rows)
+assert torch.equal(functional.all_to_all_single(strided, [], [], WORLD) * 1, expected)
 
-for what, given, taken in (
+for what, sends, receives in (
     (f"{SIZE + 1} rows do not split evenly over {SIZE} ranks", torch.empty(SIZE + 1), torch.empty(SIZE + 1)),
     ("must be contiguous", rows, torch.empty(12, 2)[:, :1]),
 ):
     try:
-        dist.all_to_all_single(taken, given)
+        dist.all_to_all_single(receives, sends)
     except ValueError as error:
         assert what in str(error), error
     else:
-        raise AssertionError(f"taken: {what}")
-assert not _Works._begun, "a Work that was waited for is still held"
+        raise AssertionError(f"receives: {what}")
+assert not _Works._pending, "a finished Work is still stored"
 dist.destroy_process_group()

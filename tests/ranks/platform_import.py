@@ -1,6 +1,6 @@
-"""One process: everything of xDiT that may be imported is, the hooks sit, and remove() takes every trace away.
+"""One process: every module of xDiT imports, all hooks are applied, and remove() restores everything.
 
-With the argument "cuda-build" PyTorch says that it was built for CUDA 13, on a machine that has no GPU.
+With the argument "cuda-build" PyTorch claims to be built for CUDA 13, on a machine without a GPU.
 """
 
 import importlib
@@ -17,11 +17,11 @@ if "cuda-build" in sys.argv[1:]:
     torch.version.cuda = "13.0"
     torch.backends.cudnn.is_available = lambda: True
 
-from sitecustomize import HOOK_SET  # isort: skip  (already imported by the interpreter, this names it)
+from sitecustomize import HOOK_SET  # isort: skip  (already imported by the interpreter)
 
-# Without triton this one module keeps the stand-in under which its kernels were defined.
-KEEPS_STAND_IN = "xfuser.core.sparge_attention.block_mask"
-# Left out: the ring package (does not import with yunchang 0.6.4 on any platform), and Ray.
+# Without triton this module keeps the placeholder that defined its kernels.
+KEEPS_PLACEHOLDER = "xfuser.core.sparge_attention.block_mask"
+# Not imported: the ring package (does not import with yunchang 0.6.4 on any platform), and Ray.
 SKIPPED = ("xfuser.core.long_ctx_attention.ring", "xfuser.ray")
 PLATFORM = os.path.dirname(os.path.realpath(sys.modules["sf_xfuser.integrations.xdit.cpu_platform"].__file__))
 
@@ -42,7 +42,7 @@ def import_all(package):
 
 
 def from_platform(value):
-    """Whether ``value`` was made by platform_cpu: its code, its class, or an instance of its class."""
+    """Whether ``value`` is code, a class, or an instance of a class of cpu_platform."""
     kind = value if inspect.isclass(value) else type(value)
     code = getattr(inspect.unwrap(value, stop=lambda f: hasattr(f, "__code__")), "__code__", None)
     return kind.__module__.startswith("sf_xfuser.integrations.xdit.cpu_platform") or (
@@ -51,18 +51,18 @@ def from_platform(value):
 
 
 def traces():
-    """Every attribute of a host module, or of a class in one, that platform_cpu made."""
+    """Every attribute of a host module, or of a class in one, that cpu_platform defines."""
     roots = ("xfuser", "yunchang", "diffusers", "transformers.modeling_utils", "torch.cuda")
     for name, module in list(sys.modules.items()):
         if not (name in roots or name.startswith(tuple(f"{root}." for root in roots))):
             continue
-        if name == KEEPS_STAND_IN:
+        if name == KEEPS_PLACEHOLDER:
             continue
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if from_platform(value):
                 yield f"{name}.{key}"
             if inspect.isclass(value) and value.__module__ == name:
-                yield from (f"{name}.{key}.{member}" for member, held in vars(value).items() if from_platform(held))
+                yield from (f"{name}.{key}.{member}" for member, value_ in vars(value).items() if from_platform(value_))
 
 
 def main():
@@ -102,8 +102,8 @@ def main():
         except NotImplementedError:
             pass
         else:
-            raise AssertionError("xDiT's own answer should be back")
-    print("imported and removed; not importable for want of", missing_packages)
+            raise AssertionError("xDiT's own function should be restored")
+    print("imported and removed; not importable without", missing_packages)
 
 
 main()

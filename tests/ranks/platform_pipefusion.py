@@ -22,8 +22,8 @@ def patch(number, generation, dtype):
 
 
 def check_sends(dtype):
-    """Rank 0 runs ahead with all its sends, forgets and overwrites them; rank 1 receives them late and in order."""
-    pipeline, held = get_pp_group(), []
+    """Rank 0 posts all sends, then deletes and overwrites the tensors; rank 1 receives them late and in order."""
+    pipeline, stored = get_pp_group(), []
     for generation in range(3):
         pipeline.reset_buffer()
         if pipeline.rank_in_group == 0:
@@ -48,8 +48,8 @@ def check_sends(dtype):
                 if number + 1 < PATCHES:
                     pipeline.recv_next()
         torch.distributed.barrier()
-        held.append(len(vars(pipeline).get("_sf_gloo_sends", ())))
-    assert held[0] == held[-1], f"the sends held grow with each round: {held}"
+        stored.append(len(vars(pipeline).get("_sf_gloo_sends", ())))
+    assert stored[0] == stored[-1], f"the number of stored sends grows with each round: {stored}"
 
 
 def denoise(pipeline, steps):
@@ -76,14 +76,14 @@ def check_flux(folder):
         errors = [(result - expected).abs().mean().item() for result in results]
         print(f"{num_patches} patches, mean error synchronous, asynchronous, again:", *(f"{e:.1e}" for e in errors))
         assert errors[0] < 1e-5, errors
-        assert torch.equal(results[1], results[2]), "asynchronous PipeFusion does not repeat itself"
+        assert torch.equal(results[1], results[2]), "asynchronous PipeFusion is not deterministic"
         assert errors[1] < 1e-5 if num_patches == 1 else 1e-4 < errors[1] < 5e-2, errors
 
 
 def main():
     init_distributed_environment()
     check_flux(sys.argv[1])
-    for dtype in DTYPES:  # with the pipeline group that the pipelines have made
+    for dtype in DTYPES:  # with the pipeline group of check_flux
         check_sends(dtype)
     get_runtime_state().destroy_distributed_env()
 

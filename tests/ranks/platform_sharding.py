@@ -1,4 +1,4 @@
-"""Ranks: a module that xDiT shards with FSDP (both versions) computes what rank 0's whole module does."""
+"""Ranks: a module that xDiT shards with FSDP (both versions) equals the whole module of rank 0."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def main():
         whole = Blocks().to(torch.bfloat16)
         expected = whole(x.to(torch.bfloat16))
         if version == "FSDP1":
-            torch.manual_seed(rank)  # the ranks differ: sync_module_states has to bring rank 0's weights
+            torch.manual_seed(rank)  # different weights by rank: sync_module_states broadcasts those of rank 0
             sharded = shard_dit(Blocks(), local_rank=rank)
         else:
             sharded = shard_component(whole, ["blocks"], device_id=rank, memory_efficient_init=True)

@@ -24,7 +24,7 @@ S_LOCAL, S_JOINT = 10, 7
 
 
 class AnyRuntimeState(runtime_state.RuntimeState):
-    """A runtime state without a pipeline: the parallel groups and the attention backend are all that USP asks for."""
+    """A runtime state without a pipeline: USP uses only the groups and the attention backend."""
 
 
 def qkv(sequence, dtype):

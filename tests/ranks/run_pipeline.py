@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 4 run_pipeline.py --family flux --model FOLDER --out latents.pt --text-length 16 \
         --ulysses_degree 2 --ring_degree 2 --attention_backend SDPA_FLASH
 
-The script is a user's script: it starts xDiT as xDiT's own examples and runner models do, takes every xFuserArgs flag,
-and knows nothing of this package. It writes ``{"world_size": W, "latents": {rank: tensor}}``, where ``latents`` has
-the ranks to which xDiT gives the result. Steps, sizes and guidance default to a small input of the model's own.
+The script starts xDiT as xDiT's own examples and runner models do, takes every xFuserArgs flag, and does not import
+this package. It writes ``{"world_size": W, "latents": {rank: tensor}}`` for the ranks on which xDiT returns the result.
+Steps, sizes and guidance default to the model's small input.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from diffusers import DiffusionPipeline, FluxPipeline, HunyuanVideoPipeline, Wan
 FAMILIES = ("flux", "sd3", "cogvideox", "hunyuanvideo", "wan")
 STEPS = 2
 SEED = 42
-# Longer than any text length of the tests in every tokenizer, so that text_length is the length and not a limit.
+# Longer than the text lengths of the tests in every tokenizer, so that text_length is the exact length.
 PROMPT = "A small cat sits on a red chair near the window while the rain falls over the old city and people walk home."
 
 
 def reference_latents(folder: str | Path, text_length: int, *, steps: int = STEPS, seed: int = SEED) -> torch.Tensor:
-    """The final latents of the model in ``folder``, by plain diffusers in this process: what every split must give."""
+    """The final latents of the model in ``folder``, by plain diffusers in this process: the reference."""
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     return _denoise(pipeline, text_length, steps=steps, seed=seed, **small_input(folder))
 
@@ -49,8 +49,7 @@ def _denoise(
     output_type: str = "latent",
     **size: Any,
 ) -> torch.Tensor | None:
-    """Run ``pipeline``; None where xDiT leaves the result to another rank. ``copies`` of the prompt, one each to a
-    data-parallel group."""
+    """Run ``pipeline``; None if another rank has the result. ``copies`` of the prompt, one per data-parallel group."""
     pipeline.set_progress_bar_config(disable=True)
     text = _text(pipeline, text_length)
     if copies > 1:
@@ -70,7 +69,7 @@ def _denoise(
 def _text(pipeline: Any, text_length: int) -> dict[str, Any]:
     if not hasattr(pipeline, "text_encoder_3"):
         return {"prompt": PROMPT, "max_sequence_length": text_length}
-    # SD3 is encoded here: xDiT's pipeline swallows max_sequence_length and always takes the default of 256.
+    # Encode SD3's prompt here: xDiT's pipeline ignores max_sequence_length and uses the default of 256.
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return dict(zip(names, pipeline.encode_prompt(PROMPT, None, None, max_sequence_length=text_length), strict=True))
 
@@ -118,10 +117,10 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
             engine_config=engine_config,
             torch_dtype=torch.float32,
             cache_args={
-                "use_teacache": arguments.use_teacache,  # as xDiT 0.5 wants it, and later ones still take it
+                "use_teacache": arguments.use_teacache,  # required by xDiT 0.5, still accepted later
                 "use_fbcache": arguments.use_fbcache,
                 "num_steps": arguments.num_inference_steps,
-                "rel_l1_thresh": 1e6,  # every step that may be skipped is
+                "rel_l1_thresh": 1e6,  # skip every step that may be skipped
             },
         )
 
@@ -130,7 +129,7 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
     pipeline_class, transformer_class = _runner_classes(arguments.family)
     transformer = transformer_class.from_pretrained(arguments.model, subfolder="transformer", torch_dtype=torch.float32)
     pipeline = pipeline_class.from_pretrained(arguments.model, transformer=transformer, torch_dtype=torch.float32)
-    # DiffusionPipeline.from_pretrained would load its own transformer instead, without a word.
+    # DiffusionPipeline.from_pretrained would silently load its own transformer instead.
     assert pipeline.transformer is transformer
     initialize_runtime_state(pipeline, engine_config)
     if arguments.family == "flux":
@@ -140,13 +139,13 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
             max_condition_sequence_length=arguments.text_length,
             split_text_embed_in_sp=get_pipeline_parallel_world_size() == 1,
         )
-    if getattr(arguments, "cache_method", None) == "dbcache":  # from xfuser 0.6 on
+    if getattr(arguments, "cache_method", None) == "dbcache":  # since xfuser 0.6
         _cache_blocks(pipeline, arguments.num_inference_steps)
     return pipeline
 
 
 def _cache_blocks(pipeline: Any, steps: int) -> None:
-    """DBCache as Flux's runner model applies it, but that every step after the first skips what may be skipped."""
+    """DBCache as in Flux's runner model, but every step after the first skips all blocks that it may skip."""
     from xfuser.model_executor.cache import apply_cache
     from xfuser.model_executor.models.runner_models.flux import xFuserFluxModel
 
@@ -180,7 +179,7 @@ def _runner_classes(family: str) -> tuple[type, type]:
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """Denoise once and let rank 0 write what the ranks hold. Collective over the world; leaves xDiT initialised."""
+    """Denoise once; rank 0 writes the results of all ranks. Collective over the world; xDiT stays initialised."""
     from xfuser import xFuserArgs
 
     engine_config, _ = xFuserArgs.from_cli_args(arguments).create_config()
@@ -205,11 +204,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
         output_type="pt" if arguments.decode else "latent",
         **size,
     )
-    held: list[torch.Tensor | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(held, latents)
+    results: list[torch.Tensor | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(results, latents)
     if torch.distributed.get_rank() == 0:
-        by_rank = {rank: latents for rank, latents in enumerate(held) if latents is not None}
-        torch.save({"world_size": len(held), "latents": by_rank}, arguments.out)
+        by_rank = {rank: latents for rank, latents in enumerate(results) if latents is not None}
+        torch.save({"world_size": len(results), "latents": by_rank}, arguments.out)
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 """Several runs of run_pipeline.py in one launch. Usage: run_pipelines.py CASES.json [THEN.json ...]
 
-CASES.json maps names to argument lists; an argument "N:--flag" is for rank N alone. Between cases xDiT's groups and
-state are taken down and set up again in the same processes. A case that raises is reported, with its error, by every
-rank, and the next one goes on. What torus did with the attention calls of a case is reported too
-(``sf_xfuser.explain()``).
+CASES.json maps names to argument lists; an argument "N:--flag" is for rank N only. Between cases xDiT's groups and
+state are destroyed and created again in the same processes. Every rank reports ``ok`` or the error of a case, and
+``sf_xfuser.explain()``. The next case runs after an error too.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def for_this_rank(argv: list[str]) -> list[str]:
 
 
 def destroy_model_parallel() -> None:
-    """As RuntimeState.destroy_distributed_env, but the world stays: torchrun's store cannot serve a second one."""
+    """As RuntimeState.destroy_distributed_env, but the world stays: torchrun's store does not support a second one."""
     from xfuser.core.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -1,9 +1,9 @@
 """Tiny transformers through xDiT's wrappers on every rank. Usage: run_transformers.py FOLDER CASES [MODEL ...]
 
-FOLDER holds the models of ``model_table.py``, saved; CASES is JSON, {case: flags}; MODEL names some of them. For each
-model and size three results are compared: that of diffusers in one process, that of xDiT's wrapper with torus, and that
-of the same wrapper with xDiT's own USP in the same groups. Where the row names a repair, also that of xDiT without it.
-Every rank prints ``@<{...}>@`` for each: a JSON object, see ``Measured``.
+FOLDER holds the saved models of ``model_table.py``; CASES is JSON, {case: flags}; MODEL selects some of them. For each
+model and size three results are compared: diffusers in one process, xDiT's wrapper with torus, and the same wrapper
+with xDiT's own USP in the same groups. If the row names a repair, also xDiT without it. Every rank prints ``@<{...}>@``
+for each: ``Measured`` as JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sf_xfuser.integrations.xdit import repairs, session
 
 @dataclass
 class Measured:
-    """What one rank saw: largest differences, calls served, calls handed back by reason, or xDiT's own error."""
+    """Results of one rank: largest differences, handled calls, fallbacks by reason, or xDiT's own error."""
 
     name: str
     case: str
@@ -50,15 +50,15 @@ class Measured:
     torus_xdit: float = float("nan")
     xdit_single: float = float("nan")
     installed_single: float = float("nan")  # xDiT's own without repairs
-    alone_single: float = float("nan")  # each rank attends to its own keys only: how much a wrong attention shows
-    served: int = 0
-    handed_back: dict[str, int] = field(default_factory=dict)
+    alone_single: float = float("nan")  # each rank attends to its own keys only: the size of a visible error
+    handled: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
     error: str = ""
 
 
 def flat(output: Any) -> torch.Tensor:
-    """Every tensor of a model's output, one after the other; empty on a rank to which xDiT gives no result."""
+    """Every tensor of a model's output, one after the other; empty on a rank without a result."""
     if output is None:
         return torch.empty(0)
     if isinstance(output, torch.Tensor):
@@ -103,8 +103,8 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     torus.handled, torus.fallbacks = 0, Counter()
     repairs.used.clear()
     result = run()
-    found.served, found.handed_back = torus.handled, dict(torus.fallbacks)
-    with session.xdits_own():
+    found.handled, found.fallbacks = torus.handled, dict(torus.fallbacks)
+    with session.without_torus():
         xdit = run()
         found.repaired = list(repairs.used)
         if row.repaired:

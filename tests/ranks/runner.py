@@ -2,8 +2,8 @@
 
 FOLDER has the model as ``black-forest-labs/FLUX.1-dev``, its name in the runner's registry, and gets the results. CASES
 is JSON: names to argument lists of ``xfuser.runner``. Each case makes two requests in float32, and rank 0 writes the
-latents of both as NAME.pt. Every rank prints ``@@name rank text@@``: what ``explain()`` says and the requests that the
-mesh was told of, or the error.
+latents of both as NAME.pt. Every rank prints ``@@name rank text@@``: ``explain()`` and the requests of the mesh, or the
+error.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ def run_case(name: str, argv: list[str]) -> None:
     parser = xFuserArgs.add_runner_args(FlexibleArgumentParser())
     arguments = vars(parser.parse_args(["--model", "FLUX.1-dev", "--output_directory", ".", *argv]))
     runner = xFuserModelRunner(arguments)
-    asked = runner.preprocess_args(arguments)
-    runner.initialize(asked)
+    input_args = runner.preprocess_args(arguments)
+    runner.initialize(input_args)
     pipe = runner.model.pipe.to(torch.float32)  # the runner loads bfloat16, or float16 under PipeFusion
     runner.model.engine_config.runtime_config.dtype = torch.float32
     decoded, decode = [], pipe.vae.decode
     pipe.vae.decode = lambda latents, **options: decoded.append(latents) or decode(latents, **options)
     for seed in (1, 2):
-        output, _ = runner.run(asked | {"seed": seed})
+        output, _ = runner.run(input_args | {"seed": seed})
         runner.save(output=output)
-    held = [None] * dist.get_world_size()
-    dist.all_gather_object(held, decoded)
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, decoded)
     if dist.get_rank() == 0:
-        torch.save(next(latents for latents in held if latents), f"{name}.pt")
+        torch.save(next(latents for latents in results if latents), f"{name}.pt")
 
 
 def main() -> None:
     os.chdir(sys.argv[1])
-    told: list[str] = []
+    begun: list[str] = []
     begin_request = Mesh.begin_request
-    Mesh.begin_request = lambda mesh, what: told.append(what) or begin_request(mesh, what)
+    Mesh.begin_request = lambda mesh, request: begun.append(request) or begin_request(mesh, request)
     for name, argv in json.loads(sys.argv[2]).items():
-        told.clear()
+        begun.clear()
         try:
             run_case(name, argv)
-            text = "\n".join([sf_xfuser.explain(), *(f"request: {what}" for what in told)])
+            text = "\n".join([sf_xfuser.explain(), *(f"request: {what}" for what in begun)])
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"

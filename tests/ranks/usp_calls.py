@@ -1,6 +1,6 @@
 """Rank side of test_usp.py: xDiT's USP by name, hooked, against xDiT's own function in the same groups.
 
-Prints ``@@case|rank|max abs difference|served or handed back with its reason@@`` for every case.
+Prints ``@@case|rank|max abs difference|handled or the reason of the fallback@@`` for every case.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JOINT = 5
 
 
 class AnyRuntimeState(runtime_state.RuntimeState):
-    """A runtime state without a pipeline: groups and attention backend are all that USP asks for."""
+    """A runtime state without a pipeline: USP uses only the groups and the attention backend."""
 
 
 def tensors(heads=H, tokens=12, kv_heads=None, kv_tokens=None, seed=0):
@@ -42,7 +42,7 @@ def tensors(heads=H, tokens=12, kv_heads=None, kv_tokens=None, seed=0):
 
 
 def joint(strategy, heads=H):
-    make = torch.Generator().manual_seed(7)  # alike on every rank
+    make = torch.Generator().manual_seed(7)  # the same on every rank
     q, k, v = (torch.randn(B, JOINT, heads, D, generator=make).transpose(1, 2) for _ in range(3))
     return {"joint_query": q, "joint_key": k, "joint_value": v, "joint_strategy": strategy}
 
@@ -54,19 +54,19 @@ def cases():
     yield "shorter keys", tensors(kv_tokens=4), {}
     yield "joint front", tensors(), joint("front")
     yield "joint rear", tensors(), joint("rear")
-    if "kv_head_repeat" in inspect.signature(usp.USP.__wrapped__).parameters:  # from xfuser 0.7 on
+    if "kv_head_repeat" in inspect.signature(usp.USP.__wrapped__).parameters:  # since xfuser 0.7
         yield "repeated kv heads", tensors(kv_heads=4), {"kv_head_repeat": 2}
         yield "repeated kv heads combined", tensors(kv_heads=4), {"kv_head_repeat": 2, "combine_qkv_a2a": True}
     yield "combined", tensors(), {"combine_qkv_a2a": True}
     yield "backend named", tensors(), {"backend": AttentionBackendType.SDPA_FLASH}
-    if hasattr(get_cache_manager(), "has_cache_entry"):  # from xfuser 0.7 on; before, each layer given had to have one
+    if hasattr(get_cache_manager(), "has_cache_entry"):  # since xfuser 0.7; before, each layer had to have one
         yield "attn_layer", tensors(), {"attn_layer": layer, "head_balance_layer": layer}
-        get_runtime_state().runtime_config.use_spargeattn_head_balance = True  # about xDiT's sparse attention alone
+        get_runtime_state().runtime_config.use_spargeattn_head_balance = True  # only for xDiT's sparse attention
         yield "head balancing", tensors(), {"head_balance_layer": layer}
         get_runtime_state().runtime_config.use_spargeattn_head_balance = False
     yield "kwargs of None", tensors(), {"attention_kwargs": {"attn_mask": None, "valid_kv_len": None, "thw": (1, 2, 3)}}
     yield "gradient", tuple(x.requires_grad_() for x in tensors()), {}
-    padded = hasattr(usp, "_trim_trailing_kv_padding")  # from xfuser 0.7 on
+    padded = hasattr(usp, "_trim_trailing_kv_padding")  # since xfuser 0.7
     if padded:
         yield "valid_kv_len of one rank", tensors(), {"attention_kwargs": {"valid_kv_len": 9}}
     if padded and get_runtime_state().parallel_config.ring_degree == 1:
@@ -87,14 +87,14 @@ def cases():
     get_runtime_state().num_pipeline_patch = 2
     yield "cache of PipeFusion", tensors(), {"attn_layer": cached}
     get_runtime_state().num_pipeline_patch = 1
-    if hasattr(get_runtime_state(), "fp8_comms"):  # from xfuser 0.7 on
+    if hasattr(get_runtime_state(), "fp8_comms"):  # since xfuser 0.7
         from xfuser.core.distributed.fp8_comms import Fp8CommsState
 
         get_runtime_state().fp8_comms = Fp8CommsState()
         yield "fp8 communication", tensors(), {"attn_layer": layer}
         get_runtime_state().fp8_comms = None
     # Hybrid attention schedules change the backend from step to step. FLASH is not installed here: an attention that
-    # returns twice the output stands for it, so that the result tells which of the two ran.
+    # returns twice the output replaces it, so that the result shows which one ran.
     dense = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.SDPA_FLASH]
     ATTENTION_FUNCTION_REGISTRY[AttentionBackendType.FLASH] = lambda *a, **kw: twice(*dense(*a, **kw))
     for backend in (AttentionBackendType.FLASH, AttentionBackendType.SDPA_FLASH):
@@ -107,7 +107,7 @@ def twice(out, lse):
 
 
 def swap_two_rows(torus_attention):
-    """A wrong torus: on rank 2 the first two tokens of one head are each other's."""
+    """Swap the first two tokens of one head on rank 2."""
 
     def wrong(*args, **kwargs):
         out = torus_attention(*args, **kwargs)
@@ -129,12 +129,12 @@ def main() -> None:
     engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *sys.argv[1:]])).create_config()
     runtime_state._RUNTIME = AnyRuntimeState(engine_config)
     get_runtime_state().patch_mode = False
-    if apart:  # as if ranks shared no memory: in stages, whose rounding is not xDiT's
+    if apart:  # as if ranks shared no memory: in stages, with rounding that differs from xDiT's
         session.current.mesh.one_host = False
     for name, (q, k, v), kwargs in cases():
-        # xDiT's own function may change the kwargs it is given; each side gets its own.
+        # xDiT's own function may change its kwargs: give each call a copy.
         expected = usp.USP.__wrapped__(q, k, v, **copied(kwargs))
-        before = served()
+        before = handled_calls()
         try:
             out = usp.USP(q, k, v, **copied(kwargs))
         except RuntimeError as error:
@@ -143,7 +143,7 @@ def main() -> None:
         assert out.shape == expected.shape and out.dtype == expected.dtype
         difference = (out - expected).abs().max().item()
         reasons = [line for line in sf_xfuser.explain().splitlines() if not line.startswith("repaired in xDiT")]
-        how = "served" if served() > before else reasons[-1]
+        how = "handled" if handled_calls() > before else reasons[-1]
         print(f"@@{name}|{dist.get_rank()}|{difference}|{how}@@", flush=True)
     if "--sp-check" in sys.argv:
         line = next(line for line in sf_xfuser.explain().splitlines() if line.startswith("--sp-check"))
@@ -156,8 +156,8 @@ def copied(kwargs):
     return {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
 
 
-def served() -> int:
-    return int(next(line for line in sf_xfuser.explain().splitlines() if "served by torus" in line).rpartition(" ")[2])
+def handled_calls() -> int:
+    return int(next(line for line in sf_xfuser.explain().splitlines() if "handled by torus" in line).rpartition(" ")[2])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Flags, their environment names, and what reading them refuses."""
+"""The ``--sp-*`` flags, their environment variables, and errors for invalid values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_all_flags():
     assert given.explicit_plan() == {"torus": 2, "ulysses": 3, "ring": 1}
 
 
-def test_no_backend_means_no_plugin_but_never_a_silently_ignored_flag():
+def test_a_flag_without_backend_is_an_error():
     assert parse() is None
     with pytest.raises(ValueError, match="--sp-plan has no effect without --sp-backend"):
         parse("--sp-plan", "paper")
@@ -68,7 +68,7 @@ WRONG = [None, True, 5, 0.5, "no", [], ["torus"], {}, {"torus": 2}, b"torus"]
 
 @pytest.mark.parametrize("field", [field.name for field in fields(TorusArgs)])
 def test_values_of_wrong_types(field):
-    """One error that names the flag, the value and what is allowed; by JSON as well."""
+    """The error names the flag, the value and what is allowed."""
     right = {"backend": ["None"], "timeout": ["5", "0.5"], "strict": ["True"]}.get(field, [])
     for value in WRONG:
         if repr(value) in right:
@@ -82,10 +82,10 @@ def test_values_of_wrong_types(field):
     ("text", "message"),
     [
         ("torus", "must be JSON like .*, got 'torus'"),
-        ("[]", "it must be an object, and may hold backend, plan"),
+        ("[]", "it must be an object with the keys backend, plan"),
         ("5", "it must be an object"),
         ("null", "it must be an object"),
-        ('{"sp_backend": "torus"}', "it must be an object, and may hold backend, plan"),
+        ('{"sp_backend": "torus"}', "it must be an object with the keys backend, plan"),
         ('{"backend": "torus", "plan": 5}', "^SF_XFUSER_ARGS: --sp-plan must be .*, got 5$"),
         ('{"backend": "torus", "plan": {"torus": [2]}}', r"--sp-plan must be .*, got \{'torus': \[2\]\}"),
         ('{"backend": ["torus"]}', r"--sp-backend must be one of .*, got \['torus'\]"),
@@ -103,9 +103,9 @@ def test_bad_environment(text, message, monkeypatch):
     assert len(str(caught.value)) < 1000 and sp_args.ARGS_VARIABLE in str(caught.value)
 
 
-def test_extract_takes_only_its_own_flags():
-    given, rest = sp_args.extract(["--model", "m", "--sp-backend=torus", "--sp_plan", "paper", "--height", "64"])
-    assert given == TorusArgs(backend="torus", plan="paper")
+def test_extract_removes_only_sp_flags():
+    args, rest = sp_args.extract(["--model", "m", "--sp-backend=torus", "--sp_plan", "paper", "--height", "64"])
+    assert args == TorusArgs(backend="torus", plan="paper")
     assert rest == ["--model", "m", "--height", "64"]
 
 
@@ -114,13 +114,13 @@ def test_environment(monkeypatch):
     assert sp_args.args_from_environment() == TorusArgs(backend="torus", topology="2x2")
     monkeypatch.setenv(sp_args.ARGS_VARIABLE, "{}")
     assert sp_args.args_from_environment() is None
-    for value, wanted in (("0", False), ("off", False), ("1", True), ("", True)):
+    for value, expected in (("0", False), ("off", False), ("1", True), ("", True)):
         monkeypatch.setenv(sp_args.AUTOLOAD_VARIABLE, value)
-        assert sp_args.autoload_wanted() is wanted
+        assert sp_args.autoload_wanted() is expected
 
 
 @pytest.mark.parametrize(
-    ("argv", "product", "wanted"),
+    ("argv", "product", "expected"),
     [
         ("--sp-backend torus --sp-topology 2x4", 1, 8),
         ("--sp-backend torus --sp-topology 2x4 --nnodes 2", 1, 4),
@@ -130,9 +130,9 @@ def test_environment(monkeypatch):
         ("--height 64", 1, 1),
     ],
 )
-def test_processes_of_the_xdit_command(argv, product, wanted, monkeypatch):
+def test_processes_of_the_xdit_command(argv, product, expected, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xdit", *argv.split()])
-    assert num_processes(argv.split(), lambda rest: product) == wanted
+    assert num_processes(argv.split(), lambda rest: product) == expected
 
 
 def test_processes_default_to_the_devices_of_this_machine(monkeypatch):
@@ -142,7 +142,7 @@ def test_processes_default_to_the_devices_of_this_machine(monkeypatch):
     assert num_processes(["--sp-backend", "torus", "--pipefusion_parallel_degree", "2"], lambda rest: 2) == 6
 
 
-def test_model_facts_come_from_the_transformers_config(tmp_path, monkeypatch):
+def test_model_facts_from_the_transformers_config(tmp_path, monkeypatch):
     assert read_model_facts(str(tmp_path)) is None
     assert read_model_facts("no/such-model") is None
     (tmp_path / "transformer").mkdir()

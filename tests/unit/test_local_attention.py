@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 
-from sf_xfuser.integrations.xdit.usp import LSE_BACKENDS, as_attend_function
+from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, as_attend_function
 from sf_xfuser.kernels import merge_
 from tests.kernel_cases import attention64
 

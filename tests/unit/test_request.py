@@ -1,4 +1,4 @@
-"""Descriptions of requests: the same on ranks that run the same request, different on ranks that do not."""
+"""Descriptions of requests: equal for the same request, different for different ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_requests_that_differ():
     assert len(set(texts)) == len(texts), texts
 
 
-def test_what_is_cut_off_still_differs():
+def test_truncated_texts_differ():
     values = {f"value_{n}": n for n in range(100)}
     one, other = describe({"prompt": LONG + "1", **values}), describe({"prompt": LONG + "2", **values})
     assert one != other and len(one) <= 300 and len(other) <= 300
@@ -67,7 +67,7 @@ def test_the_text_is_readable():
     assert text.startswith("prompt='a red chair', height=1024, width=768, seed=42, state "), text
 
 
-def test_noise_that_each_rank_draws_itself():
+def test_noise_from_the_default_generator():
     def drawn(seed: int, **latents: torch.Tensor) -> str:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -79,17 +79,17 @@ def test_noise_that_each_rank_draws_itself():
     assert drawn(1, latents=latents) == drawn(2, latents=latents)
 
 
-def test_every_mesh_is_told():
+def test_a_request_begins_on_every_mesh():
     class Mesh:
-        def begin_request(self, what: str) -> None:
-            told.append((self, what))
+        def begin_request(self, request: str) -> None:
+            begun.append((self, request))
 
-    class Choice:
+    class Selector:
         meshes = (Mesh(), Mesh())
 
-    told: list[tuple[Mesh, str]] = []
-    mesh, choice = Mesh(), Choice()
-    session.Session(mesh=mesh, choice=choice).begin_request(REQUEST)
-    assert told == [(one, describe(REQUEST)) for one in (mesh, *choice.meshes)]
+    begun: list[tuple[Mesh, str]] = []
+    mesh, selector = Mesh(), Selector()
+    session.Session(mesh=mesh, selector=selector).begin_request(REQUEST)
+    assert begun == [(one, describe(REQUEST)) for one in (mesh, *selector.meshes)]
     session.Session().begin_request(REQUEST)  # without --sp-backend
-    assert len(told) == 3
+    assert len(begun) == 3

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.integrations.hooks import Hook, HookSet
-from sf_xfuser.integrations.xdit.usp import as_attend_function
+from sf_xfuser.integrations.xdit.attention_backends import as_attend_function
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.call import Tokens

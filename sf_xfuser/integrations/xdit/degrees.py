@@ -1,6 +1,6 @@
-"""Between the launch line and xDiT's arguments: head counts of the model, degrees, number of processes.
+"""Fills xDiT's ulysses_degree and ring_degree from the model's head counts, the topology and ``--sp-plan``.
 
-Works on xDiT's argument object by its attribute names; imports nothing of xDiT.
+Uses xDiT's argument object by its attribute names; imports nothing of xDiT.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fractions import Fraction
 from math import gcd, prod
 from typing import Any
 
-from sf_xfuser import config as sp_args
+from sf_xfuser import config
 from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.files import read_json, transformer_configs
 from sf_xfuser.layout.plan import EVEN, UNEVEN, make_plan
@@ -26,8 +26,8 @@ _KV_HEADS = ("num_kv_heads", "num_key_value_heads", "num_key_value_attention_hea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """``heads``: query heads of the transformer; ``kv_heads`` equals it without grouped-query attention.
-    ``transformer``: the name of its class, where its configuration gives it."""
+    """``heads``: query heads of the transformer, equal to ``kv_heads`` without grouped-query attention.
+    ``transformer``: its class name, empty if the configuration does not name it."""
 
     heads: int
     kv_heads: int
@@ -36,9 +36,9 @@ class ModelFacts:
 
 
 def read_model_facts(model: str) -> ModelFacts | None:
-    """Facts of ``model`` (a folder or a hub id that is in the local cache); None where they cannot be known.
+    """Facts of ``model``, a folder or a hub id in the local cache; None if unknown. No network.
 
-    Reads ``transformer/config.json``, or the folder's own ``config.json`` if it is a transformer's. No network.
+    Reads ``transformer/config.json``, or the folder's own ``config.json`` if it is a transformer's.
     """
     for path in transformer_configs(model):
         try:
@@ -51,7 +51,7 @@ def read_model_facts(model: str) -> ModelFacts | None:
 
 
 def facts_of_config(config: Any, source: str) -> ModelFacts | None:
-    """Facts of a transformer's configuration; None where it names no heads."""
+    """Facts of a transformer's configuration; None if it has no head count."""
     heads = _first(config, _HEADS) if isinstance(config, Mapping) else None
     if heads is None:
         return None
@@ -60,7 +60,7 @@ def facts_of_config(config: Any, source: str) -> ModelFacts | None:
 
 
 def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
-    """As :func:`read_model_facts`; ``settings`` are those of a model in the runner's registry, with its hub id."""
+    """:func:`read_model_facts` of ``model``, else of the hub id in ``settings`` of the runner's registry."""
     name = getattr(settings, "model_name", None)
     return read_model_facts(model) or (read_model_facts(str(name)) if name else None)
 
@@ -70,11 +70,11 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((x for x in found if isinstance(x, int) and not isinstance(x, bool) and x > 0), None)
 
 
-def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -> str | None:
-    """Write ulysses_degree and ring_degree onto ``xfuser_args`` where none were given; check them where they were.
+def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> str | None:
+    """Set ulysses_degree and ring_degree of ``xfuser_args`` if the user gave none, else check them.
 
-    Returns what was planned, for the log. Does nothing while the number of processes is not known yet (xDiT's
-    create_config comes later and asks again). Raises ValueError.
+    Returns the plan as text, for the log. Does nothing while the number of processes is unknown; xDiT's create_config
+    calls it again later. Raises ValueError.
     """
     world_size = _world_size(xfuser_args)
     if world_size is None:
@@ -82,44 +82,44 @@ def fill_degrees(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -
     sp_size = _sequence_parallel_size(xfuser_args, world_size)
     ulysses, ring = xfuser_args.ulysses_degree or 1, xfuser_args.ring_degree or 1
     if ulysses * ring > 1 or sp_size == 1:
-        _check_degrees(given, model, ulysses, ring, sp_size, world_size)
+        _check_degrees(args, model, ulysses, ring, sp_size, world_size)
         return None
-    if given.backend in ("ulysses", "ring"):
-        ulysses, ring = (sp_size, 1) if given.backend == "ulysses" else (1, sp_size)
-        planned = f"all {sp_size} ranks"
+    if args.backend in ("ulysses", "ring"):
+        ulysses, ring = (sp_size, 1) if args.backend == "ulysses" else (1, sp_size)
+        planned = f"{sp_size} ranks"
     else:
         stride = xfuser_args.tensor_parallel_degree  # xDiT's rank order: tensor parallel first, then sequence parallel
-        grid = _launched_topology(given, world_size).fold(range(0, stride * sp_size, stride))
+        grid = _launched_topology(args, world_size).fold(range(0, stride * sp_size, stride))
         try:
             plan = make_plan(
                 grid.num_machines,
                 grid.ranks_per_machine,
                 heads=model.heads if model else None,
                 kv_heads=model.kv_heads if model else None,
-                rule="usp" if given.backend in ("usp", "auto") else given.rule,
-                explicit=None if given.backend == "auto" else given.explicit_plan(),  # auto: it is torus's alone
-                max_imbalance=max_imbalance(given),
+                rule="usp" if args.backend in ("usp", "auto") else args.rule,
+                explicit=None if args.backend == "auto" else args.explicit_plan(),  # auto: of torus, not of xDiT
+                max_imbalance=max_imbalance(args),
             )
         except ValueError as error:
             unknown = "" if model else f" (no transformer/config.json found for --model {xfuser_args.model})"
-            raise ValueError(f"--sp-backend {given.backend}: {error}{unknown}") from None
+            raise ValueError(f"--sp-backend {args.backend}: {error}{unknown}") from None
         ulysses, ring = plan.even.ulysses_degree, plan.even.ring_degree
         planned = str(plan)
     xfuser_args.ulysses_degree, xfuser_args.ring_degree = ulysses, ring
-    return f"planned ulysses_degree={ulysses}, ring_degree={ring}: {planned}"
+    return f"--sp-backend {args.backend}: ulysses_degree={ulysses}, ring_degree={ring}, planned for {planned}"
 
 
-def max_imbalance(given: TorusArgs) -> Fraction:
-    """How unevenly the layout in which xDiT is set up may split heads; under ``auto`` that is xDiT's own."""
-    return EVEN if given.backend in (*XDIT_BACKENDS, "auto") else UNEVEN
+def max_imbalance(args: TorusArgs) -> Fraction:
+    """``max_imbalance`` of the layout that xDiT's groups follow; under ``auto`` that is xDiT's own layout."""
+    return EVEN if args.backend in (*XDIT_BACKENDS, "auto") else UNEVEN
 
 
 def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
-    """Ranks that the other degrees leave for one sequence-parallel group."""
+    """Size of one sequence-parallel group: the world size divided by the other degrees."""
     if xfuser_args.vae_parallel_size > 0:
         raise ValueError(
-            f"--sp-backend does not work with --vae_parallel_size {xfuser_args.vae_parallel_size}: ranks of a separate "
-            f"VAE do not take part in making process groups; use --use_parallel_vae alone"
+            f"--sp-backend does not work with --vae_parallel_size {xfuser_args.vae_parallel_size}: the ranks of a "
+            f"separate VAE do not take part in creating process groups; use only --use_parallel_vae"
         )
     others = prod(
         (
@@ -138,26 +138,26 @@ def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
 
 
 def _check_degrees(
-    given: TorusArgs, model: ModelFacts | None, ulysses: int, ring: int, sp_size: int, world_size: int
+    args: TorusArgs, model: ModelFacts | None, ulysses: int, ring: int, sp_size: int, world_size: int
 ) -> None:
     if ulysses * ring != sp_size:
         raise ValueError(
             f"ulysses_degree={ulysses} x ring_degree={ring} = {ulysses * ring}, but {world_size} processes leave "
-            f"{sp_size} for sequence parallelism: give degrees with that product, or none and let --sp-plan choose"
+            f"{sp_size} for sequence parallelism; give degrees with that product, or none to let --sp-plan choose"
         )
-    if (given.backend == "ulysses" and ring > 1) or (given.backend == "ring" and ulysses > 1):
+    if (args.backend == "ulysses" and ring > 1) or (args.backend == "ring" and ulysses > 1):
         raise ValueError(
-            f"--sp-backend {given.backend} excludes ulysses_degree={ulysses}, ring_degree={ring}; use --sp-backend usp "
-            f"or torus, or leave the degrees out"
+            f"--sp-backend {args.backend} excludes ulysses_degree={ulysses}, ring_degree={ring}; use --sp-backend usp "
+            f"or torus, or give no degrees"
         )
-    explicit = given.explicit_plan()
+    explicit = args.explicit_plan()
     if explicit is not None and sp_size > 1:
-        ways = explicit["torus"] * explicit["ulysses"]
-        even = gcd(ways, model.heads, model.kv_heads) if model else ways  # xDiT's own code splits heads evenly
-        if ulysses not in (even, ways):  # to ``ways``, xDiT pads the heads of some models
+        planned = explicit["torus"] * explicit["ulysses"]
+        even = gcd(planned, model.heads, model.kv_heads) if model else planned  # xDiT's own code splits heads evenly
+        if ulysses not in (even, planned):  # for ``planned`` xDiT pads the heads of some models
             raise ValueError(
-                f"--sp-plan {given.plan} means ulysses_degree={even} and ring_degree={sp_size // even}, but "
-                f"ulysses_degree={ulysses} and ring_degree={ring} were given: leave one of them out"
+                f"--sp-plan {args.plan} means ulysses_degree={even} and ring_degree={sp_size // even}, but "
+                f"ulysses_degree={ulysses} and ring_degree={ring} were given; give only one of them"
             )
 
 
@@ -168,36 +168,36 @@ def _world_size(xfuser_args: Any) -> int | None:
         return int(xfuser_args.ray_world_size)
     if dist.is_initialized():
         return int(dist.get_world_size())
-    return sp_args.launch_environment().world_size
+    return config.launch_environment().world_size
 
 
-def _launched_topology(given: TorusArgs, world_size: int) -> Topology:
-    """What the launcher says about machines. Only degrees are taken from it; the mesh gathers the real hosts."""
-    if given.topology != "auto":
-        return Topology.parse(given.topology, world_size)
-    per_machine = sp_args.launch_environment().local_world_size or world_size
+def _launched_topology(args: TorusArgs, world_size: int) -> Topology:
+    """The topology by ``--sp-topology`` or the launcher, used for the degrees only; the mesh gathers the real hosts."""
+    if args.topology != "auto":
+        return Topology.parse(args.topology, world_size)
+    per_machine = config.launch_environment().local_world_size or world_size
     if world_size % per_machine:
         per_machine = world_size
     return Topology.uniform(world_size // per_machine, per_machine, source="launcher")
 
 
 def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> int:
-    """Processes per node for the ``xdit`` command. ``original`` is xDiT's count, the product of the degrees given.
+    """Processes per node for the ``xdit`` command. ``original`` is xDiT's count: the product of the given degrees.
 
-    Without ulysses and ring degrees it is what --sp-plan or --sp-topology name, else every device of this machine.
+    Without ulysses and ring degrees, --sp-plan or --sp-topology set the count, else the devices of this machine do.
     """
-    given, rest = sp_args.extract(args)
+    torus_args, rest = config.extract(args)
     others = original(rest)
     names = {arg.partition("=")[0].replace("_", "-") for arg in rest}
-    if given is None or names & {"--ulysses-degree", "--ring-degree"}:
+    if torus_args is None or names & {"--ulysses-degree", "--ring-degree"}:
         return others
     if "--use-cfg-parallel" in rest:
-        others *= 2  # xDiT counts the underscored spelling only
+        others *= 2  # xDiT counts only the spelling with underscores
     num_nodes = _flag_value(sys.argv, "--nnodes")
-    explicit = given.explicit_plan()
+    explicit = torus_args.explicit_plan()
     if explicit is not None:
         return max(1, others * prod(explicit.values()) // num_nodes)
-    if grid := sp_args.parse_grid(given.topology):
+    if grid := config.parse_grid(torus_args.topology):
         return max(1, prod(grid) // num_nodes)
     import torch
 

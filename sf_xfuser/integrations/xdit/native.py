@@ -1,8 +1,7 @@
-"""The plugin as a backend of an xDiT that has the dispatch point of ``patches/``: no attribute of xDiT is replaced.
+"""The plugin as a backend of an xDiT with the dispatch point of ``patches/``, without hooks for it.
 
-xDiT finds :data:`backend` under the entry-point group ``xfuser.sp_backends`` and calls it where the hooks of
-``plugin.py`` would have been; both run the functions of ``session``. Docstrings of the methods are xDiT's
-(``xfuser/core/distributed/sp_backend.py``).
+xDiT finds :data:`backend` in the entry-point group ``xfuser.sp_backends``. Its methods and the hooks of ``plugin`` call
+the same functions of ``session``. xDiT documents the methods (``xfuser/core/distributed/sp_backend.py``).
 """
 
 from __future__ import annotations
@@ -11,29 +10,28 @@ from argparse import _ArgumentGroup
 from collections.abc import Callable
 from typing import Any
 
-from sf_xfuser import config as sp_args
-from sf_xfuser.integrations.xdit import degrees as launch
-from sf_xfuser.integrations.xdit import plugin, session
+from sf_xfuser import config
+from sf_xfuser.config import TorusArgs
+from sf_xfuser.integrations.xdit import degrees, plugin, session
 
 
 class NativeBackend:
-    """What xDiT calls; one instance serves every name of ``args.BACKENDS``."""
+    """One instance for every name of ``config.BACKENDS``."""
 
     def add_cli_args(self, parser: _ArgumentGroup) -> None:
-        sp_args.add_options(parser, backend=False)
+        config.add_options(parser, backend=False)
 
     def num_processes(self, args: list[str], num_processes: int) -> int:
-        return launch.num_processes(args, lambda rest: num_processes)
+        return degrees.num_processes(args, lambda rest: num_processes)
 
     def configure(self, args: Any) -> None:
-        given = sp_args.from_mapping({**(args.sp_backend_options or {}), "sp_backend": args.sp_backend})
-        assert given is not None  # xDiT asks for a backend that was named
-        plugin.settle(args, given)
+        torus_args = _args_of(args)
+        assert torus_args is not None  # xDiT calls this for a named backend only
+        plugin.require_supported(torus_args)
+        session.configure(args, torus_args)
 
     def start(self, parallel_config: Any) -> None:
-        config = parallel_config.sp_config
-        options = {**(config.sp_backend_options or {}), "sp_backend": config.sp_backend}
-        session.start(parallel_config, sp_args.from_mapping(options))
+        session.start(parallel_config, _args_of(parallel_config.sp_config))
 
     def build_groups(
         self, group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any
@@ -42,7 +40,7 @@ class NativeBackend:
 
     def select_attention_backend(self, attention_backend: Any, named: bool) -> Any:
         if not named:
-            return session.with_lse(attention_backend)
+            return session.prefer_lse(attention_backend)
         session.require_lse(attention_backend)
         return attention_backend
 
@@ -50,8 +48,12 @@ class NativeBackend:
         return session.attend(usp, *args, **kwargs)
 
     def destroy(self) -> None:
-        session.leave_groups()
-        session.forget_flags()  # the next run may name no backend: xDiT then calls none of these methods
+        session.close_groups()
+        session.deactivate()  # if the next run names no backend, xDiT calls none of these methods
+
+
+def _args_of(owner: Any) -> TorusArgs | None:
+    return config.from_mapping({**(owner.sp_backend_options or {}), "sp_backend": owner.sp_backend})
 
 
 backend = NativeBackend()

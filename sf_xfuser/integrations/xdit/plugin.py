@@ -1,7 +1,7 @@
-"""How it enters xDiT and yunchang: hook records, and the wrapper that each of them names.
+"""How the plugin enters xDiT and yunchang: one hook per place, and the wrapper of each.
 
-Read ``HOOKS`` at the end first: it is the list of places where xDiT is touched. What wrappers do is in ``session``.
-Without ``--sp-backend`` every wrapper calls the original and nothing else.
+``HOOKS`` at the end is the list. ``session`` does the work. Without ``--sp-backend`` every wrapper only calls the
+original.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sf_xfuser import config as sp_args
+from sf_xfuser import config
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.hooks import Hook, HookSet
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
-from sf_xfuser.integrations.xdit import degrees as launch
-from sf_xfuser.integrations.xdit import repairs, session
+from sf_xfuser.integrations.xdit import cpu_platform, degrees, repairs, session
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
 CHECKED_VERSION = "0.7.0"
@@ -33,11 +31,10 @@ _hook_set: HookSet | None = None
 
 
 def enable(args: TorusArgs | None = None) -> None:
-    """Hook xDiT, now if it is imported already, else when it is. Idempotent.
+    """Hook xDiT, at its import if it is not imported yet. Idempotent.
 
-    ``args`` are used where xDiT is set up without ``--sp-*`` flags, as in a script that builds ``xFuserArgs`` itself,
-    or its groups alone by ``initialize_model_parallel``.
-    On a machine without an accelerator this also supplies what xDiT lacks there (``platform_cpu``).
+    ``args`` apply to programs without ``--sp-*`` flags: those that build ``xFuserArgs`` by keyword, or only call
+    ``initialize_model_parallel``. Without an accelerator this also installs ``cpu_platform``.
     """
     global _hook_set
     if args is not None:
@@ -48,7 +45,7 @@ def enable(args: TorusArgs | None = None) -> None:
 
 
 def disable() -> None:
-    """Put every hooked attribute of xDiT back, and forget flags and mesh. Idempotent."""
+    """Restore every hooked attribute of xDiT, and clear flags and mesh. Idempotent."""
     global _hook_set
     if _hook_set is not None:
         _hook_set.remove()
@@ -57,7 +54,7 @@ def disable() -> None:
 
 
 def hook_states() -> list[tuple[Hook, str]]:
-    """Every record with its state (see ``HookSet.state``), for ``doctor``."""
+    """Every hook with its state (see ``HookSet.state``), for ``doctor``."""
     if _hook_set is None:
         return [(hook, "off") for hook in _hooks()]
     return [(hook, _hook_set.state(hook)) for hook in _hook_set.hooks]
@@ -67,11 +64,11 @@ def _hooks() -> tuple[Hook, ...]:
     repaired: tuple[Hook, ...] = ()
     if _xdit_version()[1] >= (0, 7):
         repaired = repairs.hooks(lambda: session.current.args is not None, session.log)
-    return (*HOOKS, *repaired, *(platform_cpu.HOOKS if platform_cpu.needed() else ()))
+    return (*HOOKS, *repaired, *(cpu_platform.HOOKS if cpu_platform.needed() else ()))
 
 
 def _xdit_version() -> tuple[str, tuple[int, ...]]:
-    """As text and as numbers. A source tree names none: it counts as the oldest, and its features alone are checked."""
+    """As text and as numbers. A source tree has no version: it counts as the oldest, and only its hooks are checked."""
     try:
         text = importlib.metadata.version("xfuser")
     except importlib.metadata.PackageNotFoundError:
@@ -80,271 +77,202 @@ def _xdit_version() -> tuple[str, tuple[int, ...]]:
 
 
 def import_hooked_modules() -> dict[str, str]:
-    """Import every module that a record names, so that its state is known: {module: error} of those that fail. One
-    that some supported versions lack may be missing."""
+    """Import every module with a hook, so that its state is known: {module: error} of the imports that failed.
+
+    Optional modules, which some supported versions do not have, may be missing.
+    """
     required = {hook.module for hook, _ in hook_states() if hook.required}
-    broken = {}
+    failed = {}
     for name in dict.fromkeys(hook.module for hook, _ in hook_states()):
         try:
             importlib.import_module(name)
         except Exception as error:
-            lacking = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
-            if name in required or not lacking:
-                broken[name] = f"{type(error).__name__}: {error}"
-    return broken
+            is_missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+            if name in required or not is_missing:
+                failed[name] = f"{type(error).__name__}: {error}"
+    return failed
 
 
 def unsupported() -> str | None:
-    """Why this installation of xDiT cannot be served; None if it can."""
+    """Why this installation of xDiT is not supported; None if it is."""
     for package in ("xfuser", "yunchang", "diffusers"):
         if importlib.util.find_spec(package) is None:
             return f"package {package} is missing: pip install {package}"
     text, release = _xdit_version()
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
-    if missing or release < OLDEST or (release >= TOO_NEW and not sp_args.untested_allowed()):
-        lacks = f", where {', '.join(missing)} is not found" if missing else ""
-        or_else = f", or {sp_args.UNTESTED_VARIABLE}=1 to try it" if release >= TOO_NEW and not missing else ""
-        return f"xfuser {text} is not supported{lacks}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{or_else}"
+    if missing or release < OLDEST or (release >= TOO_NEW and not config.untested_allowed()):
+        found = f", where {', '.join(missing)} is not found" if missing else ""
+        remedy = f", or {config.UNTESTED_VARIABLE}=1 to try it" if release >= TOO_NEW and not missing else ""
+        return f"xfuser {text} is not supported{found}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{remedy}"
     return None
 
 
-# -- flags -----------------------------------------------------------------------------------------------------------
-
-
-def _wrap_add_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_args(parser: ArgumentParser) -> ArgumentParser:
-        parser = original(parser)
-        if "--sp-backend" not in parser._option_string_actions:
-            sp_args.add_arguments(parser)
-        return parser
-
-    return add_args
-
-
-def _wrap_parse_known_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For parsers that do not know the flags: take them out of the command line and keep them for xFuserArgs."""
-
-    @functools.wraps(original)
-    def parse_known_args(self: ArgumentParser, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
-        known = "--sp-backend" in self._option_string_actions
-        given = sys.argv[1:] if args is None else list(args)
-        if not known and any(arg.partition("=")[0].replace("_", "-") == "--sp-backend" for arg in given):
-            session.current.command_line, args = sp_args.extract(given)
-        return original(self, args, *rest, **kwargs)
-
-    return parse_known_args
-
-
-def _given() -> TorusArgs | None:
-    """What was asked for otherwise than by flags of xFuserArgs."""
-    return session.current.command_line or sp_args.args_from_environment()
-
-
-def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        given = _given()
-        if given is not None:
-            setattr(self, session.MARK, given)
-            if hasattr(self, "sp_backend"):  # xDiT's own field
-                self.sp_backend, self.sp_backend_options = given.backend, given.to_mapping()
-
-    return __init__
-
-
-def _wrap_from_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``from_cli_args`` takes a namespace, ``from_runner_args`` a dictionary."""
-
-    @functools.wraps(original)
-    def from_args(cls: Any, args: Namespace | dict[str, Any]) -> Any:
-        xfuser_args = original(cls, args)
-        given = sp_args.from_mapping(args if isinstance(args, dict) else vars(args))
-        if given is not None:
-            setattr(xfuser_args, session.MARK, given)
-        session.fill_degrees(xfuser_args)
-        return xfuser_args
-
-    return from_args
-
-
-def _wrap_create_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """xDiT calls this once or twice per process: each time flags and degrees are settled on the args object."""
-
-    @functools.wraps(original)
-    def create_config(self: Any) -> Any:
-        given = getattr(self, session.MARK, None)
-        session.current.args = given
-        if given is None:
-            return original(self)
-        settle(self, given)
-        engine_config, input_config = original(self)
-        setattr(engine_config.parallel_config.sp_config, session.MARK, given)
-        return engine_config, input_config
-
-    return create_config
-
-
-def settle(xfuser_args: Any, given: TorusArgs) -> None:
-    """As ``session.settle``. Raises RuntimeError where this xDiT is not supported, too."""
-    _require_supported(given)
-    session.settle(xfuser_args, given)
-
-
-def _require_supported(given: TorusArgs) -> None:
+def require_supported(args: TorusArgs) -> None:
+    """Raise RuntimeError if this installation of xDiT is not supported."""
     if (problem := unsupported()) is not None:
-        raise RuntimeError(f"--sp-backend {given.backend}: {problem}")
+        raise RuntimeError(f"--sp-backend {args.backend}: {problem}")
 
 
-def _wrap_get_nproc(original: Callable[..., int]) -> Callable[..., int]:
-    @functools.wraps(original)
-    def get_nproc_from_args(args: list[str]) -> int:
-        return launch.num_processes(args, original)
-
-    return get_nproc_from_args
+# -- wrappers --------------------------------------------------------------------------------------------------------
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------
+def _wrap(replacement: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A function ``replacement(original, *args, **kwargs)`` as ``Hook.wrap``."""
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
+        return wrapped
+
+    return wrap
 
 
-def _wrap_check_distributed_env(original: Callable[..., None]) -> Callable[..., None]:
-    """A Ray worker never parsed a command line: the flags reach it inside the pickled configuration."""
-
-    @functools.wraps(original)
-    def _check_distributed_env(self: Any, parallel_config: Any) -> None:
-        session.start(parallel_config, getattr(parallel_config.sp_config, session.MARK, None))
-        original(self, parallel_config)
-
-    return _check_distributed_env
+@_wrap
+def _add_args(original: Any, parser: ArgumentParser) -> ArgumentParser:
+    parser = original(parser)
+    if "--sp-backend" not in parser._option_string_actions:
+        config.add_arguments(parser)
+    return parser
 
 
-def _wrap_init_group(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace yunchang's Ulysses and Ring groups by those of the plan, built from xDiT's true rank lists.
+@_wrap
+def _parse_known_args(original: Any, self: Any, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+    """For parsers without the flags: remove them from the command line and keep them for xFuserArgs."""
+    argv = sys.argv[1:] if args is None else list(args)
+    if "--sp-backend" not in self._option_string_actions and any(
+        arg.partition("=")[0].replace("_", "-") == "--sp-backend" for arg in argv
+    ):
+        session.current.command_line, args = config.extract(argv)
+    return original(self, args, *rest, **kwargs)
 
-    yunchang assumes that the ranks of a sequence-parallel group are contiguous, which tensor parallelism breaks.
+
+def _default_args() -> TorusArgs | None:
+    """The flags of programs that do not pass them to xFuserArgs."""
+    return session.current.command_line or config.args_from_environment()
+
+
+@_wrap
+def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    torus_args = _default_args()
+    if torus_args is not None:
+        setattr(self, session.MARK, torus_args)
+        if hasattr(self, "sp_backend"):  # xDiT's own field
+            self.sp_backend, self.sp_backend_options = torus_args.backend, torus_args.to_mapping()
+
+
+@_wrap
+def _from_args(original: Any, cls: Any, args: Namespace | dict[str, Any]) -> Any:
+    """``from_cli_args`` takes a namespace, ``from_runner_args`` a dictionary."""
+    xfuser_args = original(cls, args)
+    torus_args = config.from_mapping(args if isinstance(args, dict) else vars(args))
+    if torus_args is not None:
+        setattr(xfuser_args, session.MARK, torus_args)
+    session.fill_degrees(xfuser_args)
+    return xfuser_args
+
+
+@_wrap
+def _create_config(original: Any, self: Any) -> Any:
+    """xDiT calls this once or twice per process; each call configures the args object."""
+    args = getattr(self, session.MARK, None)
+    session.current.args = args
+    if args is None:
+        return original(self)
+    require_supported(args)
+    session.configure(self, args)
+    engine_config, input_config = original(self)
+    setattr(engine_config.parallel_config.sp_config, session.MARK, args)
+    return engine_config, input_config
+
+
+@_wrap
+def _get_nproc(original: Any, args: list[str]) -> int:
+    return degrees.num_processes(args, original)
+
+
+@_wrap
+def _check_distributed_env(original: Any, self: Any, parallel_config: Any) -> None:
+    """A Ray worker parses no command line: the pickled configuration carries the flags."""
+    session.start(parallel_config, getattr(parallel_config.sp_config, session.MARK, None))
+    original(self, parallel_config)
+
+
+@_wrap
+def _init_group(
+    original: Any, group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
+) -> Any:
+    """Replace yunchang's Ulysses and Ring groups by those of the plan, built from xDiT's rank lists.
+
+    yunchang assumes contiguous ranks in a sequence-parallel group, which is wrong under tensor parallelism.
     """
-
-    @functools.wraps(original)
-    def init_model_parallel_group(
-        group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
-    ) -> Any:
-        if parallel_mode == "sequence" and session.current.args is None and (given := _given()) is not None:
-            _require_supported(given)  # a program that makes its groups without xFuserArgs
-            session.put_in_force(given)
-        if parallel_mode == "sequence" and session.current.args is not None:
+    if parallel_mode == "sequence":
+        if session.current.args is None and (args := _default_args()) is not None:
+            require_supported(args)  # a program that creates its groups without xFuserArgs
+            session.activate(args)
+        if session.current.args is not None:
             from yunchang.globals import PROCESS_GROUP
 
-            # One object, imported by name in several modules of xDiT: mutate it, never rebind it.
+            # Several modules of xDiT import this object by name: change its attributes, do not replace it.
             groups = session.build_groups(group_ranks, backend, **kwargs)
             PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = groups
             kwargs = dict(zip(("ulysses_group", "ring_group"), groups, strict=True))
-        return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
-
-    return init_model_parallel_group
+    return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
 
 
-def _wrap_destroy(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def destroy_model_parallel() -> None:
-        session.leave_groups()
-        original()
-
-    return destroy_model_parallel
+@_wrap
+def _destroy(original: Any) -> None:
+    session.close_groups()
+    original()
 
 
-# -- attention -------------------------------------------------------------------------------------------------------
+@_wrap
+def _all_to_all(original: Any, *args: Any, **kwargs: Any) -> Any:
+    return (session.current.all_to_all or original)(*args, **kwargs)
 
 
-def _wrap_usp(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def USP(*args: Any, **kwargs: Any) -> Any:
-        return session.attend(original, *args, **kwargs)
-
-    return USP
+@_wrap
+def _check_backend(original: Any, self: Any, attention_backend: Any) -> None:
+    session.require_lse(attention_backend)
+    original(self, attention_backend)
 
 
-def _wrap_all_to_all(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def all_to_all_4D(*args: Any, **kwargs: Any) -> Any:
-        if session.current.all_to_all is None:
-            return original(*args, **kwargs)
-        return session.current.all_to_all(*args, **kwargs)
-
-    return all_to_all_4D
+@_wrap
+def _select_backend(original: Any, self: Any, engine_config: Any = None) -> Any:
+    """Where the user names no attention backend, replace a choice without log-sum-exp (FLASH_4, SDPA)."""
+    selected = original(self, engine_config)
+    named = engine_config is not None and engine_config.runtime_config.attention_backend
+    return selected if named else session.prefer_lse(selected)
 
 
-def _wrap_check_backend(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def _check_if_backend_compatible_with_current_configuration(self: Any, attention_backend: Any) -> None:
-        session.require_lse(attention_backend)
-        original(self, attention_backend)
-
-    return _check_if_backend_compatible_with_current_configuration
-
-
-def _wrap_select_backend(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Where the user named no attention backend, do not let xDiT pick one that torus must refuse (FLASH_4, SDPA)."""
-
-    @functools.wraps(original)
-    def _select_attention_backend(self: Any, engine_config: Any = None) -> Any:
-        chosen = original(self, engine_config)
-        named = engine_config is not None and engine_config.runtime_config.attention_backend
-        return chosen if named else session.with_lse(chosen)
-
-    return _select_attention_backend
-
-
-# -- requests --------------------------------------------------------------------------------------------------------
-
-
-def _wrap_pipeline_call(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Called before data parallelism splits the prompts: all ranks get the same arguments."""
+@_wrap
+def _pipeline_call(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs before data parallelism splits the prompts: all ranks get the same arguments."""
     names = list(inspect.signature(original).parameters)[1:]
-
-    @functools.wraps(original)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session.current.begin_request({**dict(zip(names, args, strict=False)), **kwargs})
-        return original(self, *args, **kwargs)
-
-    return __call__
+    session.current.begin_request({**dict(zip(names, args, strict=False)), **kwargs})
+    return original(self, *args, **kwargs)
 
 
-def _wrap_initialize_runtime_state(original: Callable[..., None]) -> Callable[..., None]:
-    """Scripts and runner models give it the pipeline that they will call, mostly one of diffusers."""
-
-    @functools.wraps(original)
-    def initialize_runtime_state(pipeline: Any = None, *args: Any, **kwargs: Any) -> None:
-        original(pipeline, *args, **kwargs)
-        owner = next((c for c in type(pipeline).__mro__ if "__call__" in vars(c)), None)
-        if owner is not None and _hook_set is not None:
-            name = f"{owner.__qualname__}.__call__"
-            _hook_set.add(_hook(owner.__module__, name, _wrap_pipeline_call, _REQUEST, **_OF_REQUESTS))
-
-    return initialize_runtime_state
+@_wrap
+def _initialize_runtime_state(original: Any, pipeline: Any = None, *args: Any, **kwargs: Any) -> None:
+    """Scripts and runner models pass the pipeline that they will call, usually one of diffusers."""
+    original(pipeline, *args, **kwargs)
+    owner = next((c for c in type(pipeline).__mro__ if "__call__" in vars(c)), None)
+    if owner is not None and _hook_set is not None:
+        _hook_set.add(_request_hook(owner.__module__, f"{owner.__qualname__}.__call__", _pipeline_call))
 
 
-def _wrap_runner_run(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``input_args`` also holds the runner's flags, which may differ between ranks (say, the output directory)."""
-
-    @functools.wraps(original)
-    def run(self: Any, input_args: dict[str, Any]) -> Any:
-        names = {"prompt", "seed", "input_images", "task", *vars(self.default_input_values)}
-        session.current.begin_request({name: value for name, value in input_args.items() if name in names})
-        return original(self, input_args)
-
-    return run
+@_wrap
+def _runner_run(original: Any, self: Any, input_args: dict[str, Any]) -> Any:
+    """``input_args`` also holds the runner's flags, which may differ between ranks (such as the output directory)."""
+    names = {"prompt", "seed", "input_images", "task", *vars(self.default_input_values)}
+    session.current.begin_request({name: value for name, value in input_args.items() if name in names})
+    return original(self, input_args)
 
 
-# -- the records -----------------------------------------------------------------------------------------------------
-
-_UNTIL_UPSTREAM = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
-
-_REQUEST = "a request starts here in scripts, Ray workers and the HTTP service: ranks in different requests must fail"
-_OF_REQUESTS: dict[str, Any] = {
-    "remove_when": "xDiT tells a sequence-parallel backend where a request starts",
-    "required": False,
-}
+# -- the hooks -------------------------------------------------------------------------------------------------------
 
 # Every pipeline that users call, by module: xFuser<name> in pipeline_<module>.
 _PIPELINES = {
@@ -369,7 +297,7 @@ _RUNTIME = "xfuser.core.distributed.runtime_state"
 _GROUPS = "xfuser.core.distributed.parallel_state"
 _USP = "xfuser.model_executor.layers.usp"
 
-# What a module holds where xDiT has the dispatch point of patches/: native.py then serves it, and not these hooks.
+# Name that a module has if xDiT has the dispatch point of patches/. native.py then replaces the hooks of that module.
 _NATIVE = {
     _ARGS: "find_sp_backend",
     _RUNTIME: "get_sp_backend",
@@ -380,120 +308,58 @@ _NATIVE = {
 
 
 def _hook(module: str, name: str, wrap: Callable[[Any], Any], why: str, **options: Any) -> Hook:
-    defaults = {"remove_when": _UNTIL_UPSTREAM, "native": _NATIVE.get(module)}
+    until = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
+    defaults = {"remove_when": until, "native": _NATIVE.get(module)}
     return Hook(module=module, name=name, wrap=wrap, why=why, **{**defaults, **options})
 
 
+def _request_hook(module: str, name: str, wrap: Callable[[Any], Any], **options: Any) -> Hook:
+    return Hook(
+        module=module,
+        name=name,
+        wrap=wrap,
+        why="a request starts here: ranks in different requests must raise an error",
+        remove_when="xDiT tells a sequence-parallel backend where a request starts",
+        required=False,
+        **options,
+    )
+
+
+# fmt: off
 HOOKS: tuple[Hook, ...] = (
-    _hook(
-        _ARGS,
-        "xFuserArgs.add_cli_args",
-        _wrap_add_args,
-        "example scripts build their parser here: the flags appear in every one of them",
-    ),
-    _hook(
-        _ARGS,
-        "xFuserArgs.add_runner_args",
-        _wrap_add_args,
-        "the runner and the xdit command build their parser here",
-    ),
-    _hook(
-        "argparse",
-        "ArgumentParser.parse_known_args",
-        _wrap_parse_known_args,
-        "the HTTP service (entrypoints/launch.py) parses with a plain ArgumentParser that would refuse the flags",
-        remove_when="the HTTP service builds its parser with xFuserArgs.add_cli_args",
-    ),
-    _hook(
-        _ARGS,
-        "xFuserArgs.__init__",
-        _wrap_init,
-        "scripts that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
-        native=None,
-    ),
-    _hook(
-        _ARGS,
-        "xFuserArgs.from_cli_args",
-        _wrap_from_args,
-        "copies dataclass fields only, so flags would be lost; degrees are read from the object before any runtime",
-    ),
-    _hook(_ARGS, "xFuserArgs.from_runner_args", _wrap_from_args, "as from_cli_args, for the runner's dictionary"),
-    _hook(
-        _ARGS,
-        "xFuserArgs.create_config",
-        _wrap_create_config,
-        "asserts that the degrees multiply to the number of processes; the pickled config carries the flags to Ray",
-    ),
-    _hook("xfuser.cli", "get_nproc_from_args", _wrap_get_nproc, "starts one process when no degree is given"),
-    _hook(
-        _RUNTIME,
-        "RuntimeState._check_distributed_env",
-        _wrap_check_distributed_env,
-        "initialises the groups, in Ray workers from the pickled configuration alone; ranks compare degrees before it",
-    ),
-    _hook(
-        _GROUPS,
-        "init_model_parallel_group",
-        _wrap_init_group,
-        "the only place where the true rank lists of sequence-parallel groups arrive; yunchang guesses, wrongly under "
-        "tensor parallelism",
-        remove_when="xDiT builds its Ulysses and Ring groups from these lists and by a given layout",
-    ),
-    _hook(_GROUPS, "destroy_model_parallel", _wrap_destroy, "the mesh's process groups end with xDiT's"),
-    *(
-        _hook(
-            f"xfuser.model_executor.pipelines.pipeline_{module}",
-            f"xFuser{name}.__call__",
-            _wrap_pipeline_call,
-            _REQUEST,
-            **_OF_REQUESTS,
-        )
-        for module, name in _PIPELINES.items()
-    ),
-    *(
-        _hook(
-            "xfuser.model_executor.models.runner_models.base_model",
-            f"xFuserModel.{name}",
-            _wrap_runner_run,
-            "a request of the runner starts here",
-            **_OF_REQUESTS,
-        )
-        for name in ("run", "profile")
-    ),
-    _hook(
-        _RUNTIME,
-        "initialize_runtime_state",
-        _wrap_initialize_runtime_state,
-        "gets the pipeline of a script or runner model: a request starts where that is called",
-        native=None,
-        sweep=True,
-        **_OF_REQUESTS,
-    ),
-    _hook(
-        _RUNTIME,
-        "RuntimeState._select_attention_backend",
-        _wrap_select_backend,
-        "may pick a backend without log-sum-exp, which partial results cannot be merged from",
-    ),
-    _hook(
-        _RUNTIME,
-        "RuntimeState._check_if_backend_compatible_with_current_configuration",
-        _wrap_check_backend,
-        "the one gate that every choice of attention backend passes: a backend without log-sum-exp is refused here",
-    ),
-    _hook(
-        _USP,
-        "USP",
-        _wrap_usp,
-        "the attention call of every sequence-parallel transformer; models bind this name when they are imported",
-        sweep=True,
-    ),
-    _hook(
-        "yunchang.comm.all_to_all",
-        "all_to_all_4D",
-        _wrap_all_to_all,
-        "moves the tensors of xFuserLongContextAttention and yunchang's layers: SeqAllToAll4D looks it up at each call",
-        remove_when="yunchang takes the function that moves chunks as an argument",
-        sweep=True,
-    ),
+    _hook(_ARGS, "xFuserArgs.add_cli_args", _add_args, "example scripts build their parser here"),
+    _hook(_ARGS, "xFuserArgs.add_runner_args", _add_args, "the runner and the xdit command build their parser here"),
+    _hook("argparse", "ArgumentParser.parse_known_args", _parse_known_args,
+          "the HTTP service (entrypoints/launch.py) parses with a plain ArgumentParser, which refuses the flags",
+          remove_when="the HTTP service builds its parser with xFuserArgs.add_cli_args"),
+    _hook(_ARGS, "xFuserArgs.__init__", _init,
+          "programs that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
+          native=None),
+    _hook(_ARGS, "xFuserArgs.from_cli_args", _from_args,
+          "copies dataclass fields only, without the flags; the degrees are read from the object later"),
+    _hook(_ARGS, "xFuserArgs.from_runner_args", _from_args, "as from_cli_args, for the runner's dictionary"),
+    _hook(_ARGS, "xFuserArgs.create_config", _create_config,
+          "asserts that the degrees multiply to the number of processes; the pickled config carries the flags to Ray"),
+    _hook("xfuser.cli", "get_nproc_from_args", _get_nproc, "starts one process if no degree is given"),
+    _hook(_RUNTIME, "RuntimeState._check_distributed_env", _check_distributed_env,
+          "initialises the groups, in Ray workers from the pickled configuration; ranks compare degrees before it"),
+    _hook(_GROUPS, "init_model_parallel_group", _init_group,
+          "receives the rank lists of sequence-parallel groups; yunchang's own are wrong under tensor parallelism",
+          remove_when="xDiT builds its Ulysses and Ring groups from these lists and by a given layout"),
+    _hook(_GROUPS, "destroy_model_parallel", _destroy, "the mesh's process groups end with xDiT's"),
+    *(_request_hook(f"xfuser.model_executor.pipelines.pipeline_{module}", f"xFuser{name}.__call__", _pipeline_call)
+      for module, name in _PIPELINES.items()),
+    *(_request_hook("xfuser.model_executor.models.runner_models.base_model", f"xFuserModel.{name}", _runner_run)
+      for name in ("run", "profile")),
+    _request_hook(_RUNTIME, "initialize_runtime_state", _initialize_runtime_state, sweep=True),
+    _hook(_RUNTIME, "RuntimeState._select_attention_backend", _select_backend,
+          "may select a backend without log-sum-exp, which the merge of partial results needs"),
+    _hook(_RUNTIME, "RuntimeState._check_if_backend_compatible_with_current_configuration", _check_backend,
+          "every selected attention backend is checked here: refuse those without log-sum-exp"),
+    _hook(_USP, "USP", _wrap(session.attend),
+          "the attention call of every sequence-parallel transformer; models import this name", sweep=True),
+    _hook("yunchang.comm.all_to_all", "all_to_all_4D", _all_to_all,
+          "the all-to-all of xFuserLongContextAttention and yunchang's layers; SeqAllToAll4D looks it up at each call",
+          remove_when="yunchang takes the all-to-all function as an argument", sweep=True),
 )
+# fmt: on

@@ -1,7 +1,4 @@
-"""A drop-in for xDiT's ``USP``: serves the calls that Torus Attention computes exactly, hands the others back.
-
-Knows the contract of ``USP`` and nothing of where it lives: all that is asked of xDiT goes through :class:`Host`.
-"""
+"""A drop-in for xDiT's ``USP``: runs the calls that Torus Attention computes exactly; others fall back to ``USP``."""
 
 from __future__ import annotations
 
@@ -9,62 +6,40 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from sf_xfuser.autotune.selector import Choice
+from sf_xfuser.autotune.selector import Selector
 from sf_xfuser.integrations.fallback import DropIn
-from sf_xfuser.kernels import AttendFunction
+from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, XditState, as_attend_function
 from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
 from sf_xfuser.torus.call import Joint, Tokens
 from sf_xfuser.torus.compression import EPS
 from sf_xfuser.torus.mesh import Mesh
 
-# xDiT's attention backends that return the natural-log log-sum-exp that a merge needs, for dense attention.
-LSE_BACKENDS = frozenset(
-    {"SDPA_FLASH", "SDPA_EFFICIENT", "CUDNN", "FLASH", "FLASH_3", "FLASH_3_FP8", "AITER", "SAGE", "NPU"}
-)
-
-# Entries of ``attention_kwargs`` that give keys an order or a mask: KV that arrives in any order cannot serve them.
+# Entries of ``attention_kwargs`` that need keys in their global order. Torus Attention gets them in any order.
 _ORDERED_KWARGS = ("attn_mask", "indices_k", "ulysses_extra_inputs", "pre_quantized")
-
-
-class Host(Protocol):
-    """What a call asks of xDiT at run time."""
-
-    def attention_backend(self, explicit: Any) -> str:
-        """Name of the attention backend that serves a call (``explicit``: the call's own ``backend=``)."""
-
-    def raw_attention(self, backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """The registered function of a backend, without the joint-tensor decorator."""
-
-    def fp8_communication(self) -> bool:
-        """Whether xDiT compresses its all-to-all for this run."""
-
-    def cached_by_pipefusion(self, attn_layer: Any) -> bool:
-        """Whether USP itself keeps a PipeFusion KV cache for this layer."""
 
 
 @dataclass(eq=False, kw_only=True)
 class TorusUSP(DropIn):
-    """The replacement: call it as xDiT calls ``USP``. ``original`` is xDiT's own function, ``ring_degree`` that of the
-    groups in which it runs."""
+    """Has the signature of ``USP``. ``original`` is xDiT's own function, ``ring_degree`` that of its groups."""
 
     unsupported = "torus cannot run this attention call exactly"
     original_name = "xDiT's own USP"
 
     original: Callable[..., torch.Tensor]
-    host: Host
+    host: XditState
     ring_degree: int
-    choice: Choice | None = None
-    """Which of several meshes runs a call, or ``original``; None: ``mesh`` runs all."""
+    selector: Selector | None = None
+    """Under ``--sp-backend auto``; None: all calls run on ``mesh``."""
     check: bool = False
     """Compare the first call of each shape with ``original``."""
     checked: dict[Any, float] = field(default_factory=dict)
-    """By shape: how far the first call was from ``original``, in parts of what is allowed."""
-    wrong: str = ""
-    """What a check has found, from when on nothing is served."""
+    """By shape: the difference of the first call, as a fraction of the allowed one."""
+    check_failure: str = ""
+    """Set when a check failed; all later calls fall back."""
 
     def __call__(
         self,
@@ -87,11 +62,11 @@ class TorusUSP(DropIn):
     ) -> torch.Tensor:
         """Attention over the sequence-parallel group. Tensors [B, H, S_local, D]; returns [B, H, S_local(+S_joint), D].
 
-        As USP does, the joint query is put in front of or behind the local one, and its output comes back with it.
-        ``combine_qkv_a2a`` (one all-to-all instead of three) changes nothing here: chunks travel one by one.
+        The joint query is concatenated before or after the local one, as in USP. ``combine_qkv_a2a`` (one all-to-all
+        instead of three) has no effect on torus, which sends chunks one by one.
         """
 
-        def xdits() -> torch.Tensor:
+        def usp() -> torch.Tensor:
             if kv_head_repeat != 1:
                 newer["kv_head_repeat"] = kv_head_repeat  # xDiT before 0.7 has no such parameter
             return self.original(
@@ -120,33 +95,33 @@ class TorusUSP(DropIn):
             reason = NO_GRADIENT
         if reason is not None:
             self.count_fallback(reason)
-            return xdits()
-        keys, values, rows = joint_key, joint_value, query
+            return usp()
+        q, joint_k, joint_v = query, joint_key, joint_value
         if not joint_strategy:
-            keys = values = None
+            joint_k = joint_v = None
         elif joint_query is not None:
-            rows = torch.cat((joint_query, query) if joint_strategy == "front" else (query, joint_query), dim=2)
+            q = torch.cat((joint_query, query) if joint_strategy == "front" else (query, joint_query), dim=2)
         valid = (attention_kwargs or {}).get("valid_kv_len")
-        if torch.compiler.is_compiling():  # the graph is to be the same on every rank, before anything is measured
-            if self.choice is not None and not self.choice.torus_first:
-                return xdits()
-            compiled: torch.Tensor = _torus_usp(rows, key, value, keys, values, joint_strategy or "", name, valid)
+        arguments = (q, key, value, joint_k, joint_v, joint_strategy or None, name, valid)
+        if torch.compiler.is_compiling():  # without a trial, so that the graph is the same on every rank
+            if self.selector is not None and not self.selector.torus_first:
+                return usp()
+            compiled: torch.Tensor = _torus_usp(*arguments)
             return compiled
-        torus = partial(self.attend, rows, key, value, keys, values, joint_strategy or None, name, valid)
-        if self.choice is None:
-            out = torus()
+        if self.selector is None:
+            out = self.attend(*arguments)
         else:
             kind = name if valid is None else f"{name} with padded keys"
-            candidate, out = self.choice.serve(rows, key, keys, kind, torus, xdits)
-            if candidate not in self.choice.ways:
+            candidate, out = self.selector.run(q, key, joint_k, kind, partial(self.attend, *arguments), usp)
+            if candidate.mesh is None:
                 return out
         if self.check:
-            joint = (joint_strategy or None, None if keys is None else keys.shape)
-            # Where a rank did not come to the end of a check, it has met the others anew since, and all check again.
+            joint = (joint_strategy or None, None if joint_k is None else joint_k.shape)
+            # The session changes after a failed call: a rank may have missed a check, so all ranks check again.
             session = self.mesh.control.session
-            shape = (session, rows.shape, key.shape, valid, joint, rows.dtype, name)
-            if shape not in self.checked and not self.agrees(shape, out, expected := xdits()):
-                self.count_fallback(self.wrong)
+            shape = (session, q.shape, key.shape, valid, joint, q.dtype, name)
+            if shape not in self.checked and not self._matches(shape, out, expected := usp()):
+                self.count_fallback(self.check_failure)
                 return expected
         self.handled += 1
         return out
@@ -164,8 +139,8 @@ class TorusUSP(DropIn):
         mesh: Mesh | None = None,
         overlap: bool = True,
     ) -> torch.Tensor:
-        """Over ``mesh`` (None: the first), with ``overlap`` as in ``torus_attention``. ``valid_kv_len``: only that many
-        keys count, from the first of the lowest rank on; the others are padding."""
+        """Torus Attention over ``mesh`` (None: the first). ``overlap`` as in ``torus_attention``.
+        ``valid_kv_len``: number of keys that are not padding, counted from the lowest rank on."""
         mesh = mesh or self.mesh
         world_size = mesh.layout.world_size
         kv_tokens = (key.shape[2],) * world_size  # xDiT gives every rank of a group the same number of tokens
@@ -179,18 +154,18 @@ class TorusUSP(DropIn):
             key,
             value,
             mesh=mesh,
-            attention=self.attention(as_attend_function(self.host.raw_attention(backend)), None, query.shape[3]),
+            attention=self.attention(as_attend_function(self.host.registered_attention(backend)), None, query.shape[3]),
             joint=None if joint_key is None or joint_value is None else Joint(joint_key, joint_value, joint_strategy),
             tokens=Tokens((query.shape[2],) * world_size, kv_tokens),
             overlap=overlap,
         )
 
-    def agrees(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:
-        """Whether ``out`` is ``expected`` but for rounding, on all ranks. Collective.
+    def _matches(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether ``out`` equals ``expected`` up to rounding, on all ranks. Collective.
 
-        The measure is the largest difference of a row (a token's head), as root mean square, in parts of that row's
-        size or of a typical one's. Results of two orders of summation share nearly all digits of their dtype, and a
-        row with a wrong chunk in it shares none: half the digits is the limit.
+        Measured per row (a head of a token): the root mean square of the difference, relative to the larger of that
+        row's and a typical row's. Two orders of summation agree in nearly all digits of the dtype, a row with a wrong
+        chunk in none. The limit is half of the digits.
         """
         compression = self.mesh.compression
         limit = max(torch.finfo(out.dtype).eps, EPS[compression.format] if compression else 0.0) ** 0.5
@@ -203,28 +178,25 @@ class TorusUSP(DropIn):
             float((off / size.clamp_min(1e-30)).nan_to_num(float("inf"), float("inf")).max()) if out.numel() else 0.0
         )
         with self.mesh.call():
-            found: float = max(self.mesh.control.gather("first-call check", worst))
-        self.checked[shape] = found / limit
-        shared = (
-            f"a call of {list(out.shape)} differs from xDiT's own USP by {found:.2g} of a row (allowed: {limit:.2g})"
+            error: float = max(self.mesh.control.gather("first-call check", worst))
+        self.checked[shape] = error / limit
+        text = (
+            f"--sp-check first: a call of {list(out.shape)} differs from {self.original_name} by {error:.2g} of a row "
+            f"(allowed: {limit:.2g})"
         )
-        if found > limit:
-            self.wrong = f"--sp-check first: {shared}"
-            warnings.warn(
-                f"{self.wrong}; from now on {self.original_name} runs all calls", RuntimeWarning, stacklevel=2
-            )
+        if error > limit:
+            self.check_failure = text
+            warnings.warn(f"{text}; all later calls run on {self.original_name}", RuntimeWarning, stacklevel=2)
         else:
-            self.log(f"--sp-check first: {shared}")
-        return not self.wrong
+            self.log(text)
+        return not self.check_failure
 
     def check_line(self) -> str:
-        """What the checks found, as text."""
+        """The results of the checks, as text."""
         if not self.checked:
             return "--sp-check first: no call has been compared with xDiT's own USP yet"
         worst = max(self.checked.values())
-        return (
-            f"--sp-check first: {len(self.checked)} shape(s), at most {worst:.2g} times the difference that is allowed"
-        )
+        return f"--sp-check first: {len(self.checked)} shape(s), at most {worst:.2g} times the allowed difference"
 
     def fallback_reason(
         self,
@@ -237,66 +209,54 @@ class TorusUSP(DropIn):
         kv_head_repeat: int,
         newer: dict[str, Any],
     ) -> str | None:
-        """Why this call goes to xDiT's own USP; None if torus serves it. No communication; alike on all ranks,
-        because everything it looks at is."""
-        if self.wrong:
-            return self.wrong
-        if (reason := (self.choice or self.mesh).why_not_now()) is not None:
+        """Why this call falls back to xDiT's own USP; None if torus runs it. Local, and the same on all ranks, because
+        all of its inputs are."""
+        if self.check_failure:
+            return self.check_failure
+        if (reason := (self.selector or self.mesh).why_not_now()) is not None:
             return reason
         if is_causal:
             return "causal attention needs keys in order"
         if dropout_p:
             return "attention dropout"
-        wanted = attention_kwargs or {}
+        options = attention_kwargs or {}
         for key in _ORDERED_KWARGS:
-            if wanted.get(key) is not None:
+            if options.get(key) is not None:
                 return f"attention_kwargs[{key!r}] needs keys in order"
-        if wanted.get("valid_kv_len") is not None and self.ring_degree > 1:
-            return "attention_kwargs['valid_kv_len'] counts the keys of all ranks, and xDiT's ring sees those of some"
+        if options.get("valid_kv_len") is not None and self.ring_degree > 1:
+            return "attention_kwargs['valid_kv_len'] counts keys of all ranks, but xDiT's ring has those of some ranks"
         if backend not in LSE_BACKENDS:
             return f"attention backend {backend} returns no log-sum-exp"
         if self.host.fp8_communication():
             return "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all"
         if self.host.cached_by_pipefusion(attn_layer):
-            return "PipeFusion's KV cache sits inside USP for this layer"
+            return "USP keeps PipeFusion's KV cache for this layer"
         if joint_strategy and kv_head_repeat != 1:
             return "joint tensors with repeated KV heads, which xDiT refuses"
         if newer:
-            return f"USP arguments this version does not know: {', '.join(sorted(newer))}"
+            return f"USP arguments that sf-xfuser does not support: {', '.join(sorted(newer))}"
         return None
 
 
 def _leading(count: int, each: int, members: Sequence[int]) -> tuple[int, ...]:
-    """How many of the first ``count`` tokens lie on each position, where every rank holds ``each`` and ranks follow
-    each other in ascending order. (5 of 3 ranks with 2 each: 2, 2, 1.)"""
+    """Tokens per position of the first ``count``, with ``each`` per rank in ascending order: 5 on 3 ranks of 2 give
+    2, 2, 1."""
     before = {rank: each * index for index, rank in enumerate(sorted(members))}
     return tuple(min(each, max(0, count - before[rank])) for rank in members)
 
 
-def as_attend_function(raw: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:
-    """A registered xDiT function as ``attend(q, k, v)``, its log-sum-exp brought to [B, H, Sq]."""
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = raw(q, k, v, dropout_p=0.0, is_causal=False, attention_kwargs=None)
-        if lse.dim() == 4:  # cuDNN in some versions: [B, H, Sq, 1]
-            lse = lse.squeeze(-1)
-        return out, lse[..., : q.shape[2]]  # memory-efficient SDPA pads Sq to a multiple of 32
-
-    return attend
-
-
-# -- torch.compile: one opaque operator, the same graph on every rank ------------------------------------------------
+# -- torch.compile: one opaque operator, so that the graph is the same on every rank ----------------------------------
 
 _active: TorusUSP | None = None
 
 
 def activate(usp: TorusUSP | None) -> None:
-    """Name the instance that the compiled operator calls. One sequence-parallel group per process."""
+    """Set the instance that the compiled operator calls: one per process."""
     global _active
     _active = usp
 
 
-# inductor leaves it out of the CUDA graphs that it makes, in PyTorch that knows the tag
+# With this tag, where PyTorch has it, inductor keeps the operator out of its CUDA graphs.
 @torch.library.custom_op(
     "sf_xfuser::torus_usp",
     mutates_args=(),
@@ -308,12 +268,12 @@ def _torus_usp(
     value: torch.Tensor,
     joint_key: torch.Tensor | None,
     joint_value: torch.Tensor | None,
-    joint_strategy: str,
+    joint_strategy: str | None,
     backend: str,
     valid_kv_len: int | None,
 ) -> torch.Tensor:
     if _active is None:
-        raise RuntimeError("a compiled model calls Torus Attention, but its mesh is gone; compile again after set-up")
+        raise RuntimeError("a compiled model calls Torus Attention, but its mesh is closed: compile again after set-up")
     _active.handled += 1
     return _active.attend(query, key, value, joint_key, joint_value, joint_strategy or None, backend, valid_kv_len)
 

@@ -1,6 +1,6 @@
-"""Flags of xDiT that nobody can serve together with ours: refused before anything is loaded, both of them named.
+"""Refuses flags of xDiT that exclude a ``--sp-*`` flag, before the model is loaded; the error names both.
 
-What one flag of ours means for another is ``args.TorusArgs``'s to say, and whether degrees multiply ``launch``'s.
+``config.TorusArgs`` checks the ``--sp-*`` flags among each other, and ``degrees`` checks the degrees.
 """
 
 from __future__ import annotations
@@ -9,60 +9,60 @@ from collections.abc import Iterator
 from typing import Any
 
 from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
+from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS
 from sf_xfuser.integrations.xdit.degrees import ModelFacts
-from sf_xfuser.integrations.xdit.usp import LSE_BACKENDS
 
-# Their attention processors pass USP the layer whose keys PipeFusion caches after the exchange.
+# Their attention processors pass the layer to USP, which caches its keys for PipeFusion after the all-to-all.
 _CACHED_INSIDE_USP = ("SD3Transformer2DModel", "PixArtTransformer2DModel", "HunyuanDiT2DModel")
 
 
-def refuse(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -> None:
-    """Raises ValueError where ``xfuser_args`` and ``given`` exclude each other. Local, and alike on all ranks that were
-    given the same flags."""
-    problem = next(_problems(xfuser_args, given, model), None)
+def refuse(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> None:
+    """Raise ValueError if ``xfuser_args`` and ``args`` exclude each other. Local; ranks with the same flags raise the
+    same error."""
+    problem = next(_problems(xfuser_args, args, model), None)
     if problem is not None:
         raise ValueError(problem)
 
 
-def _problems(xfuser_args: Any, given: TorusArgs, model: ModelFacts | None) -> Iterator[str]:
+def _problems(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> Iterator[str]:
     def flag(name: str) -> Any:
-        return getattr(xfuser_args, name, None)  # xDiT before 0.7 has not all of them
+        return getattr(xfuser_args, name, None)  # xDiT before 0.7 does not have all of them
 
-    backend = f"--sp-backend {given.backend}"
+    backend = f"--sp-backend {args.backend}"
     if flag("use_fast_attn"):
         yield (
-            f"{backend} with --use_fast_attn: DiTFastAttn wants all ranks in data parallelism, which leaves none for "
-            f"sequence parallelism; leave one of them out"
+            f"{backend} with --use_fast_attn: DiTFastAttn uses all ranks for data parallelism, which leaves none for "
+            f"sequence parallelism; remove one of the two flags"
         )
-    if given.backend in XDIT_BACKENDS:
+    if args.backend in XDIT_BACKENDS:
         return
-    if given.compress != "none" and flag("use_fp8_comms"):
+    if args.compress != "none" and flag("use_fp8_comms"):
         yield (
-            f"--sp-compress {given.compress} with --use_fp8_comms: FP8 communication takes every attention call to "
-            f"xDiT's own USP, where --sp-compress does nothing; leave one of them out"
+            f"--sp-compress {args.compress} with --use_fp8_comms: with FP8 communication every attention call "
+            f"falls back to xDiT's own USP, where --sp-compress has no effect; remove one of the two flags"
         )
-    if given.check != "off" and flag("use_torch_compile"):
+    if args.check != "off" and flag("use_torch_compile"):
         yield (
-            f"--sp-check {given.check} with --use_torch_compile: a compiled model's calls are not compared; leave one "
-            f"of them out"
+            f"--sp-check {args.check} with --use_torch_compile: calls of a compiled model are not checked; remove one "
+            f"of the two flags"
         )
-    if given.backend == "auto":
-        return  # may leave attention to xDiT
+    if args.backend == "auto":
+        return  # such calls run on xDiT's own USP
     for name in ("attention_backend", "hybrid_attn_low_precision_backend", "hybrid_attn_high_precision_backend"):
         named = flag(name)
         if named and named.upper() not in LSE_BACKENDS:
             yield (
-                f"{backend} with --{name} {named}: it returns no log-sum-exp, which partial results are merged by; use "
-                f"one of {', '.join(sorted(LSE_BACKENDS))}"
+                f"{backend} with --{name} {named}: it returns no log-sum-exp, which the merge of partial results "
+                f"needs; use one of {', '.join(sorted(LSE_BACKENDS))}"
             )
-    if given.strict and flag("use_fp8_comms"):
+    if args.strict and flag("use_fp8_comms"):
         yield (
-            "--sp-strict with --use_fp8_comms: FP8 communication compresses xDiT's own all-to-all, so that every "
-            "attention call is handed back to it; leave one of them out"
+            "--sp-strict with --use_fp8_comms: with FP8 communication every attention call falls back to xDiT's own "
+            "USP; remove one of the two flags"
         )
     stages = flag("pipefusion_parallel_degree") or 1
-    if given.strict and stages > 1 and model is not None and model.transformer in _CACHED_INSIDE_USP:
+    if args.strict and stages > 1 and model is not None and model.transformer in _CACHED_INSIDE_USP:
         yield (
-            f"--sp-strict with --pipefusion_parallel_degree {stages}: PipeFusion keeps the keys of {model.transformer} "
-            f"inside xDiT's own USP, so that its attention calls are handed back; leave one of them out"
+            f"--sp-strict with --pipefusion_parallel_degree {stages}: xDiT's own USP keeps PipeFusion's KV cache of "
+            f"{model.transformer}, so its attention calls fall back; remove one of the two flags"
         )

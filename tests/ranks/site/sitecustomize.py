@@ -1,15 +1,15 @@
 """Runs in every Python process that has this folder on PYTHONPATH.
 
-With SF_XFUSER_AUTOLOAD=0 it installs the CPU platform before xfuser exists, in the plugin's place, so that the platform
-is tested without the plugin. With TINY_FLUX set to a model folder it registers the runner model "tiny-flux", as a
-user's own package would through ``register_model``.
+With SF_XFUSER_AUTOLOAD=0 it installs the CPU platform before xfuser is imported, to test it without the plugin. With
+TINY_FLUX set to a model folder it registers the runner model "tiny-flux" as a user's package would
+(``register_model``).
 """
 
 import os
 from dataclasses import replace
 
 from sf_xfuser.integrations.hooks import Hook, HookSet
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
+from sf_xfuser.integrations.xdit import cpu_platform
 
 
 def _register_tiny_flux(path):
@@ -31,6 +31,6 @@ REGISTER = Hook(
     remove_when="xDiT discovers registered models of other packages",
 )
 
-PLATFORM = platform_cpu.HOOKS if os.environ.get("SF_XFUSER_AUTOLOAD") == "0" else ()
+PLATFORM = cpu_platform.HOOKS if os.environ.get("SF_XFUSER_AUTOLOAD") == "0" else ()
 HOOK_SET = HookSet([*PLATFORM, *([REGISTER] if "TINY_FLUX" in os.environ else [])])
 HOOK_SET.install()

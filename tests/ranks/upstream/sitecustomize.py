@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from sf_xfuser import config as args
 from sf_xfuser.integrations.hooks import Hook, HookSet
-from sf_xfuser.integrations.xdit import cpu_platform as platform_cpu
-from sf_xfuser.integrations.xdit import session
+from sf_xfuser.integrations.xdit import cpu_platform, session
 from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import to_cpu
 from sf_xfuser.integrations.yunchang import attention as long_context
 
@@ -59,7 +58,7 @@ HOOKS = [
     Hook(
         module="yunchang.kernels.attention",
         name="_scaled_dot_product_flash_attention",
-        wrap=lambda _: platform_cpu.flash_attention,
+        wrap=lambda _: cpu_platform.flash_attention,
         **BECAUSE,
     ),
     Hook(  # without CUDA it takes yunchang in only where there is an NPU
@@ -76,7 +75,7 @@ HOOKS = [
     ),
 ]
 if os.environ.get("SF_XFUSER_AUTOLOAD") == "0":
-    HOOKS += platform_cpu.HOOKS
+    HOOKS += cpu_platform.HOOKS
 if args.ARGS_VARIABLE in os.environ:
     atexit.register(report)
 HOOK_SET = HookSet(HOOKS, roots=("xfuser", "yunchang"))

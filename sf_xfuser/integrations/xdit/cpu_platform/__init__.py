@@ -1,14 +1,14 @@
-"""What xDiT lacks on a machine without an accelerator, as hooks: its pipelines then run on CPU ranks over gloo.
+"""Hooks that let xDiT's pipelines run on CPU ranks over gloo, on a machine without an accelerator.
 
-``needed()`` probes, ``HOOKS`` is the data, and the caller installs it (``HookSet(HOOKS).install()``) before ``xfuser``
-is imported, because several xDiT modules decide at import what they offer. ``HookSet.remove()`` gives every hooked
-attribute back; what a module computed at its import (``HAS_LONG_CTX_ATTN``) stays until it is imported again.
+Install ``HOOKS`` (``HookSet(HOOKS).install()``) if ``needed()``, before importing ``xfuser``: several xDiT modules
+compute at import what they support. ``HookSet.remove()`` restores every hooked attribute, but not values computed at
+import (``HAS_LONG_CTX_ATTN``).
 
-One way of speaking about tensors: q/k/v are ``[B, H, S, D]`` and an LSE is ``[B, H, Sq]``, as in xDiT's registry.
+Shapes: q/k/v ``[B, H, S, D]``, LSE ``[B, H, Sq]``, as in xDiT's registry.
 
-Not served: options of xDiT that name a GPU kernel (fp8, AITER, Sparge), its cache-dit adapter, and
-``xFuserLongContextAttention`` objects (Sana with sequence parallelism), whose ring package does not import with
-yunchang 0.6.4 on any platform.
+Not supported: options of xDiT that need a GPU kernel (fp8, AITER, Sparge), its cache-dit adapter, and
+``xFuserLongContextAttention`` (Sana with sequence parallelism), which does not import with yunchang 0.6.4 on any
+platform.
 """
 
 from __future__ import annotations
@@ -46,18 +46,17 @@ from sf_xfuser.integrations.xdit.cpu_platform.pipefusion import (
 
 
 def needed() -> bool:
-    """True iff no accelerator that xDiT knows can be used here: also for a CUDA build of PyTorch without a GPU.
+    """Whether no accelerator that xDiT supports is available, also with a CUDA build of PyTorch.
 
-    Asks in the same way as ``xfuser/envs.py``, but does not trust ``torch.version.cuda``. Never raises, imports
-    nothing of xDiT.
+    Checks as ``xfuser/envs.py`` does, except for ``torch.version.cuda``. Never raises; imports nothing of xDiT.
     """
-    return not any(_usable(name) for name in ("cuda", "musa", "npu", "mps"))
+    return not any(_is_available(name) for name in ("cuda", "musa", "npu", "mps"))
 
 
-def _usable(accelerator: str) -> bool:
+def _is_available(accelerator: str) -> bool:
     try:
         if accelerator == "musa":
-            __import__("torch_musa")  # xfuser.envs imports it too: without it torch.musa does not exist
+            __import__("torch_musa")  # defines torch.musa; xfuser.envs imports it too
         owner = torch.backends if accelerator == "mps" else torch
         return bool(getattr(owner, accelerator).is_available())
     except Exception:
@@ -66,13 +65,12 @@ def _usable(accelerator: str) -> bool:
 
 # --- an absent triton ---------------------------------------------------------------------------------------------
 #
-# xDiT imports triton in one module without a guard and without declaring it, and a CPU build of PyTorch does not
-# bring it. While that module is imported `triton` is a stand-in; elsewhere its absence must stay visible, since
-# PyTorch, diffusers and xDiT itself ask for it.
+# One module of xDiT imports triton without a guard, and a CPU build of PyTorch does not install it. `triton` is a
+# placeholder during that import only, because PyTorch, diffusers and xDiT check whether triton is installed.
 
 
 class _NoKernel:
-    """What ``triton.jit`` gives without triton: a kernel that can be defined and not launched."""
+    """Replaces a ``triton.jit`` kernel: it can be defined but not launched."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -90,15 +88,15 @@ class _NoTriton(ModuleType):
         return _NoKernel
 
 
-def _lend_triton(path: Any) -> Any:
+def _add_triton_placeholder(path: Any) -> Any:
     if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
-        stand_in = _NoTriton("triton")
-        stand_in.language = stand_in
-        sys.modules["triton"] = sys.modules["triton.language"] = stand_in
+        placeholder = _NoTriton("triton")
+        placeholder.language = placeholder
+        sys.modules["triton"] = sys.modules["triton.language"] = placeholder
     return path
 
 
-def _take_triton_back(triton: Any) -> Any:
+def _remove_triton_placeholder(triton: Any) -> Any:
     if isinstance(triton, _NoTriton):
         sys.modules.pop("triton", None)
         sys.modules.pop("triton.language", None)
@@ -109,7 +107,7 @@ def _take_triton_back(triton: Any) -> Any:
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
-    """A wrap: the replacement takes any arguments and returns ``value``."""
+    """A ``Hook.wrap``: the replacement takes any arguments and returns ``value``."""
 
     def wrap(original: Any) -> Any:
         @functools.wraps(original)
@@ -121,14 +119,14 @@ def _always(value: Any) -> Callable[[Any], Any]:
     return wrap
 
 
-def _packages(found: dict[str, Any]) -> dict[str, Any]:
-    """xDiT's package table without the GPU kernels (a CUDA build may have them installed), with yunchang."""
-    kernels = [name for name in found if name.startswith("has_") and name != "has_long_ctx_attn"]
-    return {**found, **dict.fromkeys(kernels, False), "has_long_ctx_attn": _yunchang_process_group() is not None}
+def _packages(info: dict[str, Any]) -> dict[str, Any]:
+    """xDiT's package table without GPU kernels, which may be installed beside a CUDA build, and with yunchang."""
+    kernels = [name for name in info if name.startswith("has_") and name != "has_long_ctx_attn"]
+    return {**info, **dict.fromkeys(kernels, False), "has_long_ctx_attn": _yunchang_process_group() is not None}
 
 
 def _yunchang_process_group(_: object = None) -> Any:
-    """yunchang's one ``PROCESS_GROUP`` object (mutated by ``set_seq_parallel_pg``), or None without yunchang."""
+    """yunchang's global ``PROCESS_GROUP``, whose attributes ``set_seq_parallel_pg`` sets; None without yunchang."""
     try:
         from yunchang.globals import PROCESS_GROUP
     except ImportError:
@@ -168,16 +166,16 @@ def flash_attention(
     The inputs may be views; the LSE is float32 (float64 for float64). Raises ValueError for an empty sequence.
     """
     if query.numel() == 0 or key.numel() == 0:
-        # PyTorch 2.13 dies of SIGFPE here; on a GPU the same call returns an empty tensor or an error.
+        # PyTorch 2.13 crashes with SIGFPE; on a GPU the same call returns an empty tensor or an error.
         raise ValueError(f"attention of q {tuple(query.shape)} on k {tuple(key.shape)}: a sequence is empty")
-    # The CPU kernel reads D with stride 1 whatever the stride is: a transposed view gave an error of 1.5, unreported.
+    # The CPU kernel ignores the stride of D and reads it with stride 1: a transposed view gave an error of 1.5.
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, scale=scale)
     return out, lse
 
 
 class _CpuAten:
-    """``torch.ops.aten`` with the one operator that has no CPU kernel replaced by its CPU twin."""
+    """``torch.ops.aten`` with ``flash_attention`` for the operator without a CPU kernel."""
 
     _scaled_dot_product_flash_attention = staticmethod(flash_attention)
 
@@ -205,8 +203,9 @@ def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
 _ENVS = "xfuser.envs"
 _FUNCTIONAL = "torch.distributed._functional_collectives"
 _COORDINATOR = "xfuser.core.distributed.group_coordinator"
-_NO_CPU_IN_XDIT = "xDiT names a CPU device itself (envs.get_device_version and its neighbours stop raising)"
-_NATIVE = "_is_cpu"  # of xfuser.envs, where it names the CPU (patches/)
+_NO_CPU_IN_XDIT = "xDiT supports the CPU device (envs.get_device_version and similar functions do not raise)"
+_TRITON_GUARD = "block_mask.py guards the import as core/vsa_attention.py does"
+_NATIVE = "_is_cpu"  # of xfuser.envs, if it supports the CPU (patches/)
 _NO_GLOO_IN_XDIT = "xDiT's PipelineGroupCoordinator keeps the Work of its sends and does not wait for handshakes"
 
 _PROCESS_GROUP_HOLDERS = (
@@ -216,57 +215,37 @@ _PROCESS_GROUP_HOLDERS = (
 )
 
 HOOKS: tuple[Hook, ...] = (
-    Hook(
-        module="xfuser.core.sparge_attention",
-        name="__path__",
-        wrap=_lend_triton,
-        why="core/sparge_attention/block_mask.py, the next import, has an unguarded `import triton`: lend a stand-in",
-        remove_when="block_mask.py guards the import as core/vsa_attention.py does",
-    ),
-    Hook(
-        module="xfuser.core.sparge_attention.block_mask",
-        name="triton",
-        wrap=_take_triton_back,
-        why="the stand-in for triton must not outlive the import that needed it",
-        remove_when="block_mask.py guards the import as core/vsa_attention.py does",
+    *(
+        Hook(module=f"xfuser.core.sparge_attention{module}", name=name, wrap=wrap, why=why, remove_when=_TRITON_GUARD)
+        for module, name, wrap, why in (
+            ("", "__path__", _add_triton_placeholder, "block_mask.py, the next import, imports triton without a guard"),
+            (".block_mask", "triton", _remove_triton_placeholder, "the placeholder must exist during that import only"),
+        )
     ),
     *(
         Hook(
             module=_ENVS,
             name=name,
-            wrap=_always(False),
+            wrap=_always(value),
             sweep=True,
-            why=f"envs.py: {name} asks how PyTorch was built, not whether there is a GPU",
+            why=f"envs.py: {why}",
             remove_when=_NO_CPU_IN_XDIT,
             native=_NATIVE,
         )
-        for name in ("_is_cuda", "_is_hip")
-    ),
-    Hook(
-        module=_ENVS,
-        name="get_device_version",
-        wrap=_always(None),
-        sweep=True,
-        why="envs.py: raises NotImplementedError without an accelerator, and config/config.py asks at import",
-        remove_when=_NO_CPU_IN_XDIT,
-        native=_NATIVE,
-    ),
-    Hook(
-        module=_ENVS,
-        name="get_torch_distributed_backend",
-        wrap=_always("gloo"),
-        sweep=True,
-        why="envs.py: raises NotImplementedError without an accelerator; parallel_state.py asks it for the backend",
-        remove_when=_NO_CPU_IN_XDIT,
-        native=_NATIVE,
+        for name, value, why in (
+            ("_is_cuda", False, "checks how PyTorch was built, not whether there is a GPU"),
+            ("_is_hip", False, "checks how PyTorch was built, not whether there is a GPU"),
+            ("get_device_version", None, "raises NotImplementedError here, and config/config.py calls it at import"),
+            ("get_torch_distributed_backend", "gloo", "raises NotImplementedError here; parallel_state.py calls it"),
+        )
     ),
     Hook(
         module=_ENVS,
         name="PACKAGES_CHECKER.packages_info",
         wrap=_packages,
         sweep=True,
-        why="envs.py: yunchang counts as absent without CUDA (sp_degree > 1 refused), installed GPU kernels as usable",
-        remove_when="envs.check_long_ctx_attn no longer asks for CUDA",
+        why="envs.py: without CUDA yunchang counts as missing (no sp_degree > 1), and installed GPU kernels as usable",
+        remove_when="envs.check_long_ctx_attn does not need CUDA",
     ),
     *(
         Hook(
@@ -283,7 +262,7 @@ HOOKS: tuple[Hook, ...] = (
         module="xfuser.core.distributed",
         name="__all__",
         wrap=_existing_names,
-        why="core/distributed/__init__.py: __all__ names init_model_parallel_group, which it lacks: `import *` fails",
+        why="core/distributed/__init__.py: __all__ names init_model_parallel_group, which is missing: `import *` fails",
         remove_when="the package imports every name of its __all__",
     ),
     Hook(
@@ -319,15 +298,15 @@ HOOKS: tuple[Hook, ...] = (
             ("pipeline_isend", pipeline_isend, "drops the Work of the send, and gloo then drops the send"),
             ("pipeline_isend_skip", pipeline_isend_skip, "drops the Work of the send, and gloo then drops the send"),
             ("_communicate_shapes", communicate_shapes, "waits for its own send: asynchronous PipeFusion deadlocks"),
-            ("destroy", destroy_after_delivery, "does not wait for sends that are still under way"),
+            ("destroy", destroy_after_delivery, "does not wait for pending sends"),
         )
     ),
     Hook(
         module="torch.distributed.distributed_c10d",
         name="ProcessGroupGloo.__init__",
         wrap=share_event_loop,
-        why="PyTorch gives each gloo group a thread that wakes every 10 ms, and xDiT makes some twenty groups",
-        remove_when="PyTorch shares one gloo device among the groups of a process",
+        why="PyTorch gives each gloo group a thread that wakes every 10 ms, and xDiT creates about twenty groups",
+        remove_when="PyTorch shares one gloo device between the groups of a process",
         required=False,
     ),
     *(
@@ -335,8 +314,8 @@ HOOKS: tuple[Hook, ...] = (
             module=module,
             name=name,
             wrap=wrap,
-            why="gloo's collectives post sends before receives, and two ranks then send one after the other",
-            remove_when="gloo says that it is ready to receive before it begins to send",
+            why="gloo's collectives post sends before receives, so two ranks may send one after the other",
+            remove_when="gloo posts receives before sends",
             required=False,
         )
         for module, name, wrap in (
@@ -352,27 +331,20 @@ HOOKS: tuple[Hook, ...] = (
         wrap=_always(None),
         sweep=True,
         why="runner.py, runner_models/base_model.py, group_coordinator.py call it unconditionally; it raises here",
-        remove_when="xDiT asks torch.accelerator, or synchronizes only where there is a device",
+        remove_when="xDiT uses torch.accelerator, or synchronizes only if there is a device",
     ),
     Hook(
         module="torch.cuda",
         name="Event",
         wrap=lambda _: HostEvent,
-        why="runner_models/base_model.py times every run with torch.cuda.Event, which cannot be made here",
+        why="runner_models/base_model.py times every run with torch.cuda.Event, which raises here",
         remove_when="xDiT times with torch.Event or on the host clock",
     ),
     Hook(
         module="torch",
         name="Generator",
         wrap=cpu_generator,
-        why='entrypoints/launch.py and the example scripts make a torch.Generator(device="cuda")',
-        remove_when="they use envs.get_device",
-    ),
-    Hook(
-        module="diffusers.pipelines.pipeline_utils",
-        name="DiffusionPipeline.to",
-        wrap=to_cpu,
-        why='runner_models (base_model.py or loading/placement.py) and the examples move a pipeline to "cuda:<rank>"',
+        why='entrypoints/launch.py and the example scripts create a torch.Generator(device="cuda")',
         remove_when="they use envs.get_device",
     ),
     *(
@@ -380,8 +352,8 @@ HOOKS: tuple[Hook, ...] = (
             module=module,
             name=name,
             wrap=nothing_to_offload,
-            why='runner_models/base_model.py: the offload options name the device "cuda:<rank>", and CUDA streams',
-            remove_when="it offloads only where envs.get_device is not the CPU",
+            why='runner_models/base_model.py: the offload options use the device "cuda:<rank>" and CUDA streams',
+            remove_when="it does not offload if envs.get_device is the CPU",
         )
         for module, name in (
             ("diffusers.hooks", "apply_group_offloading"),
@@ -394,10 +366,11 @@ HOOKS: tuple[Hook, ...] = (
             module=module,
             name=f"{owner}.to",
             wrap=to_cpu,
-            why='runner_models (loading/shard.py, lingbot_video.py) move single components to "cuda:<rank>"',
+            why='runner_models and the examples move pipelines and components to the device "cuda:<rank>"',
             remove_when="they use envs.get_device",
         )
         for module, owner in (
+            ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
             ("diffusers.models.modeling_utils", "ModelMixin"),
             ("transformers.modeling_utils", "PreTrainedModel"),
         )
@@ -407,7 +380,7 @@ HOOKS: tuple[Hook, ...] = (
             module=f"xfuser.model_executor.models.runner_models.{module}",
             name="torch",
             wrap=CpuTorch,
-            why=f'runner_models/{module}: makes tensors or a torch.Generator on the device "cuda"',
+            why=f'runner_models/{module}: creates tensors or a torch.Generator on the device "cuda"',
             remove_when="it uses envs.get_device",
             required=False,
         )
@@ -417,7 +390,7 @@ HOOKS: tuple[Hook, ...] = (
         module="xfuser.model_executor.cache.adapters.cache_dit",
         name="torch",
         wrap=CpuTorch,
-        why="cache/adapters/cache_dit.py: ranks agree on what to skip by a tensor on torch.cuda.current_device()",
+        why="cache_dit.py: ranks exchange which steps to skip in a tensor on torch.cuda.current_device()",
         remove_when="it uses envs.get_device",
         required=False,
     ),
@@ -425,7 +398,7 @@ HOOKS: tuple[Hook, ...] = (
         module="xfuser.core.distributed.sharding",
         name="FSDP",
         wrap=cpu_fsdp,
-        why="sharding.py: passes the rank as device_id, which FSDP takes for one of the accelerator",
-        remove_when="it passes a torch.device, and synchronizes the states itself on a CPU",
+        why="sharding.py: passes the rank as device_id, which FSDP interprets as an accelerator",
+        remove_when="it passes a torch.device, and broadcasts the module states itself on a CPU",
     ),
 )

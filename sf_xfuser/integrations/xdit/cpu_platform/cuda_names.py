@@ -1,4 +1,4 @@
-"""Places of the runner and of diffusers that name CUDA: events, ``"cuda:<rank>"`` devices, offload, FSDP."""
+"""CPU replacements for CUDA names in the runner and in diffusers: events, ``"cuda:<rank>"`` devices, offload, FSDP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class HostEvent:
-    """``torch.cuda.Event`` on the host clock: CPU work has been done when the call that did it returns."""
+    """``torch.cuda.Event`` on the host clock: on a CPU, work is complete when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._time_s: float | None = None
@@ -26,14 +26,14 @@ class HostEvent:
         return True
 
     def elapsed_time(self, end_event: HostEvent) -> float:
-        """Milliseconds from this event to ``end_event``; RuntimeError where one of them was not recorded."""
+        """Milliseconds from this event to ``end_event``. Raises RuntimeError if one was not recorded."""
         if self._time_s is None or end_event._time_s is None:
             raise RuntimeError("elapsed_time needs two recorded events; call record() on both")
         return (end_event._time_s - self._time_s) * 1e3
 
 
 def _cpu_for_cuda(value: Any) -> Any:
-    """``value``, or the CPU where it names a CUDA device."""
+    """``value``, or the CPU if it is a CUDA device."""
     if isinstance(value, torch.device):
         return torch.device("cpu") if value.type == "cuda" else value
     return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
@@ -48,7 +48,7 @@ def to_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cpu_generator(generator: type[torch.Generator]) -> type:
-    """``torch.Generator`` for programs that name a CUDA device: what it makes is a generator of the CPU."""
+    """``torch.Generator`` that creates a CPU generator for a CUDA device."""
 
     class AnyGenerator(type):
         def __instancecheck__(cls, instance: Any) -> bool:
@@ -62,16 +62,16 @@ def cpu_generator(generator: type[torch.Generator]) -> type:
 
 
 class CpuTorch:
-    """``torch`` for a module of xDiT that writes CUDA devices as strings: what takes a device gets the CPU."""
+    """``torch`` for a module of xDiT that names CUDA devices: functions with a device argument get the CPU."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._owner, name)
+        value = getattr(self._owner, name)
         if name == "cuda":
-            return CpuCuda(found)
-        return to_cpu(found) if name in ("tensor", "empty", "Generator") else found
+            return CpuCuda(value)
+        return to_cpu(value) if name in ("tensor", "empty", "Generator") else value
 
 
 class CpuCuda:
@@ -88,7 +88,7 @@ class CpuCuda:
 
 
 def nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
-    """Host memory is where the weights are: offloading from a CUDA device is done before it begins."""
+    """Do nothing for a CUDA device: the weights are in host memory already."""
 
     @functools.wraps(offload)
     def replacement(*args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ def nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
 def cpu_fsdp(fsdp: type) -> Callable[..., Any]:
     @functools.wraps(fsdp, updated=())
     def replacement(module: Any, process_group: Any = None, **kwargs: Any) -> Any:
-        if kwargs.pop("sync_module_states", False):  # FSDP refuses to do it on a CPU
+        if kwargs.pop("sync_module_states", False):  # FSDP does not support it on a CPU
             group = process_group or torch.distributed.group.WORLD
             for tensor in (*module.parameters(), *module.buffers()):
                 torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)

@@ -1,11 +1,10 @@
 """PipeFusion over gloo.
 
-gloo delivers a send when the receiver has posted its receive (rendezvous), and forgets one whose Work has been
-dropped. xDiT drops the Work of every asynchronous send, and may overwrite the tensor at once. So each send gets a
-copy, kept with its Work in the *slot* it belongs to: (name, segment), the same key as the receive buffer of the
-peer. A stage sends into a slot again one denoising step later, and for that it needs a result which the peer can
-only have produced from the previous tensor of that slot: waiting for the old Work then returns at once, and the
-memory held is bounded by the number of receive buffers.
+gloo delivers a send once the receiver has posted its receive (rendezvous), and loses the send if its Work is deleted.
+xDiT deletes the Work of every asynchronous send, and may overwrite the tensor. So each send uses a copy, stored with
+its Work under a *slot*: (name, segment), the key of the peer's receive buffer. A stage reuses a slot one denoising
+step later, after a result that the peer computed from the slot's previous tensor. So waiting for the old Work returns
+at once, and memory is bounded by the number of receive buffers.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ _SENDS = "_sf_gloo_sends"  # attribute of a PipelineGroupCoordinator: {slot: (Wo
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
 
 
-def _keep(pipeline_group: Any, slot: tuple[Any, ...], work: Any, tensor: torch.Tensor) -> None:
+def _store(pipeline_group: Any, slot: tuple[Any, ...], work: Any, tensor: torch.Tensor) -> None:
     sends: dict[Any, Any] = vars(pipeline_group).setdefault(_SENDS, {})
-    earlier = sends.get(slot)
+    previous = sends.get(slot)
     sends[slot] = (work, tensor)
-    if earlier is not None:
-        earlier[0].wait()
+    if previous is not None:
+        previous[0].wait()
 
 
 def pipeline_isend(_: Callable[..., None]) -> Callable[..., None]:
     def pipeline_isend(self: Any, tensor: torch.Tensor, name: str = "latent", segment_idx: int = -1) -> None:
         copy = tensor.clone(memory_format=torch.contiguous_format)
         self._check_shape_and_buffer(tensor_send_to_next=copy, name=name, segment_idx=segment_idx)
-        _keep(self, (name, segment_idx), self._pipeline_isend(copy), copy)
+        _store(self, (name, segment_idx), self._pipeline_isend(copy), copy)
 
     return pipeline_isend
 
@@ -42,27 +41,27 @@ def pipeline_isend_skip(_: Callable[..., None]) -> Callable[..., None]:
         from xfuser.core.distributed import get_runtime_state
 
         copy = tensor.clone(memory_format=torch.contiguous_format)
-        _keep(self, ("skip", get_runtime_state().pipeline_patch_idx), self._pipeline_isend_skip(copy), copy)
+        _store(self, ("skip", get_runtime_state().pipeline_patch_idx), self._pipeline_isend_skip(copy), copy)
 
     return pipeline_isend_skip
 
 
 def communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size]:
-    """xDiT's handshake before the first tensor of a slot; the sender does not wait, and the dtype goes along.
+    """xDiT's handshake before the first tensor of a slot, with the dtype and without waiting in the sender.
 
-    The receiver sizes its buffer with ``self.dtype``; xDiT leaves it at the configured one, whatever the model has.
+    The receiver allocates its buffer with ``self.dtype``, which xDiT sets to the configured dtype, not the model's.
     """
 
     def communicate_shapes(
         self: Any, tensor_send_to_next: torch.Tensor | None = None, recv_prev: bool = False
     ) -> torch.Size:
         if tensor_send_to_next is not None:
-            handshake = sum(len(shapes) for shapes in self.send_shape.values())  # xDiT has just added this one
+            handshake = sum(len(shapes) for shapes in self.send_shape.values())  # includes this one
             header = torch.tensor([tensor_send_to_next.dim(), _DTYPES.index(tensor_send_to_next.dtype)])
             shape = torch.tensor(tensor_send_to_next.shape, dtype=torch.int64)
             for part, message in (("header", header), ("shape", shape)):
                 work = torch.distributed.isend(message, dst=self.next_rank, group=self.device_group)
-                _keep(self, (part, handshake), work, message)
+                _store(self, (part, handshake), work, message)
         if not recv_prev:
             return torch.Size([0, 0, 0])
         header = torch.empty(2, dtype=torch.int64)
@@ -77,7 +76,7 @@ def communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size
 
 
 def destroy_after_delivery(destroy: Callable[..., None]) -> Callable[..., None]:
-    """A stage that is done first must not leave with sends that nobody has received (on CUDA: the stream sync)."""
+    """Wait for pending sends before a stage exits (on CUDA a stream synchronization does this)."""
 
     @functools.wraps(destroy)
     def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
