@@ -93,7 +93,7 @@ def test_each_collective_is_measured_on_the_link_that_it_uses(monkeypatch):
         measured.append((pattern, members))
         return calibrate.Timing(seconds=0.001, cpu_s=0.0), calibrate.Timing(seconds=0.1, cpu_s=0.1), 1 << 20
 
-    monkeypatch.setattr(calibration._groups, "mine", lambda groups, ranks: len(groups[0]))
+    monkeypatch.setattr(calibration._groups, "own_group", lambda groups, ranks: len(groups[0]))
     monkeypatch.setattr(calibration, "_collective", collective)
     rings = [(rotation, size) for size in (2, 4, 8) for rotation in ("allgather", "alltoall")]
     for is_inside, expected in ((False, [("exchange", 4), ("exchange", 8), *rings]), (True, [("exchange", 2)])):

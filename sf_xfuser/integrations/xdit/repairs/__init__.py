@@ -57,7 +57,7 @@ REPAIRS = {
     ),
     "0011": Repair(
         "attention functions ignore masks (Krea 2, LTX-2, MiniMax-H3) or get one of an earlier request (Krea 2, LTX-2)",
-        ("test_torus_equals", "test_patches_repair_the_same", "test_a_mask_is_not_that_of_an_earlier_request"),
+        ("test_torus_equals", "test_patches_repair_the_same", "test_masks_of_an_earlier_request_are_not_reused"),
     ),
     "0012": Repair(
         "shorter prompts attend to the padding of the longest", ("test_torus_equals", "test_patches_repair_the_same")
