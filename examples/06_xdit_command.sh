@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# 6. The xdit command without any degree: it starts one process for each device of the machine (here 2 x 2 are
-# pretended), and the degrees follow from the topology and the model's heads. With the real model it is one line:
+# 6. The xdit command without any degree: it starts one process per device (here --sp-topology gives 2 x 2), and the
+# degrees follow from the topology and the model's heads. With the real model it is one line:
 #
 #     xdit --model FLUX.1-dev --prompt "a red chair" --sp-backend torus
 #
-# This script does that with a tiny model, which stands where Hugging Face's name for the real one would be looked up.
+# This script does the same with a tiny model, in a folder named like the model on Hugging Face.
 #
 #     bash examples/06_xdit_command.sh
 set -euo pipefail

@@ -87,12 +87,12 @@ REFUSAL = "--sp-backend torus: cannot plan for"
 
 @dataclass
 class Result:
-    """One test: variant -> passed, failed or skipped; why it was not passed; calls that torus served."""
+    """One test: variant -> passed, failed or skipped; why it was not passed; calls handled by torus."""
 
     name: str
     outcome: dict[str, str] = field(default_factory=dict)
     why: str = ""
-    served: int | None = None
+    handled: int | None = None
 
     @property
     def kind(self) -> str:
@@ -131,7 +131,7 @@ def suite(
             result.outcome[variant] = "passed" if problem is None else PROBLEMS[problem.tag]
             if problem is not None:
                 result.why = reason(message if name != path else problem.text or "")
-            note_served(result, output)
+            note_handled(result, output)
 
 
 def reason(text: str) -> str:
@@ -169,7 +169,7 @@ def program(checkout: Path, given: Program, variant: str, results: dict[str, Res
     result.outcome[variant] = "failed" if finished.returncode else "passed"
     if finished.returncode:
         result.why = reason(finished.output)
-    note_served(result, finished.output)
+    note_handled(result, finished.output)
 
 
 def environment(variant: str, site: str, topology: str | None) -> dict[str, str]:
@@ -182,10 +182,10 @@ def environment(variant: str, site: str, topology: str | None) -> dict[str, str]
     return {**given, "PYTHONPATH": str(RANKS / "upstream")} if site == "upstream" else given
 
 
-def note_served(result: Result, output: str) -> None:
-    """Calls that torus served on a rank."""
-    if served := re.findall(r"@@served (\d+)@@", output):
-        result.served = max(map(int, served))
+def note_handled(result: Result, output: str) -> None:
+    """Calls handled by torus on one rank."""
+    if handled := re.findall(r"@@handled (\d+)@@", output):
+        result.handled = max(map(int, handled))
 
 
 def run_all(checkout: Path, spawning: Mapping[str, str], programs: Sequence[Program]) -> dict[str, Result]:
@@ -232,10 +232,10 @@ def report(found: dict[str, dict[str, Result]]) -> str:
             passed = [
                 sum(r.outcome.get(variant) == "passed" for r in of_file) for variant in ("without the flag", "torus")
             ]
-            served = "".join(f" ({r.served} calls served)" for r in of_file if r.served)
+            handled = "".join(f" ({r.handled} calls on torus)" for r in of_file if r.handled)
             cells = [
                 str(passed[0]),
-                f"{passed[1]}{served}" if any("torus" in r.outcome for r in of_file) else "not USP",
+                f"{passed[1]}{handled}" if any("torus" in r.outcome for r in of_file) else "not USP",
             ]
             lines.append(f"| `{file}` | {' | '.join(cells)} | {sum(r.kind != 'passes' for r in of_file) or ''} |")
         lines += ["", "Not passed, and why:", "", "| test | outcome | why |", "|---|---|---|"]

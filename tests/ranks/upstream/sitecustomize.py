@@ -2,7 +2,7 @@
 
 They were written for CUDA over NCCL: here ``"cuda:0"`` is the CPU, NCCL is gloo, and flash-attn is the folder beside
 this file. With SF_XFUSER_AUTOLOAD=0 the CPU platform stands in the plugin's place. With SF_XFUSER_ARGS, how many
-calls the plugin has served is said at the end.
+calls the plugin has handled is said at the end.
 """
 
 import atexit
@@ -49,8 +49,8 @@ def told(module, answer):
 
 def report():
     counted = (session.current.usp, session.current.all_to_all, long_context._layers)
-    served = sum(each.handled for each in counted if each is not None)
-    os.write(1, f"@@served {served}@@\n".encode())  # sys.stdout may be closed
+    handled = sum(each.handled for each in counted if each is not None)
+    os.write(1, f"@@handled {handled}@@\n".encode())  # sys.stdout may be closed
 
 
 BECAUSE = {"why": "upstream's tests on CPU ranks", "remove_when": "upstream's tests name no accelerator"}
