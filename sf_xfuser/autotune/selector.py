@@ -122,8 +122,8 @@ class Choice:
     def mesh(self) -> Mesh:
         return self.meshes[0]
 
-    def why_not_now(self) -> str | None:
-        return next((reason for mesh in self.meshes if (reason := mesh.why_not_now()) is not None), None)
+    def unavailable_reason(self) -> str | None:
+        return next((reason for mesh in self.meshes if (reason := mesh.unavailable_reason()) is not None), None)
 
     def serve(
         self,

@@ -35,7 +35,7 @@ from sf_xfuser.integrations.xdit import plugin, session
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 from sf_xfuser.layout.usp_layouts import legal_configs
-from sf_xfuser.torus.mesh import build_mesh, gather_topology
+from sf_xfuser.torus.build import build_mesh, gather_topology
 from sf_xfuser.transport.rendezvous import Agreement
 
 # Longer than any text length in every tokenizer, so that the text has exactly the length that is asked for.

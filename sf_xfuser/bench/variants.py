@@ -19,8 +19,9 @@ from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges
 from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
 from sf_xfuser.simulator import TorusVariant
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError
 
@@ -107,7 +108,9 @@ def open_variants(case: Case, topology: str, timeout_s: float, wanted: Sequence[
         return [variant for variant in variants if wanted is None or variant.name in wanted]
     attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
     ours_wanted = wanted is None or any(name in wanted for name, _ in _OURS)
-    if ours_wanted and not mesh.chosen:  # the first call does it; the variant without overlap is to use the same
+    if (
+        ours_wanted and not mesh.transport_reason
+    ):  # the first call does it; the variant without overlap is to use the same
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)

@@ -32,8 +32,9 @@ from sf_xfuser.integrations.xdit.degrees import facts_of_config
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 _DISPATCH = "diffusers.models.attention_dispatch"
 _CARRIER = "sf_xfuser"  # attribute of a ContextParallelConfig, and of attention modules
@@ -186,7 +187,7 @@ class TorusContextParallel(DropIn):
                 "attention of a parallelized model ran outside its forward, where nothing has been split: call the "
                 "model itself, not model.forward() or a part of it"
             )
-        self.on_torus.add(self.mesh.place)
+        self.on_torus.add(self.mesh.layer)
         self._require_any_order(key, attn_mask, is_causal, forward_op)
         reason = self.why_not(dropout_p, return_lse)
         if reason is not None:
@@ -251,7 +252,7 @@ class TorusContextParallel(DropIn):
 
     def why_not(self, dropout_p: float, return_lse: bool) -> str | None:
         """Why this call falls back to diffusers' own function; None if it runs on torus. Local, alike on all ranks."""
-        if (reason := self.mesh.why_not_now()) is not None:
+        if (reason := self.mesh.unavailable_reason()) is not None:
             return reason
         if dropout_p:
             return "attention dropout"
@@ -284,7 +285,7 @@ class TorusContextParallel(DropIn):
             raise ValueError("a parallelized model computes no gradients: call it under torch.no_grad()")
         self._uneven = False
         self._began = True
-        self.mesh.place = ""
+        self.mesh.layer = ""
         modules = dict(model.named_modules())
         self._hook(_planned(model, modules, self.plan))
         self._configure(_attention(modules))
@@ -416,7 +417,7 @@ class TorusContextParallel(DropIn):
         return x.tensor_split(world_size, dim)[sorted(self.mesh.members).index(dist.get_rank())]
 
     def _gather_outputs(self, name: str, parts: Any, module: Any, args: Any, output: Any) -> Any:
-        self.mesh.place = name
+        self.mesh.layer = name
         if isinstance(output, torch.Tensor):
             return self._gather(output, parts[0] if isinstance(parts, (list, tuple)) else parts)
         return tuple(x if part is None else self._gather(x, part) for x, part in zip(output, parts, strict=True))
@@ -584,7 +585,7 @@ def _watch(processor: type, name: str) -> None:
 @_uncompiled
 def _enter(attention: torch.nn.Module) -> None:
     torus, name = getattr(attention, _CARRIER)
-    torus.mesh.place = name
+    torus.mesh.layer = name
     torus.on_torus.discard(name)
 
 

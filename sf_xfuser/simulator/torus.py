@@ -9,9 +9,19 @@ from fractions import Fraction
 from functools import cache, cached_property
 from typing import Literal
 
-from sf_xfuser.layout.memory_map import Places, Sizes
+from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
-from sf_xfuser.layout.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
+from sf_xfuser.layout.schedule import (
+    JOINT,
+    Attend,
+    Chunking,
+    Exchange,
+    Message,
+    Piece,
+    Schedule,
+    build_schedule,
+    choose_chunking,
+)
 from sf_xfuser.simulator.cluster import Cluster, Link, Way
 from sf_xfuser.simulator.replay import Key, Program, Replay, Round
 from sf_xfuser.simulator.variant import ITEMSIZE, CallShape, ReplayedVariant, Work
@@ -57,7 +67,7 @@ class Torus(ReplayedVariant):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(ways)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.cut: Cut = choose_cut(variant.layout, self.tokens, cluster.device, overlap=not variant.unstaged)
+        self.cut: Chunking = choose_chunking(variant.layout, self.tokens, cluster.device, overlap=not variant.unstaged)
         self.links: dict[str, Link] = {"inside": cluster.inside, "across": cluster.across}
         self.ways: dict[str, Way] = {name: link.way(variant.pattern) for name, link in self.links.items()}
         self.seconds_per_byte = {
@@ -98,7 +108,7 @@ class Torus(ReplayedVariant):
         multiprocessors idle, at the most."""
         layout, cut, heads = self.layout, self.cut, self.heads
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
-        others, last = own * (layout.torus - 1), own // cut.last_kv
+        others, last = own * (layout.torus - 1), own // cut.last_kv_parts
         calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, how many calls
         if not cut.overlap:
             calls = [(own * layout.torus, own * blocks * layout.num_machines, 0, 1)]
@@ -109,8 +119,13 @@ class Torus(ReplayedVariant):
                 (own, own * blocks, 0, layout.torus - 1),
                 (own, own * blocks, MERGE_BYTES, layout.num_machines - 1),
                 (others, own, MERGE_BYTES, blocks * (layout.ring_across - 1)),
-                (others, own // cut.kv, MERGE_BYTES, blocks * layout.ring_across * (layout.torus - 2) * cut.kv),
-                (others, last, MERGE_BYTES, blocks * layout.ring_across * cut.last_kv - 1),
+                (
+                    others,
+                    own // cut.kv_parts,
+                    MERGE_BYTES,
+                    blocks * layout.ring_across * (layout.torus - 2) * cut.kv_parts,
+                ),
+                (others, last, MERGE_BYTES, blocks * layout.ring_across * cut.last_kv_parts - 1),
                 (own, last, MERGE_BYTES, layout.torus - 1),
             ]
         busy_s = small_s = 0.0
@@ -241,7 +256,7 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
     slabs of KV and outputs that came from other ranks. ``in_windows``: what peers write lies in a window, which has all
     of it at once, twice (calls use its halves in turn)."""
     layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
-    places = Places(schedule, sizes, ("inside", "across") if in_windows else ())
+    places = MemoryMap(schedule, sizes, ("inside", "across") if in_windows else ())
     low, high = sizes.q_heads[group]
     accumulator = places.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
     if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # nothing to accumulate: what the call returned

@@ -171,6 +171,6 @@ class OneSided(Transport):
         """Start a call, of the identity that ``begin_call`` was given. This rank's window in it, as bytes [nbytes]:
         valid until the next call."""
 
-    def why_not_now(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why no call can be made at this moment, alike on all ranks; None where one can. Local."""
         return None

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.transport.cpu import shm
 from tests.launch import RANKS, reports, run, torchrun
 from tests.ranks import faults
@@ -52,9 +52,9 @@ CASES = {
     "different_windows": (r"Unusable: shm cannot be used: rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
     "too_little_memory": (r"Unusable: shm cannot be used: (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
     "auto_does_without_too_little_memory": (r"tcp, .*fastest of tcp .*; shm cannot be used: rank 2: /dev/shm",) * EACH,
-    "auto_chooses_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: another one than shm",) * EACH,
-    "auto_does_without_any_memory": (r"tcp, the only one here; shm cannot be used: rank 2: .* needs 8192",) * EACH,
-    "shared_memory_is_not_there": (r"ValueError: --sp-transport shm needs ranks that share .*elsewhere",) * EACH,
+    "auto_chooses_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: dropping shm",) * EACH,
+    "auto_does_without_any_memory": (r"tcp, the only available one; shm cannot be used: rank 2: .* needs 8192",) * EACH,
+    "shared_memory_is_not_there": (r"ValueError: --sp-transport shm needs all ranks on one host, .*elsewhere",) * EACH,
     "what_auto_takes": ("tcp",) * EACH,
 }  # fmt: skip
 
@@ -79,14 +79,14 @@ def test_shared_memory_is_used_where_ranks_share_it():
     def of(names, wanted):
         """MemoryDomain names; - for a rank that cannot."""
         domains = [links.MemoryDomain(name, "no /dev/shm" if name == "-" else None) for name in names]
-        return list(links.ways(wanted, rank_info, links.shared_links(wanted, domains, layout), {}))
+        return list(links.candidates(wanted, rank_info, links.shared_links(wanted, domains, layout), {}))
 
     assert of("aaaa", "auto") == ["shm", "tcp"]
     assert of("aabb", "auto") == ["shm inside, tcp across", "tcp"]
     assert of("abba", "auto") == of("aa--", "auto") == of("----", "auto") == of("aaaa", "tcp") == ["tcp"]
     assert of("aaaa", "shm") == ["shm"]
     for names, told in (("aabb", "'b'"), ("aaa-", "'no /dev/shm'")):
-        with pytest.raises(ValueError, match=rf"shm needs ranks that share the memory of one host; .*{told}"):
+        with pytest.raises(ValueError, match=rf"shm needs all ranks on one host, .*{told}"):
             of(names, "shm")
     alone = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
     assert links.shared_links("auto", [links.MemoryDomain("a"), links.MemoryDomain("b")], alone) == []

@@ -25,10 +25,10 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.diffusers import parallelize
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout.usp_layouts import XditConfig
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
 from sf_xfuser.transport.cpu import shm
 
@@ -186,7 +186,7 @@ def case_interrupted_between_two_lines(rank):
     mesh = mesh_of("tcp", timeout=1.0)
     attempt(mesh, rank, 9)
     if rank == 1:
-        mesh._user[""] = threading.get_ident()
+        mesh.guard._caller[""] = threading.get_ident()
     said = attempt(mesh, rank, 0)
     mesh.close()
     return said
@@ -263,9 +263,9 @@ def case_another_request(rank):
         mesh.begin_request("a cow")
         said.append(attempt(mesh, rank, 2))  # ranks meet
         for place in ("first", "second" if rank != 3 else "third"):
-            mesh.place = place
+            mesh.layer = place
             said.append(attempt(mesh, rank, 3))
-        mesh.place = ""
+        mesh.layer = ""
         said.append(attempt(mesh, rank, 4))
         mesh.close()
         return ", ".join(said)
@@ -343,7 +343,10 @@ def case_one_rank_cannot_make_a_transport(rank):
     said = [attempt(mesh, rank, 0)]
     if rank == 2:
         mesh.transports["tcp"] = connect
-    said += [attempt(mesh, rank, 1), mesh.transport if "fastest of shm" in mesh.chosen else mesh.chosen]
+    said += [
+        attempt(mesh, rank, 1),
+        mesh.transport if "fastest of shm" in mesh.transport_reason else mesh.transport_reason,
+    ]
     mesh.close()
     return ", ".join(said)
 
@@ -507,9 +510,9 @@ def case_labels_in_place_of_tags(rank):
     for link in mesh.links.values():
         link._labels = True
     said = [attempt(mesh, rank, 9)]
-    mesh.place = "here" if rank != 3 else "there"
+    mesh.layer = "here" if rank != 3 else "there"
     said += [attempt(mesh, rank, 0), attempt(mesh, rank, 1)]
-    mesh.place = ""
+    mesh.layer = ""
     said.append(attempt(mesh, rank, 2))
     mesh.close()
     return ", ".join(said)

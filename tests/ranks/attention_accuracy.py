@@ -15,8 +15,8 @@ from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout import schedule
 from sf_xfuser.layout.plan import head_ranges
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Joint, Tokens
-from sf_xfuser.torus.mesh import build_mesh
 
 
 def attention64(q, k, v):

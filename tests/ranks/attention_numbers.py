@@ -13,7 +13,8 @@ from cases import run_cases
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout import schedule
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.build import build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 TOKENS, INF = 12, float("inf")
 meshes: list[Mesh] = []

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Joint
-from sf_xfuser.torus.mesh import build_mesh
 
 
 def qkv(heads=4, tokens=8, kv_heads=None, dtype=torch.float32, dim=16):

@@ -16,8 +16,8 @@ from attention_accuracy import attention64, spread
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Joint
-from sf_xfuser.torus.mesh import build_mesh
 
 D = 64
 

@@ -380,7 +380,7 @@ def case_places(rank: int) -> str:
 
     class Processor(FluxAttnProcessor):
         def __call__(self, *args, **kwargs):
-            places.append(torus.mesh.place)
+            places.append(torus.mesh.layer)
             return super().__call__(*args, **kwargs)
 
     model, call = flux()
@@ -390,7 +390,7 @@ def case_places(rank: int) -> str:
         block.attn.set_processor(Processor())
     call(), call()
     assert requests == requests[:1] * 2 and "FluxTransformer2DModel: hidden_states [2, 49, 16] float32" in requests[0]
-    return f"{', '.join([*places, torus.mesh.place])}"
+    return f"{', '.join([*places, torus.mesh.layer])}"
 
 
 def case_wan_with_split_text(rank: int) -> None:

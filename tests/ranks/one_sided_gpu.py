@@ -15,9 +15,9 @@ from cases import run_cases
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import Parcel, TransportError
 from sf_xfuser.transport.gpu import nvshmem
 
@@ -77,7 +77,7 @@ def case_the_same_bits_as_gloo(rank):
                     assert torch.equal(found.cpu(), wanted.chunk(world)[peer]), (run, dtype, call, peer)
         if run == 1:
             mesh.window.close()
-            links.let_go(mesh.control, mesh.members, mesh.position, used="nothing")
+            links.release_unused(mesh.control, mesh.members, mesh.position, used="nothing")
         mesh.close()
     return "equal"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, need_groups, shared_links, ways
+from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, candidates, needs_process_groups, shared_links
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from tests.launch import reports, torchrun
 
@@ -177,9 +177,7 @@ def test_links_whose_ranks_have_one_domain(domains, links):
     if links:
         assert shared_links("symm_mem", found, layout) == links
     else:
-        with pytest.raises(
-            ValueError, match="symm_mem needs several ranks of each machine on GPUs of one NVLink domain"
-        ):
+        with pytest.raises(ValueError, match="symm_mem needs several ranks per machine on GPUs of one NVLink domain"):
             shared_links("symm_mem", found, layout)
     alone = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=1)
     assert shared_links("nvshmem", [MemoryDomain(name) for name in "abcd"], alone) == []  # nobody is inside
@@ -190,11 +188,15 @@ def test_auto_tries_all_that_may_serve_gpus():
     rank_info = RankInfo(layout, range(4), 0, 1.0)
     everyone = Group("across", range(4), dict(enumerate(range(4))), "nccl", 1.0)
     groups = {"inside": everyone, "across": everyone}
-    assert need_groups("auto", "nccl") and need_groups("two_sided", "gloo")
-    assert not need_groups("auto", "gloo") and not need_groups("nvshmem", "nccl") and not need_groups(None, "nccl")
+    assert needs_process_groups("auto", "nccl") and needs_process_groups("two_sided", "gloo")
+    assert (
+        not needs_process_groups("auto", "gloo")
+        and not needs_process_groups("nvshmem", "nccl")
+        and not needs_process_groups(None, "nccl")
+    )
 
     def of(wanted, shared, groups=groups):
-        return list(ways(wanted, rank_info, shared, groups))
+        return list(candidates(wanted, rank_info, shared, groups))
 
     everywhere, mixed = ["inside", "across"], "symm_mem inside, two_sided across"
     assert of("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]

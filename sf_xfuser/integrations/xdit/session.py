@@ -152,7 +152,7 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
     Collective over the world. Needs flags in force (``settle``, ``start``)."""
     import torch.distributed as dist
 
-    from sf_xfuser.torus.mesh import build_mesh
+    from sf_xfuser.torus.build import build_mesh
 
     given = current.args
     assert given is not None
@@ -185,7 +185,7 @@ def _candidates(mesh: Mesh, group_ranks: list[list[int]], backend: str, given: T
     from sf_xfuser.autotune.selector import Choice, flat_ulysses, layouts
     from sf_xfuser.integrations.xdit.usp_groups import XditGroups
     from sf_xfuser.layout.usp_layouts import XditConfig
-    from sf_xfuser.torus.mesh import build_mesh
+    from sf_xfuser.torus.build import build_mesh
 
     model = current.model
     own = XditConfig(ulysses_degree=mesh.layout.ulysses_degree, ring_degree=mesh.layout.ring_degree)

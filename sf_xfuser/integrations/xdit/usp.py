@@ -16,7 +16,7 @@ import torch
 from sf_xfuser.autotune.selector import Choice
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.kernels import AttendFunction
-from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
 from sf_xfuser.torus.call import Joint, Tokens
 from sf_xfuser.torus.compression import EPS
 from sf_xfuser.torus.mesh import Mesh
@@ -117,7 +117,7 @@ class TorusUSP(DropIn):
         reason = self.why_not(
             name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
         )
-        if reason is None and asks_gradient(query, key, value, joint_query, joint_key, joint_value):
+        if reason is None and needs_gradient(query, key, value, joint_query, joint_key, joint_value):
             reason = NO_GRADIENT
         if reason is not None:
             self.note(reason)
@@ -240,7 +240,7 @@ class TorusUSP(DropIn):
         because everything it looks at is."""
         if self.wrong:
             return self.wrong
-        if (reason := (self.choice or self.mesh).why_not_now()) is not None:
+        if (reason := (self.choice or self.mesh).unavailable_reason()) is not None:
             return reason
         if is_causal:
             return "causal attention needs keys in order"

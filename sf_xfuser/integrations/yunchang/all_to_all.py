@@ -58,7 +58,7 @@ def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -
             f"dtype: {seen} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
     mesh.reserve(input.numel() * input.element_size())
-    mesh.remember(call, True)
+    mesh.cache_call(call, True)
 
 
 def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> torch.Tensor:
@@ -136,7 +136,7 @@ class MeshAllToAll4D(DropIn):
     def why_not(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
         """Why this call goes to yunchang's own function; None if the links serve it. No communication; alike on all
         ranks, because everything it looks at is."""
-        if (reason := self.mesh.why_not_now()) is not None:
+        if (reason := self.mesh.unavailable_reason()) is not None:
             return reason
         if torch.compiler.is_compiling():
             return "torch.compile traces collectives, not links"

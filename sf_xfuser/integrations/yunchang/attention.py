@@ -21,9 +21,10 @@ import torch.distributed as dist
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.fallback import DropIn, log_on_rank_0
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 # Names of yunchang's AttnType whose result PyTorch's fused kernels give: dense attention of unquantised tensors.
 _DENSE = frozenset({"FA", "FA3", "TORCH_MATH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN"})
@@ -146,7 +147,7 @@ class LongContextAttention(torch.nn.Module):
         Raises what :func:`torus_attention` raises; ValueError where a call can be neither served nor handed back.
         """
         reason = self._why_not(dropout_p, causal, window_size, softcap, alibi_slopes, args)
-        if reason is None and asks_gradient(query, key, value):
+        if reason is None and needs_gradient(query, key, value):
             reason = NO_GRADIENT
         if reason is not None:
             if self.own is None:
@@ -177,7 +178,7 @@ class LongContextAttention(torch.nn.Module):
         more: tuple[Any, ...],
     ) -> str | None:
         """Why this call goes to yunchang's own class; None if torus serves it. Local, and alike on all ranks."""
-        if (reason := self.layers.mesh.why_not_now()) is not None:
+        if (reason := self.layers.mesh.unavailable_reason()) is not None:
             return reason
         if causal:
             return "causal attention needs keys in order"

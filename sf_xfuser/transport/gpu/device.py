@@ -240,8 +240,8 @@ class DeviceWindow(OneSided):
             awaited.done = ended.query
         self._held.clear()
 
-    def why_not_now(self) -> str | None:
-        """As ``OneSided.why_not_now``: ranks capture their graphs alike."""
+    def unavailable_reason(self) -> str | None:
+        """As ``OneSided.unavailable_reason``: ranks capture their graphs alike."""
         return f"a CUDA graph is being captured, and the flags of {self.name} count calls" if captures() else None
 
     def poison(self, result: torch.Tensor) -> None:
