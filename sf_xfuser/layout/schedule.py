@@ -43,7 +43,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, NamedTuple, TypeVar
@@ -64,6 +64,7 @@ more KV in memory."""
 _T = TypeVar("_T")
 Link = Literal["inside", "across"]
 Tensor = Literal["q", "kv", "o"]
+JointEnd = Literal["front", "rear"]
 _INPUTS: tuple[Tensor, ...] = ("q", "kv")
 
 
@@ -142,7 +143,7 @@ class Schedule:
 
 
 def build_schedule(
-    layout: Layout, position: int, joint: Literal["front", "rear"] | None = None, chunking: Chunking = Chunking()
+    layout: Layout, position: int, joint: JointEnd | None = None, chunking: Chunking = Chunking()
 ) -> Schedule:
     """The steps of the rank at ``position``. ``joint``: attend the joint keys with the first or the last KV, as xDiT's
     USP does. ``chunking`` must be the same on every rank."""
@@ -169,13 +170,12 @@ def choose_chunking(layout: Layout, kv_tokens: int, device: str, *, overlap: boo
     return Chunking(kv_parts=parts, last_kv_parts=parts)
 
 
+_At = tuple[int, int] | None  # (part, block) of a slab; None: all of it
+
+
 class _Builder:
-    def __init__(
-        self, layout: Layout, position: int, joint: Literal["front", "rear"] | None, chunking: Chunking
-    ) -> None:
-        self.layout = layout
-        self.position = position
-        self.joint = joint
+    def __init__(self, layout: Layout, position: int, joint: JointEnd | None, chunking: Chunking) -> None:
+        self.layout, self.position, self.joint = layout, position, joint
         self.t, self.u, self.r_x, self.r_i = layout.coordinates(position)
         self.steps: list[Step] = []
         self.rounds: dict[Link, int] = {"inside": 0, "across": 0}
@@ -190,8 +190,8 @@ class _Builder:
             for i, parts in enumerate(kv_parts)
             for j_x in range(layout.ring_across)
         ]
-        self.arrivals: list[tuple[Tensor, int, int]] = []  # (tensor, machine offset or slab, part), in order
-        self.arrivals += [("q", i, 0) for i in range(1, layout.torus)]
+        # (tensor, machine offset or slab, part), in order
+        self.arrivals: list[tuple[Tensor, int, int]] = [("q", i, 0) for i in range(1, layout.torus)]
         self.arrivals += [("kv", k, part) for k in range(1, len(self.slabs)) for part in range(len(self.slabs[k]))]
         # A forward must be posted before its slab is released.
         self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
@@ -262,19 +262,19 @@ class _Builder:
         final = only and self.layout.ring_inside == 1
         if others:
             self._post_local_inputs()
-            self._attend(own, 0, 0, 0, slice(0, 1))
+            self._attend(own, 0, (0, 0), slice(0, 1))
             self._post_across(arriving=-1)
             self._post_ring_inside(0, 0, 0)
-            self._attend(others, 0, 0, 0)
+            self._attend(others, 0, (0, 0))
             if final:
                 self._push_inside()
-            self._attend(own, 0, 0, 0, slice(1, None))
+            self._attend(own, 0, (0, 0), slice(1, None))
         else:
             self._post_ring_inside(0, 0, 0)
-            self._attend(own, 0, 0, 0)
+            self._attend(own, 0, (0, 0))
         for block in range(1, self.layout.ring_inside):
             self._post_ring_inside(0, 0, block)
-            self._attend_local_queries(0, block, final=only and block == self.layout.ring_inside - 1)
+            self._attend_local_queries(0, (0, block), final=only and block == self.layout.ring_inside - 1)
 
     def _pull_kv_for_local_queries(self) -> None:
         """T=1: a ring across machines. There is no remote Q and no O between machines."""
@@ -283,24 +283,19 @@ class _Builder:
             for block in range(self.layout.ring_inside):
                 self._post_ring_inside(k, 0, block)
                 final = (k, block) == (len(self.slabs) - 1, self.layout.ring_inside - 1)
-                self._attend_local_queries(k, block, final)
+                self._attend_local_queries(k, (0, block), final=final)
 
-    def _attend_local_queries(self, k: int, block: int, final: bool) -> None:
-        if final:
-            self._finish_local_queries(k, 0, block)
-        else:
-            self._attend(self.queries[0], k, 0, block)
-
-    def _finish_local_queries(self, k: int, part: int | None = None, block: int | None = None) -> None:
-        """Attend the last keys, queries of the machine's other ranks first, so that their outputs leave early."""
+    def _attend_local_queries(self, k: int, at: _At = None, *, final: bool) -> None:
+        """If these are the last keys, attend the queries of other ranks first, so that their outputs leave early."""
         own, others = self.queries[0][:1], self.queries[0][1:]
-        if others:
-            self._attend(others, k, part, block)
+        if final and others:
+            self._attend(others, k, at)
             self._push_inside()
-        self._attend(own, k, part, block)
+            self._attend(own, k, at)
+        else:
+            self._attend(self.queries[0], k, at)
 
     def _pull_kv(self) -> None:
-        machine = self.queries[0]
         last_slab = len(self.slabs) - 1
         deferred = range(max(1, last_slab - DEFERRED_SLABS + 1), last_slab + 1)
         arriving = self.layout.torus - 2
@@ -313,35 +308,24 @@ class _Builder:
                     if (k, part, block) == (last_slab, len(self.slabs[k]) - 1, len(blocks) - 1):
                         self._push_remote_outputs(k, part, block)
                     else:
-                        self._attend(self.remote, k, part, block)
+                        self._attend(self.remote, k, (part, block))
             if k not in deferred:
-                self._attend(machine, k)
-        for k in deferred[:-1]:
-            self._attend(machine, k)
-        self._finish_local_queries(deferred[-1])
+                self._attend_local_queries(k, final=False)
+        for k in deferred:
+            self._attend_local_queries(k, final=k == last_slab)
 
     def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
         """Attend the last keys machine by machine, and send each O chunk as soon as it is final."""
         for i in range(1, self.layout.torus):
-            self._attend(self.queries[i], k, part, block)
+            self._attend(self.queries[i], k, (part, block))
             self._push_across(i)
 
-    def _attend(
-        self,
-        queries: Sequence[Piece],
-        k: int,
-        part: int | None = None,
-        block: int | None = None,
-        which: slice = slice(None),
-    ) -> None:
-        self.steps.append(Attend(tuple(queries), self._keys(k, part, block, which), k))
+    def _attend(self, queries: tuple[Piece, ...], k: int, at: _At = None, which: slice = slice(None)) -> None:
+        self.steps.append(Attend(queries, self._keys(k, at, which), k))
 
-    def _keys(
-        self, k: int, part: int | None = None, block: int | None = None, which: slice = slice(None)
-    ) -> tuple[Piece, ...]:
-        """The pieces of a slab, or those of one block (``which`` selects among them), with the joint keys."""
-        slab = self.slabs[k]
-        keys = _flatten(_flatten(slab)) if part is None or block is None else slab[part][block][which]
+    def _keys(self, k: int, at: _At = None, which: slice = slice(None)) -> tuple[Piece, ...]:
+        """The pieces of a slab, or of one block (``which`` selects among them), with the joint keys."""
+        keys = self.slabs[k][at[0]][at[1]][which] if at else _flatten(_flatten(self.slabs[k]))
         if self.joint == "front" and keys[0] == self.slabs[0][0][0][0]:
             return (Piece(JOINT), *keys)
         if self.joint == "rear" and keys[-1] == self.slabs[-1][-1][-1][-1]:

@@ -129,16 +129,6 @@ def attend_nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[t
     return q, q.new_ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-class _LocalCopy(Ticket):
-    """A chunk of this rank, copied to its buffer at ``wait``."""
-
-    def __init__(self, copy: Callable[[], object]) -> None:
-        self._copy = copy
-
-    def wait(self) -> None:
-        self._copy()
-
-
 class _Run:
     """One call: its buffers and pending transfers."""
 
@@ -155,9 +145,9 @@ class _Run:
         if query.device.type == "cpu":
             self.rows_per_block = max(_MIN_ROWS, min(_MAX_ROWS, self.rows_per_block // 4))
         self.started: set[Piece] = set()  # queries with a partial result in the accumulator
-        # Local chunks are copied at first use, so that the first transfers start before any copy.
-        self.pending: dict[tuple[str, Piece], Ticket] = {
-            local: _LocalCopy(partial(self.buffers.copy_in, *local)) for local in self.buffers.local_pieces()
+        # What to call before the first use of a piece. Local pieces are copied only then: transfers start first.
+        self.pending: dict[tuple[str, Piece], Callable[[], object]] = {
+            local: partial(self.buffers.copy_in, *local) for local in self.buffers.local_pieces()
         }
         self.outputs: list[tuple[Ticket, Parcel, Message]] = []
         self.posted: list[tuple[float, Ticket, Exchange, int]] = []  # for a trace: start, ticket, step, bytes
@@ -184,7 +174,7 @@ class _Run:
             if message.tensor == "o":
                 self.outputs.append((ticket, parcel, message))
             else:
-                self.pending.update({(message.tensor, piece): ticket for piece in message.pieces})
+                self.pending.update({(message.tensor, piece): ticket.wait for piece in message.pieces})
 
     def _attend(self, step: Attend) -> None:
         """Attend queries to keys once both have arrived, and merge. The last merge writes the final output."""
@@ -265,9 +255,8 @@ class _Run:
 
     def _wait(self, name: str, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            ticket = self.pending.pop((name, piece), None)
-            if ticket is not None:
-                ticket.wait()
+            if wait := self.pending.pop((name, piece), None):
+                wait()
 
     def _traced(self, link: str, step: Attend) -> AbstractContextManager[None]:
         if self.mesh.trace is None:

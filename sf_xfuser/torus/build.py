@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -55,14 +56,15 @@ def build_mesh(
 
     # Every rank makes the plans of all groups before any process group, so an error is raised on all ranks.
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
-    plans = [_plan(grid, args, heads, kv_heads, ulysses_degree, ring_degree, max_imbalance) for grid in grids]
+    given = {"heads": heads, "kv_heads": kv_heads, "max_imbalance": max_imbalance}
+    plans = [_plan(grid, args, ulysses_degree, ring_degree, **given) for grid in grids]
     backend = backend or dist.get_backend()
     requested = links.requested_transport(args, backend)
     shared = _shared_links(world, args, requested, backend, grids, plans)
     # Creating process groups is collective over the world, so it precedes everything that can fail on one rank.
     process_groups = [
         [
-            _process_groups(backend, args.timeout, grid.members, [group_of(p) for p in range(len(grid.members))])
+            _process_groups(backend, args.timeout, grid.members, map(group_of, range(len(grid.members))))
             for group_of in (plan.even.ulysses_group, plan.even.ring_group)
         ]
         for grid, plan in zip(grids, plans, strict=True)
@@ -73,9 +75,8 @@ def build_mesh(
     grid, plan, (ulysses, ring) = grids[index], plans[index], process_groups[index]
     position = grid.members.index(rank)
     rank_info = RankInfo(plan.layout, grid.members, position, args.timeout)
-    control = ControlPlane(
-        world.of_group(index, grid.members), grid.members, position, CALL_TIMEOUT_FACTOR * args.timeout
-    )
+    agreement = world.of_group(index, grid.members)
+    control = ControlPlane(agreement, grid.members, position, agreement.timeout_s)
     groups = _link_groups(rank_info, backend) if links.needs_process_groups(requested, backend) else {}
     transports = {} if requested is None else links.candidates(requested, rank_info, shared[index], groups)
     if args.compress != "none":
@@ -130,31 +131,16 @@ def _gather_rank_lists(device_mesh: DeviceMesh, world: Agreement) -> list[list[i
 
 
 def _plan(
-    grid: MachineGrid,
-    args: TorusArgs,
-    heads: int | None,
-    kv_heads: int | None,
-    ulysses_degree: int | None,
-    ring_degree: int | None,
-    max_imbalance: Fraction,
+    grid: MachineGrid, args: TorusArgs, ulysses_degree: int | None, ring_degree: int | None, **given: Any
 ) -> Plan:
-    world_size = len(grid.members)
-    if ulysses_degree is not None and ulysses_degree * (ring_degree or 1) != world_size:
+    """``given``: further arguments of ``make_plan``."""
+    if ulysses_degree is not None and (product := ulysses_degree * (ring_degree or 1)) != len(grid.members):
         raise ValueError(
-            f"ulysses_degree={ulysses_degree} x ring_degree={ring_degree or 1} = "
-            f"{ulysses_degree * (ring_degree or 1)}, but the sequence-parallel group has {world_size} ranks: give "
-            f"degrees with that product, or omit them and let --sp-plan choose"
+            f"ulysses_degree={ulysses_degree} x ring_degree={ring_degree or 1} = {product}, but the sequence-parallel "
+            f"group has {len(grid.members)} ranks: give degrees with that product, or omit them for --sp-plan"
         )
-    plan = make_plan(
-        grid.num_machines,
-        grid.ranks_per_machine,
-        heads=heads,
-        kv_heads=kv_heads,
-        rule=args.rule,
-        explicit=args.explicit_plan(),
-        ulysses_degree=ulysses_degree,
-        max_imbalance=max_imbalance,
-    )
+    shape, explicit = (grid.num_machines, grid.ranks_per_machine), args.explicit_plan()
+    plan = make_plan(*shape, rule=args.rule, explicit=explicit, ulysses_degree=ulysses_degree, **given)
     even = plan.even
     if ulysses_degree is not None and even.ulysses_degree != ulysses_degree:
         raise ValueError(
@@ -233,11 +219,11 @@ def _reason(args: TorusArgs, num_transports: int) -> str:
 
 
 def _process_groups(
-    backend: str, timeout_s: float, members: Sequence[int], groups: Sequence[Sequence[int]]
+    backend: str, timeout_s: float, members: Sequence[int], groups: Iterable[tuple[int, ...]]
 ) -> dict[int, dist.ProcessGroup]:
     """The process group of each position. ``groups``: the group of positions of each one. Collective over the world."""
     found = {}
-    for positions in sorted(set(map(tuple, groups))):
+    for positions in sorted(set(groups)):
         new = partial(dist.new_group, sorted(members[p] for p in positions), backend=backend)
         # NCCL may create its communicator here, for the device of this thread.
         handle = bounded(new, CALL_TIMEOUT_FACTOR * timeout_s, "making process groups") if backend == "gloo" else new()
@@ -251,8 +237,9 @@ def _link_groups(rank_info: RankInfo, backend: str) -> dict[Link, Group]:
     everyone = range(layout.world_size)
     machine = [p for p in everyone if layout.machine(p) == layout.machine(rank_info.position)]
     parts: dict[Link, Sequence[int]] = {"inside": machine, "across": everyone}
-    found = {}
+    groups = {}
     for link, positions in parts.items():
         ranks = sorted(members[p] for p in positions)
-        found[link] = Group(link, ranks, {p: ranks.index(members[p]) for p in positions}, backend, rank_info.timeout_s)
-    return found
+        index = {p: ranks.index(members[p]) for p in positions}
+        groups[link] = Group(link, ranks, index, backend, rank_info.timeout_s)
+    return groups
