@@ -58,27 +58,28 @@ def build_mesh(
     grids = [topology.fold(ranks) for ranks in sp_rank_lists]
     given = {"heads": heads, "kv_heads": kv_heads, "max_imbalance": max_imbalance}
     plans = [_plan(grid, args, ulysses_degree, ring_degree, **given) for grid in grids]
+    groups = list(zip(grids, plans, strict=True))
     backend = backend or dist.get_backend()
     requested = links.requested_transport(args, backend)
-    shared = _shared_links(world, args, requested, backend, grids, plans)
+    shared = _shared_links(world, args, requested, backend, groups)
     # Creating process groups is collective over the world, so it precedes everything that can fail on one rank.
     process_groups = [
         [
             _process_groups(backend, args.timeout, grid.members, map(group_of, range(len(grid.members))))
             for group_of in (plan.even.ulysses_group, plan.even.ring_group)
         ]
-        for grid, plan in zip(grids, plans, strict=True)
+        for grid, plan in groups
     ]
     index = next((n for n, grid in enumerate(grids) if rank in grid.members), None)
     if index is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
-    grid, plan, (ulysses, ring) = grids[index], plans[index], process_groups[index]
+    (grid, plan), (ulysses, ring) = groups[index], process_groups[index]
     position = grid.members.index(rank)
     rank_info = RankInfo(plan.layout, grid.members, position, args.timeout)
     agreement = world.of_group(index, grid.members)
     control = ControlPlane(agreement, grid.members, position, agreement.timeout_s)
-    groups = _link_groups(rank_info, backend) if links.needs_process_groups(requested, backend) else {}
-    transports = {} if requested is None else links.candidates(requested, rank_info, shared[index], groups)
+    link_groups = _link_groups(rank_info, backend) if links.needs_process_groups(requested, backend) else {}
+    transports = {} if requested is None else links.candidates(requested, rank_info, shared[index], link_groups)
     if args.compress != "none":
         transports.pop("nvshmem", None)
     mesh = Mesh(
@@ -90,7 +91,7 @@ def build_mesh(
         ulysses_group=ulysses[position],
         ring_group=ring[position],
         control=control,
-        groups=list(groups.values()),
+        groups=list(link_groups.values()),
         transport="",
         transports=transports,
         one_host=len(shared[index]) == 2,
@@ -151,19 +152,11 @@ def _plan(
 
 
 def _shared_links(
-    world: Agreement,
-    args: TorusArgs,
-    requested: str | None,
-    backend: str,
-    grids: Sequence[MachineGrid],
-    plans: Sequence[Plan],
+    world: Agreement, args: TorusArgs, requested: str | None, backend: str, groups: list[tuple[MachineGrid, Plan]]
 ) -> list[list[Link]]:
     """The links of each group that can use shared memory. Collective over the world."""
     domains = links.gather_domains(world, requested, backend)
-    shared = [
-        links.shared_links(requested, [domains[rank] for rank in grid.members], plan.layout)
-        for grid, plan in zip(grids, plans, strict=True)
-    ]
+    shared = [links.shared_links(requested, [domains[r] for r in grid.members], plan.layout) for grid, plan in groups]
     if args.compress != "none":  # windows hold uncompressed chunks
         shared = [[link for link in of_group if link != "across"] for of_group in shared]
         if requested == "symm_mem" and not all(shared):

@@ -60,11 +60,7 @@ class Call:
 
 
 def negotiate_call(
-    mesh: Mesh,
-    tensors: Sequence[torch.Tensor],
-    joint_strategy: str | None,
-    counts: Tokens | None,
-    overlap: bool,
+    mesh: Mesh, tensors: Sequence[torch.Tensor], joint_strategy: str | None, counts: Tokens | None, overlap: bool
 ) -> Call:
     """The call that all ranks make. ``tensors``: query, key and value of this rank, then key and value of the joint
     tokens, if any. Collective, except for a cached shape with ``counts``. Raises ValueError on every rank if ranks
@@ -82,7 +78,7 @@ def negotiate_call(
         mesh.refuse(reason)
     gathered = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
     if (shapes, gathered) not in mesh.calls:
-        mesh.cache_call((shapes, gathered), _make_call(mesh, reports, gathered, joint_strategy, overlap, tensors[0]))
+        mesh.cache_call((shapes, gathered), _make_call(mesh, reports, gathered, tensors[0]))
     call: Call = mesh.calls[shapes, gathered]
     return call
 
@@ -155,13 +151,9 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
 
 
 def _make_call(
-    mesh: Mesh,
-    reports: list[dict[str, Any]],
-    counts: tuple[tuple[int, ...], tuple[int, ...]],
-    joint_strategy: Any,
-    overlap: bool,
-    query: torch.Tensor,
+    mesh: Mesh, reports: list[dict[str, Any]], counts: tuple[tuple[int, ...], tuple[int, ...]], query: torch.Tensor
 ) -> Call:
+    joint_strategy, overlap = reports[0]["options"]
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     q_heads, kv_ranges = head_ranges(heads, kv_heads, mesh.layout.ulysses_degree)

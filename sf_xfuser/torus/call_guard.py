@@ -182,15 +182,16 @@ class CallGuard:
         """The state of every rank, once all are at the same call."""
         while True:
             agreed = self._control.reconnect(self._failed_at if self.failed else None, entered, limit_s)
-            state = [self.dirty, self.number, self.requests, *self._mesh.transport_state]
-            reports = self._control.gather("reconnect", state)
+            mesh = self._mesh
+            transports = mesh.transport, mesh.transport_reason, list(mesh.transports)
+            reports = self._control.gather("reconnect", [self.dirty, self.number, self.requests, *transports])
             numbers = [number for _, number, *_ in reports]
             if len(set(numbers)) == 1 or agreed or any(requests for _, _, requests, *_ in reports):
                 return reports
             # Some ranks noticed the failure one call later than others, in a program that makes call after call.
             if self.number < max(numbers):
                 self._mark_failed()
-                ranks = zip(self._mesh.members, numbers, strict=True)
+                ranks = zip(mesh.members, numbers, strict=True)
                 behind = [rank for rank, number in ranks if number < max(numbers)]
                 raise _CallBehind(
                     f"rank(s) {behind} are a call behind: call {self.number} has failed on the other ranks and fails "

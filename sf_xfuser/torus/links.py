@@ -43,7 +43,7 @@ class Group:
     name: str
     ranks: Sequence[int]
     index: dict[int, int]
-    backend: str | None
+    backend: str
     timeout_s: float
     handle: dist.ProcessGroup | None = None
 
@@ -59,7 +59,7 @@ class Group:
                     len(self.ranks),
                     self.ranks.index(dist.get_rank()),
                     list(self.ranks),
-                    c10d.Backend(self.backend or dist.get_backend()),
+                    c10d.Backend(self.backend),
                     c10d._get_default_store(),
                     name,
                     timeout=timedelta(seconds=self.timeout_s),
@@ -67,10 +67,11 @@ class Group:
                 c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(self.ranks)}
                 return group  # type: ignore[no-any-return]
 
-            # NCCL may create its communicator here, for the device of this thread.
-            on_cpus = (self.backend or dist.get_backend()) == "gloo"
             try:
-                self.handle = bounded(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
+                if self.backend == "gloo":
+                    self.handle = bounded(make, 2 * self.timeout_s, "making a process group")
+                else:  # NCCL may create its communicator here, for the device of this thread
+                    self.handle = make()
             except RuntimeError as error:
                 if (why := control.failure) is not None:
                     raise TransportError(why) from error

@@ -198,10 +198,6 @@ class Mesh:
 
     # -- transports ----------------------------------------------------------------------------------------------------
 
-    @property
-    def transport_state(self) -> tuple[str, str, list[str]]:
-        return self.transport, self.transport_reason, list(self.transports)
-
     def use_transport(self, name: str) -> None:
         """Connect the links of ``transports[name]``. Collective between calls. Unusable if it cannot be set up; then
         another transport must be used."""
@@ -239,8 +235,8 @@ class Mesh:
         self.log(f"--sp-transport auto: {self.transport}, {self.transport_reason}")
 
     def reconnect_links(self, states: Sequence[Sequence[Any]], dirty: bool) -> None:
-        """Bring the links of all ranks to one state after a failed call. ``states``: ``transport_state`` of every rank.
-        ``dirty``: rebuild the links in any case. Collective."""
+        """Bring the links of all ranks to one state after a failed call. ``states``: (transport, transport_reason,
+        names of transports) of every rank. ``dirty``: rebuild the links in any case. Collective."""
         same = all(state == states[0] for state in states)
         if not same:  # the call failed while a transport was being selected
             self.transport_reason = ""

@@ -1,4 +1,4 @@
-"""Rank side of test_attention.py: bad input has to raise the same error on every rank, and nothing may hang."""
+"""Rank side of test_attention.py: bad input must raise the same error on every rank, without a hang."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def case_device_meshes_that_overlap(rank):
 
 
 def case_a_rank_is_missing(rank):
-    m = mesh(args={"timeout": 1.0})  # and ranks may come five times that apart
+    m = mesh(args={"timeout": 1.0})  # ranks may start a call five times this apart
     started = time.monotonic()
     if rank == 1:
         time.sleep(8)
@@ -154,7 +154,7 @@ def case_a_rank_is_missing(rank):
 
 
 def main() -> None:
-    """``attention_refusals.py CASE...`` runs the cases one after the other; ``--uncaught CASE`` lets the error out."""
+    """``attention_refusals.py CASE...`` runs the cases in order. ``--uncaught CASE`` does not catch the error."""
     names = sys.argv[1:]
     dist.init_process_group("gloo")
     rank = dist.get_rank()
