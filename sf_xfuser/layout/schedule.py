@@ -3,13 +3,13 @@
 One call, seen from one rank:
 
 1. The rank holds Q, K and V of its own tokens, and computes one head group: Q of T*U ranks against KV of all ranks.
-2. It receives Q and KV from its own machine, and starts to receive Q from the other machines.
-3. It attends each Q to the KV of its own machine while the KV of the other machines arrives.
+2. It receives Q and KV from the ranks of its machine (local), and starts to receive Q from other machines (remote).
+3. It attends each Q to the local KV while the remote KV arrives, and merges partial results by log-sum-exp.
 4. It attends the remote Q to the remote KV next, and sends each remote output (O) back as soon as it is final.
-5. It attends the local Q to the remote KV last, while the outputs travel.
+5. It attends the local Q to the remote KV last, while the outputs are sent.
 
-Example: 2 machines x 2 ranks, T=2, U=2. Ranks 0 and 1 are machine 0. ``Q2`` is Q of rank 2's tokens, restricted to the
-heads of the rank that attends it. KV between machines comes in two parts, ``a`` and ``b``.
+Example: 2 machines x 2 ranks, T=2, U=2. Ranks 0 and 1 are on machine 0. ``Q2`` is Q of rank 2's tokens, for the heads
+of the rank that attends it. KV between machines comes in two parts, ``a`` and ``b``.
 
     step    rank 0 attends        rank 2 attends        on the wire meanwhile
     1       Q0 x KV0              Q2 x KV2              across: Q, KVa     inside: Q, KV
@@ -33,8 +33,8 @@ Rules:
   and receives need this.
 - Rounds between machines are posted ``LOOKAHEAD`` arrivals ahead, in the order in which they are needed. So the wire
   does not wait for compute. The transport keeps the order.
-- A slab from another machine is split into *parts* (``Chunking``). No O can leave before the last KV part has arrived,
-  and the wire idles from then until the first O is final (step 6). Smaller parts shorten that gap.
+- A remote slab is split into *parts* (``Chunking``). No O can be sent before the last KV part has arrived, and the wire
+  idles from then until the first O is final (step 6). Smaller parts shorten that gap.
 - The local Q attends the last ``DEFERRED_SLABS`` slabs at the end. No other machine waits for this attention, so it
   covers the O transfers.
 - ``Chunking.overlap=False`` exchanges all inputs, attends everything in one call with the keys in sequence order, then
