@@ -103,9 +103,8 @@ class Buffers:
         low, high = self._call.sizes.q_heads[self._group]
         found = []
         if own := range(rows.start, min(rows.stop, self.S)):
-            found.append(
-                (slice(own.start, own.stop), self.result_BSHD[:, own.start : own.stop, low:high].transpose(1, 2))
-            )
+            result = self.result_BSHD[:, own.start : own.stop, low:high]
+            found.append((slice(own.start, own.stop), result.transpose(1, 2)))
         if others := range(max(rows.start, self.S), rows.stop):
             chunk = self._outgoing_SBHD[others.start - self.S : others.stop - self.S]
             found.append((slice(others.start, others.stop), chunk.permute(1, 2, 0, 3)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -63,17 +63,11 @@ def build_mesh(
     requested = links.requested_transport(args, backend)
     shared = _shared_links(world, args, requested, backend, groups)
     # Creating process groups is collective over the world, so it precedes everything that can fail on one rank.
-    process_groups = [
-        [
-            _process_groups(backend, args.timeout, grid.members, map(group_of, range(len(grid.members))))
-            for group_of in (plan.even.ulysses_group, plan.even.ring_group)
-        ]
-        for grid, plan in groups
-    ]
+    process_groups = _process_groups(args, backend, groups)
     index = next((n for n, grid in enumerate(grids) if rank in grid.members), None)
     if index is None:
         raise ValueError(f"rank {rank} is in none of the sequence-parallel groups {[list(r) for r in sp_rank_lists]}")
-    (grid, plan), (ulysses, ring) = groups[index], process_groups[index]
+    (grid, plan), (ulysses, ring) = groups[index], process_groups[2 * index : 2 * index + 2]
     position = grid.members.index(rank)
     rank_info = RankInfo(plan.layout, grid.members, position, args.timeout)
     agreement = world.of_group(index, grid.members)
@@ -92,7 +86,7 @@ def build_mesh(
         ring_group=ring[position],
         control=control,
         groups=list(link_groups.values()),
-        transport="",
+        transport=links.XDIT_COLLECTIVES,  # until a transport is connected
         transports=transports,
         one_host=len(shared[index]) == 2,
         compression=Compression(args.compress) if args.compress != "none" else None,
@@ -171,8 +165,17 @@ def _connect(mesh: Mesh, args: TorusArgs, world: Agreement | None) -> None:
     """Connect the first available transport. Collective over ``world``, which is None if xDiT's own collectives are
     used. Raises on all ranks if one of them fails."""
     failure: Exception | None = None
+    refusals: list[str] = []
     try:
-        refusals = _connect_first(mesh)
+        for name, connect in list(mesh.transports.items()):
+            try:
+                mesh.links, mesh.transport = connect(mesh.control), name
+                break
+            except Unusable as refusal:
+                del mesh.transports[name]
+                if not mesh.transports:
+                    raise
+                refusals.append(str(refusal))
         mesh.transport_reason = "; ".join(text for text in [_reason(args, len(mesh.transports)), *refusals] if text)
     except (Unusable, GroupError) as error:  # raised on all ranks of the group
         failure = error
@@ -185,23 +188,6 @@ def _connect(mesh: Mesh, args: TorusArgs, world: Agreement | None) -> None:
             raise failure or TransportError("; ".join(errors))
 
 
-def _connect_first(mesh: Mesh) -> list[str]:
-    """Connect the first available transport. Returns why those before it are not available."""
-    refusals: list[str] = []
-    mesh.transport = links.XDIT_COLLECTIVES
-    for name, connect in list(mesh.transports.items()):
-        try:
-            mesh.links = connect(mesh.control)
-            mesh.transport = name
-            break
-        except Unusable as refusal:
-            del mesh.transports[name]
-            if not mesh.transports:
-                raise
-            refusals.append(str(refusal))
-    return refusals
-
-
 def _reason(args: TorusArgs, num_transports: int) -> str:
     """``Mesh.transport_reason`` of a new mesh."""
     if num_transports == 0:
@@ -212,16 +198,20 @@ def _reason(args: TorusArgs, num_transports: int) -> str:
 
 
 def _process_groups(
-    backend: str, timeout_s: float, members: Sequence[int], groups: Iterable[tuple[int, ...]]
-) -> dict[int, dist.ProcessGroup]:
-    """The process group of each position. ``groups``: the group of positions of each one. Collective over the world."""
-    found = {}
-    for positions in sorted(set(groups)):
-        new = partial(dist.new_group, sorted(members[p] for p in positions), backend=backend)
-        # NCCL may create its communicator here, for the device of this thread.
-        handle = bounded(new, CALL_TIMEOUT_FACTOR * timeout_s, "making process groups") if backend == "gloo" else new()
-        found.update(dict.fromkeys(positions, handle))
-    return found
+    args: TorusArgs, backend: str, groups: list[tuple[MachineGrid, Plan]]
+) -> list[dict[int, dist.ProcessGroup]]:
+    """For each group, the Ulysses and then the ring process group of each position. Collective over the world."""
+    made: list[dict[int, dist.ProcessGroup]] = []
+    for grid, plan in groups:
+        for group_of in (plan.even.ulysses_group, plan.even.ring_group):
+            made.append({})
+            for positions in sorted({group_of(p) for p in range(len(grid.members))}):
+                new = partial(dist.new_group, sorted(grid.members[p] for p in positions), backend=backend)
+                # NCCL may create its communicator here, for the device of this thread.
+                limit_s = CALL_TIMEOUT_FACTOR * args.timeout
+                handle = bounded(new, limit_s, "making process groups") if backend == "gloo" else new()
+                made[-1].update(dict.fromkeys(positions, handle))
+    return made
 
 
 def _link_groups(rank_info: RankInfo, backend: str) -> dict[Link, Group]:

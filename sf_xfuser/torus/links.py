@@ -227,25 +227,17 @@ def _connect_groups(
     rank_info: RankInfo, group_of: Mapping[Link, Group], shared: Collection[Link], control: ControlPlane
 ) -> Links:
     """Symmetric memory for the links in ``shared``, matched sends and receives for the others."""
+    members, position, timeout_s = rank_info.members, rank_info.position, rank_info.timeout_s
     groups = {name: group.open(control) for name, group in group_of.items()}
     made: Links = {
-        name: TwoSided(groups[name], rank_info.members, name, rank_info.timeout_s, control)
-        for name in group_of
-        if name not in shared
+        name: TwoSided(groups[name], members, name, timeout_s, control) for name in group_of if name not in shared
     }
     if shared:
-        peers = link_peers(rank_info.layout, rank_info.position)
+        peers = link_peers(rank_info.layout, position)
+        in_memory = [peer for link in shared for peer in peers[link]]
         widest: Link = "across" if "across" in shared else "inside"
-        window = SymmMem(
-            control,
-            rank_info.members,
-            rank_info.position,
-            [peer for link in shared for peer in peers[link]],
-            rank_info.timeout_s,
-            groups[widest],
-            group_of[widest].index,
-        )
-        made.update(dict.fromkeys(shared, window))
+        group, index = groups[widest], group_of[widest].index
+        made.update(dict.fromkeys(shared, SymmMem(control, members, position, in_memory, timeout_s, group, index)))
     return made
 
 
