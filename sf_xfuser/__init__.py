@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from sf_xfuser.integrations.xdit.session import explain
     from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
     from sf_xfuser.torus.attention import torus_attention
+    from sf_xfuser.torus.build import build_mesh
     from sf_xfuser.torus.call import Joint, Tokens
-    from sf_xfuser.torus.mesh import Mesh, build_mesh
+    from sf_xfuser.torus.mesh import Mesh
 
 _MODULES = {
     "TorusArgs": "config",
@@ -44,7 +45,7 @@ _MODULES = {
     "LongContextAttention": "integrations.yunchang.attention",
     "set_seq_parallel_pg": "integrations.yunchang.attention",
     "Mesh": "torus.mesh",
-    "build_mesh": "torus.mesh",
+    "build_mesh": "torus.build",
     "disable": "integrations.xdit.plugin",
     "enable": "integrations.xdit.plugin",
     "explain": "integrations.xdit.session",

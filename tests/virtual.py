@@ -97,7 +97,7 @@ def meshes(machines: int, ranks_per_machine: int, heads: int, timeout_s: float =
             ring_group=None,  # type: ignore[arg-type]
             control=control,
             transport="virtual",
-            chosen="the only one here",
+            transport_reason="the only available one",
         )
 
     return [lambda rank=rank: mesh(rank) for rank in range(world)]

@@ -30,7 +30,8 @@ from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.build import build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 _MAX_TRIALS = 64
 
@@ -108,8 +109,8 @@ class Selector:
     def mesh(self) -> Mesh:
         return self.meshes[0]
 
-    def why_not_now(self) -> str | None:
-        return next((reason for mesh in self.meshes if (reason := mesh.why_not_now()) is not None), None)
+    def unavailable_reason(self) -> str | None:
+        return next((reason for mesh in self.meshes if (reason := mesh.unavailable_reason()) is not None), None)
 
     def run(
         self,

@@ -14,7 +14,7 @@ import torch
 from sf_xfuser.layout.plan import Layout, Plan
 from sf_xfuser.layout.schedule import Exchange, Message, Piece
 from sf_xfuser.layout.topology import Topology
-from sf_xfuser.torus.call import Call, Tokens, agree
+from sf_xfuser.torus.call import Call, Tokens, negotiate_call
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, window_view
 from sf_xfuser.transport.gpu.device import DeviceWindow
@@ -140,7 +140,7 @@ class OneRank:
             ring_group=no_group,
             control=control,
             transport="loopback",
-            chosen="loopback",
+            transport_reason="loopback",
         )
         self.tokens = q.shape[2] // ranks
         self.own = tuple(x[:, :, : self.tokens] for x in (q, k, v))
@@ -154,14 +154,14 @@ class OneRank:
 
     @property
     def _call(self) -> Call:
-        return agree(self.mesh, self.own, None, Tokens(self.counts, self.counts), overlap=True)
+        return negotiate_call(self.mesh, self.own, None, Tokens(self.counts, self.counts), overlap=True)
 
     def fill(self, out: torch.Tensor) -> None:
         """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
-        places = self._call.places[0]
+        places = self._call.memory_maps[0]
         for window in (places.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
-                offset, pitch = places.landing(message)
+                offset, pitch = places.destination(message)
                 chunk = self._chunk(message, out)
                 window_view(window, offset, chunk.shape, chunk.dtype, pitch).copy_(chunk)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sf_xfuser.bench import report
 from sf_xfuser.layout.plan import UNEVEN, Layout, make_plan
-from sf_xfuser.layout.schedule import Exchange, build_schedule, choose_cut
+from sf_xfuser.layout.schedule import Exchange, build_schedule, choose_chunking
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +38,11 @@ def usp_traffic(config: XditConfig) -> Traffic:
 
 def torus_traffic(layout: Layout) -> Traffic:
     """One call of Torus Attention: what the schedule of each rank sends."""
-    cut = choose_cut(layout, TOKENS_PER_RANK, "cuda", overlap=True)
+    cut = choose_chunking(layout, TOKENS_PER_RANK, "cuda", overlap=True)
     share = 1 / (layout.world_size * layout.ulysses_degree)
     traffic: Traffic = {}
     for rank in range(layout.world_size):
-        for step in build_schedule(layout, rank, cut=cut).steps:
+        for step in build_schedule(layout, rank, chunking=cut).steps:
             for message in step.sends if isinstance(step, Exchange) else ():
                 size = sum(1 / piece.parts for piece in message.pieces) * share * len(message.tensor)  # K and V: twice
                 traffic.setdefault((rank, message.peer), []).append((message.tensor.upper(), size))

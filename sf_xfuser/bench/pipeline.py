@@ -35,7 +35,7 @@ from sf_xfuser.integrations.xdit.degrees import read_model_facts
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs
-from sf_xfuser.torus.mesh import build_mesh, gather_topology
+from sf_xfuser.torus.build import build_mesh, gather_topology
 from sf_xfuser.transport.rendezvous import StoreGroup
 
 # In every tokenizer longer than any text length, so that pipelines cut it to the requested length.

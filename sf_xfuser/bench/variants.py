@@ -19,8 +19,9 @@ from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges
 from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
 from sf_xfuser.simulator import TorusVariant
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -100,7 +101,9 @@ def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[s
         return [variant for variant in (single, *xdit, *ours) if names is None or variant.name in names]
     attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
     needs_torus = names is None or any(name in names for name, _ in _OURS)
-    if needs_torus and not mesh.chosen:  # a first call selects the transport, which torus-no-overlap uses as well
+    if (
+        needs_torus and not mesh.transport_reason
+    ):  # a first call selects the transport, which torus-no-overlap uses as well
         mine = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)

@@ -1,8 +1,8 @@
-"""Where the pieces of an attention call lie on a rank: arithmetic on token counts and heads, alike for every rank, so
-that a sender knows where its chunk belongs in the memory of the receiver. No tensors.
+"""The memory map of an attention call: rows and byte offsets of every piece in the buffers of one rank. No tensors.
 
-A rank's *window* is the memory into which its peers write. It holds those buffers into which at least one chunk comes
-that way; the others are made where they are needed.
+Any rank can compute the map of any other rank, so a one-sided sender knows the offset of its chunk on the receiver. A
+rank's *window* is the memory into which its peers write. The map gives offsets for the buffers in the window, which are
+those that receive at least one chunk by a one-sided write. All other buffers are allocated when they are needed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 from sf_xfuser.layout.schedule import JOINT, Exchange, Link, Message, Piece, Schedule
 
-_ALIGNMENT = 64  # bytes, of a buffer in a window
+_ALIGNMENT = 64  # bytes; alignment of a buffer in a window
 
 HeadRange = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """The size of everything in one call. ``q_tokens[w]`` and ``kv_tokens[w]`` are the token counts at position ``w``;
-    ``q_heads[p]`` and ``kv_heads[p]`` the half-open head ranges of head group ``p``; ``itemsize`` in bytes."""
+    """The sizes of one call. ``q_tokens[w]``, ``kv_tokens[w]``: token counts at position ``w``. ``q_heads[p]``,
+    ``kv_heads[p]``: half-open head range of head group ``p``. ``itemsize`` in bytes."""
 
     batch: int
     head_size: int
@@ -34,13 +34,13 @@ class Sizes:
     kv_heads: tuple[HeadRange, ...]
 
     def row_bytes(self, tensor: str, head_group: int) -> int:
-        """Of one token of ``"q"``, ``"kv"`` (K and V together) or ``"o"``, with the heads of a group."""
+        """Bytes of one token of ``"q"``, ``"kv"`` (K and V together) or ``"o"``, for the heads of a group."""
         low, high = (self.kv_heads if tensor == "kv" else self.q_heads)[head_group]
         return (2 if tensor == "kv" else 1) * self.batch * (high - low) * self.head_size * self.itemsize
 
 
 class Rows:
-    """Where pieces lie in a buffer: ``rows[a, ..., b]`` is the slice from a to b."""
+    """The rows of pieces in a buffer: ``rows[a, ..., b]`` is the slice from piece a to piece b."""
 
     def __init__(self, pieces: Sequence[Piece], tokens: Callable[[int], int]) -> None:
         ends = list(accumulate((high - low for low, high in (p.span(tokens(p.source)) for p in pieces)), initial=0))
@@ -52,27 +52,27 @@ class Rows:
 
 
 class Buffer(NamedTuple):
-    """Queries of the own machine (0) or of others (1); a slab of KV, by its number; outputs from another rank, by its
-    position and their part."""
+    """``"q"``: ``number`` is 0 for queries of the local machine, 1 for those of other machines. ``"kv"``: ``number`` is
+    the slab. ``"o"``: ``number`` is the position of the rank that sends the output, ``part`` its part."""
 
     tensor: str
-    which: int
+    number: int
     part: int = 0
 
 
-class Places:
-    """The buffers of one rank. ``schedule.remote`` queries lie apart from the others: they are done with sooner."""
+class MemoryMap:
+    """The buffers of one rank. ``schedule.remote`` queries have a buffer of their own, which is released earlier."""
 
     def __init__(
         self,
         schedule: Schedule,
         sizes: Sizes,
-        written_by_peers: Collection[Link] = (),
+        window_links: Collection[Link] = (),
         *,
         head_major: bool = False,
     ) -> None:
-        """``written_by_peers``: the links on which chunks come into the window. ``head_major``: Q and K, V lie there as
-        [B, H, S, D] and [2, B, H, S, D], as attention on a CPU reads them fastest; chunks are not contiguous then."""
+        """``window_links``: the links on which peers write into the window. ``head_major``: in the window, Q is
+        [B, H, S, D] and KV [2, B, H, S, D], which CPU attention reads fastest; chunks are then not contiguous."""
         layout = schedule.layout
         group = layout.head_group(schedule.position)
         self.queries = Rows(schedule.queries, sizes.q_tokens.__getitem__)
@@ -86,10 +86,10 @@ class Places:
         self._row_bytes = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
         self._head_size, self._itemsize, self._head_major = sizes.head_size, sizes.itemsize, head_major
         self.offset: dict[Buffer, int] = {}
-        """Bytes from the start of the window, for each buffer in it."""
+        """In bytes from the start of the window, for each buffer in it."""
         self.window_bytes = 0
         for step in schedule.steps:
-            for message in step.receives if isinstance(step, Exchange) and step.link in written_by_peers else ():
+            for message in step.receives if isinstance(step, Exchange) and step.link in window_links else ():
                 buffer = self.buffer(message)
                 if buffer in self.offset:
                     continue
@@ -102,34 +102,34 @@ class Places:
                 self.window_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def tokens(self, buffer: Buffer) -> int:
-        """Of queries or of KV."""
+        """The rows of a ``"q"`` or ``"kv"`` buffer."""
         if buffer.tensor == "kv":
-            return self.slabs[buffer.which].total
-        return self.queries.total - self.remote_from if buffer.which else self.remote_from
+            return self.slabs[buffer.number].total
+        return self.queries.total - self.remote_from if buffer.number else self.remote_from
 
     def pitch(self, buffer: Buffer) -> int | None:
-        """Elements from one head to the next in a buffer of the window that is head-major, else None."""
+        """Elements between two heads of a head-major buffer in the window, else None."""
         if not self._head_major or buffer.tensor == "o":
             return None
         return self.tokens(buffer) * self._head_size
 
     def buffer(self, message: Message) -> Buffer:
-        """Where this rank receives the message."""
+        """The buffer that receives the message."""
         first = message.pieces[0]
         if message.tensor == "q":
             return Buffer("q", int(first in self._remote))
         return Buffer("kv", self.slab_of[first]) if message.tensor == "kv" else Buffer("o", message.peer, first.part)
 
-    def landing(self, message: Message) -> tuple[int, int | None]:
-        """Where in the window this rank receives the message: ``Parcel.offset`` and ``Parcel.pitch``."""
+    def destination(self, message: Message) -> tuple[int, int | None]:
+        """The ``Parcel.offset`` and ``Parcel.pitch`` at which the window receives the message."""
         buffer = self.buffer(message)
         if buffer.tensor == "o":
             return self.offset[buffer], None
         row: int
         if buffer.tensor == "q":
-            row = self.queries[message.pieces].start - (self.remote_from if buffer.which else 0)
+            row = self.queries[message.pieces].start - (self.remote_from if buffer.number else 0)
         else:
-            row = self.slabs[buffer.which][message.pieces].start
+            row = self.slabs[buffer.number][message.pieces].start
         pitch = self.pitch(buffer)
         row_bytes = self._row_bytes[buffer.tensor] if pitch is None else self._head_size * self._itemsize
         return self.offset[buffer] + row * row_bytes, pitch

@@ -9,9 +9,19 @@ from fractions import Fraction
 from functools import cache, cached_property
 from typing import Literal
 
-from sf_xfuser.layout.memory_map import Places, Sizes
+from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
-from sf_xfuser.layout.schedule import JOINT, Attend, Cut, Exchange, Message, Piece, Schedule, build_schedule, choose_cut
+from sf_xfuser.layout.schedule import (
+    JOINT,
+    Attend,
+    Chunking,
+    Exchange,
+    Message,
+    Piece,
+    Schedule,
+    build_schedule,
+    choose_chunking,
+)
 from sf_xfuser.simulator.call import ITEMSIZE, CallShape, SimulatedCall
 from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.simulator.replay import Dependency, Program, Replay, Round, RoundKey
@@ -60,7 +70,9 @@ class TorusCall(SimulatedCall):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(num_groups)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.cut: Cut = choose_cut(self.layout, self.tokens, cluster.device, overlap=not variant.unstaged)
+        self.chunking: Chunking = choose_chunking(
+            self.layout, self.tokens, cluster.device, overlap=not variant.unstaged
+        )
         self.costs = {name: link.cost(variant.pattern) for name, link in self.links.items()}
         # While all ranks of a machine send equal numbers of bytes.
         equal = [1.0] * cluster.ranks_per_machine
@@ -100,9 +112,9 @@ class TorusCall(SimulatedCall):
 
     def _busy_s(self) -> tuple[float, float]:
         """(the least time in attention calls and merges, without joint keys; the most of it that may leave SMs idle)"""
-        layout, cut, heads = self.layout, self.cut, self.heads
+        layout, cut, heads = self.layout, self.chunking, self.heads
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
-        others, last = own * (layout.torus - 1), own // cut.last_kv
+        others, last = own * (layout.torus - 1), own // cut.last_kv_parts
         calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, number of calls
         if not cut.overlap:
             calls = [(own * layout.torus, own * blocks * layout.num_machines, 0, 1)]
@@ -113,8 +125,13 @@ class TorusCall(SimulatedCall):
                 (own, own * blocks, 0, layout.torus - 1),
                 (own, own * blocks, MERGE_BYTES, layout.num_machines - 1),
                 (others, own, MERGE_BYTES, blocks * (layout.ring_across - 1)),
-                (others, own // cut.kv, MERGE_BYTES, blocks * layout.ring_across * (layout.torus - 2) * cut.kv),
-                (others, last, MERGE_BYTES, blocks * layout.ring_across * cut.last_kv - 1),
+                (
+                    others,
+                    own // cut.kv_parts,
+                    MERGE_BYTES,
+                    blocks * layout.ring_across * (layout.torus - 2) * cut.kv_parts,
+                ),
+                (others, last, MERGE_BYTES, blocks * layout.ring_across * cut.last_kv_parts - 1),
                 (own, last, MERGE_BYTES, layout.torus - 1),
             ]
         busy_s = small_s = 0.0
@@ -130,7 +147,7 @@ class TorusCall(SimulatedCall):
         return self._schedule(0)
 
     def _schedule(self, position: int) -> Schedule:
-        return build_schedule(self.layout, position, self.joint, self.cut)
+        return build_schedule(self.layout, position, self.joint, self.chunking)
 
     def program(self, replay: Replay, number: int) -> Program:
         schedule = self._schedule(number) if number else self.first_schedule
@@ -241,7 +258,7 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
     outputs of other ranks. ``in_windows``: peers write into a window, which holds all of these twice, since calls
     alternate between its halves."""
     layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
-    places = Places(schedule, sizes, ("inside", "across") if in_windows else ())
+    places = MemoryMap(schedule, sizes, ("inside", "across") if in_windows else ())
     low, high = sizes.q_heads[group]
     accumulator = places.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
     if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # no merge: the output of the only call

@@ -50,7 +50,7 @@ def _lengths(part: torch.Tensor, dim: int, mesh: Mesh, uneven: bool) -> list[int
     rest = part.numel() // max(1, length)
     mesh.reserve(len(lengths) * max(lengths) * rest * part.element_size())
     if not uneven:
-        mesh.remember(known, True)
+        mesh.cache_call(known, True)
     return lengths
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a group agree on before an attention call: shapes, dtypes, and who holds how many tokens."""
+"""Negotiates one attention call between the ranks of a group: shapes, dtypes, and token counts of every rank."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from sf_xfuser.layout.memory_map import Places, Sizes
+from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import head_ranges
-from sf_xfuser.layout.schedule import Message, Schedule, build_schedule, choose_cut
+from sf_xfuser.layout.schedule import Message, Schedule, build_schedule, choose_chunking
 from sf_xfuser.torus.mesh import Mesh
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Joint(NamedTuple):
-    """Key and value [B, H_kv, S_j, D] of tokens that every rank has, attended at the first (``"front"``) or last
-    (``"rear"``) KV."""
+    """Key and value [B, H_kv, S_j, D] of tokens that every rank holds. They are attended with the first (``"front"``)
+    or the last (``"rear"``) KV."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -26,7 +26,7 @@ class Joint(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """How many queries and how many keys each rank holds, by position in the mesh."""
+    """Number of queries and of keys on each rank, by position in the mesh."""
 
     query: Sequence[int]
     key: Sequence[int]
@@ -34,61 +34,59 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One agreed call shape, and what does not change from one such call to the next. ``places[w]``: where pieces lie
-    on the rank at position ``w``, for this rank and, where chunks are written into windows, for all. ``digest``: all
-    that ranks have to agree on, as text.
-    ``head_groups[w]``: which one that rank attends. ``views``: of the window, by the address at which that lies."""
+    """Everything that calls of one shape have in common; cached in ``Mesh.calls``.
+
+    ``digest``: the call as text, equal on all ranks. ``memory_maps[w]``: the map of the rank at position ``w``; of all
+    ranks with a one-sided transport, else only of this rank. ``head_groups[w]``: the head group of that rank.
+    ``views``: cached views of the window, by its address."""
 
     digest: str
     schedule: Schedule
     sizes: Sizes
-    places: Mapping[int, Places]
+    memory_maps: Mapping[int, MemoryMap]
     head_groups: Sequence[int]
-    kv_of_q: torch.Tensor | None  # local KV head of each local query head; None where they are the same
-    grouped: bool  # each local KV head serves as many query heads as any other, those that follow each other
+    kv_of_q: torch.Tensor | None  # local KV head of each local query head; None if equal
+    grouped: bool  # regular GQA: each local KV head belongs to the same number of consecutive query heads
     views: dict[int, dict[Any, Any]] = field(default_factory=dict)
-    _landings: dict[Message, tuple[int, int | None]] = field(default_factory=dict)
+    _destinations: dict[Message, tuple[int, int | None]] = field(default_factory=dict)
 
-    def landing(self, message: Message) -> tuple[int, int | None]:
-        """Where the peer receives a message of this rank, in its window: offset and pitch."""
-        found = self._landings.get(message)
+    def destination(self, message: Message) -> tuple[int, int | None]:
+        """Offset and pitch of a sent message in the window of its receiver."""
+        found = self._destinations.get(message)
         if found is None:
             received = Message(message.tensor, message.pieces, self.schedule.position)
-            found = self._landings[message] = self.places[message.peer].landing(received)
+            found = self._destinations[message] = self.memory_maps[message.peer].destination(received)
         return found
 
 
-def agree(
-    mesh: Mesh,
-    tensors: Sequence[torch.Tensor],
-    joint_strategy: str | None,
-    counts: Tokens | None,
-    overlap: bool,
+def negotiate_call(
+    mesh: Mesh, tensors: Sequence[torch.Tensor], joint_strategy: str | None, counts: Tokens | None, overlap: bool
 ) -> Call:
-    """The call that all ranks make; ``tensors`` are this rank's query, key, value and, where there are joint tokens,
-    their key and value."""
-    given = joint_strategy, overlap
-    shapes = (*((x.shape, x.dtype, x.device.type) for x in tensors), given)
-    known: Call | None = mesh.calls.get((shapes, counts))
-    if known is not None:
-        return known
-    error = _shape_error(mesh, tensors, joint_strategy, counts)
+    """The call that all ranks make. ``tensors``: query, key and value of this rank, then key and value of the joint
+    tokens, if any. Collective, except for a cached shape with ``counts``. Raises ValueError on every rank if ranks
+    disagree or the call is not possible."""
+    options = joint_strategy, overlap
+    shapes = (*((x.shape, x.dtype, x.device.type) for x in tensors), options)
+    cached: Call | None = mesh.calls.get((shapes, counts))
+    if cached is not None:
+        return cached
+    error = _argument_error(mesh, tensors, joint_strategy, counts)
     described = [[list(x.shape), str(x.dtype), x.device.type] for x in tensors]
-    said = {"error": error, "tensors": described, "given": given, "counts": counts}
-    reports = mesh.control.gather("attention call", said)
-    if refusal := _refusal(mesh, reports):
-        mesh.refuse(refusal)
-    seen = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
-    if (shapes, seen) not in mesh.calls:
-        mesh.remember((shapes, seen), _make_call(mesh, reports, seen, joint_strategy, overlap, tensors[0]))
-    agreed: Call = mesh.calls[shapes, seen]
-    return agreed
+    report = {"error": error, "tensors": described, "options": options, "counts": counts}
+    reports = mesh.control.gather("attention call", report)
+    if reason := _refusal(mesh, reports):
+        mesh.refuse(reason)
+    gathered = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)
+    if (shapes, gathered) not in mesh.calls:
+        mesh.cache_call((shapes, gathered), _make_call(mesh, reports, gathered, tensors[0]))
+    call: Call = mesh.calls[shapes, gathered]
+    return call
 
 
-def _shape_error(
+def _argument_error(
     mesh: Mesh, tensors: Sequence[torch.Tensor], joint_strategy: str | None, counts: Tokens | None
 ) -> str | None:
-    """What is wrong with this rank's arguments, seen from this rank alone."""
+    """The error in this rank's arguments, or None. Local."""
     query, key, value, *joint = tensors
     for name, x in zip(("query", "key", "value", "joint.key", "joint.value"), tensors, strict=False):
         if x.dim() != 4:
@@ -97,73 +95,68 @@ def _shape_error(
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             return f"{name} is {x.dtype}, but must be one of {allowed}: convert it"
         if (x.dtype, x.device) != (query.dtype, query.device):
-            return f"{name} is {x.dtype} on {x.device}, but query is {query.dtype} on {query.device}; give all alike"
+            return f"{name} is {x.dtype} on {x.device}, but query is {query.dtype} on {query.device}; convert it"
         if (x.shape[0], x.shape[3]) != (query.shape[0], query.shape[3]):
             shapes = f"{name} {tuple(x.shape)} and query {tuple(query.shape)}"
             return f"{shapes} differ in batch or head size: give both the same [batch, heads, tokens, head size]"
     if mesh.compression is not None and query.dtype == torch.float64:
-        return "--sp-compress takes float16, bfloat16 or float32, got float64: convert the tensors or leave it out"
+        return "--sp-compress takes float16, bfloat16 or float32, got float64: convert the tensors, or remove the flag"
     if key.shape != value.shape:
         return f"key and value must have the same shape, got {tuple(key.shape)} and {tuple(value.shape)}"
     if counts is not None and any(len(tokens) != mesh.layout.world_size for tokens in counts):
         return f"tokens needs one count for each of {mesh.layout.world_size} positions, got {counts}"
     if counts is not None and (counts[0][mesh.position], counts[1][mesh.position]) != (query.shape[2], key.shape[2]):
         held = f"{query.shape[2]} queries and {key.shape[2]} keys"
-        return f"tokens={counts} differs from this rank's {held}: give what each rank holds, or leave it out"
-    heads, kv_heads, ways = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
+        return f"tokens={counts} differs from this rank's {held}: pass the count of each rank, or omit it"
+    heads, kv_heads, head_degree = query.shape[1], key.shape[1], mesh.layout.ulysses_degree
     if kv_heads == 0 or heads % kv_heads:
-        return f"{heads} query heads are not a multiple of {kv_heads} key heads: give key heads that divide them"
-    if heads < ways:
+        return f"{heads} query heads are not a multiple of {kv_heads} key heads: key heads must divide query heads"
+    if heads < head_degree:
         split = f"torus={mesh.layout.torus} x ulysses={mesh.layout.ulysses} ranks"
-        return f"{heads} heads cannot be split over {split}: take a --sp-plan with torus x ulysses of at most {heads}"
+        return f"{heads} heads cannot be split over {split}: use a --sp-plan with torus x ulysses of at most {heads}"
     if not joint:
         return None
     if joint_strategy not in ("front", "rear"):
         return f"joint.strategy must be 'front' or 'rear', got {joint_strategy!r}"
     if joint[0].shape != joint[1].shape or joint[0].shape[1] != kv_heads:
         shapes = f"{tuple(joint[0].shape)} and {tuple(joint[1].shape)}"
-        return f"joint.key and joint.value must have one shape with {kv_heads} heads, as key has, got {shapes}"
+        return f"joint.key and joint.value must have the same shape and {kv_heads} heads like key, got {shapes}"
     return None
 
 
 def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
-    """Why this call cannot run, worded alike on every rank; None if it can."""
+    """Why no rank can make this call, with the same text on every rank; None if they can."""
     errors = [f"rank {mesh.members[w]}: {r['error']}" for w, r in enumerate(reports) if r["error"]]
     if errors:
         return "; ".join(errors)
 
-    def common(report: dict[str, Any]) -> Any:  # all but the token counts of query, key and value
+    def without_counts(report: dict[str, Any]) -> Any:  # drops the token counts of query, key and value
         return [
             [x[0][:2] + (x[0][2:] if index > 2 else x[0][3:]), *x[1:]] for index, x in enumerate(report["tensors"])
-        ], report["given"]
+        ], report["options"]
 
     counts = [r["counts"] for r in reports]
     if any(each != counts[0] for each in counts):
         seen = "; ".join(f"rank {mesh.members[w]}: {each}" for w, each in enumerate(counts))
         return f"tokens must be the same on all ranks (or left out on all), got {seen}"
-    if any(common(r) != common(reports[0]) for r in reports):
+    if any(without_counts(r) != without_counts(reports[0]) for r in reports):
         seen = "; ".join(
-            f"rank {mesh.members[w]}: {r['tensors']} joint {r['given'][0]}, overlap {r['given'][1]}"
+            f"rank {mesh.members[w]}: {r['tensors']} joint {r['options'][0]}, overlap {r['options'][1]}"
             for w, r in enumerate(reports)
         )
         return f"ranks disagree on shape, dtype, joint tokens or overlap (only token counts may differ): {seen}"
     if not sum(r["tensors"][1][0][2] for r in reports) + sum(x[0][2] for x in reports[0]["tensors"][3:]):
-        return "no rank holds any key: there is nothing to attend to"
+        return "no rank holds any key; at least one rank must"
     return None
 
 
 def _make_call(
-    mesh: Mesh,
-    reports: list[dict[str, Any]],
-    counts: tuple[tuple[int, ...], tuple[int, ...]],
-    joint_strategy: Any,
-    overlap: bool,
-    query: torch.Tensor,
+    mesh: Mesh, reports: list[dict[str, Any]], counts: tuple[tuple[int, ...], tuple[int, ...]], query: torch.Tensor
 ) -> Call:
-    ways = mesh.layout.ulysses_degree
+    joint_strategy, overlap = reports[0]["options"]
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
-    q_heads, kv_ranges = head_ranges(heads, kv_heads, ways)
+    q_heads, kv_ranges = head_ranges(heads, kv_heads, mesh.layout.ulysses_degree)
     head_groups = [mesh.layout.head_group(w) for w in range(mesh.layout.world_size)]
     group = head_groups[mesh.position]
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
@@ -178,25 +171,25 @@ def _make_call(
         q_heads=q_heads,
         kv_heads=kv_ranges,
     )
-    at_once = mesh.one_host and query.device.type == "cpu"  # no wire is slow
-    cut = choose_cut(mesh.layout, max(counts[1]), query.device.type, overlap=overlap and not at_once)
+    one_cpu_host = mesh.one_host and query.device.type == "cpu"  # transfers are too fast to overlap
+    chunking = choose_chunking(mesh.layout, max(counts[1]), query.device.type, overlap=overlap and not one_cpu_host)
     positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
-    schedules = {w: build_schedule(mesh.layout, w, joint_strategy, cut) for w in positions}
-    places = {w: Places(s, sizes, mesh.window_links, head_major=at_once) for w, s in schedules.items()}
-    mesh.reserve(max(place.window_bytes for place in places.values()))
+    schedules = {w: build_schedule(mesh.layout, w, joint_strategy, chunking) for w in positions}
+    memory_maps = {w: MemoryMap(s, sizes, mesh.window_links, head_major=one_cpu_host) for w, s in schedules.items()}
+    mesh.reserve(max(memory_map.window_bytes for memory_map in memory_maps.values()))
     joint = f", {sizes.joint_tokens} joint tokens in {joint_strategy}" if joint_strategy else ""
     return Call(
         digest=f"attention of {heads} heads ({kv_heads} of keys) of size {sizes.head_size}, batch {sizes.batch}, "
-        f"{query.dtype}, over {_spelled(counts[0])} queries and {_spelled(counts[1])} keys{joint}, {mesh.layout}, "
-        f"{cut}",
+        f"{query.dtype}, over {_format_counts(counts[0])} queries and {_format_counts(counts[1])} keys{joint}, "
+        f"{mesh.layout}, {chunking}",
         schedule=schedules[mesh.position],
         sizes=sizes,
-        places=places,
+        memory_maps=memory_maps,
         head_groups=head_groups,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
         grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
     )
 
 
-def _spelled(tokens: Sequence[int]) -> str:
+def _format_counts(tokens: Sequence[int]) -> str:
     return f"{len(tokens)} x {tokens[0]}" if len(set(tokens)) == 1 else "+".join(map(str, tokens))

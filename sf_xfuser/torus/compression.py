@@ -1,9 +1,8 @@
-"""Chunks that travel compressed: on the leg between machines, where bytes are what a call waits for.
+"""Compression of chunks between machines, where bandwidth limits a call.
 
-A chunk of Q, V or O is stored in one byte per element and a scale per token and head (``kernels.packing``); K stays as
-it is, since an error of K moves every weight of every query. The sum and the merge of partial results stay in fp32.
-Unlike xDiT's compressed all-to-all it serves joint tokens and grouped-query attention alike: what is compressed is the
-chunk, whatever it is a chunk of.
+Q, V and O chunks are sent as one byte per element and a scale per token and head (``kernels.packing``). K keeps its
+dtype, since an error in K changes every weight of every query. Partial results are merged in fp32. Unlike xDiT's
+compressed all-to-all, this supports joint tokens and grouped-query attention.
 """
 
 from __future__ import annotations
@@ -16,44 +15,44 @@ from sf_xfuser.kernels.packing import CompressedLayout, Format, pack_compressed,
 from sf_xfuser.transport.base import Parcel, Ticket, Transport
 
 EPS = {"int8": 2.0**-7, "fp8": 2.0**-3}
-"""Of the largest element of a block (int8), of each element (fp8): the step between two values."""
+"""Step between two values, relative to the largest element of a block (int8) or of each element (fp8)."""
 
 
 class Compression:
-    """How a mesh compresses, and what that did: the error of the chunks sent, in parts of their size as root mean
-    squares, taken from the first chunk of each tensor in every call. Local."""
+    """The format of a mesh, and the relative RMS error of the chunks that this rank sent. The error is measured on the
+    first chunk of each tensor in every call. Local."""
 
     def __init__(self, format: Format) -> None:
         self.format: Format = format
         self.calls = 0
-        self._last: torch.Tensor | None = None  # stays on the device: nobody waits for it before it is asked for
+        self._last: torch.Tensor | None = None  # stays on the device, so that no call waits for it
         self._worst: torch.Tensor | None = None
 
     def over(self, link: Transport) -> CompressedLink:
-        """``link`` for one call, with its chunks compressed."""
+        """``link`` with compressed chunks, for one call."""
         return CompressedLink(link, self)
 
-    def note(self, errors: Sequence[torch.Tensor]) -> None:
-        """At the end of a call."""
+    def add_errors(self, errors: Sequence[torch.Tensor]) -> None:
+        """Add the errors of one call."""
         if errors:
             self.calls += 1
             self._last = torch.stack(list(errors)).amax()
             self._worst = self._last if self._worst is None else torch.maximum(self._worst, self._last)
 
     def __str__(self) -> str:
-        said = f"Q, V and O travel between machines in {self.format}, K as it is"
+        text = f"Q, V and O are sent between machines in {self.format}, K in the input dtype"
         if self._last is None or self._worst is None:
-            return said
+            return text
         last, worst = float(self._last), float(self._worst)
-        error = f"error of a chunk, root mean square in parts of its size: {last:.2%} in the last call, {worst:.2%}"
-        return f"{said}; {error} in the worst of {self.calls}"
+        error = f"{last:.2%} in the last call, {worst:.2%} in the worst of {self.calls}"
+        return f"{text}; relative RMS error of a chunk: {error}"
 
 
 class CompressedLink(Transport):
-    """Another link's chunks, compressed before they leave and restored where they are first waited for."""
+    """A link that compresses chunks before ``exchange`` and restores them at the first ``wait``."""
 
     def __init__(self, link: Transport, compression: Compression) -> None:
-        assert link.one_sided is None, "a window has places for chunks as they are"
+        assert link.one_sided is None, "windows hold uncompressed chunks"
         self._link = link
         self._compression = compression
         self._errors: dict[int, torch.Tensor] = {}  # by slot, of the first chunk
@@ -66,15 +65,15 @@ class CompressedLink(Transport):
 
     def drain(self) -> None:
         self._link.drain()
-        self._compression.note(list(self._errors.values()))
+        self._compression.add_errors(list(self._errors.values()))
 
     def restore(self, parcel: Parcel, chunk: torch.Tensor) -> None:
-        """Put what came as bytes into the parcel's place."""
+        """Unpack received bytes into the parcel."""
         if parcel.nbytes:
             unpack_compressed(chunk, _tensors(parcel), self._formats(parcel))
 
     def _formats(self, parcel: Parcel) -> list[Format]:
-        """K and V travel together: of two tensors the first is K."""
+        """Of each tensor. A parcel of two tensors is K and V."""
         return [self._compression.format] if len(_tensors(parcel)) == 1 else ["none", self._compression.format]
 
     def _bytes_for(self, parcel: Parcel) -> torch.Tensor:

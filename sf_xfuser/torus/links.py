@@ -1,4 +1,4 @@
-"""What moves chunks between the ranks of a group: which transports there are, and how links are made of them."""
+"""The links of a rank: which transports are available, and how each of them connects the links."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
 from sf_xfuser.transport.two_sided import TwoSided
 
-PATIENCE = 5
-"""Ranks may come to a call, or to setting up, this many times ``--sp-timeout`` apart: they load a model first. Once a
-call is under way, no chunk may take longer than ``--sp-timeout``."""
+CALL_TIMEOUT_FACTOR = 5
+"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first.
+During a call, each chunk must arrive within one ``--sp-timeout``."""
 
 Links = dict[Link, Transport]
 Connect = Callable[[ControlPlane], Links]
-"""Makes the links of one rank. Collective over its group."""
+"""Connects the links of one rank. Collective over its group."""
 
-XDITS = "xDiT's own collectives"
+XDIT_COLLECTIVES = "xDiT's own collectives"
 
 
 @dataclass
 class Group:
-    """A process group of the global ``ranks``, which move chunks over it, and each position's rank in it. Made by these
-    ranks alone when a link wants it, and again where a failed call has ended it."""
+    """A process group of the global ``ranks`` for transfers. ``index``: the rank of each position in it. Only these
+    ranks create it, when a link needs it, and again after a failed call has closed it."""
 
     name: str
     ranks: Sequence[int]
     index: dict[int, int]
-    backend: str | None
+    backend: str
     timeout_s: float
     handle: dist.ProcessGroup | None = None
 
     def open(self, control: ControlPlane) -> dist.ProcessGroup:
-        """Collective over ``ranks``, all of which are among those of ``control`` and come here equally often."""
+        """Create the group if needed. Collective over ``ranks``, which are all members of ``control``."""
         if self.handle is None:
             c10d = dist.distributed_c10d
-            # ``new_group`` would give it the name of an earlier one, and leave what that had put into the store there.
+            # ``new_group`` could reuse the name of an earlier group, which has left keys in the store.
             name: Any = f"sf_xfuser/{control.session}/{self.name}/{self.ranks[0]}"
 
             def make() -> dist.ProcessGroup:
@@ -60,7 +60,7 @@ class Group:
                     len(self.ranks),
                     self.ranks.index(dist.get_rank()),
                     list(self.ranks),
-                    c10d.Backend(self.backend or dist.get_backend()),
+                    c10d.Backend(self.backend),
                     c10d._get_default_store(),
                     name,
                     timeout=timedelta(seconds=self.timeout_s),
@@ -68,37 +68,36 @@ class Group:
                 c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(self.ranks)}
                 return group  # type: ignore[no-any-return]
 
-            # NCCL's may make its communicator at once, for the device of this thread.
-            on_cpus = (self.backend or dist.get_backend()) == "gloo"
             try:
-                self.handle = (
-                    run_with_timeout(make, 2 * self.timeout_s, "making a process group") if on_cpus else make()
-                )
+                if self.backend == "gloo":
+                    self.handle = run_with_timeout(make, 2 * self.timeout_s, "making a process group")
+                else:  # NCCL may create its communicator here, for the device of this thread
+                    self.handle = make()
             except RuntimeError as error:
                 if (why := control.failure) is not None:
                     raise TransportError(why) from error
                 raise
         return self.handle
 
-    def end(self) -> None:
-        """Release it, whatever is on its way. Idempotent. Local."""
+    def close(self) -> None:
+        """Release the group without waiting for pending transfers. Idempotent. Local."""
         handle, self.handle = self.handle, None
         if handle is not None:
-            end_group(handle)
+            destroy_group(handle)
 
 
-def end_group(handle: dist.ProcessGroup) -> None:
+def destroy_group(handle: dist.ProcessGroup) -> None:
     """Release the connections and threads of a process group. Idempotent. Local."""
     if dist.is_initialized() and handle in dist.distributed_c10d._world.pg_map:
         if dist.get_backend(handle) == "gloo":
             dist.destroy_process_group(handle)
-        else:  # destroying NCCL's would wait for what is on its way
+        else:  # destroying an NCCL group would wait for pending transfers
             dist.distributed_c10d._abort_process_group(handle)
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One rank: at ``position`` of ``layout``, where ``members[w]`` is the global rank at position ``w``."""
+    """A rank at ``position`` of ``layout``. ``members[w]``: the global rank at position ``w``."""
 
     layout: Layout
     members: Sequence[int]
@@ -108,7 +107,7 @@ class RankInfo:
 
 @dataclass(frozen=True)
 class MemoryDomain:
-    """``name`` is equal for ranks that can write to each other's memory; ``refusal``: why this one cannot."""
+    """``name`` is equal for ranks that can write to each other's memory. ``refusal``: why this rank cannot."""
 
     name: str
     refusal: str | None = None
@@ -117,9 +116,9 @@ class MemoryDomain:
         return self.refusal or self.name
 
 
-def wanted(args: TorusArgs, backend: str) -> str | None:
-    """A name of ``args.TRANSPORTS``; None: nothing of ours moves anything. ``backend`` is torch.distributed's. Raises
-    ValueError where the two do not go together."""
+def requested_transport(args: TorusArgs, backend: str) -> str | None:
+    """One of ``config.TRANSPORTS``, or None if xDiT's own collectives are used. ``backend``: of torch.distributed.
+    Raises ValueError if the transport does not support the backend."""
     if args.backend in XDIT_BACKENDS and args.transport == "auto":
         return None
     if args.transport in ("shm", "tcp") and backend != "gloo":
@@ -129,19 +128,20 @@ def wanted(args: TorusArgs, backend: str) -> str | None:
     return args.transport
 
 
-def need_groups(wanted: str | None, backend: str) -> bool:
-    """Whether links may be made of torch.distributed's process groups: between GPUs ``"auto"`` tries those, too."""
-    return wanted in ("two_sided", "symm_mem") or (wanted == "auto" and backend != "gloo")
+def needs_process_groups(requested: str | None, backend: str) -> bool:
+    """Whether links may use torch.distributed's process groups. ``"auto"`` also tries them between GPUs."""
+    return requested in ("two_sided", "symm_mem") or (requested == "auto" and backend != "gloo")
 
 
-def gather_domains(world: StoreGroup, wanted: str | None, backend: str) -> list[MemoryDomain]:
-    """The domain of each rank of the job: that of its memory, or of its GPU where peers may map that. Collective."""
-    memory = symm_mem if wanted != "two_sided" and need_groups(wanted, backend) else shm
-    return [MemoryDomain(*said) for said in world.gather("domain", [memory.identity(), memory.unavailable()])]
+def gather_domains(world: StoreGroup, requested: str | None, backend: str) -> list[MemoryDomain]:
+    """The memory domain of each rank of the job: of its host memory, or of its GPU memory if peers can map it.
+    Collective over the world."""
+    memory = symm_mem if requested != "two_sided" and needs_process_groups(requested, backend) else shm
+    return [MemoryDomain(*report) for report in world.gather("domain", [memory.identity(), memory.unavailable()])]
 
 
 def link_peers(layout: Layout, position: int) -> dict[Link, list[int]]:
-    """Whom a rank exchanges chunks with: those with the same ring coordinates, and those with the same heads."""
+    """The peers of a rank on each link: the ranks with the same ring coordinates, and those with the same heads."""
     others = sorted({*layout.ulysses_group(position), *layout.ring_group(position)} - {position})
     here = layout.machine(position)
     return {
@@ -150,11 +150,9 @@ def link_peers(layout: Layout, position: int) -> dict[Link, list[int]]:
     }
 
 
-def shared_links(wanted: str | None, domains: Sequence[MemoryDomain], layout: Layout) -> list[Link]:
-    """The links all of whose ranks can write to each other's memory, by the domain of each position. Pure.
-
-    Raises ValueError where such memory is demanded and missing.
-    """
+def shared_links(requested: str | None, domains: Sequence[MemoryDomain], layout: Layout) -> list[Link]:
+    """The links on which all ranks can write to each other's memory. ``domains``: by position. Pure. Raises ValueError
+    if the requested transport needs such memory and it is missing."""
     of_machine: dict[int, set[MemoryDomain]] = {}
     for position, domain in enumerate(domains):
         of_machine.setdefault(layout.machine(position), set()).add(domain)
@@ -164,51 +162,51 @@ def shared_links(wanted: str | None, domains: Sequence[MemoryDomain], layout: La
         shared = ["inside", "across"]
     elif all(joined) and layout.ranks_per_machine > 1:
         shared = ["inside"]
-    if wanted == "shm" and len(shared) < 2:
+    if requested == "shm" and len(shared) < 2:
         raise ValueError(
-            f"--sp-transport shm needs ranks that share the memory of one host; they say {list(map(str, domains))}. auto "
-            f"uses it inside each host, and tcp between hosts"
+            f"--sp-transport shm needs all ranks on one host, got {list(map(str, domains))}: use auto, which uses shm "
+            f"inside hosts and tcp between hosts"
         )
-    if wanted == "symm_mem" and not shared:
+    if requested == "symm_mem" and not shared:
         raise ValueError(
-            f"--sp-transport symm_mem needs several ranks of each machine on GPUs of one NVLink domain; they say "
-            f"{list(map(str, domains))}. two_sided and nvshmem work between machines"
+            f"--sp-transport symm_mem needs several ranks per machine on GPUs of one NVLink domain, got "
+            f"{list(map(str, domains))}: use two_sided or nvshmem, which work between machines"
         )
     return shared
 
 
-def ways(
-    wanted: str, rank_info: RankInfo, shared: Sequence[Link], group_of: Mapping[Link, Group]
+def candidates(
+    requested: str, rank_info: RankInfo, shared: Sequence[Link], group_of: Mapping[Link, Group]
 ) -> dict[str, Connect]:
-    """How the links can be made, by name; several for ``"auto"`` only, and the first of them can always be.
-    ``group_of``: process groups, where ``need_groups``."""
+    """The transports to try, by name. More than one only for ``"auto"``; the first one of those is always available.
+    ``group_of``: the process groups if ``needs_process_groups``, else empty."""
     found: dict[str, Connect] = {}
     if group_of:
-        if wanted != "symm_mem":
+        if requested != "symm_mem":
             found["two_sided"] = partial(_connect_groups, rank_info, group_of, ())
-        if shared and wanted != "two_sided":
+        if shared and requested != "two_sided":
             name = "symm_mem" if len(shared) == 2 else "symm_mem inside, two_sided across"
             found[name] = partial(_connect_groups, rank_info, group_of, shared)
-    if wanted == "nvshmem" or (wanted == "auto" and group_of):
+    if requested == "nvshmem" or (requested == "auto" and group_of):
         found["nvshmem"] = partial(_connect_nvshmem, rank_info)
     if found:
         return found
-    if shared and wanted != "tcp":
+    if shared and requested != "tcp":
         name = "shm" if len(shared) == 2 else "shm inside, tcp across"
         found[name] = partial(_connect_cpus, rank_info, shared)
-    if wanted != "shm":
+    if requested != "shm":
         found["tcp"] = partial(_connect_cpus, rank_info, ())
     return found
 
 
-def let_go(control: ControlPlane, members: Sequence[int], position: int, used: str) -> None:
-    """Free what transports that were tried, and are not ``used``, hold on GPUs. Collective between calls."""
+def release_unused(control: ControlPlane, members: Sequence[int], position: int, used: str) -> None:
+    """Free the GPU memory of all transports that were tried, except ``used``. Collective between calls."""
     if free_closed_windows(control, members, position) and used != "nvshmem":
         nvshmem.finalize()
 
 
 def _connect_cpus(rank_info: RankInfo, shared: Collection[Link], control: ControlPlane) -> Links:
-    """One in shared memory for all that ``shared`` names, TCP for the others."""
+    """Shared memory for the links in ``shared``, TCP for the others."""
     layout, position, members = rank_info.layout, rank_info.position, rank_info.members
     peers = link_peers(layout, position)
     others = {link: found for link, found in peers.items() if link not in shared}
@@ -229,31 +227,23 @@ def _connect_cpus(rank_info: RankInfo, shared: Collection[Link], control: Contro
 def _connect_groups(
     rank_info: RankInfo, group_of: Mapping[Link, Group], shared: Collection[Link], control: ControlPlane
 ) -> Links:
-    """One of symmetric memory for all that ``shared`` names, matched sends and receives for the others."""
+    """Symmetric memory for the links in ``shared``, matched sends and receives for the others."""
+    members, position, timeout_s = rank_info.members, rank_info.position, rank_info.timeout_s
     groups = {name: group.open(control) for name, group in group_of.items()}
     made: Links = {
-        name: TwoSided(groups[name], rank_info.members, name, rank_info.timeout_s, control)
-        for name in group_of
-        if name not in shared
+        name: TwoSided(groups[name], members, name, timeout_s, control) for name in group_of if name not in shared
     }
     if shared:
-        peers = link_peers(rank_info.layout, rank_info.position)
+        peers = link_peers(rank_info.layout, position)
+        in_memory = [peer for link in shared for peer in peers[link]]
         widest: Link = "across" if "across" in shared else "inside"
-        window = SymmMem(
-            control,
-            rank_info.members,
-            rank_info.position,
-            [peer for link in shared for peer in peers[link]],
-            rank_info.timeout_s,
-            groups[widest],
-            group_of[widest].index,
-        )
-        made.update(dict.fromkeys(shared, window))
+        group, index = groups[widest], group_of[widest].index
+        made.update(dict.fromkeys(shared, SymmMem(control, members, position, in_memory, timeout_s, group, index)))
     return made
 
 
 def _connect_nvshmem(rank_info: RankInfo, control: ControlPlane) -> Links:
-    """Both links are one."""
+    """One NVSHMEM transport for both links."""
     peers = [peer for found in link_peers(rank_info.layout, rank_info.position).values() for peer in found]
     return dict.fromkeys(
         ("inside", "across"), Nvshmem(control, rank_info.members, rank_info.position, peers, rank_info.timeout_s)

@@ -1,4 +1,4 @@
-"""Spans of one attention call on one rank: what it computed, what it waited for, what was on its wire."""
+"""Traces one attention call on one rank: spans of compute, waiting, and transfers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``link`` is ``"compute"``, ``"wait"`` or a link of the mesh; times are seconds of this host's monotonic clock
-    (``time.perf_counter``), on CUDA of the device relative to the trace's start; ``bytes`` is 0 where none moved."""
+    """``link``: ``"compute"``, ``"wait"`` or a link of the mesh. Times are seconds of the host's ``time.perf_counter``;
+    on CUDA, of the device since the start of the trace. ``bytes``: 0 for spans without a transfer."""
 
     link: str
     name: str
@@ -25,7 +25,7 @@ class Span:
 
 @dataclass(eq=False)
 class Trace:
-    """Collects spans while it is a mesh's ``trace``; costs nothing where there is none."""
+    """Collects the spans of a mesh while it is set as ``Mesh.trace``."""
 
     spans: list[Span] = field(default_factory=list)
     _pending: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Trace:
 
     @contextmanager
     def span(self, link: str, name: str, device: torch.device) -> Iterator[None]:
-        """A span around the work that is issued inside: on CUDA as the device runs it, else as the host does."""
+        """A span around the enclosed work, timed on the CUDA device, else on the host."""
         if device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -50,7 +50,7 @@ class Trace:
         self.spans.append(Span(link, name, start_s, end_s, bytes))
 
     def finished(self, start_s: float) -> list[dict[str, Any]]:
-        """The spans as plain data, in seconds after ``start_s`` (host clock). Waits for the device; ends the trace."""
+        """The spans as plain data, in seconds after ``start_s`` (host clock). Synchronizes with the device."""
         spans = [Span(s.link, s.name, s.start_s - start_s, s.end_s - start_s, s.bytes) for s in self.spans]
         if self._origin is not None:
             torch.cuda.synchronize()

@@ -173,6 +173,6 @@ class OneSided(Transport):
         """Start the call of the last ``begin_call``. Returns this rank's window as bytes [nbytes], valid until the next
         call."""
 
-    def fallback_reason(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why no call is possible at this moment, equal on all ranks; None if one is. Local."""
         return None

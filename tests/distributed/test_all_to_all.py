@@ -72,8 +72,8 @@ def layers(*flags: str, args: str = "") -> tuple[dict[str, set[str]], str]:
 
 RUNS = {
     "torus auto ring": (("torus", "auto", 2), r"transport (shm|tcp): the fastest of shm [\d.]+ ms, tcp [\d.]+ ms, "),
-    "ulysses two_sided": (("ulysses", "two_sided", 4), r"transport two_sided: as asked for \[\]"),
-    "usp tcp ring": (("usp", "tcp", 2), r"transport tcp: as asked for \['sf-xfuser tcp'"),
+    "ulysses two_sided": (("ulysses", "two_sided", 4), r"transport two_sided: as requested \[\]"),
+    "usp tcp ring": (("usp", "tcp", 2), r"transport tcp: as requested \['sf-xfuser tcp'"),
 }
 
 
@@ -101,12 +101,12 @@ def test_groups_without_xfuser_args_run_on_the_mesh():
     found, _ = layers("groups", "2", "2", args=given.to_json())
     assert {found[case].pop() for case in ON_MESH} == {f"equal | {number} on mesh" for number in ON_MESH.values()}
     assert not any(found[case] for case in ON_MESH)
-    assert {text.partition(" [")[0] for text in found["links"]} == {"transport tcp: as asked for"}
+    assert {text.partition(" [")[0] for text in found["links"]} == {"transport tcp: as requested"}
 
 
 def test_ulysses_without_sp_transport_is_unchanged():
     found, _ = layers("--sp-backend", "ulysses", "--sp-topology", "2x2", "--ulysses_degree", "4")
-    assert found.pop("links") == {"transport xDiT's own collectives: none of ours was named []"}
+    assert found.pop("links") == {"transport xDiT's own collectives: no --sp-transport was given []"}
     assert found.pop("heads_do_not_divide") == {"same error | unchanged"}
     assert all(texts == {"equal | unchanged"} for texts in found.values()), found
 

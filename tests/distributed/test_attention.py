@@ -1,4 +1,4 @@
-"""torus_attention on real ranks over gloo: exact for every layout, and bad input raises alike on all ranks."""
+"""torus_attention on real ranks: exact in every layout, and bad input raises the same error on all ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tests.launch import reports, torchrun
 @pytest.mark.parametrize(("nproc", "sizes"), [(4, "1,2,4"), (6, "3,6"), (8, "8")])
 def test_error_is_within_twice_single_process_sdpa(nproc, sizes):
     """Every (T, U, R) with T, U, R in 1..4 and W <= 8, every placement of the ring; uneven heads and tokens, batch 2,
-    GQA, joint tokens, fp32 and bf16; and bitwise the same when called again."""
+    GQA, joint tokens, fp32 and bf16. A repeated call gives the same bits."""
     finished = torchrun("attention_accuracy.py", sizes, nproc=nproc)
     assert "worst error" in finished.output
 
 
 @pytest.mark.parametrize("transport", ["tcp", "two_sided"])
-def test_the_same_over_other_transports(transport):
+def test_error_over_other_transports(transport):
     finished = torchrun("attention_accuracy.py", "4", transport, nproc=4)
     assert "worst error" in finished.output
 
 
-def test_the_fused_kernel_in_place_of_the_library():
-    """Every layout and case of above, its first, middle and last pieces; on CPU ranks by its twin."""
+def test_error_of_the_fused_kernel():
+    """Every layout and case: first, middle and last pieces. On CPU ranks, its PyTorch reference."""
     finished = torchrun("attention_accuracy.py", "1,2,4", "fused", nproc=4)
     assert "worst error" in finished.output
 
@@ -48,8 +48,8 @@ def numbers() -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("case", NUMBERS)
-def test_extreme_numbers_give_what_one_process_gives(case, numbers):
-    """In stages and in one attention call, with and without a ring; a float64 reference or SDPA on one process."""
+def test_extreme_numbers_match_one_process(case, numbers):
+    """With and without overlap, with and without a ring, against float64 or SDPA on one process."""
     assert numbers[case] == dict.fromkeys("0123", "nothing was raised")
 
 
@@ -95,12 +95,12 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refusals() -> dict[str, dict[str, str]]:
-    """case -> rank -> what it raised, from one launch of four ranks."""
+    """case -> rank -> the error, from one launch of four ranks."""
     return reports(torchrun("attention_refusals.py", *REFUSALS, nproc=4, timeout=120).output, REFUSALS)
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_input_raises_alike_on_every_rank(case, refusals):
+def test_bad_input_raises_the_same_error_on_every_rank(case, refusals):
     kind, text = REFUSALS[case]
     reported = refusals[case]
     assert set(reported) == {"0", "1", "2", "3"}

@@ -1,4 +1,4 @@
-"""Chunks compressed between machines: error, bytes, and where it is refused."""
+"""Compressed chunks between machines: errors, bytes, and unsupported flags."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_error_and_bytes(case, said):
     _, plan, _, format, dtype, heads, kv_heads, _ = CASES[case]
     itemsize, g = {"float32": 4, "bfloat16": 2}[dtype], kv_heads / heads
     packed = (64 + 4) / (64 * itemsize)  # a byte for each of 64 elements, and a scale of four
-    passed_on = 2 * g if "ring=2" in plan and CASES[case][0] == "4x1" else 0.0  # KV of two ranks
-    expected = ((2 + g + passed_on) * packed + g + passed_on) / (2 + 2 * g + 2 * passed_on)  # Q, V and O, and K
+    forwarded = 2 * g if "ring=2" in plan and CASES[case][0] == "4x1" else 0.0  # KV of two ranks
+    expected = ((2 + g + forwarded) * packed + g + forwarded) / (2 + 2 * g + 2 * forwarded)  # Q, V and O; K
     assert len(said[case]) == 4
     for text in said[case].values():
         error, chunks, share = text.split("|")
@@ -43,7 +43,7 @@ def test_error_and_bytes(case, said):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("flags", "error"),
     [
         ({"backend": "torus", "compress": "int4"}, "--sp-compress must be one of none, fp8, int8, got 'int4'"),
         ({"backend": "usp", "compress": "int8"}, "--sp-backend usp runs xDiT's own code: use --sp-backend torus"),
@@ -51,6 +51,6 @@ def test_error_and_bytes(case, said):
         ({"backend": "torus", "transport": "nvshmem", "compress": "fp8"}, "straight to their places"),
     ],
 )
-def test_is_refused(wrong, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
-        TorusArgs(**wrong)
+def test_unsupported_flags_raise(flags, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        TorusArgs(**flags)

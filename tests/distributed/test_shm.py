@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.transport.cpu import shm
 from tests.launch import RANKS, reports, run, torchrun
 from tests.ranks import faults
@@ -52,9 +52,9 @@ CASES = {
     "different_windows": (r"TransportUnavailable: .* rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
     "too_little_memory": (r"TransportUnavailable: .* (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
     "auto_with_too_little_memory": (r"tcp, .*fastest of tcp .*; shm cannot be used: rank 2: /dev/shm",) * EACH,
-    "auto_selects_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: another one than shm",) * EACH,
-    "auto_without_memory": (r"tcp, the only one here; shm cannot be used: rank 2: .* needs 8192",) * EACH,
-    "no_shared_memory": (r"ValueError: --sp-transport shm needs ranks that share .*elsewhere",) * EACH,
+    "auto_selects_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: dropping shm",) * EACH,
+    "auto_without_memory": (r"tcp, the only available one; shm cannot be used: rank 2: .* needs 8192",) * EACH,
+    "no_shared_memory": (r"ValueError: --sp-transport shm needs all ranks on one host, .*elsewhere",) * EACH,
     "selected_by_auto": ("tcp",) * EACH,
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_shm_is_used_if_ranks_share_memory():
     def ways_for(names, wanted):
         """Ways to connect ranks of these memory domains; "-" is a rank without shared memory."""
         domains = [links.MemoryDomain(name, "no /dev/shm" if name == "-" else None) for name in names]
-        return list(links.ways(wanted, rank_info, links.shared_links(wanted, domains, layout), {}))
+        return list(links.candidates(wanted, rank_info, links.shared_links(wanted, domains, layout), {}))
 
     assert ways_for("aaaa", "auto") == ["shm", "tcp"]
     assert ways_for("aabb", "auto") == ["shm inside, tcp across", "tcp"]
@@ -87,7 +87,7 @@ def test_shm_is_used_if_ranks_share_memory():
         assert ways_for(names, wanted) == ["tcp"]
     assert ways_for("aaaa", "shm") == ["shm"]
     for names, text in (("aabb", "'b'"), ("aaa-", "'no /dev/shm'")):
-        with pytest.raises(ValueError, match=rf"shm needs ranks that share the memory of one host; .*{text}"):
+        with pytest.raises(ValueError, match=rf"shm needs all ranks on one host, .*{text}"):
             ways_for(names, "shm")
     alone = Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1)
     assert links.shared_links("auto", [links.MemoryDomain("a"), links.MemoryDomain("b")], alone) == []

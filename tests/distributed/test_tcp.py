@@ -7,7 +7,7 @@ import re
 import pytest
 
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.links import wanted
+from sf_xfuser.torus.links import requested_transport
 from tests.launch import reports, torchrun
 
 # case -> what each rank prints
@@ -53,13 +53,13 @@ def test_link(case, output):
 
 
 def test_cpu_transports_require_gloo():
-    assert wanted(TorusArgs(), "gloo") == "auto"
-    assert wanted(TorusArgs(), "nccl") == "auto"
-    assert wanted(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
+    assert requested_transport(TorusArgs(), "gloo") == "auto"
+    assert requested_transport(TorusArgs(), "nccl") == "auto"
+    assert requested_transport(TorusArgs(transport="two_sided"), "gloo") == "two_sided"
     for name in ("tcp", "shm"):
-        assert wanted(TorusArgs(transport=name), "gloo") == name
+        assert requested_transport(TorusArgs(transport=name), "gloo") == name
         with pytest.raises(ValueError, match=rf"{name} moves tensors of CPU ranks, but .* backend is nccl"):
-            wanted(TorusArgs(transport=name), "nccl")
+            requested_transport(TorusArgs(transport=name), "nccl")
     with pytest.raises(
         ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, symm_mem, nvshmem, got 'rdma'"
     ):

@@ -180,7 +180,7 @@ def test_compressed_chunks_change_the_latents_little(finished, format):
     assert noise > 1e-6, "nothing was compressed"
     psnr = 20 * torch.log10((plain.max() - plain.min()) / noise).item()
     assert psnr >= 40, f"{psnr:.1f} dB\n{case.explained}"
-    assert f"travel between machines in {format}" in case.explained
+    assert f"are sent between machines in {format}" in case.explained
 
 
 @pytest.mark.parametrize("finished", ["flux"], indirect=True)

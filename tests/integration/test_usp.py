@@ -17,7 +17,7 @@ PADDED = ("valid_kv_len", "valid_kv_len of one rank", "valid_kv_len and joint") 
 FALLBACKS = {
     "indices_k": "attention_kwargs['indices_k'] needs keys in order",
     "extra Ulysses inputs": "attention_kwargs['ulysses_extra_inputs'] needs keys in order",
-    "gradient": "a gradient is asked for, and Torus Attention computes none",
+    "gradient": "autograd records this call, and Torus Attention has no backward pass",
     "causal": "causal attention needs keys in order",
     "backend without lse": "attention backend SDPA returns no log-sum-exp",
     "mask": "attention_kwargs['attn_mask'] needs keys in order",

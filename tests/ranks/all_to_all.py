@@ -16,7 +16,7 @@ from yunchang.comm.all_to_all import all_to_all_4D as yunchangs
 from sf_xfuser.config import MACHINE_VARIABLE, TorusArgs
 from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
 
 FORTH, BACK = (2, 1), (1, 2)  # (scatter, gather)

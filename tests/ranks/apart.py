@@ -26,10 +26,10 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.diffusers.parallelize import parallelize
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout.usp_layouts import XditConfig
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.torus.all_gather import all_gather
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
 from sf_xfuser.transport.cpu import segment
 
@@ -187,7 +187,7 @@ def case_interrupt_before_call_begins(rank):
     mesh = mesh_of("tcp", timeout=1.0)
     attempt(mesh, rank, 9)
     if rank == 1:
-        mesh._user[""] = threading.get_ident()
+        mesh.guard._caller[""] = threading.get_ident()
     result = attempt(mesh, rank, 0)
     mesh.close()
     return result
@@ -264,9 +264,9 @@ def case_different_requests(rank):
         mesh.begin_request("a cow")
         results.append(attempt(mesh, rank, 2))  # ranks reconnect
         for place in ("first", "second" if rank != 3 else "third"):
-            mesh.place = place
+            mesh.layer = place
             results.append(attempt(mesh, rank, 3))
-        mesh.place = ""
+        mesh.layer = ""
         results.append(attempt(mesh, rank, 4))
         mesh.close()
         return ", ".join(results)
@@ -344,7 +344,10 @@ def case_trial_fails_on_one_rank(rank):
     results = [attempt(mesh, rank, 0)]
     if rank == 2:
         mesh.transports["tcp"] = connect
-    results += [attempt(mesh, rank, 1), mesh.transport if "fastest of shm" in mesh.chosen else mesh.chosen]
+    results += [
+        attempt(mesh, rank, 1),
+        mesh.transport if "fastest of shm" in mesh.transport_reason else mesh.transport_reason,
+    ]
     mesh.close()
     return ", ".join(results)
 
@@ -508,9 +511,9 @@ def case_labels_instead_of_tags(rank):
     for link in mesh.links.values():
         link._labels = True
     results = [attempt(mesh, rank, 9)]
-    mesh.place = "here" if rank != 3 else "there"
+    mesh.layer = "here" if rank != 3 else "there"
     results += [attempt(mesh, rank, 0), attempt(mesh, rank, 1)]
-    mesh.place = ""
+    mesh.layer = ""
     results.append(attempt(mesh, rank, 2))
     mesh.close()
     return ", ".join(results)

@@ -15,8 +15,8 @@ from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.layout import schedule
 from sf_xfuser.layout.plan import head_ranges
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Joint, Tokens
-from sf_xfuser.torus.mesh import build_mesh
 
 
 def attention64(q, k, v):
@@ -36,9 +36,9 @@ def spread(total: int, parts: int) -> list[int]:
 
 
 def check(mesh, device, fused, *, heads, kv_heads, tokens, kv_tokens, batch, dtype, joint, joint_tokens, seed):
-    """One call; every rank makes the same global tensors and keeps its own part of them."""
+    """Check one call. Every rank makes the same global tensors and uses its own part."""
     make = torch.Generator().manual_seed(seed)
-    D = 64 if fused else 16  # the fused kernel has no 16
+    D = 64 if fused else 16  # the fused kernel does not support 16
 
     def rand(h, s):
         return torch.randn(batch, s, h, D, generator=make).to(device, dtype).transpose(1, 2)  # view of [B,S,H,D]
@@ -64,7 +64,7 @@ def check(mesh, device, fused, *, heads, kv_heads, tokens, kv_tokens, batch, dty
         seen.append(k)
         return sdpa_attend(q, k, v)
 
-    if mesh.one_host and device.type == "cpu":  # then nothing overlaps, and keys are as one process has them
+    if mesh.one_host and device.type == "cpu":  # no overlap: one call with the keys in sequence order
         kwargs["attention"] = attend
     call = partial(torus_attention, local_q, local_k, local_v, mesh=mesh, **kwargs)
     kernel = {"attention": "fused"} if fused else {}
@@ -73,13 +73,13 @@ def check(mesh, device, fused, *, heads, kv_heads, tokens, kv_tokens, batch, dty
     assert out.shape == local_q.shape and out.dtype == dtype, what
     assert torch.equal(out, again), f"not bitwise repeatable: {what}"
     low, high = head_ranges(heads, kv_heads, mesh.layout.ulysses_degree)[0][mesh.layout.head_group(me)]
-    wanted = full_k.repeat_interleave(heads // kv_heads, dim=1)[:, low:high]
+    expected = full_k.repeat_interleave(heads // kv_heads, dim=1)[:, low:high]
     assert seen or not ("attention" in kwargs and not fused and out.numel()), what
-    assert all(torch.equal(k, wanted) for k in seen), f"not the keys of the sequence in its order: {what}"
+    assert all(torch.equal(k, expected) for k in seen), f"keys are not in sequence order: {what}"
     if fused:
         rounding = max(4 * torch.finfo(dtype).eps, 1e-5)
         torch.testing.assert_close(out, call(**counts), rtol=rounding, atol=rounding, msg=what)
-    # The error of the whole result: each rank has checked its own rows, so take the largest of the ranks.
+    # Each rank has the error of its own rows; take the maximum.
     exact = attention64(full_q, full_k, full_v)
     ours = torch.zeros(1, dtype=torch.float64, device=device)
     if out.numel():
@@ -94,15 +94,15 @@ def check(mesh, device, fused, *, heads, kv_heads, tokens, kv_tokens, batch, dty
 
 
 def main() -> None:
-    """``attention_accuracy.py SIZES [cuda] [fused] [TRANSPORT]``: group sizes that divide the world; CPU and gloo, or
-    GPUs and NCCL; pieces computed by the fused kernel, and then compared with the library's, too."""
+    """``attention_accuracy.py SIZES [cuda] [fused] [TRANSPORT]``. SIZES: group sizes that divide the world size. cuda:
+    GPUs and NCCL instead of CPUs and gloo. fused: use the fused kernel, and compare it with the library as well."""
     transport = next((x for x in sys.argv[2:] if x not in ("cuda", "fused")), "auto")
     device = torch.device("cpu")
     if "cuda" in sys.argv[2:]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    schedule._TOKENS_PER_PART.update(cpu=2, cuda=2)  # slabs travel in parts here, too, as those of real sizes do
+    schedule._TOKENS_PER_PART.update(cpu=2, cuda=2)  # split small slabs into parts, like real sizes
     world = dist.get_world_size()
     sizes = [int(x) for x in sys.argv[1].split(",")]
     worst = 0.0
@@ -111,7 +111,7 @@ def main() -> None:
         for torus, ulysses, ring in itertools.product((1, 2, 3, 4), repeat=3):
             if torus * ulysses * ring != size:
                 continue
-            # Every way to place the ring: inside the machine, across machines, or both.
+            # Every placement of the ring: inside the machine, across machines, or both.
             for across in (x for x in range(1, ring + 1) if ring % x == 0):
                 machines, per_machine = torus * across, ulysses * ring // across
                 topology = f"{machines * len(lists)}x{per_machine}"
@@ -124,7 +124,7 @@ def main() -> None:
                 )
                 mesh = build_mesh(lists, args)
                 assert (mesh.layout.torus, mesh.layout.ulysses, mesh.layout.ring_across) == (torus, ulysses, across)
-                ways = torus * ulysses
+                head_degree = torus * ulysses
                 base = {
                     "tokens": 24,
                     "kv_tokens": 24,
@@ -133,18 +133,21 @@ def main() -> None:
                     "joint": None,
                     "joint_tokens": 5,
                 }
-                even, odd = {"heads": 2 * ways, "kv_heads": 2 * ways}, {"heads": 2 * ways + 1, "kv_heads": 2 * ways + 1}
+                even, odd = (
+                    {"heads": 2 * head_degree, "kv_heads": 2 * head_degree},
+                    {"heads": 2 * head_degree + 1, "kv_heads": 2 * head_degree + 1},
+                )
                 cases = [
                     base | even,
                     base | odd | {"tokens": 93, "kv_tokens": 95, "batch": 2, "joint": "front"},
-                    base | even | {"heads": 4 * ways, "dtype": torch.bfloat16, "joint": "rear", "tokens": 23},
-                    base | {"heads": 6 * ways, "kv_heads": 3} | {"batch": 2, "tokens": 3, "kv_tokens": 6},
+                    base | even | {"heads": 4 * head_degree, "dtype": torch.bfloat16, "joint": "rear", "tokens": 23},
+                    base | {"heads": 6 * head_degree, "kv_heads": 3} | {"batch": 2, "tokens": 3, "kv_tokens": 6},
                     base | even | {"dtype": torch.bfloat16, "tokens": 40, "kv_tokens": 64},
-                    # From one call to the next only one rank's shape changes.
+                    # Only one rank's shape changes between these calls.
                     base | even | {"tokens": 40, "kv_tokens": 40},
                     base | even | {"tokens": 41, "kv_tokens": 41},
                 ]
-                for one_host in {mesh.one_host, False}:  # without overlap, and with it
+                for one_host in {mesh.one_host, False}:  # without and with overlap
                     mesh.one_host = one_host
                     mesh.calls.clear()
                     for seed, case in list(enumerate(cases))[1:4] if one_host else enumerate(cases):

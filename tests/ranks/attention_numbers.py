@@ -1,5 +1,5 @@
-"""Rank side of test_attention.py: extreme numbers, dtypes and views, in stages over TCP between two machines and in one
-attention call, against one process."""
+"""Rank side of test_attention.py: extreme numbers, dtypes and views against one process. Runs over TCP between two
+machines, with and without overlap."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from cases import run_cases
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout import schedule
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.build import build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 TOKENS, INF = 12, float("inf")
 meshes: list[Mesh] = []
 
 
 def tensors(dtype=torch.float32):
-    """The query, key and value of all ranks; queries are positive, so that keys of -inf have scores of -inf."""
+    """Query, key and value of all ranks. Queries are positive, so that keys of -inf have scores of -inf."""
     make = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, 4 * TOKENS, 16, generator=make, dtype=torch.float64).to(dtype) for _ in range(3))
     return q.abs(), k, v
@@ -32,7 +33,7 @@ def own(x):
 
 
 def attend_by_softmax(q, k, v):
-    """Output and log-sum-exp of a row whose keys have no weight are NaN."""
+    """Attention that returns NaN for the output and log-sum-exp of a row without weights."""
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     largest = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - largest)
@@ -41,7 +42,7 @@ def attend_by_softmax(q, k, v):
 
 
 def compare(q, k, v, expected, rounding, **kwargs):
-    """With and without overlap; every rank its own rows. What differs, as text."""
+    """Compare this rank's rows, with and without overlap. Returns the differences as text."""
     wrong, local, expected = "", [own(x) for x in (q, k, v)], own(expected).double()
     for mesh in meshes:
         for overlap in (True, False):
@@ -79,7 +80,7 @@ def case_no_key_has_a_weight(rank):
 
 
 def case_a_weight_of_one(rank):
-    """A log-sum-exp of 0, which is PyTorch's mark of a row without weights, too: one key with a score of 0."""
+    """One key with a score of 0: its log-sum-exp of 0 is also PyTorch's mark of a row without weights."""
     q, k, v = tensors()
     k[:, :, 1:], k[:, :, 0] = -INF, 0.0
     return compare(q, k, v, v[:, :, :1].expand(v.shape), 0)
@@ -92,7 +93,7 @@ def case_infinite_values(rank):
 
 
 def case_values_near_overflow(rank):
-    """Two keys of two ranks share the weight, and their values differ by more than the largest number."""
+    """Keys of two ranks share the weight, and the difference of their values overflows."""
     q, k, v = tensors()
     k[:, :, 5] = k[:, :, 30] = 10.0
     v[:, :, 5], v[:, :, 30] = 3e38, -2e38
@@ -105,7 +106,7 @@ def case_float64(rank):
 
 
 def case_negated_views(rank):
-    """As ``conj().imag`` is; of one token for each rank, which is sent from where it lies."""
+    """Views like ``conj().imag``, with one token per rank, which is sent without a copy."""
     q, k, v = (x[:, :, :4].contiguous() for x in tensors())
     views = [torch._neg_view(-x) for x in (q, k, v)]
     return compare(*views, attention64(q, k, v), 1e-6)
@@ -118,7 +119,7 @@ def main() -> None:
     for plan in ("torus=2,ulysses=2,ring=1", "torus=2,ulysses=1,ring=2", "torus=1,ulysses=1,ring=4"):
         args = TorusArgs(backend="torus", plan=plan, topology="2x2", transport=sys.argv[1])
         meshes.append(build_mesh([list(range(4))], args))
-        meshes[-1].one_host = False  # in stages
+        meshes[-1].one_host = False  # with overlap
     run_cases(globals(), sys.argv[2:], AssertionError)
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Rank side of test_attention.py: bad input has to raise the same error on every rank, and nothing may hang."""
+"""Rank side of test_attention.py: bad input must raise the same error on every rank, without a hang."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Joint
-from sf_xfuser.torus.mesh import build_mesh
 
 
 def qkv(heads=4, tokens=8, kv_heads=None, dtype=torch.float32, dim=16):
@@ -142,7 +142,7 @@ def case_device_meshes_that_overlap(rank):
 
 
 def case_a_rank_is_missing(rank):
-    m = mesh(args={"timeout": 1.0})  # and ranks may come five times that apart
+    m = mesh(args={"timeout": 1.0})  # ranks may start a call five times this apart
     started = time.monotonic()
     if rank == 1:
         time.sleep(8)
@@ -154,7 +154,7 @@ def case_a_rank_is_missing(rank):
 
 
 def main() -> None:
-    """``attention_refusals.py CASE...`` runs the cases one after the other; ``--uncaught CASE`` lets the error out."""
+    """``attention_refusals.py CASE...`` runs the cases in order. ``--uncaught CASE`` does not catch the error."""
     names = sys.argv[1:]
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -1,4 +1,4 @@
-"""Rank side of tests that run many small cases in one launch."""
+"""Runs many small test cases in one launch; rank side."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 def run_cases(
     program: Mapping[str, Callable[[int], str | None]], names: Iterable[str], caught: type | tuple[type, ...]
 ) -> None:
-    """Call ``case_<name>(rank)`` of ``program`` (its globals) for each name, and print ``@@name rank text@@``: what it
-    returned, or what it raised where that is among ``caught``. ``launch.reports`` reads it. Collective."""
+    """Call ``case_<name>(rank)`` of ``program`` (its globals) for each name, and print ``@@name rank text@@`` with the
+    returned text, or the error if its type is in ``caught``. ``launch.reports`` parses it. Collective."""
     rank = dist.get_rank()
     for name in names:
         try:

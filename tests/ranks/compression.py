@@ -1,6 +1,6 @@
-"""Rank side of test_compression.py: attention whose chunks travel compressed between machines, against float64.
+"""Rank side of test_compression.py: attention with compressed chunks between machines, against float64.
 
-Prints ``@@case rank relative error|error of the chunks|bytes sent across machines, in parts of those without@@``.
+Prints ``@@case rank relative error|error of the chunks|compressed / uncompressed bytes between machines@@``.
 Usage: compression.py {name: [topology, plan, transport, format, dtype, heads, KV heads, joint], ...}
 """
 
@@ -16,14 +16,14 @@ from attention_accuracy import attention64, spread
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Joint
-from sf_xfuser.torus.mesh import build_mesh
 
 D = 64
 
 
 def counted(mesh):
-    """Bytes of all parcels that this mesh's link between machines is given."""
+    """Counts the bytes of all parcels on the link between machines."""
     link = mesh.links["across"]
     exchange, sent = link.exchange, [0]
 
@@ -41,7 +41,9 @@ def main() -> None:
     for name, case in json.loads(sys.argv[1]).items():
         topology, plan, transport, format, dtype, H, H_kv, joint = case
         args = TorusArgs(backend="torus", plan=plan, topology=topology, transport=transport, timeout=60)
-        without_shm = replace(args, transport="tcp" if transport == "auto" else transport)  # whose links are one object
+        without_shm = replace(
+            args, transport="tcp" if transport == "auto" else transport
+        )  # shm uses one object for both links
         plain, mesh = (build_mesh([list(range(world))], x) for x in (without_shm, replace(args, compress=format)))
         make = torch.Generator().manual_seed(3)
         tokens = spread(90, world)
@@ -56,7 +58,7 @@ def main() -> None:
             jk, jv = rand(H_kv, 7), rand(H_kv, 7)
             k, v = torch.cat((jk, k), dim=2), torch.cat((jv, v), dim=2)
             kwargs = {"joint": Joint(jk, jv, joint)}
-        torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)  # the first call may try transports
+        torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)  # the first call may select a transport
         torus_attention(local_q, local_k, local_v, mesh=plain, **kwargs)
         sent, without = counted(mesh), counted(plain)
         out = torus_attention(local_q, local_k, local_v, mesh=mesh, **kwargs)

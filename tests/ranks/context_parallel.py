@@ -318,7 +318,7 @@ def case_trace_names(rank: int) -> str:
 
     class Processor(FluxAttnProcessor):
         def __call__(self, *args, **kwargs):
-            names.append(torus.mesh.place)
+            names.append(torus.mesh.layer)
             return super().__call__(*args, **kwargs)
 
     model, call = flux()
@@ -328,7 +328,7 @@ def case_trace_names(rank: int) -> str:
         block.attn.set_processor(Processor())
     call(), call()
     assert requests == requests[:1] * 2 and "FluxTransformer2DModel: hidden_states [2, 49, 16] float32" in requests[0]
-    return f"{', '.join([*names, torus.mesh.place])}"
+    return f"{', '.join([*names, torus.mesh.layer])}"
 
 
 def case_wan_with_split_text(rank: int) -> None:

@@ -28,7 +28,7 @@ from sf_xfuser import kernels
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
 from sf_xfuser.transport.cpu import segment, shm
 
@@ -46,7 +46,7 @@ def mesh_of(kind: str, rank: int):
     if kind == "mixed":  # as between machines
         shm.identity = lambda: f"machine {rank // 2}"
     mesh = build_mesh([[0, 1, 2, 3]], args, heads=2 if kind == "ring" else 4)
-    mesh.chosen = mesh.chosen or "fixed by the test"
+    mesh.transport_reason = mesh.transport_reason or "fixed by the test"
     return mesh
 
 

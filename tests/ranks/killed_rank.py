@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
 
 

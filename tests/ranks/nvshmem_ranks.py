@@ -8,7 +8,7 @@ import torch.distributed as dist
 from cases import run_cases
 
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
 from sf_xfuser.transport.gpu import nvshmem
 from sf_xfuser.transport.rendezvous import StoreGroup

@@ -17,7 +17,7 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
 from sf_xfuser.torus import links
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import Parcel, TransportError
 from sf_xfuser.transport.gpu import nvshmem
 
@@ -78,7 +78,7 @@ def case_bitwise_equal_to_gloo(rank):
                     assert torch.equal(chunk.cpu(), expected.chunk(world)[peer]), (run, dtype, call, peer)
         if run == 1:
             mesh.window.close()
-            links.let_go(mesh.control, mesh.members, mesh.position, used="nothing")
+            links.release_unused(mesh.control, mesh.members, mesh.position, used="nothing")
         mesh.close()
     return "equal"
 

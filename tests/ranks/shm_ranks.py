@@ -17,9 +17,9 @@ from cases import run_cases
 
 from sf_xfuser import kernels
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.torus import links as links
+from sf_xfuser.torus import links
 from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.mesh import build_mesh
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import Parcel, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import segment, shm
@@ -52,7 +52,7 @@ def case_bitwise_equal_to_tcp(rank):
             found = {name: call(mesh, (q, k, v), 300) for name, mesh in over.items()}
             assert torch.equal(found["shm"], found["tcp"])
             assert torch.equal(found["auto"], found["tcp"])
-            assert over["auto"].transport in ("shm", "tcp") and "the fastest of shm" in over["auto"].chosen
+            assert over["auto"].transport in ("shm", "tcp") and "the fastest of shm" in over["auto"].transport_reason
             assert any(line.startswith("transport ") and " ms, tcp " in line for line in over["auto"].lines())
             for mesh in over.values():
                 mesh.close()
@@ -92,8 +92,8 @@ def case_changing_shapes_in_a_single_half(rank):
     finally:
         links.shared_links = shared
     mesh.one_host = False
-    mesh.use("shm inside, tcp across")
-    mesh.chosen = "it has a single half"
+    mesh.use_transport("shm inside, tcp across")
+    mesh.transport_reason = "it has a single half"
     assert mesh.window.halves == 1
     over_tcp = mesh_of("tcp")
     over_tcp.one_host = False
@@ -285,7 +285,7 @@ def case_trial_fails(rank):
     except TransportError as error:
         mesh.transports["tcp"] = connect
         assert torch.equal(call(mesh, tensors), call(mesh_of("tcp"), tensors))
-        assert "shm" in mesh.chosen and "tcp" in mesh.chosen
+        assert "shm" in mesh.transport_reason and "tcp" in mesh.transport_reason
         return f"TransportError: {error}"
     return "no error"
 
@@ -320,7 +320,7 @@ def with_memory_of(pages, rank, tokens):
         mesh = mesh_of("auto")
         call(mesh, inputs(rank, 0, tokens), tokens)
         assert not mesh.failed
-        return f"{mesh.transport}, {mesh.chosen}"
+        return f"{mesh.transport}, {mesh.transport_reason}"
     finally:
         os.fstatvfs = kept
 
@@ -334,7 +334,7 @@ def case_auto_selects_again(rank):
     """shm is selected; then a call needs a window that does not fit on rank 2, and the next call one that would fit."""
     mesh = mesh_of("auto")
     call(mesh, inputs(rank, 0))
-    mesh.use("shm")
+    mesh.use_transport("shm")
     logged = []
     mesh.log = logged.append
     kept = os.fstatvfs
@@ -346,7 +346,7 @@ def case_auto_selects_again(rank):
         os.fstatvfs = kept
     assert torch.equal(out, call(mesh_of("tcp"), inputs(rank, 1, 600), 600))
     call(mesh, inputs(rank, 0))
-    return f"{mesh.transport}, {mesh.chosen}; {logged[0]}"
+    return f"{mesh.transport}, {mesh.transport_reason}; {logged[0]}"
 
 
 def case_auto_without_memory(rank):

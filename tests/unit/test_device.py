@@ -101,7 +101,7 @@ def test_auto_keeps_the_fastest_and_frees_the_memory_of_the_others(monkeypatch):
         def connect(kind):
             return lambda control: dict.fromkeys(("inside", "across"), kind(control, range(2), rank, [1 - rank], 30.0))
 
-        mesh.transports, mesh.chosen = {kind.name: connect(kind) for kind in (Slow, Absent, Fast)}, ""
+        mesh.transports, mesh.transport_reason = {kind.name: connect(kind) for kind in (Slow, Absent, Fast)}, ""
         own = q[:, :, 6 * rank : 6 * rank + 6]
         return mesh, torus_attention(own, own, own, mesh=mesh)
 
@@ -111,7 +111,8 @@ def test_auto_keeps_the_fastest_and_frees_the_memory_of_the_others(monkeypatch):
     for mesh, _ in results:
         assert mesh.transport == "fast" and isinstance(mesh.window, Fast) and not isinstance(mesh.window, Slow)
         assert re.match(
-            r"the fastest of slow [\d.]+ ms, fast [\d.]+ ms, .*; absent cannot be used: .*no such", mesh.chosen
+            r"the fastest of slow [\d.]+ ms, fast [\d.]+ ms, .*; absent cannot be used: .*no such",
+            mesh.transport_reason,
         )
     assert {("slow", 0), ("slow", 1)} <= set(freed) and freed.count(("slow", 0)) == freed.count(("slow", 1)) == 1
     assert not [window for window in memory.closed_windows if window.window_bytes and window._memory is not None]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, need_groups, shared_links, ways
+from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, candidates, needs_process_groups, shared_links
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from tests.launch import reports, torchrun
 
@@ -182,9 +182,7 @@ def test_links_whose_ranks_have_one_domain(domains, links):
     if links:
         assert shared_links("symm_mem", found, layout) == links
     else:
-        with pytest.raises(
-            ValueError, match="symm_mem needs several ranks of each machine on GPUs of one NVLink domain"
-        ):
+        with pytest.raises(ValueError, match="symm_mem needs several ranks per machine on GPUs of one NVLink domain"):
             shared_links("symm_mem", found, layout)
     alone = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=1)
     assert shared_links("nvshmem", [MemoryDomain(name) for name in "abcd"], alone) == []  # one rank per machine
@@ -195,20 +193,20 @@ def test_auto_tries_every_gpu_transport():
     rank_info = RankInfo(layout, range(4), 0, 1.0)
     group = Group("across", range(4), dict(enumerate(range(4))), "nccl", 1.0)
     groups = {"inside": group, "across": group}
-    assert need_groups("auto", "nccl") and need_groups("two_sided", "gloo")
-    assert not need_groups("auto", "gloo") and not need_groups("nvshmem", "nccl") and not need_groups(None, "nccl")
+    assert needs_process_groups("auto", "nccl") and needs_process_groups("two_sided", "gloo")
+    assert not any(needs_process_groups(*x) for x in (("auto", "gloo"), ("nvshmem", "nccl"), (None, "nccl")))
 
-    def candidates(wanted, shared, groups=groups):
-        return list(ways(wanted, rank_info, shared, groups))
+    def names(requested, shared, groups=groups):
+        return list(candidates(requested, rank_info, shared, groups))
 
     everywhere, mixed = ["inside", "across"], "symm_mem inside, two_sided across"
-    assert candidates("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]
-    assert candidates("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and candidates("auto", []) == [
+    assert names("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]
+    assert names("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and names("auto", []) == [
         "two_sided",
         "nvshmem",
     ]
-    assert candidates("two_sided", everywhere) == ["two_sided"] and candidates("nvshmem", everywhere, {}) == ["nvshmem"]
-    assert candidates("symm_mem", everywhere) == ["symm_mem"] and candidates("symm_mem", ["inside"]) == [mixed]
+    assert names("two_sided", everywhere) == ["two_sided"] and names("nvshmem", everywhere, {}) == ["nvshmem"]
+    assert names("symm_mem", everywhere) == ["symm_mem"] and names("symm_mem", ["inside"]) == [mixed]
 
 
 def nvshmem_problem() -> str | None:
@@ -226,7 +224,7 @@ def nvshmem_problem() -> str | None:
 PROBLEM = nvshmem_problem()
 CASES = {
     "nvshmem_unsupported": (r"TransportUnavailable: nvshmem cannot be used: every rank: ",) * 3,
-    "symm_mem_unsupported": (r"ValueError: --sp-transport symm_mem needs .*two_sided and nvshmem work",) * 3,
+    "symm_mem_unsupported": (r"ValueError: --sp-transport symm_mem needs .*two_sided or nvshmem, which work",) * 3,
     "pe_of_each_rank": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
 }
 

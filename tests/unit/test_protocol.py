@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from sf_xfuser.layout.plan import Layout
-from sf_xfuser.layout.schedule import Cut, Exchange, Piece, build_schedule
+from sf_xfuser.layout.schedule import Chunking, Exchange, Piece, build_schedule
 
 EPOCHS = 4
 ALL_TO_ALL = "all-to-all"
@@ -78,7 +78,7 @@ class Read:
 def program(
     layout,
     position,
-    cut,
+    chunking,
     *,
     halves=2,
     links=("inside", "across"),
@@ -98,7 +98,7 @@ def program(
     Injected faults: another number of ``halves``; ``short``: every wait expects that many chunks too few; ``silent``:
     (sender, receiver) pairs that raise no flag; ``flag_first``: a round raises its flag before it writes its chunks;
     ``syncs=False``: all-to-alls do not flag ring neighbours, and ranks do not synchronize in ``Mesh.begin``."""
-    schedule = build_schedule(layout, position, cut=cut)
+    schedule = build_schedule(layout, position, chunking=chunking)
     operations: list[Write | Raise | Wait | Read | Drain] = []
     due = dict.fromkeys(range(layout.world_size), 0)
 
@@ -243,22 +243,25 @@ def explore(programs):
 
 
 GROUPS = {
-    "two machines": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(kv=1, last_kv=2)),
-    "ulysses inside": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=1), Cut()),
-    "ring of two": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=2), Cut()),
-    "three machines": (Layout(torus=3, ulysses=1, ring_across=1, ring_inside=1), Cut()),
-    "ulysses of three": (Layout(torus=1, ulysses=3, ring_across=1, ring_inside=1), Cut()),
-    "ring of three": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut()),
-    "ring across three": (Layout(torus=1, ulysses=1, ring_across=3, ring_inside=1), Cut(kv=2, last_kv=2)),
-    "ulysses and ring": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=2), Cut()),
-    "two machines unstaged": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Cut(overlap=False)),
-    "ring unstaged": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Cut(overlap=False)),
+    "two machines": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Chunking(kv_parts=1, last_kv_parts=2)),
+    "ulysses inside": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=1), Chunking()),
+    "ring of two": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=2), Chunking()),
+    "three machines": (Layout(torus=3, ulysses=1, ring_across=1, ring_inside=1), Chunking()),
+    "ulysses of three": (Layout(torus=1, ulysses=3, ring_across=1, ring_inside=1), Chunking()),
+    "ring of three": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Chunking()),
+    "ring across three": (
+        Layout(torus=1, ulysses=1, ring_across=3, ring_inside=1),
+        Chunking(kv_parts=2, last_kv_parts=2),
+    ),
+    "ulysses and ring": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=2), Chunking()),
+    "two machines unstaged": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Chunking(overlap=False)),
+    "ring unstaged": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Chunking(overlap=False)),
 }
 
 
 def explored(group, **faults):
-    layout, cut = GROUPS[group]
-    return explore([program(layout, w, cut, **faults) for w in range(layout.world_size)])
+    layout, chunking = GROUPS[group]
+    return explore([program(layout, w, chunking, **faults) for w in range(layout.world_size)])
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -273,17 +276,19 @@ def test_one_half_is_unsafe(group):
     assert "started writes" in explored(group, halves=1)[1]
 
 
-def inside_a_machine(layout, cut=Cut(kv=2, last_kv=2), **faults):  # noqa: B008
+def inside_a_machine(layout, chunking=Chunking(kv_parts=2, last_kv_parts=2), **faults):  # noqa: B008
     machine = range(layout.ranks_per_machine)
-    return explore([program(layout, w, cut, links=["inside"], **faults) for w in machine])
+    return explore([program(layout, w, chunking, links=["inside"], **faults) for w in machine])
 
 
 @pytest.mark.parametrize("torus", [2, 3, 4])
 @pytest.mark.parametrize("ulysses", [2, 3])
-@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(overlap=False)], ids=["staged", "unstaged"])
-def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses, cut):
+@pytest.mark.parametrize(
+    "chunking", [Chunking(kv_parts=2, last_kv_parts=2), Chunking(overlap=False)], ids=["staged", "unstaged"]
+)
+def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses, chunking):
     layout = Layout(torus=torus, ulysses=ulysses, ring_across=1, ring_inside=1)
-    visited, fault = inside_a_machine(layout, cut, halves=1)
+    visited, fault = inside_a_machine(layout, chunking, halves=1)
     assert fault is None and visited > 50
 
 
@@ -293,12 +298,14 @@ def test_one_half_is_not_enough_on_a_single_machine():
 
 @pytest.mark.parametrize("ulysses", [2, 3])
 @pytest.mark.parametrize("other", ["mixed", "changing"])
-@pytest.mark.parametrize("cut", [Cut(kv=2, last_kv=2), Cut(overlap=False)], ids=["staged", "unstaged"])
-def test_with_one_half_ranks_synchronize_before_a_call_of_another_kind(ulysses, other, cut):
+@pytest.mark.parametrize(
+    "chunking", [Chunking(kv_parts=2, last_kv_parts=2), Chunking(overlap=False)], ids=["staged", "unstaged"]
+)
+def test_with_one_half_ranks_synchronize_before_a_call_of_another_kind(ulysses, other, chunking):
     layout = Layout(torus=2, ulysses=ulysses, ring_across=1, ring_inside=1)
-    visited, fault = inside_a_machine(layout, cut, halves=1, **{other: True})
+    visited, fault = inside_a_machine(layout, chunking, halves=1, **{other: True})
     assert fault is None and visited > 50
-    assert "while rank" in inside_a_machine(layout, cut, halves=1, **{other: True}, syncs=False)[1]
+    assert "while rank" in inside_a_machine(layout, chunking, halves=1, **{other: True}, syncs=False)[1]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -404,8 +411,8 @@ SMALL = ["two machines", "ulysses inside", "ring of two", "ring of three"]
 
 
 def explored_unordered(group, flags, parity=2, **faults):
-    layout, cut = GROUPS[group]
-    programs = [program(layout, w, cut, drains=True, epochs=3, **faults) for w in range(layout.world_size)]
+    layout, chunking = GROUPS[group]
+    programs = [program(layout, w, chunking, drains=True, epochs=3, **faults) for w in range(layout.world_size)]
     return explore_unordered([[op for op in each if not isinstance(op, Raise)] for each in programs], flags, parity)
 
 

@@ -1,4 +1,4 @@
-"""The schedule as data: every rank's steps are replayed together, without tensors."""
+"""The schedule as plain data: replays the steps of all ranks against each other, without tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sf_xfuser.layout.schedule import (
     JOINT,
     LOOKAHEAD,
     Attend,
-    Cut,
+    Chunking,
     Exchange,
     Message,
     Piece,
@@ -26,8 +26,8 @@ from sf_xfuser.layout.schedule import (
 )
 
 SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
-CUTS = [Cut(kv=kv, last_kv=last_kv) for kv, last_kv in product((1, 2, 3), repeat=2)]
-CUTS += [Cut(overlap=False)]
+CHUNKINGS = [Chunking(kv_parts=kv, last_kv_parts=last_kv) for kv, last_kv in product((1, 2, 3), repeat=2)]
+CHUNKINGS += [Chunking(overlap=False)]
 
 layouts = st.builds(
     Layout,
@@ -37,11 +37,11 @@ layouts = st.builds(
     ring_inside=st.integers(1, 4),
 ).filter(lambda layout: layout.world_size <= 48)
 joints = st.sampled_from([None, "front", "rear"])
-cuts = st.sampled_from(CUTS)
+chunkings = st.sampled_from(CHUNKINGS)
 
 
-def schedules(layout: Layout, joint=None, cut: Cut = Cut()) -> list[Schedule]:  # noqa: B008
-    return [build_schedule(layout, w, joint, cut) for w in range(layout.world_size)]
+def schedules(layout: Layout, joint=None, chunking: Chunking = Chunking()) -> list[Schedule]:  # noqa: B008
+    return [build_schedule(layout, w, joint, chunking) for w in range(layout.world_size)]
 
 
 def exchanges(s: Schedule, link: str | None = None) -> list[Exchange]:
@@ -67,9 +67,9 @@ def all_keys(s: Schedule) -> set[Piece]:
 
 
 def replay(all_schedules: list[Schedule]) -> list[dict]:
-    """Run all ranks against each other with the strictest transport there is (rounds of a link complete in order, and
-    only when both ends have posted them); return what each rank holds. Fails if some rank can go no further, or sends
-    an output that is not final."""
+    """Run all ranks against each other over a strict transport: rounds of a link complete in order, and only when both
+    ends have posted them. Returns the state of each rank. Fails on a deadlock, and on an output sent before it is
+    final."""
     layout = all_schedules[0].layout
     state = [
         {
@@ -107,7 +107,7 @@ def replay(all_schedules: list[Schedule]) -> list[dict]:
             return False
         step = steps[me["at"]]
         if isinstance(step, Exchange):
-            # The own tokens can be sent in any parts.
+            # A rank can send its own tokens in any number of parts.
             needs = {(m.tensor, p) for m in step.sends if m.tensor != "o" for p in m.pieces if p.source != w}
             if not needs <= me["have"]:
                 return False
@@ -128,24 +128,24 @@ def replay(all_schedules: list[Schedule]) -> list[dict]:
         moved = any([advance(w) for w in range(layout.world_size)])
         moved |= complete_rounds()
     for w, me in enumerate(state):
-        assert me["at"] == len(all_schedules[w].steps), f"rank {w} waits for ever at {all_schedules[w].steps[me['at']]}"
+        assert me["at"] == len(all_schedules[w].steps), f"rank {w} is stuck at {all_schedules[w].steps[me['at']]}"
         for link in ("inside", "across"):
             assert done[w][link] == len(posted[w][link]), f"rank {w}: rounds of link {link} never completed"
     return state
 
 
-def check(layout: Layout, joint, cut: Cut) -> None:
-    all_schedules = schedules(layout, joint, cut)
+def check(layout: Layout, joint, chunking: Chunking) -> None:
+    all_schedules = schedules(layout, joint, chunking)
     for w, me in enumerate(replay(all_schedules)):
         s = all_schedules[w]
-        # Each Q of my head group meets each KV once, the joint keys included, and each of them in all of its parts.
+        # Each Q of the rank's head group meets each KV once, joint keys and all parts included.
         keys = [*range(layout.world_size), JOINT] if joint else [*range(layout.world_size)]
         every_key = [piece for slab in s.slabs for piece in slab]
         assert me["met"] == Counter(product(s.queries, every_key)) and set(me["met"].values()) == {1}
         for pieces, sources in ((s.queries, layout.ulysses_group(w)), (every_key, keys)):
             assert sorted(by_source(pieces)) == sorted(sources)
             assert all(is_complete(parts) for parts in by_source(pieces).values())
-        # Each other head group's output for my tokens arrives once, in all of its parts.
+        # The output of each other head group for the rank's tokens arrives once, with all parts.
         returned = [(group, piece) for (group, piece), n in me["outputs"].items() for _ in range(n)]
         assert {group for group, _ in returned} == set(range(layout.ulysses_degree)) - {layout.head_group(w)}
         for group in {group for group, _ in returned}:
@@ -161,7 +161,7 @@ def check(layout: Layout, joint, cut: Cut) -> None:
 
 
 def match_messages(all_schedules: list[Schedule]) -> None:
-    """Round by round, what w sends to p is what p receives from w, and no chunk arrives twice."""
+    """In each round, the messages w sends to p equal those p receives from w. No chunk arrives twice."""
     layout = all_schedules[0].layout
     rounds = {(w, step.link, step.round): step for w, s in enumerate(all_schedules) for step in exchanges(s)}
     arrived = Counter()
@@ -189,18 +189,19 @@ def match_messages(all_schedules: list[Schedule]) -> None:
 
 
 def is_run(pieces: Sequence[Piece], buffer: Sequence[Piece]) -> bool:
-    """``pieces`` lie one after the other in ``buffer``: they can be one slice of a tensor."""
+    """Whether ``pieces`` are adjacent in ``buffer``, so that one slice of a tensor holds them."""
     at = buffer.index(pieces[0])
     return tuple(pieces) == tuple(buffer[at : at + len(pieces)])
 
 
 def reads_slab(s: Schedule, m: Message) -> bool:
-    """A ring neighbour has the same heads: it is sent rows of a slab. Others are sent own tokens, from the inputs."""
+    """Whether the message is sent from a slab. Ring neighbours have the same heads and get rows of a slab; others get
+    chunks of the rank's inputs."""
     return m.tensor == "kv" and s.layout.head_group(m.peer) == s.layout.head_group(s.position)
 
 
 def check_buffers(s: Schedule) -> None:
-    """Whatever is attended, sent from a buffer or received into one, is one slice of that buffer."""
+    """Each attend, send and receive uses one slice of a buffer."""
     slab_of = {piece: k for k, slab in enumerate(s.slabs) for piece in slab}
     assert sum(map(len, s.slabs)) == len(slab_of), "a piece lies in two slabs"
     assert len(set(s.queries)) == len(s.queries)
@@ -223,8 +224,8 @@ def check_buffers(s: Schedule) -> None:
 
 
 def check_last(s: Schedule) -> None:
-    """A slab's buffer can be let go after the step that says so: nothing attends, forwards or receives it later. So can
-    queries, and their output is then final: it is sent after that, not before."""
+    """After ``keys_last``, no step attends, forwards or receives the slab. After ``queries_last``, no step uses these
+    queries, and their output is sent only then."""
     done: list[Piece] = []
     for step in s.steps:
         if isinstance(step, Attend):
@@ -237,16 +238,16 @@ def check_last(s: Schedule) -> None:
             )
     assert sorted(done) == sorted(s.queries)
     slab_of = {piece: k for k, slab in enumerate(s.slabs) for piece in slab}
-    gone: list[int] = []
+    released: list[int] = []
     for step in s.steps:
         if isinstance(step, Attend):
-            assert step.slab not in gone
-            gone += [step.slab] if step.keys_last else []
+            assert step.slab not in released
+            released += [step.slab] if step.keys_last else []
         else:
             read = [piece for m in step.sends if reads_slab(s, m) for piece in m.pieces]
             written = [piece for m in step.receives if m.tensor == "kv" for piece in m.pieces]
-            assert {slab_of[piece] for piece in (*read, *written)}.isdisjoint(gone)
-    assert sorted(gone) == [*range(len(s.slabs))]
+            assert {slab_of[piece] for piece in (*read, *written)}.isdisjoint(released)
+    assert sorted(released) == [*range(len(s.slabs))]
 
 
 def input_rounds(s: Schedule) -> list[Exchange]:
@@ -254,7 +255,7 @@ def input_rounds(s: Schedule) -> list[Exchange]:
 
 
 def lookaheads(s: Schedule) -> Iterator[tuple[int, int]]:
-    """At each Attend: how many input rounds between machines are posted, and how many are needed up to this step."""
+    """For each Attend: the number of input rounds between machines posted so far, and the number needed so far."""
     arrival = {p: n for n, step in enumerate(input_rounds(s), 1) for p in arriving(step)}
     posted = needed = 0
     for step in s.steps:
@@ -271,9 +272,8 @@ def arriving(step: Exchange) -> set[tuple[str, Piece]]:
 
 
 def check_lookahead(s: Schedule) -> None:
-    """When a chunk is about to be consumed, at most ``LOOKAHEAD`` rounds that come after its own are posted; and as
-    many as that, or all, unless one of them has to forward what is not here yet. A slab that is passed on is looked
-    ahead of by all of its parts."""
+    """When a chunk is consumed, at most ``LOOKAHEAD`` later rounds are posted; exactly as many, unless a round forwards
+    a chunk that has not arrived. With a ring across machines, the lookahead covers all parts of a slab."""
     total = len(input_rounds(s))
     parts = max(piece.parts for piece in all_keys(s)) if s.layout.ring_across > 1 else 1
     ahead = max(LOOKAHEAD, parts)
@@ -286,7 +286,7 @@ def check_lookahead(s: Schedule) -> None:
 
 
 def check_forwards(s: Schedule) -> None:
-    """Passing on what was received makes a rank wait for no chunk that its next Attend does not wait for."""
+    """A forward waits only for chunks that the next Attend waits for as well."""
     arrival = {(step.link, item): step.round for step in exchanges(s) for item in arriving(step)}
     needed = {"inside": -1, "across": -1}
     forwards: set[Piece] = set()
@@ -302,7 +302,7 @@ def check_forwards(s: Schedule) -> None:
 
 
 def check_deferred(s: Schedule) -> None:
-    """While outputs travel between machines, this machine's own queries have the last slabs left, and those alone."""
+    """While outputs travel between machines, the local queries attend exactly the last slabs."""
     layout = s.layout
     pushes = [at for at, step in enumerate(s.steps) if isinstance(step, Exchange) and is_push(step)]
     if layout.torus == 1:
@@ -330,71 +330,75 @@ def is_push(step: Exchange) -> bool:
 @pytest.mark.parametrize("joint", [None, "front", "rear"])
 def test_every_small_layout(joint):
     for n, layout in enumerate(SMALL):
-        check(layout, joint, Cut())
+        check(layout, joint, Chunking())
         if layout.torus > 1:
-            check(layout, joint, CUTS[n % len(CUTS)])
+            check(layout, joint, CHUNKINGS[n % len(CHUNKINGS)])
 
 
 @pytest.mark.parametrize(
-    "cut", CUTS, ids=lambda cut: f"kv{cut.kv} last{cut.last_kv} {'' if cut.overlap else 'no overlap'}"
+    "chunking",
+    CHUNKINGS,
+    ids=lambda chunking: (
+        f"kv{chunking.kv_parts} last{chunking.last_kv_parts} {'' if chunking.overlap else 'no overlap'}"
+    ),
 )
-def test_every_cut(cut):
-    """Three machines that split heads, two rings across: there are slabs of every kind."""
+def test_every_chunking(chunking):
+    """Three machines that split heads, and a ring across machines: slabs of every kind."""
     for joint in (None, "front", "rear"):
-        check(Layout(torus=3, ulysses=2, ring_across=1, ring_inside=2), joint, cut)
-        check(Layout(torus=2, ulysses=1, ring_across=2, ring_inside=2), joint, cut)
+        check(Layout(torus=3, ulysses=2, ring_across=1, ring_inside=2), joint, chunking)
+        check(Layout(torus=2, ulysses=1, ring_across=2, ring_inside=2), joint, chunking)
 
 
 @pytest.mark.parametrize("joint", [None, "front", "rear"])
 def test_without_overlap_there_is_one_attention(joint):
     for layout in SMALL:
-        s = build_schedule(layout, layout.world_size - 1, joint, Cut(overlap=False))
+        s = build_schedule(layout, layout.world_size - 1, joint, Chunking(overlap=False))
         (attend,) = (step for step in s.steps if isinstance(step, Attend))
         assert attend.queries == s.queries and (attend.keys,) == s.slabs and s.remote == ()
         assert attend.keys_last and attend.queries_last
         sources = [Piece(source) for source in range(layout.world_size)]
-        front, rear = ([Piece(JOINT)] if joint == place else [] for place in ("front", "rear"))
+        front, rear = ([Piece(JOINT)] if joint == end else [] for end in ("front", "rear"))
         assert list(attend.keys) == front + sources + rear
 
 
-def test_keys_are_not_cut_without_overlap():
-    with pytest.raises(ValueError, match="not cut without overlap"):
-        Cut(kv=2, overlap=False)
+def test_keys_are_not_split_without_overlap():
+    with pytest.raises(ValueError, match="overlap=False needs kv_parts=1"):
+        Chunking(kv_parts=2, overlap=False)
 
 
 @settings(max_examples=25)
-@given(layouts, joints, cuts)
-def test_larger_layouts(layout, joint, cut):
-    check(layout, joint, cut)
+@given(layouts, joints, chunkings)
+def test_larger_layouts(layout, joint, chunking):
+    check(layout, joint, chunking)
 
 
 @given(st.integers(0, 200), st.integers(1, 12))
 def test_parts_cover_the_tokens_of_their_source(tokens, parts):
-    """Also where there are fewer tokens than parts; no part is larger than need be."""
+    """Parts differ by at most one token, also with fewer tokens than parts."""
     spans = [Piece(0, part, parts).span(tokens) for part in range(parts)]
     assert [low for low, _ in spans] + [tokens] == [0] + [high for _, high in spans]
     assert {high - low for low, high in spans} <= {tokens // parts, -(-tokens // parts)}
 
 
-def test_the_parts_are_those_of_the_cut():
-    """Queries and what starts on the own machine are whole; other KV comes in as many parts as given."""
+def test_slabs_have_the_parts_of_the_chunking():
+    """Queries and KV of the local machine are not split; other KV has the given number of parts."""
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=2)
-    s = build_schedule(layout, 5, cut=Cut(kv=3, last_kv=5))
+    s = build_schedule(layout, 5, chunking=Chunking(kv_parts=3, last_kv_parts=5))
     parts = [{piece.parts for piece in slab} for slab in s.slabs]
     assert parts == [{1}, {3}, {3}, {5}]
     assert {piece.parts for piece in s.queries} == {1}
 
 
 @settings(max_examples=60)
-@given(layouts, st.sampled_from([1, 2, 4, 8]), cuts)
-def test_bytes_between_machines_equal_the_formulas(layout, heads_per_kv_head, cut):
-    """Elements that leave a machine, counted from the schedule, against design.md section 2."""
+@given(layouts, st.sampled_from([1, 2, 4, 8]), chunkings)
+def test_bytes_between_machines_equal_the_formulas(layout, heads_per_kv_head, chunking):
+    """Elements that leave a machine, counted from the schedule, equal ``Layout.egress``."""
     g = Fraction(1, heads_per_kv_head)
     n = layout.num_machines
     chunk = Fraction(1, layout.world_size * layout.ulysses_degree)  # of B*L*H*D: one rank's tokens, one head group
     weight = {"q": chunk, "o": chunk, "kv": 2 * g * chunk}
     out = Counter()
-    for w, s in enumerate(schedules(layout, cut=cut)):
+    for w, s in enumerate(schedules(layout, chunking=chunking)):
         for step in exchanges(s, "across"):
             out[layout.machine(w)] += sum(weight[m.tensor] / piece.parts for m in step.sends for piece in m.pieces)
     assert set(out.values()) <= {layout.egress(g)}
@@ -405,14 +409,14 @@ def test_bytes_between_machines_equal_the_formulas(layout, heads_per_kv_head, cu
 
 
 def test_the_paper_example_pulls_in_rotation():
-    """4 machines x 8, T=4 U=2 R=4: machine order is t-1, t-2, t-3 in and t+1, t+2, t+3 out; O goes back in order."""
+    """4 machines x 8, T=4 U=2 R=4: receives in order t-1, t-2, t-3; sends in order t+1, t+2, t+3; O in order."""
     layout = Layout(torus=4, ulysses=2, ring_across=1, ring_inside=4)
     w = layout.position(1, 0, 0, 2)
-    for cut in (Cut(), Cut(kv=2, last_kv=2)):
-        across = exchanges(build_schedule(layout, w, cut=cut), "across")
+    for chunking in (Chunking(), Chunking(kv_parts=2, last_kv_parts=2)):
+        across = exchanges(build_schedule(layout, w, chunking=chunking), "across")
         assert all(len({(m.tensor, *m.pieces[0][1:]) for m in step.sends}) == 1 for step in across)
         order = [(step.sends[0].tensor, step.sends[0].pieces[0].part) for step in across]
-        parts = {"q": 1, "kv": cut.kv, "o": 1}
+        parts = {"q": 1, "kv": chunking.kv_parts, "o": 1}
         assert order == [(x, part) for x in parts for _ in range(3) for part in range(parts[x])]
         for of, senders, receivers in (("q", [0, 3, 2], [2, 3, 0]), ("kv", [0, 3, 2], [2, 3, 0])):
             rounds = [step for step in across if step.sends[0].tensor == of][:: parts[of]]
@@ -423,13 +427,13 @@ def test_the_paper_example_pulls_in_rotation():
         assert [{layout.machine(m.peer) for m in step.receives} for step in pushes] == [{2}, {3}, {0}]
 
 
-@pytest.mark.parametrize("cut", [Cut(), Cut(kv=2, last_kv=3)], ids=["whole", "cut"])
-def test_transfers_are_in_flight_while_chunks_are_attended(cut):
-    """Every machine's chunk is on its way at least one Attend before it is needed; O leaves chunk by chunk, with an
-    Attend between any two, and before the attention that only this rank waits for."""
+@pytest.mark.parametrize("chunking", [Chunking(), Chunking(kv_parts=2, last_kv_parts=3)], ids=["whole", "split"])
+def test_transfers_are_in_flight_while_chunks_are_attended(chunking):
+    """Each remote chunk is posted at least one Attend before it is needed. O chunks are sent one by one, with an Attend
+    between any two, and before the attention of the rank's own queries."""
     layout = Layout(torus=4, ulysses=1, ring_across=1, ring_inside=2)
     for w in range(layout.world_size):
-        s = build_schedule(layout, w, cut=cut)
+        s = build_schedule(layout, w, chunking=chunking)
         for step in input_rounds(s):
             needs = "queries" if step.sends[0].tensor == "q" else "keys"
             pieces = {piece for _, piece in arriving(step)}

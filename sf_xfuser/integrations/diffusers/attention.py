@@ -81,10 +81,12 @@ class TorusContextParallel(DropIn):
                 "attention of a parallelized model ran outside the model's forward, so its inputs were not split: call "
                 "the model itself, not model.forward() or one of its modules"
             )
-        self.attended.add(self.mesh.place)
+        self.attended.add(self.mesh.layer)
         self._reject_ordered_keys(key, attn_mask, is_causal, forward_op)
         unsupported = {"attention dropout": dropout_p, "the caller requests the log-sum-exp": return_lse}
-        reason = self.mesh.why_not_now() or next((text for text, applies in unsupported.items() if applies), None)
+        reason = self.mesh.unavailable_reason() or next(
+            (text for text, applies in unsupported.items() if applies), None
+        )
         if reason is not None:
             self._require_fallback(reason, attn_mask)
             self.count_fallback(reason)
@@ -211,7 +213,7 @@ def _check_calls_of(processor: type, name: str) -> None:
 @uncompiled
 def _before_attention(attention: torch.nn.Module) -> None:
     torus, name = getattr(attention, _ATTRIBUTE)
-    torus.mesh.place = name
+    torus.mesh.layer = name
     torus.attended.discard(name)
 
 

@@ -51,7 +51,7 @@ class ParallelForward:
             raise ValueError("a parallelized model computes no gradients: call it under torch.no_grad()")
         self.torus.is_uneven = False
         self.torus.in_forward = True
-        self.mesh.place = ""
+        self.mesh.layer = ""
         modules = dict(model.named_modules())
         self._hook(planned_modules(model, modules, self.plan))
         self.torus.configure(attention_modules(modules))
@@ -177,7 +177,7 @@ class ParallelForward:
     @uncompiled
     def _gather_outputs(self, name: str, entry: Any, module: Any, args: Any, output: Any) -> Any:
         """Concatenate the parts of all ranks. ``entry``: a ContextParallelOutput, or a list of them. Collective."""
-        self.mesh.place = name
+        self.mesh.layer = name
         outputs = [output] if isinstance(output, torch.Tensor) else list(output)
         parts = entry if isinstance(entry, (list, tuple)) else [entry]
         for n, (x, part) in enumerate(zip(outputs, parts, strict=True)):

@@ -19,7 +19,8 @@ from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.diffusers import attention, forward
 from sf_xfuser.integrations.fallback import log_on_rank_0
 from sf_xfuser.integrations.xdit.degrees import facts_of_config
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.build import build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 _BROKEN_PLANS = {
     "LTX2VideoTransformer3DModel": "it does not split the rotary embeddings between video and audio; give "

@@ -148,7 +148,7 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
     """
     import torch.distributed as dist
 
-    from sf_xfuser.torus.mesh import build_mesh
+    from sf_xfuser.torus.build import build_mesh
 
     args = current.args
     assert args is not None

@@ -13,7 +13,7 @@ import torch
 from sf_xfuser.autotune.selector import Selector
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, XditState, as_attend_function
-from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
 from sf_xfuser.torus.call import Joint, Tokens
 from sf_xfuser.torus.compression import EPS
 from sf_xfuser.torus.mesh import Mesh
@@ -91,7 +91,7 @@ class TorusUSP(DropIn):
         reason = self.fallback_reason(
             name, dropout_p, is_causal, joint_strategy, attn_layer, attention_kwargs, kv_head_repeat, newer
         )
-        if reason is None and asks_gradient(query, key, value, joint_query, joint_key, joint_value):
+        if reason is None and needs_gradient(query, key, value, joint_query, joint_key, joint_value):
             reason = NO_GRADIENT
         if reason is not None:
             self.count_fallback(reason)
@@ -213,7 +213,7 @@ class TorusUSP(DropIn):
         all of its inputs are."""
         if self.check_failure:
             return self.check_failure
-        if (reason := (self.selector or self.mesh).why_not_now()) is not None:
+        if (reason := (self.selector or self.mesh).unavailable_reason()) is not None:
             return reason
         if is_causal:
             return "causal attention needs keys in order"

@@ -57,7 +57,7 @@ def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -
             f"{found} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
     mesh.reserve(input.numel() * input.element_size())
-    mesh.remember(call, True)
+    mesh.cache_call(call, True)
 
 
 def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> torch.Tensor:
@@ -131,7 +131,7 @@ class MeshAllToAll4D(DropIn):
 
     def fallback_reason(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
         """Why this call falls back to ``original``; None if it runs on the mesh. Local; all ranks decide alike."""
-        if (reason := self.mesh.why_not_now()) is not None:
+        if (reason := self.mesh.unavailable_reason()) is not None:
             return reason
         if torch.compiler.is_compiling():
             return "torch.compile traces collectives, not links"

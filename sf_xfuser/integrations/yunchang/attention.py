@@ -21,9 +21,10 @@ import torch.distributed as dist
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.fallback import DropIn, log_on_rank_0
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.torus.attention import NO_GRADIENT, asks_gradient, torus_attention
+from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
+from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
-from sf_xfuser.torus.mesh import Mesh, build_mesh
+from sf_xfuser.torus.mesh import Mesh
 
 # Members of yunchang's AttnType that mean dense attention of unquantized tensors, as PyTorch's fused kernels compute.
 _DENSE = frozenset({"FA", "FA3", "TORCH_MATH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN"})
@@ -152,9 +153,11 @@ class LongContextAttention(torch.nn.Module):
             f"{len(args)} arguments that this version does not know": args,
             f"scatter_idx and gather_idx {self._dims} are not Ulysses' (2, 1) for [B, S, H, D]": self._dims != (2, 1),
             f"attention of type {name} is not dense attention of unquantized tensors": not is_dense,
-            NO_GRADIENT: asks_gradient(query, key, value),
+            NO_GRADIENT: needs_gradient(query, key, value),
         }
-        reason = self.layers.mesh.why_not_now() or next((text for text, applies in reasons.items() if applies), None)
+        reason = self.layers.mesh.unavailable_reason() or next(
+            (text for text, applies in reasons.items() if applies), None
+        )
         if reason is not None:
             if self.original is None:
                 raise ValueError(f"{self.layers.unsupported}: {reason}; pip install yunchang to run it there")

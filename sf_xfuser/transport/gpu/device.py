@@ -166,8 +166,8 @@ class DeviceWindow(DeviceMemory):
             wait.done = self._record_call_end().query
         self._held.clear()
 
-    def fallback_reason(self) -> str | None:
-        """As ``OneSided.fallback_reason``. All ranks capture their graphs alike."""
+    def unavailable_reason(self) -> str | None:
+        """As ``OneSided.unavailable_reason``. All ranks capture their graphs alike."""
         return f"a CUDA graph is being captured, and the flags of {self.name} count calls" if is_capturing() else None
 
     def poison(self, result: torch.Tensor) -> None:
