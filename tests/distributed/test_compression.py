@@ -48,7 +48,7 @@ def test_error_and_bytes(case, said):
         ({"backend": "torus", "compress": "int4"}, "--sp-compress must be one of none, fp8, int8, got 'int4'"),
         ({"backend": "usp", "compress": "int8"}, "--sp-backend usp runs xDiT's own code: use --sp-backend torus"),
         ({"backend": "torus", "transport": "shm", "compress": "fp8"}, "use two_sided, tcp (CPU ranks), symm_mem or"),
-        ({"backend": "torus", "transport": "nvshmem", "compress": "fp8"}, "straight to their places"),
+        ({"backend": "torus", "transport": "nvshmem", "compress": "fp8"}, "uncompressed chunks into remote memory"),
     ],
 )
 def test_unsupported_flags_raise(flags, error):
