@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.launch import RANKS, Finished, finish
+from tests.launch import RANKS, Finished, finish, records
 from tests.patched import ORDERS, copy_of_xdit
 
 PROBLEMS = {"failure": "failed", "error": "failed", "skipped": "skipped"}  # of pytest's report
@@ -184,8 +184,8 @@ def environment(variant: str, site: str, topology: str | None) -> dict[str, str]
 
 def note_served(result: Result, output: str) -> None:
     """Calls that torus served on a rank."""
-    if served := re.findall(r"@@served (\d+)@@", output):
-        result.served = max(map(int, served))
+    if served := [calls for case, _, calls in records(output) if case == "served"]:
+        result.served = max(served)
 
 
 def run_all(checkout: Path, spawning: Mapping[str, str], programs: Sequence[Program]) -> dict[str, Result]:

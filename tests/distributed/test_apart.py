@@ -4,11 +4,9 @@ No case may end with a wrong result: ``ranks/apart.py`` compares each with float
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from tests.launch import reports, torchrun
+from tests.launch import check, reports, torchrun
 
 TRANSPORTS = ("shm", "tcp", "two_sided")
 
@@ -99,5 +97,4 @@ def said() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_come_apart(case, said):
-    for rank, expected in enumerate(CASES[case]):
-        assert re.fullmatch(expected, said[case][str(rank)], re.DOTALL), said[case][str(rank)]
+    check(case, said, [rf"({expected})\Z" for expected in CASES[case]])

@@ -17,7 +17,7 @@ from sf_xfuser.autotune.trials import OWN, Contest
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.usp_layouts import XditConfig
-from tests.launch import torchrun
+from tests.launch import reports, torchrun
 
 AUTO = TorusArgs(backend="auto")
 
@@ -157,9 +157,7 @@ OF_2X2 = (*FLAGS, "--sp-topology", "2x2", "--ulysses_degree", "2", "--ring_degre
 def calls(*flags: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
     """(what each rank said of each case: two texts; all output)."""
     output = torchrun("auto_calls.py", *flags, nproc=4).output
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, _, first, second in re.findall(r"@@(\w+)\|(\d)\|(.*?)\|(.*?)@@", output, re.DOTALL):
-        found.setdefault(name, []).append((first, second))
+    found = {case: list(ranks.values()) for case, ranks in reports(output).items()}
     assert all(len(ranks) == 4 for ranks in found.values())
     return found, output
 
@@ -168,7 +166,7 @@ def selected_of(found: dict[str, list[tuple[str, str]]], candidates: set[str]) -
     """The candidates that are selected, where all ranks ran the same ones in the same order and were right."""
     last = set()
     for name in ("short", "long"):
-        assert all(float(difference) <= 2e-6 for difference, _ in found[name])
+        assert all(difference <= 2e-6 for difference, _ in found[name])
         assert len({ran for _, ran in found[name]}) == 1
         ran = found[name][0][1].split(" then ")
         assert len(ran) == 32 and set(ran) == candidates
@@ -216,7 +214,7 @@ def test_flat_ulysses_where_it_is_the_fastest():
 def test_each_group_of_a_job_selects_by_itself():
     found, _ = calls(*FLAGS, "--sp-topology", "4x1", "--ulysses_degree", "2", "--data_parallel_degree", "2")
     for name in ("short", "long"):
-        assert all(float(difference) <= 2e-6 for difference, _ in found[name])
+        assert all(difference <= 2e-6 for difference, _ in found[name])
         ran = Counter(ran for _, ran in found[name])
         assert all(ranks % 2 == 0 for ranks in ran.values())  # a group's ranks make the same calls
         assert all(len(set(text.split(" then ")[30:])) == 1 for text in ran)

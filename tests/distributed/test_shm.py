@@ -12,7 +12,7 @@ import pytest
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.torus import links as links
 from sf_xfuser.transport.cpu import shm
-from tests.launch import RANKS, reports, run, torchrun
+from tests.launch import RANKS, check, reports, run, torchrun
 from tests.ranks import faults
 
 REASON = shm.unavailable()
@@ -68,8 +68,7 @@ def said() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_windows(case, said):
-    for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, said[case][str(rank)], re.DOTALL), said[case]
+    check(case, said, CASES[case])
 
 
 def test_shared_memory_is_used_where_ranks_share_it():

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 all_to_all_layers.py FLAGS OF XDIT... | groups ULYSSES RING
 
 ``groups``: they are made without xFuserArgs, as scripts do that use the layers alone; SF_XFUSER_ARGS says the rest.
-Prints ``@@case rank text@@``: whether the result has the same bits, and whether the mesh served its all-to-alls.
+Reports for each case whether the result has the same bits, and whether the mesh served its all-to-alls.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import yunchang
 import yunchang.ring.utils
+from cases import report
 from usp_calls import AnyRuntimeState
 from xfuser import envs, xFuserArgs
 from xfuser.config import FlexibleArgumentParser
@@ -144,9 +145,6 @@ def main() -> None:
         with_xfuser_args()
     hooked = all_to_all.all_to_all_4D
 
-    def say(name, text):
-        print(f"@@{name} {dist.get_rank()} {text}@@", flush=True)
-
     for name, call in cases():
         wanted, its_error = with_yunchangs_own(call)
         served, handed_back = counts()
@@ -155,11 +153,11 @@ def main() -> None:
         new = [why for why, n in now_handed_back.items() if n > handed_back.get(why, 0)]
         how = "; ".join(new) or (f"{now_served - served} served" if now_served > served else "untouched")
         if error is not None or wanted is None:
-            say(name, f"{'same error' if error == its_error else error} | {how}")
+            report(name, f"{'same error' if error == its_error else error} | {how}")
         else:
-            say(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
+            report(name, f"{'equal' if torch.equal(found, wanted) else 'DIFFERENT'} | {how}")
     links = sorted({thread.name for thread in threading.enumerate() if thread.name.startswith("sf-xfuser tcp")})
-    say("links", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {links}")
+    report("links", f"{next((x for x in sf_xfuser.explain().splitlines() if x.startswith('transport ')), '')} {links}")
     dist.barrier()
     sf_xfuser.disable()
     assert all_to_all.all_to_all_4D is yunchang.comm.all_to_all_4D is hooked.__wrapped__ is not hooked

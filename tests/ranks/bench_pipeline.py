@@ -1,16 +1,15 @@
-"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH. Prints what it measured.
-
-``@@{"rank", "records", "rings", "served"}@@``, where ``rings`` lists the ring calls of xDiT's own USP in their order:
-``[ranks of the ring, rotation]``, and ``served`` counts the calls that Torus Attention took.
+"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH. Reports its records;
+in ``rings`` the ring calls of xDiT's own USP in their order, ``[ranks of the ring, rotation]``; and in ``served`` the
+number of calls on torus.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 
 import torch.distributed as dist
+from cases import report
 
 import sf_xfuser
 from sf_xfuser.bench.pipeline import PipelineOptions, measure
@@ -35,8 +34,7 @@ def main() -> None:
     )
     records = measure(options)
     served = int(re.search(r"served by torus: (\d+)", sf_xfuser.explain())[1])
-    found = {"rank": dist.get_rank(), "records": records, "rings": rings, "served": served}
-    print(f"@@{json.dumps(found)}@@", flush=True)
+    report("variants", {"records": records, "rings": rings, "served": served})
     try:
         measure(PipelineOptions(model=model, topology="2x2"))
     except RuntimeError as error:

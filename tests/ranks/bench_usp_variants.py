@@ -1,13 +1,13 @@
-"""Rank side of test_bench_usp_variants.py: four ranks, taken for two machines of two. Prints one JSON line per call."""
+"""Rank side of test_bench_usp_variants.py: four ranks, taken for two machines of two. Reports each call."""
 
 from __future__ import annotations
 
-import json
 import time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import report
 
 from sf_xfuser.bench.usp_variants import attention_timer, available, open_variants
 from sf_xfuser.layout.usp_layouts import legal_configs
@@ -47,7 +47,6 @@ def main() -> None:
             assert state() == before, "a variant left xDiT changed"
             assert out.dtype == q.dtype and out.shape == wanted.shape
             record = {
-                "rank": rank,
                 "heads": heads,
                 "kv_heads": kv_heads,
                 "config": str(config),
@@ -56,7 +55,7 @@ def main() -> None:
                 "kernels_in_order": all(started <= a <= b <= ended for a, b in kernels),
                 "repeats": torch.equal(first.setdefault(config, out), out),
             }
-            print(f"@@{json.dumps(record)}@@", flush=True)
+            report("call", record)
     dist.barrier()
     dist.destroy_process_group()
 

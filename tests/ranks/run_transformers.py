@@ -3,11 +3,12 @@
 FOLDER holds the models of ``model_table.py``, saved; CASES is JSON, {case: flags}; MODEL names some of them. For each
 model and size three results are compared: that of diffusers in one process, that of xDiT's wrapper with torus, and that
 of the same wrapper with xDiT's own USP in the same groups. Where the row names a repair, also that of xDiT without it.
-Every rank prints ``@<{...}>@`` for each: a JSON object, see ``Measured``.
+Every rank reports each as ``Measured``.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xfuser
+from cases import report
 from model_table import MODELS, SIZES, Input, Model  # the directory of a script is on its path
 from run_pipelines import destroy_model_parallel
 from xfuser import xFuserArgs
@@ -94,9 +96,7 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
         torch.manual_seed(1)
         return flat(split_call(model, row.call(size), row.split))
 
-    torch.manual_seed(1)
-    call = row.call(size)
-    single = flat(row.load(folder)(**call))
+    single = single_process(row.name, folder, size)
     model = xdit_model(row, folder, engine_config)
     row.prepare(model, get_runtime_state(), size)
     torus = session.current.usp
@@ -122,6 +122,14 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     found.torus_xdit = difference(result, xdit)
     found.xdit_single = difference(xdit, single)
     found.alone_single = difference(alone, single)
+
+
+@functools.cache
+def single_process(name: str, folder: Path, size: Input) -> torch.Tensor:
+    row = next(row for row in MODELS if row.name == name)
+    torch.manual_seed(1)
+    call = row.call(size)
+    return flat(row.load(folder)(**call))
 
 
 def split_call(model: Any, call: dict[str, Any], split: Mapping[str, int]) -> Any:
@@ -162,7 +170,7 @@ def main() -> None:
                 except Exception as error:  # xDiT's own, of any kind
                     found.error = f"{type(error).__name__}: {error}"
                     traceback.print_exc()
-                print(f"@<{json.dumps(asdict(found))}>@", flush=True)
+                report("model", asdict(found))
                 dist.barrier()
         destroy_model_parallel()
     dist.destroy_process_group()

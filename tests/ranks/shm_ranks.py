@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from cases import run_cases
+from cases import report, run_cases
 
 from sf_xfuser import kernels
 from sf_xfuser.config import TorusArgs
@@ -359,7 +359,7 @@ def case_shared_memory_is_not_there(rank):
     if rank == 2:
         shm.identity, kept = (lambda: "elsewhere"), shm.identity
     try:
-        print(f"@@what_auto_takes {rank} {mesh_of('auto').transport}@@", flush=True)
+        report("what_auto_takes", mesh_of("auto").transport)
         mesh_of("shm")
     finally:
         if rank == 2:

@@ -1,9 +1,9 @@
-"""What can be said of the GPU transports without a GPU: when NVSHMEM and symmetric memory are refused and why, who is
-which PE, and what ranks without GPUs hear. ``test_device.py`` has the protocol, ``gpu/test_one_sided.py`` the rest."""
+"""The GPU transports without a GPU: when NVSHMEM and symmetric memory are refused, the reason, and the ids of PEs.
+
+``test_device.py`` tests the protocol, ``distributed/test_nvshmem.py`` ranks, ``gpu/test_one_sided.py`` the transfers."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
@@ -14,7 +14,6 @@ import torch
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, need_groups, shared_links, ways
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
-from tests.launch import reports, torchrun
 
 GOOD = nvshmem.Facts(
     cuda="13.0",
@@ -201,45 +200,3 @@ def test_auto_tries_all_that_may_serve_gpus():
     assert of("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and of("auto", []) == ["two_sided", "nvshmem"]
     assert of("two_sided", everywhere) == ["two_sided"] and of("nvshmem", everywhere, {}) == ["nvshmem"]
     assert of("symm_mem", everywhere) == ["symm_mem"] and of("symm_mem", ["inside"]) == [mixed]
-
-
-def nvshmem_is_missing() -> str | None:
-    if importlib.util.find_spec("nvshmem") is None:
-        return "nvshmem4py is not installed"
-    try:
-        import nvshmem.core as core
-
-        core.get_version()
-    except Exception as error:
-        return f"nvshmem4py cannot be used: {str(error).splitlines()[0]}"
-    return None
-
-
-MISSING = nvshmem_is_missing()
-CASES = {
-    "nvshmem_is_refused": (r"Unusable: nvshmem cannot be used: every rank: ",) * 3,
-    "symm_mem_is_refused": (r"ValueError: --sp-transport symm_mem needs .*two_sided and nvshmem work",) * 3,
-    "who_is_which_pe": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
-}
-
-
-@pytest.fixture(scope="module")
-def said():
-    """case -> rank -> what it printed, from one launch."""
-    names = [case for case in CASES if MISSING is None or case != "who_is_which_pe"]
-    return reports(torchrun("nvshmem_ranks.py", *names, nproc=3).output, names)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for ranks that have no GPU")
-@pytest.mark.parametrize("case", ["nvshmem_is_refused", "symm_mem_is_refused"])
-def test_ranks_without_gpus_hear_the_same(case, said):
-    assert len(set(said[case].values())) == 1
-    for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, said[case][str(rank)]), said[case]
-
-
-@pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would leave NVSHMEM started by halves")
-def test_a_position_is_a_pe(said):
-    """Real ranks hand round a unique id and come as far as NVSHMEM comes without a driver: its bootstrap."""
-    assert tuple(said["who_is_which_pe"][str(rank)] for rank in range(3)) == CASES["who_is_which_pe"]

@@ -8,7 +8,9 @@ calls the plugin has served is said at the end.
 import atexit
 import functools
 import os
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,7 +53,8 @@ def told(module, answer):
 def report():
     counted = (session.current.usp, session.current.all_to_all, long_context._layers)
     served = sum(each.served for each in counted if each is not None)
-    os.write(1, f"@@served {served}@@\n".encode())  # sys.stdout may be closed
+    report = runpy.run_path(str(Path(__file__).parents[1] / "cases.py"))["report"]
+    report("served", served)
 
 
 BECAUSE = {"why": "upstream's tests on CPU ranks", "remove_when": "upstream's tests name no accelerator"}

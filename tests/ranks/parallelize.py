@@ -1,6 +1,6 @@
 """Rank side of test_diffusers.py: plain diffusers models, whole in this process and then over 2 x 2 ranks.
 
-torchrun --nproc-per-node 4 context_parallel.py FOLDER CASE...     # FOLDER holds the tiny models flux and wan
+torchrun --nproc-per-node 4 parallelize.py FOLDER CASE...     # FOLDER holds the tiny models flux and wan
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rank side of test_long_context.py: the layer in place of yunchang's, on 2 machines x 2 ranks.
+"""Rank side of test_yunchang_attention.py: the layer in place of yunchang's, on 2 machines x 2 ranks.
 
-    torchrun --nproc-per-node 4 long_context.py [--without-yunchang] CASE...
+    torchrun --nproc-per-node 4 yunchang_attention.py [--without-yunchang] CASE...
 
 ``--without-yunchang``: no package but PyTorch and NumPy (with what they need) can be imported.
 """
