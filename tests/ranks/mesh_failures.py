@@ -1,4 +1,4 @@
-"""Rank side of test_apart.py: four ranks that come apart, over each transport; each case prints what a rank saw.
+"""Rank side of test_mesh_failures.py: four ranks that fail or differ, over each transport; each reports what it saw.
 
 Every result is compared with float64 attention over the tokens of all ranks, so a case says "right" or how far off."""
 

@@ -1,6 +1,6 @@
-"""Ranks that come apart: what fails on one of them, or differs, fails on all with one reason, and the next call works.
+"""Ranks that fail or differ: a failure of one rank becomes the same error on all, and the next call works.
 
-No case may end with a wrong result: ``ranks/apart.py`` compares each with float64."""
+No case may end with a wrong result: ``ranks/mesh_failures.py`` compares each with float64."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def said() -> dict[str, dict[str, str]]:
     """case -> rank -> what it printed, from one launch."""
-    return reports(torchrun("apart.py", *CASES, nproc=4, timeout=300).output, CASES)
+    return reports(torchrun("mesh_failures.py", *CASES, nproc=4, timeout=300).output, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_that_come_apart(case, said):
+def test_ranks_that_fail_or_differ(case, said):
     check(case, said, [rf"({expected})\Z" for expected in CASES[case]])
