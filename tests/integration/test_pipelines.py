@@ -104,8 +104,8 @@ def cases_of(family: str) -> dict[str, Case]:
         cases["tensor-parallel-usp"] = Case(
             family, 16, ["--sp-backend", "usp", "--sp-topology", "1x4", "--tensor_parallel_degree", "2"]
         )
-    if family in ("flux", "wan"):
-        cases["compiled"] = Case(family, 16, torus("2x2", "--compile", "aot_eager"))
+    if compiler := {"flux": "eager", "wan": "aot_eager"}.get(family):  # aot_eager for Flux: runner-wrapper-compiled
+        cases["compiled"] = Case(family, 16, torus("2x2", "--compile", compiler))
     return cases
 
 
