@@ -1,4 +1,4 @@
-"""The numbered examples on the ranks that their first lines give (3 and 5 to 8: test_launchers.py; the demo: make demo)."""
+"""The numbered examples on forked ranks (3 and 5 to 8: test_launchers.py; the demo: make demo)."""
 
 from __future__ import annotations
 

@@ -79,6 +79,6 @@ def test_refused_alike_on_every_rank(case, refusals):
 
 
 def test_the_job_ends_soon_with_a_status(folders, tmp_path):
-    flags = ["--family", "flux", "--model", folders[0], "--out", tmp_path / "x.pt", *TORUS, "--attention_backend", "SDPA"]
+    flags = ["--family", "flux", "--model", folders[0], "--out", tmp_path / "x.pt", *REFUSED["backend without lse"][0]]
     finished = torchrun("run_pipeline.py", *flags, nproc=4, timeout=100, expect_failure=True)
     assert "returns no log-sum-exp" in finished.output

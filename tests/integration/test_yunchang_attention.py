@@ -37,7 +37,8 @@ WITHOUT = {
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, dict[str, str]]:
-    return reports(torchrun("yunchang_attention.py", "--without-yunchang", *WITHOUT, nproc=4, warm=False).output, WITHOUT)
+    finished = torchrun("yunchang_attention.py", "--without-yunchang", *WITHOUT, nproc=4, warm=False)
+    return reports(finished.output, WITHOUT)
 
 
 @pytest.mark.parametrize("case", WITHOUT)

@@ -1,4 +1,4 @@
-"""Rank side of test_yunchang_all_to_all.py: the layers that use yunchang's all-to-all, hooked, against yunchang's own function.
+"""Rank side of test_yunchang_all_to_all.py: the hooked layers of yunchang against yunchang's own.
 
     torchrun --nproc-per-node 4 all_to_all_layers.py FLAGS OF XDIT... | groups ULYSSES RING
 

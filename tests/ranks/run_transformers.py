@@ -8,7 +8,6 @@ Every rank reports each as ``Measured``.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import json
@@ -96,7 +95,9 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
         torch.manual_seed(1)
         return flat(split_call(model, row.call(size), row.split))
 
-    single = single_process(row.name, folder, size)
+    torch.manual_seed(1)
+    call = row.call(size)
+    single = flat(row.load(folder)(**call))
     model = xdit_model(row, folder, engine_config)
     row.prepare(model, get_runtime_state(), size)
     torus = session.current.usp
@@ -122,14 +123,6 @@ def measure(row: Model, folder: Path, size: Input, engine_config: Any, found: Me
     found.torus_xdit = difference(result, xdit)
     found.xdit_single = difference(xdit, single)
     found.alone_single = difference(alone, single)
-
-
-@functools.cache
-def single_process(name: str, folder: Path, size: Input) -> torch.Tensor:
-    row = next(row for row in MODELS if row.name == name)
-    torch.manual_seed(1)
-    call = row.call(size)
-    return flat(row.load(folder)(**call))
 
 
 def split_call(model: Any, call: dict[str, Any], split: Mapping[str, int]) -> Any:

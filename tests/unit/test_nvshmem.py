@@ -1,6 +1,7 @@
 """The GPU transports without a GPU: when NVSHMEM and symmetric memory are refused, the reason, and the ids of PEs.
 
-``test_device.py`` tests the protocol, ``distributed/test_nvshmem.py`` ranks, ``gpu/test_one_sided.py`` the transfers."""
+``test_device.py`` tests the protocol, ``distributed/test_nvshmem.py`` the ranks, ``gpu/test_one_sided.py`` transfers.
+"""
 
 from __future__ import annotations
 
