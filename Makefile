@@ -7,15 +7,16 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
-# Two tests at a time, of different files: most wait for ranks to start, or compute on one core. TEST_ARGS="-n 0": one.
+# Two tests at a time, from different files: a launch is shared within a file. The long files come first, and the short
+# files of tests/unit last, so that both workers end together. TEST_ARGS="-n 0" runs one test at a time.
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+SMOKE := "tests/distributed/test_attention.py::test_error_is_within_twice_single_process_sdpa[4-1,2,4]"
 
 # Supported versions of xDiT, each tested in an environment of its own: .venv-xfuser-VERSION.
 VERSIONS := 0.5.0 0.6.0 0.7.0
-VERSION_TESTS := tests/integration/test_plugin.py tests/integration/test_usp.py tests/distributed/test_all_to_all.py tests/integration/test_launchers.py \
-    tests/integration/test_pipelines.py
+VERSION_TESTS := $(addprefix tests/integration/test_,plugin.py usp.py yunchang_all_to_all.py launchers.py pipelines.py)
 
-.PHONY: demo test test-all test-versions test-upstream lint bench kernels-table docs pictures clean
+.PHONY: demo test test-quick test-slow test-all test-versions test-upstream lint bench kernels-table docs pictures clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -31,9 +32,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(TEST_ARGS)
 
-# As test, and those marked slow, 55 faults on the emulated cluster among them: an hour.
-test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m "slow or not slow" $(TEST_ARGS)
+# The unit tests and every layout of Torus Attention on four ranks.
+test-quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(SMOKE) tests/unit $(TEST_ARGS)
+
+# The tests marked slow: 55 faults on the emulated cluster, and more launches of what the other tests launch once.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m slow $(TEST_ARGS)
+
+test-all: test test-slow
 
 # A quarter of an hour and, with PyTorch's CPU build, 2 GB for each version; a failure ends it after all have run.
 test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)

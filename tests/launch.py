@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,12 +94,24 @@ def _warm() -> socket.socket:
     return ours  # closed with this process: then the other ends
 
 
-def reports(output: str, names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """name -> rank -> text, of the lines ``@@name rank text@@`` that ``ranks/cases.py`` prints."""
-    reported: dict[str, dict[str, str]] = {name: {} for name in names}
-    for name, rank, text in re.findall(r"@@(\w+) (\d) (.*?)@@", output, re.DOTALL):
-        reported[name][rank] = text
-    return reported
+def records(output: str) -> list[tuple[str, str, Any]]:
+    """(case, rank, result) of every ``report`` of ``ranks/cases.py``."""
+    return [tuple(json.JSONDecoder().raw_decode(part)[0]) for part in output.split("@report ")[1:]]
+
+
+def reports(output: str, cases: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """case -> rank -> result. ``cases`` are present even if no rank reported them."""
+    found: dict[str, dict[str, Any]] = {case: {} for case in cases}
+    for case, rank, result in records(output):
+        found.setdefault(case, {})[rank] = result
+    return found
+
+
+def check(case: str, found: Mapping[str, Mapping[str, str]], expected: Iterable[str]) -> None:
+    """Assert that the text of rank i starts with a match of the i-th pattern."""
+    for rank, pattern in enumerate(expected):
+        got = found[case].get(str(rank), "no report")
+        assert re.match(pattern, got, re.DOTALL), f"case {case}, rank {rank}\ngot:      {got}\nexpected: {pattern}"
 
 
 def run(

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.launch import RANKS, Finished, finish
+from tests.launch import RANKS, Finished, finish, records
 from tests.patched import ORDERS, copy_of_xdit
 
 PROBLEMS = {"failure": "failed", "error": "failed", "skipped": "skipped"}  # of pytest's report
@@ -184,8 +184,8 @@ def environment(variant: str, site: str, topology: str | None) -> dict[str, str]
 
 def note_handled(result: Result, output: str) -> None:
     """Calls handled by torus on one rank."""
-    if handled := re.findall(r"@@handled (\d+)@@", output):
-        result.handled = max(map(int, handled))
+    if handled := [calls for case, _, calls in records(output) if case == "handled"]:
+        result.handled = max(handled)
 
 
 def run_all(checkout: Path, spawning: Mapping[str, str], programs: Sequence[Program]) -> dict[str, Result]:

@@ -22,7 +22,7 @@ LARGEST = {"int8": 0.03, "fp8": 0.08}  # relative error of the result
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, dict[str, str]]:
+def said() -> dict[str, dict[str, dict]]:
     return reports(torchrun("compression.py", json.dumps(CASES), nproc=4).output, CASES)
 
 
@@ -34,11 +34,10 @@ def test_error_and_bytes(case, said):
     forwarded = 2 * g if "ring=2" in plan and CASES[case][0] == "4x1" else 0.0  # KV of two ranks
     expected = ((2 + g + forwarded) * packed + g + forwarded) / (2 + 2 * g + 2 * forwarded)  # Q, V and O; K
     assert len(said[case]) == 4
-    for text in said[case].values():
-        error, chunks, share = text.split("|")
-        assert 1e-4 < float(error) < LARGEST[format]
-        assert float(share) == pytest.approx(expected, rel=0.05), "chunks begin at multiples of 16 bytes"
-        found = re.search(r"([\d.]+)% in the last call, ([\d.]+)% in the worst of (\d+)", chunks)
+    for rank in said[case].values():
+        assert 1e-4 < rank["error"] < LARGEST[format]
+        assert rank["share"] == pytest.approx(expected, rel=0.05), "chunks begin at multiples of 16 bytes"
+        found = re.search(r"([\d.]+)% in the last call, ([\d.]+)% in the worst of (\d+)", rank["chunks"])
         assert found and 0.1 < float(found[1]) <= float(found[2]) < 5 and int(found[3]) >= 3
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.links import requested_transport
-from tests.launch import reports, torchrun
+from tests.launch import check, reports, torchrun
 
 # case -> what each rank prints
 CASES = {
@@ -48,8 +46,7 @@ def output() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_link(case, output):
-    for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, output[case][str(rank)], re.DOTALL), output[case]
+    check(case, output, CASES[case])
 
 
 def test_cpu_transports_require_gloo():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 
@@ -14,7 +13,7 @@ from sf_xfuser.bench.tiny_models import save_tiny_model
 from sf_xfuser.bench.variants import SINGLE
 from sf_xfuser.cli import main
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
-from tests.launch import torchrun
+from tests.launch import reports, torchrun
 
 COMPRESSED = ["torus-fp8", "torus-int8"]
 CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 4}  # attention calls per step: blocks x passes
@@ -24,10 +23,10 @@ CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 4}  # attention ca
 def test_variants(family, tmp_path):
     folder = save_tiny_model(family, tmp_path / family)
     output = torchrun("bench_pipeline.py", folder, 16, nproc=4).output
-    found = sorted((json.loads(line) for line in re.findall(r"@@(.*?)@@", output)), key=lambda rank: rank["rank"])
+    found = reports(output)["variants"]
     assert len(found) == 4
-    records = found[0]["records"]
-    assert all(rank["records"] == records for rank in found)
+    records = found["0"]["records"]
+    assert all(rank["records"] == records for rank in found.values())
     usp = ["ulysses=2 ring=2 allgather", "ulysses=2 ring=2 alltoall"]
     assert [record["variant"] for record in records] == ["single", "torus", *usp, *COMPRESSED]
     assert records[1]["layout"] == "torus=2 ulysses=2 ring=1"
@@ -45,8 +44,8 @@ def test_variants(family, tmp_path):
 
     # Two calls of two steps for each variant: the untimed ones in order, then the timed ones.
     per_variant = 2 * CALLS[family]
-    for rank in found:
-        ring = [rank["rank"] % 2, rank["rank"] % 2 + 2]  # xDiT's own layout: Ring across machines
+    for number, rank in found.items():
+        ring = [int(number) % 2, int(number) % 2 + 2]  # xDiT's own layout: Ring across machines
         expected = [[ring, "ALL_GATHER"]] * per_variant + [[ring, "ALL_TO_ALL"]] * per_variant
         assert rank["rings"] == 2 * expected
         assert rank["torus_calls"] == 2 * per_variant

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 
 import pytest
 
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs
-from tests.launch import torchrun
+from tests.launch import records, torchrun
 
 
 def test_legal_configs():
@@ -54,8 +53,7 @@ def test_groups_of_a_config():
 def test_variants_alternate_and_equal_one_process():
     output = torchrun("bench_usp_variants.py", nproc=4).output
     seen = defaultdict(list)
-    for line in re.findall(r"@@(.*?)@@", output):
-        record = json.loads(line)
+    for _, _, record in records(output):
         seen[record["heads"], record["kv_heads"], record["config"]].append(record)
 
     mapped = ["ulysses=2 ring=2 allgather machines-first", "ulysses=2 ring=2 alltoall machines-first"]
@@ -64,10 +62,10 @@ def test_variants_alternate_and_equal_one_process():
     plain = ["ulysses=4 ring=1", *rings, *mapped]
     expected = {(8, 8, name) for name in plain} | {(6, 6, name) for name in [*rings, *mapped]}
     assert set(seen) == expected | {(8, 4, name) for name in plain}
-    for case, records in seen.items():
-        assert len(records) == 8, case  # twice on each of four ranks
+    for case, calls in seen.items():
+        assert len(calls) == 8, case  # twice on each of four ranks
         ring_degree = int(re.search(r"ring=(\d)", case[2])[1])
-        for record in records:
+        for record in calls:
             assert record["error"] < 2e-6, record
             assert record["kernels"] == ring_degree, record  # every local attention call is timed, in all variants
             assert record["kernels_in_order"] and record["repeats"], record

@@ -72,8 +72,8 @@ def test_cuda_devices_in_xdit_mean_the_cpu(tiny_flux):
 @pytest.mark.parametrize(
     ("launcher", "degrees"),
     [
-        ("torchrun", ["--ulysses_degree", "2"]),
         ("xdit", ["--ring_degree", "2"]),
+        pytest.param("torchrun", ["--ulysses_degree", "2"], marks=pytest.mark.slow),
         pytest.param("torchrun", ["--pipefusion_parallel_degree", "2"], marks=pytest.mark.slow),
     ],
 )

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from tests.launch import torchrun
+from tests.launch import records, torchrun
 
 pytest.importorskip("cache_dit", reason="DBCache needs the package cache-dit")
 pytest.importorskip("xfuser.model_executor.cache.adapters.cache_dit", reason="xDiT before 0.7 has no DBCache")
@@ -36,7 +36,7 @@ def test_torus_equals_usp_with_the_same_cache(model_folder, tmp_path):
     (tmp_path / "cases.json").write_text(json.dumps(argv))
     output = torchrun("run_pipelines.py", tmp_path / "cases.json", nproc=4, timeout=200).output
     handled: dict[str, set[int]] = {name: set() for name in flags}
-    for name, _, outcome, explained in re.findall(r"@<([^|]*)\|(\d)\|(.*?)\|(.*?)>@", output, re.DOTALL):
+    for name, _, (outcome, explained) in records(output):
         assert outcome == "ok", f"{name}: {outcome}\n{output[-4000:]}"
         assert "fell back" not in explained, explained
         if found := re.search(r"handled by torus: (\d+)", explained):

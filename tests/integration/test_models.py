@@ -7,13 +7,12 @@ logged or by xDiT's own error. The table of docs/models.md is printed from the r
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
-from tests.launch import reports, torchrun
+from tests.launch import records, reports, torchrun
 from tests.patched import copy_of_xdit
 from tests.ranks.model_table import HEADS, MODELS, SIZES, Model
 from tests.support_table import END, START, table
@@ -47,8 +46,7 @@ def measure(folder: Path, *names: str, **env: str) -> Measured:
     }  # fmt: skip
     output = torchrun("run_transformers.py", folder, json.dumps(flags), *names, nproc=4, timeout=400, env=env).output
     found: Measured = {}
-    for text in re.findall(r"@<(\{.*?\})>@", output):
-        rank = json.loads(text)
+    for _, _, rank in records(output):
         found.setdefault((rank["name"], rank["case"], rank["size"]), []).append(rank)
     return found
 
@@ -110,7 +108,7 @@ def test_masks_of_an_earlier_request_are_not_reused(folder, tmp_path, patched):
     env = {"PYTHONPATH": str(copy_of_xdit(tmp_path, "repairs"))} if patched else {}
     output = torchrun("stale_masks.py", folder, nproc=2, env=env).output
     for name, ranks in reports(output, ["krea2", "ltx2"]).items():
-        assert len(ranks) == 2 and all(max(json.loads(text)) <= EXACT for text in ranks.values()), (name, ranks)
+        assert len(ranks) == 2 and all(max(differences) <= EXACT for differences in ranks.values()), (name, ranks)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.folder)

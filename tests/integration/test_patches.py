@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sf_xfuser.bench.tiny_models import save_tiny_model
-from tests.launch import run, torchrun
+from tests.launch import records, run, torchrun
 from tests.patched import ORDERS, copy_of_xdit
 from tests.ranks.run_pipeline import reference_latents
 
@@ -45,7 +45,7 @@ def run_flux(xdit: Path, model: Path, out: Path, **env: str) -> str:
     env = {"PYTHONPATH": str(xdit), **env}
     output = torchrun("run_pipelines.py", out / "cases.json", nproc=4, env=env, timeout=120).output
     explained = {}
-    for name, outcome, text in re.findall(r"@<(\w+)\|\d\|(.*?)\|(.*?)>@", output, re.DOTALL):
+    for name, _, (outcome, text) in records(output):
         assert outcome == "ok", output[-4000:]
         explained[name] = text
     for name in flags:

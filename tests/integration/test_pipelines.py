@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import torchrun
+from tests.launch import records, torchrun
 from tests.ranks.run_pipeline import reference_latents, reference_picture
 
 EXACT = 1e-4  # dropping or repeating a quarter of the keys changes every model by far more (test_tiny_models.py)
@@ -104,8 +104,8 @@ def cases_of(family: str) -> dict[str, Case]:
         cases["tensor-parallel-usp"] = Case(
             family, 16, ["--sp-backend", "usp", "--sp-topology", "1x4", "--tensor_parallel_degree", "2"]
         )
-    if family in ("flux", "wan"):
-        cases["compiled"] = Case(family, 16, torus("2x2", "--compile", "aot_eager"))
+    if compiler := {"flux": "eager", "wan": "aot_eager"}.get(family):  # aot_eager for Flux: runner-wrapper-compiled
+        cases["compiled"] = Case(family, 16, torus("2x2", "--compile", compiler))
     return cases
 
 
@@ -129,7 +129,7 @@ def finished(request, model_folder, tmp_path_factory):
         }  # fmt: skip
         (folder / "cases.json").write_text(json.dumps(argv))
         output = torchrun("run_pipelines.py", folder / "cases.json", nproc=4, timeout=400).output
-        for name, rank, outcome, explained in re.findall(r"@<([^|]*)\|(\d)\|(.*?)\|(.*?)>@", output, re.DOTALL):
+        for name, rank, (outcome, explained) in records(output):
             cases[name].outcome[int(rank)] = outcome
             cases[name].explained = explained
         for name, case in cases.items():

@@ -21,7 +21,7 @@ import torch
 from sf_xfuser.bench.tiny_models import save_tiny_model
 from sf_xfuser.integrations.xdit import plugin
 from sf_xfuser.integrations.xdit.repairs import REPAIRS
-from tests.launch import run, torchrun
+from tests.launch import records, run, torchrun
 from tests.patched import SERIES, copy_of_xdit
 from tests.ranks.repaired_models import BUILDERS, save, single
 from tests.ranks.run_pipeline import reference_latents
@@ -112,9 +112,8 @@ class Launch:
                    "--out", str(out / f"{name}.pt"), *flags]
             for name, (model, text, *flags) in argv.items()}))  # fmt: skip
         self.output = torchrun("repairs.py", out / "cases.json", timeout=200, **options).output
-        found = re.findall(r"@<([^|]*)\|\d\|([^|]*)\|([^@]*)>@", self.output, re.DOTALL)
         self.outcome, self.explained = {}, {}
-        for name, outcome, explained in found:
+        for name, _, (outcome, explained) in records(self.output):
             if "Connection closed" not in outcome:  # the error of the other ranks after one has raised
                 self.outcome[name], self.explained[name] = outcome, explained
 

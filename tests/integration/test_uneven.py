@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sf_xfuser.bench.tiny_models import save_tiny_model
-from tests.launch import torchrun
+from tests.launch import records, torchrun
 from tests.ranks.run_pipeline import reference_latents
 
 EXACT = 1e-4
@@ -76,7 +76,7 @@ def finished(tmp_path_factory):
         (root / f"{machines}.json").write_text(json.dumps(argv))
         output = torchrun("run_pipelines.py", root / f"{machines}.json", nproc=machines, timeout=230).output
         found = {}
-        for name, rank, outcome, explained in re.findall(r"@<([^|]*)\|(\d)\|(.*?)\|(.*?)>@", output, re.DOTALL):
+        for name, rank, (outcome, explained) in records(output):
             assert outcome == "ok", f"{name} on rank {rank}: {outcome}\n{output[-3000:]}"
             first, *others = torch.load(root / f"{name}.pt")["latents"].values()
             assert all(torch.equal(first, other) for other in others)

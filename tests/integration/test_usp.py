@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tests.launch import torchrun
+from tests.launch import reports, torchrun
 
 HANDLED = ("plain", "longer keys", "shorter keys", "joint front", "joint rear", "repeated kv heads",
           "repeated kv heads combined", "combined", "backend named", "attn_layer", "head balancing", "kwargs of None",
@@ -37,10 +37,7 @@ RING_REFUSES = {"causal", "backend without lse", "mask", "indices_k", "extra Uly
 def calls(*flags: str) -> dict[str, list[tuple[float, str]]]:
     """case -> (difference, text) by rank."""
     output = torchrun("usp_calls.py", *flags, nproc=4).output
-    found: dict[str, list[tuple[float, str]]] = {}
-    for name, _, difference, how in re.findall(r"@@(.*?)\|(\d)\|(.*?)\|(.*?)@@", output, re.DOTALL):
-        found.setdefault(name, []).append((float(difference), how))
-    return found
+    return {case: list(ranks.values()) for case, ranks in reports(output).items()}
 
 
 @pytest.mark.parametrize(

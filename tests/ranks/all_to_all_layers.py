@@ -1,9 +1,9 @@
-"""Rank side of test_all_to_all.py: layers that call the hooked all-to-all, against yunchang's own function.
+"""Rank side of test_yunchang_all_to_all.py: layers that call the hooked all-to-all, against yunchang's own function.
 
     torchrun --nproc-per-node 4 all_to_all_layers.py FLAGS OF XDIT... | groups ULYSSES RING
 
 ``groups``: make them without xFuserArgs, like scripts that use only the layers; SF_XFUSER_ARGS has the other flags.
-Prints ``@@case rank text@@``: whether the result has the same bits, and how many all-to-alls ran on the mesh.
+Reports for each case whether the result has the same bits, and how many all-to-alls ran on the mesh.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import yunchang
 import yunchang.ring.utils
+from cases import report
 from usp_calls import AnyRuntimeState
 from xfuser import envs, xFuserArgs
 from xfuser.config import FlexibleArgumentParser
@@ -143,9 +144,6 @@ def main() -> None:
     else:
         with_xfuser_args()
     hooked = all_to_all.all_to_all_4D
-
-    def report(name, text):
-        print(f"@@{name} {dist.get_rank()} {text}@@", flush=True)
 
     for name, call in cases():
         wanted, own_error = with_yunchangs_own(call)

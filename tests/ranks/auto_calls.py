@@ -1,6 +1,6 @@
 """Rank side of test_selector.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
 
-Prints ``@@case|rank|first|second@@``: for each shape the largest difference from xDiT's own USP and the candidates that
+Reports for each shape the largest difference from xDiT's own USP and the candidates that
 ran, in order; then ``explain()``.
 """
 
@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from cases import report
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.distributed import get_runtime_state, get_sequence_parallel_rank, runtime_state
@@ -110,7 +111,6 @@ def main() -> None:
     engine_config, _ = xFuserArgs.from_cli_args(parser.parse_args([*sys.argv[1:]])).create_config()
     runtime_state._RUNTIME = AnyRuntimeState(engine_config)
     get_runtime_state().patch_mode = False
-    rank = dist.get_rank()
     for name, tokens in (("short", 12), ("long", 256)):
         q, k, v = tensors(tokens)
         text = dict(zip(("joint_query", "joint_key", "joint_value"), tensors(5, seed=99), strict=True))
@@ -121,13 +121,13 @@ def main() -> None:
             before = session.current.selector.calls.copy()
             worst = max(worst, (usp.USP(q, k, v, **with_text) - expected).abs().max().item())
             ran += [one for one, n in session.current.selector.calls.items() if n > before[one]]
-        print(f"@@{name}|{rank}|{worst}|{' then '.join(ran)}@@", flush=True)
+        report(name, [worst, " then ".join(ran)])
     with contextlib.suppress(Exception):  # neither torus nor xDiT's own ring supports it
         usp.USP(*tensors(12), is_causal=True)
     if get_runtime_state().parallel_config.ring_degree == 1:  # xDiT's own ring needs a log-sum-exp
         get_runtime_state().set_attention_backend(AttentionBackendType.SDPA)
         usp.USP(*tensors(12))
-    print(f"@@explain|{rank}|{sf_xfuser.explain()}|@@", flush=True)
+    report("explain", [sf_xfuser.explain(), ""])
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
     assert session.current.selector is None

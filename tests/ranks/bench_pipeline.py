@@ -1,16 +1,16 @@
-"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH. Prints the records.
+"""Rank side of test_bench_pipeline.py. Usage: bench_pipeline.py MODEL_FOLDER TEXT_LENGTH.
 
-``@@{"rank", "records", "rings", "torus_calls"}@@``: ``rings`` lists the ring calls of xDiT's own USP in their order,
+Reports ``records``, ``rings`` and ``torus_calls``: ``rings`` lists the ring calls of xDiT's own USP in their order,
 ``[ranks of the ring, rotation]``; ``torus_calls`` counts the calls of Torus Attention.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 
 import torch.distributed as dist
+from cases import report
 
 import sf_xfuser
 from sf_xfuser.bench.pipeline import PipelineOptions, measure
@@ -35,8 +35,7 @@ def main() -> None:
     )
     records = measure(options)
     torus_calls = int(re.search(r"by torus: (\d+)", sf_xfuser.explain())[1])
-    found = {"rank": dist.get_rank(), "records": records, "rings": rings, "torus_calls": torus_calls}
-    print(f"@@{json.dumps(found)}@@", flush=True)
+    report("variants", {"records": records, "rings": rings, "torus_calls": torus_calls})
     try:
         measure(PipelineOptions(model=model, topology="2x2"))
     except RuntimeError as error:

@@ -1,13 +1,13 @@
-"""Rank side of test_bench_usp_variants.py: four ranks as two machines of two. Prints one JSON line per call."""
+"""Rank side of test_bench_usp_variants.py: four ranks as two machines of two. Reports each call."""
 
 from __future__ import annotations
 
-import json
 import time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import report
 
 from sf_xfuser.bench.usp_variants import attention_timer, available, call_usp, make_groups
 from sf_xfuser.layout.usp_layouts import legal_configs
@@ -48,7 +48,6 @@ def main() -> None:
             assert state() == before, "xDiT differs after the call"
             assert out.dtype == q.dtype and out.shape == expected.shape
             record = {
-                "rank": rank,
                 "heads": heads,
                 "kv_heads": kv_heads,
                 "config": str(config),
@@ -57,7 +56,7 @@ def main() -> None:
                 "kernels_in_order": all(started <= a <= b <= ended for a, b in kernels),
                 "repeats": torch.equal(first.setdefault(config, out), out),
             }
-            print(f"@@{json.dumps(record)}@@", flush=True)
+            report("call", record)
     dist.barrier()
     dist.destroy_process_group()
 

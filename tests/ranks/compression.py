@@ -1,6 +1,6 @@
 """Rank side of test_compression.py: attention with compressed chunks between machines, against float64.
 
-Prints ``@@case rank relative error|error of the chunks|compressed / uncompressed bytes between machines@@``.
+Reports the relative error, the error of the chunks, and compressed / uncompressed bytes between machines.
 Usage: compression.py {name: [topology, plan, transport, format, dtype, heads, KV heads, joint], ...}
 """
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from attention_accuracy import attention64, spread
+from cases import report
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.torus.attention import torus_attention
@@ -37,7 +38,7 @@ def counted(mesh):
 
 def main() -> None:
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     for name, case in json.loads(sys.argv[1]).items():
         topology, plan, transport, format, dtype, H, H_kv, joint = case
         args = TorusArgs(backend="torus", plan=plan, topology=topology, transport=transport, timeout=60)
@@ -68,7 +69,7 @@ def main() -> None:
         exact = attention64(local_q, k, v)
         error = ((out.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
         chunks = next(line for line in mesh.lines() if line.startswith("--sp-compress"))
-        print(f"@@{name} {rank} {error:.5f}|{chunks}|{share:.4f}@@", flush=True)
+        report(name, {"error": error, "chunks": chunks, "share": share})
         mesh.close()
         plain.close()
     dist.barrier()

@@ -9,7 +9,7 @@ import sys
 import time
 
 import torch.distributed as dist
-from cases import run_cases
+from cases import report, run_cases
 
 from sf_xfuser.transport.control_plane import ControlPlane, GroupError
 from sf_xfuser.transport.rendezvous import StoreGroup
@@ -92,7 +92,7 @@ def case_forked_child(rank):
         time.sleep(6.0)
         os._exit(0)
     if rank == 1:
-        print("@@forked_child 1 ended@@", flush=True)
+        report("forked_child", "ended")
         os._exit(0)
     started = time.monotonic()
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import run_pipeline
 import torch
 import torch.distributed as dist
+from cases import report
 from diffusers import QwenImageTransformer2DModel
 from repaired_models import BUILDERS, OPTIONS, inputs
 from run_pipelines import destroy_model_parallel
@@ -60,12 +61,12 @@ def main() -> None:
         try:
             arguments = run_pipeline.parse_arguments()
             (run_rank if arguments.family in BUILDERS else run_pipeline.run_rank)(arguments)
-            text = f"ok|{sf_xfuser.explain()}"
+            text, explained = "ok", sf_xfuser.explain()
         except Exception as error:
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}|"
-        print(f"@<{name}|{dist.get_rank()}|{text}>@", flush=True)
-        if "--pipefusion_parallel_degree" in argv and not text.startswith("ok"):
+            text, explained = f"{type(error).__name__}: {error}", ""
+        report(name, [text, explained])
+        if "--pipefusion_parallel_degree" in argv and text != "ok":
             raise SystemExit(1)  # the other pipeline stages would hang
         destroy_model_parallel()
         dist.barrier()

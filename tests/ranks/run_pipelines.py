@@ -16,6 +16,7 @@ from pathlib import Path
 import run_pipeline  # the directory of a script is on its path
 import torch
 import torch.distributed as dist
+from cases import report
 
 import sf_xfuser
 
@@ -31,7 +32,7 @@ def main() -> None:
         except (ValueError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        print(f"@<{name}|{os.environ['RANK']}|{text}|{explained}>@", flush=True)
+        report(name, [text, explained])
         if dist.is_initialized():  # a case may be refused before that
             destroy_model_parallel()
             dist.barrier()

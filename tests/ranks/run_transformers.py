@@ -2,8 +2,8 @@
 
 FOLDER holds the saved models of ``model_table.py``; CASES is JSON, {case: flags}; MODEL selects some of them. For each
 model and size three results are compared: diffusers in one process, xDiT's wrapper with torus, and the same wrapper
-with xDiT's own USP in the same groups. If the row names a repair, also xDiT without it. Every rank prints ``@<{...}>@``
-for each: ``Measured`` as JSON.
+with xDiT's own USP in the same groups. If the row names a repair, also xDiT without it. Every rank reports a
+``Measured`` for each.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xfuser
+from cases import report
 from model_table import MODELS, SIZES, Input, Model  # the directory of a script is on its path
 from run_pipelines import destroy_model_parallel
 from xfuser import xFuserArgs
@@ -162,7 +163,7 @@ def main() -> None:
                 except Exception as error:  # xDiT's own, of any kind
                     found.error = f"{type(error).__name__}: {error}"
                     traceback.print_exc()
-                print(f"@<{json.dumps(asdict(found))}>@", flush=True)
+                report("model", asdict(found))
                 dist.barrier()
         destroy_model_parallel()
     dist.destroy_process_group()

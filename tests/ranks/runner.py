@@ -2,7 +2,7 @@
 
 FOLDER has the model as ``black-forest-labs/FLUX.1-dev``, its name in the runner's registry, and gets the results. CASES
 is JSON: names to argument lists of ``xfuser.runner``. Each case makes two requests in float32, and rank 0 writes the
-latents of both as NAME.pt. Every rank prints ``@@name rank text@@``: ``explain()`` and the requests of the mesh, or the
+latents of both as NAME.pt. Every rank reports the text of ``explain()`` and the requests of the mesh, or the
 error.
 """
 
@@ -15,7 +15,8 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from run_pipelines import destroy_model_parallel  # the directory of a script is on its path
+from cases import report  # the directory of a script is on its path
+from run_pipelines import destroy_model_parallel
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.runner import xFuserModelRunner
@@ -56,7 +57,7 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"
-        print(f"@@{name} {os.environ['RANK']} {text}@@", flush=True)
+        report(name, text)
         destroy_model_parallel()
         dist.barrier()
     dist.destroy_process_group()

@@ -1,18 +1,17 @@
 """Two requests with different masks of padded text at the same address. Usage: stale_masks.py FOLDER
 
-FOLDER has the models of ``model_table.py``. Prints ``@@model rank JSON@@`` with the largest difference from one process
-of each request.
+FOLDER has the models of ``model_table.py``. Reports the largest difference of each request from one process.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import report
 from model_table import MODELS, SIZES, krea2_call, ltx2_call
 from run_transformers import difference, flat, xdit_model
 from xfuser import xFuserArgs
@@ -43,7 +42,7 @@ def main() -> None:
             torch.manual_seed(padded)
             call = {key: at_the_same_address(key, x) for key, x in call_of(SIZES["even"], padded=padded).items()}
             differences.append(difference(flat(model(**call)), flat(single(**call))))
-        print(f"@@{name} {dist.get_rank()} {json.dumps(differences)}@@", flush=True)
+        report(name, differences)
     dist.destroy_process_group()
 
 

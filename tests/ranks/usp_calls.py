@@ -1,6 +1,6 @@
 """Rank side of test_usp.py: xDiT's USP by name, hooked, against xDiT's own function in the same groups.
 
-Prints ``@@case|rank|max abs difference|handled or the reason of the fallback@@`` for every case.
+Reports for every case the largest absolute difference, and "handled" or the reason of the fallback.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from cases import report
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.cache_manager.cache_manager import get_cache_manager
@@ -138,16 +139,16 @@ def main() -> None:
         try:
             out = usp.USP(q, k, v, **copied(kwargs))
         except RuntimeError as error:
-            print(f"@@{name}|{dist.get_rank()}|nan|{type(error).__name__}: {error}@@", flush=True)
+            report(name, [float("nan"), f"{type(error).__name__}: {error}"])
             continue
         assert out.shape == expected.shape and out.dtype == expected.dtype
         difference = (out - expected).abs().max().item()
         reasons = [line for line in sf_xfuser.explain().splitlines() if not line.startswith("repaired in xDiT")]
         how = "handled" if handled_calls() > before else reasons[-1]
-        print(f"@@{name}|{dist.get_rank()}|{difference}|{how}@@", flush=True)
+        report(name, [difference, how])
     if "--sp-check" in sys.argv:
         line = next(line for line in sf_xfuser.explain().splitlines() if line.startswith("--sp-check"))
-        print(f"@@checks|{dist.get_rank()}|0|{line}@@", flush=True)
+        report("checks", [0.0, line])
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
 

@@ -1,9 +1,8 @@
-"""Availability of the GPU transports, without a GPU: when NVSHMEM and symmetric memory are unsupported and why, which
-PE each rank is, and the errors on ranks without GPUs. ``test_device.py`` tests the protocol."""
+"""Availability of the GPU transports, without a GPU: when NVSHMEM and symmetric memory are unsupported and why, and
+the ids of PEs. ``test_device.py`` tests the protocol, ``distributed/test_nvshmem.py`` the ranks."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
@@ -14,7 +13,6 @@ import torch
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.torus.links import Group, MemoryDomain, RankInfo, candidates, needs_process_groups, shared_links
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
-from tests.launch import reports, torchrun
 
 
 def assert_reason(found, expected):
@@ -207,45 +205,3 @@ def test_auto_tries_every_gpu_transport():
     ]
     assert names("two_sided", everywhere) == ["two_sided"] and names("nvshmem", everywhere, {}) == ["nvshmem"]
     assert names("symm_mem", everywhere) == ["symm_mem"] and names("symm_mem", ["inside"]) == [mixed]
-
-
-def nvshmem_problem() -> str | None:
-    if importlib.util.find_spec("nvshmem") is None:
-        return "nvshmem4py is not installed"
-    try:
-        import nvshmem.core as core
-
-        core.get_version()
-    except Exception as error:
-        return f"nvshmem4py cannot be used: {str(error).splitlines()[0]}"
-    return None
-
-
-PROBLEM = nvshmem_problem()
-CASES = {
-    "nvshmem_unsupported": (r"TransportUnavailable: nvshmem cannot be used: every rank: ",) * 3,
-    "symm_mem_unsupported": (r"ValueError: --sp-transport symm_mem needs .*two_sided or nvshmem, which work",) * 3,
-    "pe_of_each_rank": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
-}
-
-
-@pytest.fixture(scope="module")
-def outputs():
-    """case -> rank -> its output, from one launch."""
-    names = [case for case in CASES if PROBLEM is None or case != "pe_of_each_rank"]
-    return reports(torchrun("nvshmem_ranks.py", *names, nproc=3).output, names)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for ranks without a GPU")
-@pytest.mark.parametrize("case", ["nvshmem_unsupported", "symm_mem_unsupported"])
-def test_ranks_without_gpus_raise_the_same_error(case, outputs):
-    assert len(set(outputs[case].values())) == 1
-    for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, outputs[case][str(rank)]), outputs[case]
-
-
-@pytest.mark.skipif(PROBLEM is not None, reason=PROBLEM or "")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would leave NVSHMEM partly started")
-def test_a_position_is_a_pe(outputs):
-    """Real ranks exchange a unique id and run NVSHMEM's bootstrap, the last step that needs no driver."""
-    assert tuple(outputs["pe_of_each_rank"][str(rank)] for rank in range(3)) == CASES["pe_of_each_rank"]

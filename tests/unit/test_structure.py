@@ -7,62 +7,50 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # From the bottom up: a room imports from itself and from the rooms before it.
 ROOMS = [
     "files", "config", "kernels", "layout", "simulator", "transport", "torus", "autotune", "integrations", "bench",
     "doctor", "cli",
 ]  # fmt: skip
+# Every file with its path inside the package. __init__ and _autoload import lazily and are in no room.
+FILES = {path.relative_to(ROOT / "sf_xfuser"): path for path in (ROOT / "sf_xfuser").rglob("*.py")}
+FILES |= {path.relative_to(ROOT): path for path in (ROOT / "kernels").rglob("*.py")}
+SOURCES = [(name.parts[0].removesuffix(".py"), path) for name, path in FILES.items()]
+SOURCES = [(room, path) for room, path in SOURCES if room not in ("__init__", "_autoload")]
 
 
-def room_of(module: str) -> str:
-    return [*module.split("."), ""][1]
-
-
-def imported(path: Path) -> set[str]:
-    """Every module of this package that a file imports, also inside functions."""
-    found = set()
+def imports(path: Path) -> list[str]:
+    """Everything that a file imports, also inside functions."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sf_xfuser":
-            found |= {node.module} if "." in node.module else {f"sf_xfuser.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("sf_xfuser.")}
+            found += [alias.name for alias in node.names]
     return found
 
 
-def sources() -> list[tuple[str, Path]]:
-    """(room, file) of every module below a room; the package's own lazy entry points stand outside."""
-    package = ROOT / "sf_xfuser"
-    found = [(path.relative_to(package).parts[0].removesuffix(".py"), path) for path in package.rglob("*.py")]
-    found += [("kernels", path) for path in (ROOT / "kernels").rglob("*.py")]
-    return [(room, path) for room, path in found if room not in ("__init__", "_autoload")]
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_the_rooms_below_it(room):
+    """xDiT, diffusers and yunchang are known from integrations upwards."""
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], "__version__"}
+    for path in (path for of, path in SOURCES if of == room):
+        for package, _, module in (name.partition(".") for name in imports(path)):
+            assert package != "sf_xfuser" or module.split(".")[0] in allowed, f"{path} imports {module}"
+            assert package not in ("xfuser", "diffusers", "yunchang") or "integrations" in allowed, path
 
 
-def test_imports_between_rooms_point_downwards():
-    assert {room for room, _ in sources()} == set(ROOMS)
-    for room, path in sources():
-        for module in imported(path):
-            other = room_of(module)
-            assert other == "__version__" or ROOMS.index(other) <= ROOMS.index(room), f"{path} imports {module}"
-
-
-def test_only_integrations_and_above_know_other_packages():
-    for room, path in sources():
-        if ROOMS.index(room) < ROOMS.index("integrations"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [node.module] if isinstance(node, ast.ImportFrom) else []
-                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                assert not {"xfuser", "diffusers", "yunchang"} & {str(name).split(".")[0] for name in names}, path
-
-
-def test_only_config_reads_the_environment():
-    for room, path in sources():
-        assert room == "config" or "os.environ" not in path.read_text(), path
+def test_every_file_is_in_a_room_and_only_config_reads_the_environment():
+    assert {room for room, _ in SOURCES} == set(ROOMS)
+    assert {room for room, path in SOURCES if "os.environ" in path.read_text()} == {"config"}
 
 
 def test_importing_the_plugin_loads_no_attention():
     """Every program that imports xfuser loads the plugin; without the flag it must load little more."""
     program = "import sys, sf_xfuser.integrations.xdit.plugin; print(*(m for m in sys.modules if 'sf_xfuser.' in m))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "sf_xfuser.integrations.xdit.plugin" in done.stdout
-    assert not {"kernels", "simulator", "transport", "torus", "autotune"} & set(map(room_of, done.stdout.split()))
+    rooms = {module.split(".")[1] for module in done.stdout.split()}
+    assert "integrations" in rooms and not {"kernels", "simulator", "transport", "torus", "autotune"} & rooms

@@ -8,7 +8,9 @@ calls the plugin has handled is said at the end.
 import atexit
 import functools
 import os
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,7 +52,7 @@ def told(module, answer):
 def report():
     counted = (session.current.usp, session.current.all_to_all, long_context._layers)
     handled = sum(each.handled for each in counted if each is not None)
-    os.write(1, f"@@handled {handled}@@\n".encode())  # sys.stdout may be closed
+    runpy.run_path(str(Path(__file__).parents[1] / "cases.py"))["report"]("handled", handled)
 
 
 BECAUSE = {"why": "upstream's tests on CPU ranks", "remove_when": "upstream's tests name no accelerator"}

@@ -8,7 +8,7 @@ import pytest
 
 from sf_xfuser import TorusArgs
 from sf_xfuser.transport.cpu import shm
-from tests.launch import reports, torchrun
+from tests.launch import check, reports, torchrun
 
 EACH = 4
 SHM_REASON = shm.unavailable()
@@ -37,8 +37,7 @@ def printed() -> dict[str, dict[str, str]]:
 @pytest.mark.skipif(SHM_REASON is not None, reason=SHM_REASON or "")
 @pytest.mark.parametrize("case", CASES)
 def test_over_a_mesh(case, printed):
-    for rank, expected in enumerate(CASES[case]):
-        assert re.match(expected, printed[case][str(rank)], re.DOTALL), printed[case]
+    check(case, printed, CASES[case])
 
 
 # -- the layers that call it, through xDiT ---------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Rank side of test_diffusers.py: diffusers models in one process and then parallelized over 2 x 2 ranks.
 
-torchrun --nproc-per-node 4 context_parallel.py FOLDER CASE...     # FOLDER has the tiny models flux and wan
+torchrun --nproc-per-node 4 parallelize.py FOLDER CASE...     # FOLDER has the tiny models flux and wan
 """
 
 from __future__ import annotations

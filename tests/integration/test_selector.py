@@ -15,7 +15,7 @@ from sf_xfuser.autotune.selector import flat_ulysses, second_layout, torus_first
 from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.layout.plan import UNEVEN, Layout, make_plan
 from sf_xfuser.layout.usp_layouts import XditConfig
-from tests.launch import torchrun
+from tests.launch import reports, torchrun
 
 # -- the trial of one call shape --------------------------------------------------------------------------------------
 
@@ -148,9 +148,7 @@ OF_2X2 = (*FLAGS, "--sp-topology", "2x2", "--ulysses_degree", "2", "--ring_degre
 def calls(*flags: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
     """(two texts by rank for each case, all output)."""
     output = torchrun("auto_calls.py", *flags, nproc=4).output
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, _, first, second in re.findall(r"@@(\w+)\|(\d)\|(.*?)\|(.*?)@@", output, re.DOTALL):
-        found.setdefault(name, []).append((first, second))
+    found = {case: list(ranks.values()) for case, ranks in reports(output).items()}
     assert all(len(ranks) == 4 for ranks in found.values())
     return found, output
 
@@ -159,7 +157,7 @@ def selected_of(found: dict[str, list[tuple[str, str]]], candidates: set[str]) -
     """The selected candidates. Asserts correct results, and the same candidates in the same order on all ranks."""
     last = set()
     for name in ("short", "long"):
-        assert all(float(difference) <= 2e-6 for difference, _ in found[name])
+        assert all(difference <= 2e-6 for difference, _ in found[name])
         assert len({ran for _, ran in found[name]}) == 1
         ran = found[name][0][1].split(" then ")
         assert len(ran) == 32 and set(ran) == candidates
@@ -207,7 +205,7 @@ def test_flat_ulysses_can_be_selected():
 def test_each_sequence_parallel_group_selects_separately():
     found, _ = calls(*FLAGS, "--sp-topology", "4x1", "--ulysses_degree", "2", "--data_parallel_degree", "2")
     for name in ("short", "long"):
-        assert all(float(difference) <= 2e-6 for difference, _ in found[name])
+        assert all(difference <= 2e-6 for difference, _ in found[name])
         ran = Counter(ran for _, ran in found[name])
         assert all(ranks % 2 == 0 for ranks in ran.values())  # the ranks of a group make the same calls
         assert all(len(set(text.split(" then ")[30:])) == 1 for text in ran)

@@ -1,6 +1,6 @@
-"""Rank side of test_long_context.py: LongContextAttention on 2 machines x 2 ranks.
+"""Rank side of test_yunchang_attention.py: LongContextAttention on 2 machines x 2 ranks.
 
-    torchrun --nproc-per-node 4 long_context.py [--without-yunchang] CASE...
+    torchrun --nproc-per-node 4 yunchang_attention.py [--without-yunchang] CASE...
 
 ``--without-yunchang``: only PyTorch, NumPy and their dependencies can be imported.
 """
