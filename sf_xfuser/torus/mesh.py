@@ -137,9 +137,9 @@ class Mesh:
         """The context of one call. Collective: after a failed call, the ranks reconnect first. ``check`` returns the
         arguments of the call. It raises if those of this rank are wrong, even if another rank has failed.
 
-        An exception on this rank, other than by ``refuse`` or ``TransportUnavailable``, fails the call on all ranks: they would
-        otherwise wait, and mistake this rank's next call for this one. The other ranks raise TransportError or
-        RuntimeError with the rank that failed first."""
+        An exception on this rank, other than by ``refuse`` or ``TransportUnavailable``, fails the call on all ranks:
+        they would otherwise wait, and mistake this rank's next call for this one. The other ranks raise TransportError
+        or RuntimeError with the rank that failed first."""
         return self.guard.call(check)
 
     def refuse(self, text: str) -> NoReturn:
@@ -199,8 +199,8 @@ class Mesh:
     # -- transports ----------------------------------------------------------------------------------------------------
 
     def use_transport(self, name: str) -> None:
-        """Connect the links of ``transports[name]``. Collective between calls. TransportUnavailable if it cannot be set up; then
-        another transport must be used."""
+        """Connect the links of ``transports[name]``. Collective between calls. Raises TransportUnavailable if that is
+        impossible; then another transport must be used."""
         if name != self.transport:
             self.guard.dirty = True
             self.close_links(failed=False)

@@ -1,4 +1,4 @@
-"""Errors of xDiT 0.7: wrong as installed, exact with the hooks of ``sf_xfuser.integrations.xdit.repairs``, exact with the patches.
+"""Errors of xDiT 0.7: wrong as installed, exact with the hooks of ``xdit.repairs``, exact with the patches.
 
 Two launches of four ranks, one of the installed xDiT and one of a copy with both series of ``patches/0.7.0``, run every
 case without ``--sp-backend`` and with torus. The reference is one process of diffusers. For asynchronous PipeFusion,

@@ -1,4 +1,4 @@
-"""Rank side of test_yunchang_all_to_all.py: four ranks of one host, against yunchang's own all-to-all in the same groups."""
+"""Rank side of test_yunchang_all_to_all.py: four ranks against yunchang's own all-to-all in the same groups."""
 
 from __future__ import annotations
 

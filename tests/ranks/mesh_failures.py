@@ -1,5 +1,5 @@
-"""Rank side of test_mesh_failures.py: four ranks, of which one fails or differs, over each transport. Each case reports what
-the rank saw.
+"""Rank side of test_mesh_failures.py: four ranks, of which one fails or differs, over each transport. Each case
+reports what the rank saw.
 
 Every result is compared with float64 attention over the tokens of all ranks: "correct", or the error."""
 

@@ -477,7 +477,8 @@ MODELS = (
         limits={
             "odd": HEIGHT,
             **dict.fromkeys(
-                ("even", "text 13"), Limit(kind="fails", why="xDiT's processor omits joint_strategy", reason="joint_strategy")
+                ("even", "text 13"),
+                Limit(kind="fails", why="xDiT's processor omits joint_strategy", reason="joint_strategy"),
             ),
         },
     ),
