@@ -60,4 +60,4 @@ def test_a_lost_peer_is_named_and_poisons_the_result(transport):
     output = torchrun("one_sided_gpu.py", transport, "a_lost_peer", nproc=2, timeout=300, env=ENVIRONMENT).output
     outcomes = reports(output, ["a_lost_peer"])["a_lost_peer"]
     assert outcomes["0"] == "silent"
-    assert re.match(r"TransportError: rank 1 on .*: nothing came from rank 0 in round 4: waited 3", outcomes["1"])
+    assert re.match(r"TransportError: rank 1 on .*: no data from rank 0 in round 4: waited 3", outcomes["1"])

@@ -44,7 +44,7 @@ GOOD = nvshmem.Facts(
         ({"bindings": {}}, "nvshmem4py is not installed: pip install 'nvshmem4py-cu13>=0.3.1'"),
         ({"bindings": {}, "cuda": "12.8"}, "pip install 'nvshmem4py-cu12>=0.3.1'"),
         ({"bindings": {"cu12": "0.4.1"}}, "installed for cu12, but PyTorch is built for CUDA 13.0: pip install"),
-        ({"bindings": {"cu12": "0.4.1", "cu13": "0.4.1"}}, "installed for cu12 and cu13: keep the one for cu13 only"),
+        ({"bindings": {"cu12": "0.4.1", "cu13": "0.4.1"}}, "installed for cu12 and cu13: keep only the one for cu13"),
         ({"bindings": {"cu13": "0.2.2"}}, "nvshmem4py 0.2.2 is too old"),
         ({"problem": "DynamicLibNotFoundError: no libnvshmem_host"}, "cannot be used: DynamicLibNotFoundError"),
         ({"library": "3.2.5"}, "libnvshmem 3.2.5 may crash .*update nvidia-nvshmem-cu13"),
