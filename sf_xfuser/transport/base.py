@@ -17,7 +17,7 @@ class TransportError(RuntimeError):
 
 
 class CallMismatch(TransportError):
-    """A peer has sent data of another call than this rank's."""
+    """A peer has sent data of a call that differs from this rank's."""
 
 
 class TransportUnavailable(TransportError):
@@ -156,7 +156,7 @@ class OneSided(Transport):
     has received the peer's last chunk of an attention call; ``Mesh.begin`` synchronizes ranks if that is too early."""
 
     last_call: object = None
-    """Last argument of ``Mesh.begin``."""
+    """The last argument of ``Mesh.begin``, which compares it with the next one."""
 
     @property
     @abstractmethod

@@ -11,8 +11,8 @@ reports the failure. The hub then decides on one *outcome* and sends it to all r
 3. else, after a query for the status of all ranks, a rank that does not answer, is in another
    call, is in no call, or still computes.
 
-Before the next call all ranks reconnect: they open new connections and send ``join``. A rank that waits for the others
-is a live connection, so a stale ``join`` cannot complete.
+Before the next call all ranks reconnect: they open new connections and send ``join``. A ``join`` that waits for others
+ends with its connection, so a stale one cannot complete.
 
 ============  =============  ===========================================================================================
 message       from -> to     fields and meaning

@@ -69,7 +69,7 @@ class StoreGroup:
         return cls(f"world{next(_world_groups)}", range(dist.get_world_size()), timeout_s)
 
     def subgroup(self, index: int, ranks: Sequence[int]) -> StoreGroup:
-        """The ``index``-th of disjoint groups of these ranks. Local."""
+        """Create the ``index``-th of several disjoint groups. Local."""
         return StoreGroup(f"{self._scope}/group{index}", ranks, self.timeout_s)
 
     @property

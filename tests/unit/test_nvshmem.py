@@ -74,11 +74,11 @@ NVLS_OFF = {"environment": {"NVSHMEM_DISABLE_NVLS": "1"}}
         (group({}, {}), [None, None]),
         (group({}, {"host": "b"}), [None, None]),
         (group({}, {"gpus": 0}), [None, "no NVIDIA GPU"]),
-        (group({}, {"library": "3.6.5"}), ["has libnvshmem 3.4.5, other ranks have another", "has libnvshmem 3.6.5"]),
+        (group({}, {"library": "3.6.5"}), ["has libnvshmem 3.4.5, but other ranks", "has libnvshmem 3.6.5"]),
         (group({}, {"world": [4, 5], "status": 2}), ["in an NVSHMEM world of ranks None, .*4, 5", None]),
         (
             group(*[{"world": [4, 6], "status": 2}] * 2),
-            [r"world of ranks \[4, 6\], this group needs one of \[4, 5\]"] * 2,
+            [r"world of ranks \[4, 6\], but this group needs one of ranks \[4, 5\]"] * 2,
         ),
         (group({"environment": {"NVSHMEM_REMOTE_TRANSPORT": "None"}}, {"host": "b"}), ["on 2 hosts", None]),
         ([replace(GOOD, **NVLS_OFF)] * 2, [None, None]),

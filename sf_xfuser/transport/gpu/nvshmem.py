@@ -148,9 +148,9 @@ def group_unsupported_reasons(ranks: Sequence[Facts], members: Sequence[int], jo
 
     def reason(facts: Facts) -> str | None:
         if len(libraries) > 1:
-            return f"has libnvshmem {facts.library}, other ranks have another version"
+            return f"has libnvshmem {facts.library}, but other ranks have a different version"
         if started and list(facts.world or ()) != list(members):
-            return f"is in an NVSHMEM world of ranks {facts.world}, this group needs one of {list(members)}"
+            return f"is in an NVSHMEM world of ranks {facts.world}, but this group needs one of ranks {list(members)}"
         if len(hosts) > 1 and facts.environment.get("NVSHMEM_REMOTE_TRANSPORT", "").lower() == "none":
             return f"NVSHMEM_REMOTE_TRANSPORT=none, but the ranks are on {len(hosts)} hosts"
         if on_gpu[facts.host, facts.gpu] == 1:
@@ -315,7 +315,7 @@ def _start_world(control: ControlPlane, members: Sequence[int], position: int) -
     facts = asdict(probe())
     if facts["gpus"]:
         device = torch.cuda.current_device()
-        torch.zeros(1, device=device)  # without a current CUDA context NVSHMEM starts only partly
+        torch.zeros(1, device=device)  # without a current CUDA context NVSHMEM starts only partially
         facts["gpu"] = gpu_name(device)
     ranks = [Facts(**values) for values in control.gather("nvshmem", facts)]
     raise_if_unavailable("nvshmem", members, group_unsupported_reasons(ranks, members, dist.get_world_size()))
