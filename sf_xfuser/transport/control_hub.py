@@ -22,7 +22,7 @@ from sf_xfuser.transport.sockets import TOKEN_BYTES, Acceptor, FrameReader, clos
 
 HANDSHAKE = struct.Struct(f"!{TOKEN_BYTES}sI")  # token, position
 SEND_TIMEOUT_S = 2.0  # a peer that accepts no data for this long is lost
-_QUERY_S = 0.8  # time for all ranks to report their status
+_QUERY_S = 0.8  # time limit for all ranks to report their status
 _CAUSE_S = 0.3  # time after all statuses in which a rank can still report that it is the cause
 _DELAY_S = 0.02  # largest difference between the message delays of two hosts
 _SAME_CALLS = "All ranks of a group must make the same calls in the same order, from one thread"
@@ -55,7 +55,7 @@ class _Gather:
 
 @dataclass
 class _Epoch:
-    """State of the group from one join of all ranks to the next. Keys are positions, those of ``gathers`` numbers."""
+    """State of the group from one join of all ranks to the next. Keys are positions; ``gathers`` has numbers."""
 
     connections: dict[int, socket.socket] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)  # reasons

@@ -41,7 +41,7 @@ class Acceptor:
         return self._selector.fileno()
 
     def poll(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
-        """Return the connections with a complete handshake, and that. Waits up to ``timeout_s`` for the first event."""
+        """Return (connection, handshake) for each complete handshake. Waits up to ``timeout_s`` for the first event."""
         accepted = []
         for key, _ in self._selector.select(timeout_s):
             connection = key.fileobj

@@ -28,7 +28,7 @@ class TwoSided(Transport):
     posted, and all posted transfers share the network.
 
     **The call's identity.** gloo matches messages by tag, and the tag is the identity: data of another call is never
-    received, and the wait times out (gloo aborts a process that receives a size that it did not post). NCCL has no tags
+    received, and the wait times out (gloo aborts a process that receives another size than posted). NCCL has no tags
     and matches by order alone, so a label goes with the first chunk to each peer in a call, in the same batch of sends
     and receives. The receiver compares it on the stream, turns its result into NaN if it differs (``poison``), and
     raises at its next call. Under NCCL chunks of different sizes do not match at all, and its watchdog ends the job.

@@ -21,7 +21,7 @@ directions, in a ring ``s`` receives every member's chunk, and in an all-to-all 
 their flag like others. ``r`` put that chunk after it had finished epoch e-2, the last epoch that read half ``e mod 2``.
 So no rank waits before it writes, and there is no barrier.
 
-One half is enough under two conditions. First, ``r`` sends a chunk to ``s`` after it has read ``s``'s chunks but O.
+One half is enough on two conditions. First, ``r`` sends ``s`` a chunk after it has read all chunks of ``s`` except O.
 This holds inside the machines of a group without a ring, where O is last. Second, consecutive calls use the same
 offsets, and O has a region of its own. Before a call with other offsets, ranks synchronize (``Mesh.begin``).
 ``tests/unit/test_protocol.py`` checks one and two halves for small groups in every interleaving.

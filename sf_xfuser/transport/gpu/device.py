@@ -52,7 +52,7 @@ from sf_xfuser.transport.gpu.memory import DeviceMemory, closed_windows, complet
 from sf_xfuser.transport.gpu.watchdog import FlagSnapshot, PendingWait, Watchdog
 
 _PUT_STREAMS = 2  # to pack while copying; more streams would share hardware queues
-_NOTIFY_LIMIT_S = 5.0  # time in which the peers are notified of a failure
+_NOTIFY_LIMIT_S = 5.0  # time limit for notifying the peers of a failure
 _NAN = 0x7FC00000  # as float32
 _MIN_QUEUES = 16
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 from sf_xfuser.transport.base import TransportError
 
-_POLL_S = 0.01  # interval of checks of the oldest wait
-_FLAGS_POLL_S = 1.0  # interval of reads of the flags while a wait is pending
-_RELEASE_LIMIT_S = 30.0  # time in which released streams must continue
+_POLL_S = 0.01  # interval between checks of the oldest wait
+_FLAGS_POLL_S = 1.0  # interval between reads of the flags while a wait is pending
+_RELEASE_LIMIT_S = 30.0  # time limit for released streams to continue
 
 
 @dataclass(eq=False)
