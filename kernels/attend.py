@@ -33,8 +33,8 @@ def sdpa_attend(
 def fix_fully_masked_lse(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """The ``lse`` [B,H,Sq] of ``attend(q, k, v)``, with -inf for fully masked rows (all scores -inf).
 
-    Attention libraries return values for such a row that a merge would treat as a weight: PyTorch's CPU kernel 0, flash
-    attention on GPUs +inf (also for a NaN score, which becomes NaN here), softmax NaN.
+    For such a row, attention libraries return values that a merge would treat as a weight: 0 from PyTorch's CPU kernel,
+    +inf from flash attention on GPUs (also for a NaN score, which becomes NaN here), and NaN from softmax.
     """
     if lse.device.type != "cpu":  # inspecting rows would synchronize. Output 0 - inf is -inf, NaN - inf is NaN
         return torch.where(lse == float("inf"), out[..., 0] - float("inf"), lse)

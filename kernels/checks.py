@@ -24,7 +24,7 @@ def describe(x: torch.Tensor) -> str:
 
 
 def named(**lists: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``named(q=[a, b])`` is ``{"q[0]": a, "q[1]": b}``."""
+    """Name the tensors of lists: ``named(q=[a, b])`` is ``{"q[0]": a, "q[1]": b}``."""
     return {f"{name}[{i}]": x for name, tensors in lists.items() for i, x in enumerate(tensors)}
 
 
@@ -41,7 +41,7 @@ def require_same_device(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def require_contiguous_rows(tensors: Mapping[str, torch.Tensor]) -> None:
-    """The last dimension has stride 1."""
+    """Require stride 1 in the last dimension."""
     for name, x in tensors.items():
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(
@@ -55,7 +55,7 @@ def is_same_view(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def require_no_overlap(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.Tensor]) -> None:
-    """No written tensor shares memory with any other."""
+    """Require that no written tensor shares memory with any other."""
     tensors = {**written, **read}
     spans = {name: _span(x) for name, x in tensors.items()}
     for position, name in enumerate(written):
@@ -92,7 +92,7 @@ def _is_reachable(offset: int, dims: list[tuple[int, int, int]]) -> bool:
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:
-    """The half-open range of addresses."""
+    """The half-open range of the tensor's addresses."""
     if x.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

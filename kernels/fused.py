@@ -96,7 +96,7 @@ def attend_chunks_into(
 
 
 def attend_reference(chunks: Chunks) -> None:
-    """The same in plain PyTorch: one fp32 softmax over all keys, with the accumulator as one extra key."""
+    """``attend_unchecked`` in plain PyTorch: one fp32 softmax over all keys, with the accumulator as one extra key."""
     q, k, v, out, lse, results = chunks
     for i, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
         group = q_BHSD.shape[1] // k[0].shape[1] if k else 1

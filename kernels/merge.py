@@ -34,8 +34,8 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 
     Only the smaller weight is computed, and the other is one minus it. So the weights sum to exactly one, which keeps
     many merges as accurate as one softmax. As in one softmax, values near overflow stay finite and infinite values stay
-    infinite; ``out + w*(new_out - out)`` would turn them into NaN. ``lse = -inf`` marks a row without keys: its output
-    is ignored, on either side, whatever it holds. Elementwise, so deterministic.
+    infinite; ``out + w*(new_out - out)`` would turn them into NaN. ``lse = -inf`` marks a row without keys, in
+    either input: its output is ignored. Deterministic.
 
     Raises ValueError before any write: mismatched shapes or devices, strided D, an accumulator that is neither fp32 nor
     fp64, a partial result that shares memory with it.

@@ -1,16 +1,16 @@
-"""Packs head slices into one contiguous chunk, as a transport sends them, and unpacks them. Shapes: B batch, H heads, S
-tokens, D head size.
+"""Packs head slices into one contiguous chunk for a transport, and unpacks them. Shapes: B batch, H heads, S tokens, D
+head size.
 
 Each function takes one or two *parts*: views [S, B, H, D] of tensors in any layout (``x_BHSD.permute(2, 0, 1, 3)``,
 ``x_BSHD.transpose(0, 1)``, with a slice of the heads). One part is Q, two are K and V. Each call is one launch on a GPU
 with Triton (``triton_packing``), else a reference in plain PyTorch.
 
-``pack`` and ``unpack`` use a chunk [S, parts, B, H, D] ([S, B, H, D] for one part), as chunks lie in a window. Its
-dtype may differ from the parts'.
+``pack`` and ``unpack`` use a chunk [S, parts, B, H, D] ([S, B, H, D] for one part), the layout of a window. Its dtype
+may differ from the parts'.
 
 ``pack_compressed`` and ``unpack_compressed`` use bytes laid out by ``CompressedLayout``. Each part has its own format:
-``"none"`` keeps its dtype, ``"fp8"`` is e4m3 (3 bits of mantissa), and ``"int8"``. fp8 and int8 have one fp32 scale per
-block of D values, that is per token and head:
+``"none"`` keeps its dtype, ``"fp8"`` stores e4m3 (3 bits of mantissa), ``"int8"`` stores int8. fp8 and int8 have one
+fp32 scale per token and head, for a block of D values:
 
     part 0: values [S, B, H, D] | scales [S, B, H] fp32 | part 1: values | scales | ...
 

@@ -50,7 +50,7 @@ class ResourceUsage:
 def all_shipped() -> list[ShippedConfig]:
     """The configurations of every kernel. Needs Triton."""
     modules = [importlib.import_module(f"sf_xfuser.kernels.{name}") for name in MODULES]
-    return [each for module in modules for each in module.shipped()]
+    return [config for module in modules for config in module.shipped()]
 
 
 def compile_for(config: ShippedConfig, architecture: int) -> ResourceUsage:
@@ -79,7 +79,7 @@ def compile_for(config: ShippedConfig, architecture: int) -> ResourceUsage:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"cannot find {pattern!r} in the assembler's output: {text}")
-    return int(found[1])
+    return int(match[1])

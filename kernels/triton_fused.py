@@ -36,8 +36,7 @@ _LN2 = tl.constexpr(math.log(2.0))
 @triton.jit
 def _row_pointer(fields, b, h, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr, RELOAD: tl.constexpr = False):
     """Pointer to row (b, h, first) of a tensor, and its token stride. ``fields``: the tensor's 4 fields. RELOAD: load
-    them again. Otherwise the compiler keeps the address of every element in registers from the first use on, which
-    spills."""
+    them again. Otherwise the compiler keeps the address of every element in registers, which then spill."""
     pointer = tl.load(fields, volatile=RELOAD).to(tl.pointer_type(TYPE))
     stride = tl.load(fields + 3, volatile=RELOAD)
     pointer += b * tl.load(fields + 1) + h * tl.load(fields + 2) + first * stride
@@ -291,7 +290,7 @@ def _is_aligned(x: torch.Tensor) -> bool:
 
 
 def shipped() -> list[ShippedConfig]:
-    """bf16 of every head size, for the accumulator and for the result."""
+    """bf16 in every head size, with the accumulator and with the final result as output."""
     return [
         ShippedConfig(
             label=f"attend chunks{' (last)' if final else ''} D={D}",

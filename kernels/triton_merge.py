@@ -38,7 +38,7 @@ def merge_kernel(
     first = (program // num_sequences).to(tl.int64) * BLOCK_S
     b = (sequence // num_heads).to(tl.int64)
     h = (sequence % num_heads).to(tl.int64)
-    # Rows must visibly start at multiples of ``step``. Otherwise the compiler loads single elements.
+    # The compiler must see that rows start at multiples of ``step``. Otherwise it loads single elements.
     out_b, out_h, out_s = out_b * step, out_h * step, out_s * step
     new_out_b, new_out_h, new_out_s = new_out_b * step, new_out_h * step, new_out_s * step
     result_b, result_h, result_s = result_b * step, result_h * step, result_s * step
@@ -113,7 +113,7 @@ def common_step(*tensors: torch.Tensor) -> int:
 
 
 def shipped() -> list[ShippedConfig]:
-    """What CI compiles ahead of time: the merge of a bf16 partial result, and the last one."""
+    """The merge of a bf16 partial result, into the accumulator and into the final result."""
     configs = []
     for D in (64, 72, 128, 256):
         block_s, block_d = block_shape(D, _BLOCK_ELEMENTS)

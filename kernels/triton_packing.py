@@ -73,7 +73,7 @@ def _convert_rows(
     scales += s * scales_s
     if conversion == "to int8" or conversion == "to fp8":
         x = x.to(tl.float32)
-        # The bits of magnitudes compare like the magnitudes, with infinity and NaN above all numbers.
+        # The bits of magnitudes have the order of the magnitudes, with infinity and NaN above all numbers.
         max_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
         finite = max_bits < 0x7F800000
         magnitude = tl.maximum(max_bits.to(tl.float32, bitcast=True), _MIN_MAGNITUDE)
@@ -145,7 +145,7 @@ def launch(
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """fp8 as uint8, which the kernel computes."""
+    """View fp8 as uint8, since the kernel computes the bits of fp8 itself."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 

@@ -1,1 +1,1 @@
-"""Who computes what, and when: topology, plan, schedule and memory map. Pure: integers only, no tensors."""
+"""Topology, plan, schedule and memory map of a sequence-parallel group. Pure: integers only, no tensors."""

@@ -22,7 +22,7 @@ EVEN = Fraction(1)
 """``max_imbalance`` that only allows equal head counts, which xDiT's own collectives need."""
 UNEVEN = Fraction(9, 8)
 """``max_imbalance`` of Torus Attention. 8 heads over 3 machines: the busiest rank computes 1/8 more than the mean, and
-a third fewer bytes cross machines."""
+a third fewer bytes cross machines than with a ring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Layout:
     def egress(self, kv_ratio: Fraction = Fraction(1)) -> Fraction:
         """Elements that one machine sends to others per attention call, in units of ``B*L*H*D``; ``kv_ratio`` = H_kv/H.
 
-        Ulysses sends Q, K, V and O to the T-1 other machines of its group. The ring sends each KV block R_x - 1 times.
+        Ulysses sends Q, K, V and O to the other T-1 machines of its group. The ring sends each KV block R_x - 1 times.
         """
         ulysses = (2 + 2 * kv_ratio) * Fraction(self.torus - 1, self.torus)
         ring = 2 * kv_ratio * (self.ring_across - 1)
@@ -125,7 +125,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutOption:
-    """One possible layout and the reason why it was rejected; empty for the chosen one."""
+    """One possible layout, and why it was rejected (empty for the chosen one)."""
 
     layout: Layout
     egress: Fraction
@@ -136,8 +136,8 @@ class LayoutOption:
 class Plan:
     """The chosen layout, the rule and reason for it, and all ``options``.
 
-    ``even`` is the layout of xDiT's own USP on the same ranks, which splits heads evenly; equal to ``layout`` where the
-    heads divide.
+    ``even`` is the layout of xDiT's own USP on the same ranks, which splits heads evenly. It equals ``layout`` if
+    ``ulysses_degree`` divides the heads.
     """
 
     layout: Layout
@@ -154,7 +154,7 @@ class Plan:
         return f"{shape}: {layout} (rule {self.rule}: {self.reason}{uneven})"
 
     def lines(self) -> list[str]:
-        """The plan as text: the choice, then every layout with the reason for or against it."""
+        """The plan as text: the choice, then every layout with its cost and why it was rejected."""
         return [str(self)] + [
             f"  {option.layout!s:<52} inter-machine: {float(option.egress):.3f} BLHD  {option.rejected or 'chosen'}"
             for option in self.options
@@ -188,7 +188,7 @@ def imbalance(heads: int, ways: int) -> Fraction:
 
 
 def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
-    """The layout with this total Ulysses degree, across machines first. Every divisor of N*M has one."""
+    """The layout with this total Ulysses degree, across machines first. It exists for every divisor of N*M."""
     torus = gcd(num_machines, ulysses_degree)
     ulysses = ulysses_degree // torus
     if ranks_per_machine % ulysses:
@@ -200,12 +200,12 @@ def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int)
 
 
 def paper_layout(num_machines: int, ranks_per_machine: int, heads: int) -> Layout:
-    """StreamFusion's rule (arXiv 2601.20273): Ulysses degree gcd(N*M, H), across machines first; Ring the rest."""
+    """StreamFusion's rule (arXiv 2601.20273): Ulysses degree gcd(N*M, H), across machines first; then Ring."""
     return split_degree(num_machines, ranks_per_machine, gcd(num_machines * ranks_per_machine, heads))
 
 
 def usp_layout(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
-    """xDiT's own layout: Ulysses on neighbouring ranks (inside a machine first), Ring over the rest."""
+    """xDiT's own layout: Ulysses on neighbouring ranks, inside a machine first; then Ring."""
     ulysses = gcd(ranks_per_machine, ulysses_degree)
     torus = ulysses_degree // ulysses
     if num_machines % torus:
@@ -231,8 +231,8 @@ def make_plan(
 
     ``explicit`` (torus, ulysses, ring) or ``ulysses_degree`` (xDiT's total) fix the degrees. Otherwise ``rule``
     decides: ``"paper"``, ``"usp"`` or ``"auto"`` (fewest bytes between machines; the paper's layout on a tie).
-    No rank gets more than ``max_imbalance`` times the mean number of heads. ``Plan.even`` has a given
-    ``ulysses_degree``, too. Raises ValueError with the wrong value and the allowed ones.
+    No rank gets more than ``max_imbalance`` times the mean number of heads. ``Plan.even`` also has this
+    ``ulysses_degree``. Raises ValueError with the wrong value and the allowed ones.
     """
     world_size = num_machines * ranks_per_machine
     divisible = heads if kv_heads is None or heads is None else gcd(heads, kv_heads)
@@ -269,12 +269,10 @@ def make_plan(
             reason = "one machine, no inter-machine traffic: the paper's degrees"
         else:
             reason = "fewest bytes between machines" + (", which is the paper's layout" if chosen == paper else "")
-    # xDiT checks its own --ulysses_degree: it pads the heads of some models (Z-Image).
-    illegal = divisible is not None and imbalance(divisible, chosen.ulysses_degree) > max_imbalance
-    if ulysses_degree is None and divisible is not None and illegal:
+    # xDiT checks its own --ulysses_degree, and pads the heads of some models that it does not divide (Z-Image).
+    if ulysses_degree is None and divisible and imbalance(divisible, chosen.ulysses_degree) > max_imbalance:
         raise ValueError(_indivisible(divisible, chosen, world_size, max_imbalance))
     even_ways = gcd(divisible, chosen.ulysses_degree) if divisible else chosen.ulysses_degree
-    # xDiT pads heads that its own --ulysses_degree does not divide.
     evenly = chosen.ulysses_degree in (even_ways, ulysses_degree)
     even = chosen if evenly else split_degree(num_machines, ranks_per_machine, even_ways)
     return Plan(
@@ -303,16 +301,16 @@ def _explicit_layout(
     max_imbalance: Fraction,
 ) -> Layout:
     torus, ulysses, ring = explicit["torus"], explicit["ulysses"], explicit["ring"]
-    given = f"torus={torus},ulysses={ulysses},ring={ring}"
+    degrees = f"torus={torus},ulysses={ulysses},ring={ring}"
     world_size = num_machines * ranks_per_machine
     if torus * ulysses * ring != world_size:
         raise ValueError(
-            f"--sp-plan {given} describes {torus * ulysses * ring} ranks, but the sequence-parallel group has "
+            f"--sp-plan {degrees} describes {torus * ulysses * ring} ranks, but the sequence-parallel group has "
             f"{world_size}: their product must be {world_size}"
         )
     if num_machines % torus or ranks_per_machine % ulysses:
         raise ValueError(
-            f"--sp-plan {given} does not fit {num_machines} machine(s) x {ranks_per_machine} rank(s): torus must "
+            f"--sp-plan {degrees} does not fit {num_machines} machine(s) x {ranks_per_machine} rank(s): torus must "
             f"divide {num_machines} and ulysses must divide {ranks_per_machine}; legal: "
             f"{_flags(legal_layouts(num_machines, ranks_per_machine, heads, max_imbalance))}"
         )

@@ -1,4 +1,4 @@
-"""Which ranks share a machine: ``probe`` each rank, then ``Topology.from_facts`` of the gathered facts.
+"""Groups ranks by machine: every rank runs ``probe``, and ``Topology.from_facts`` combines the gathered facts.
 
 A *machine* is a set of ranks with a fast link: one host, or one NVLink domain that spans hosts. This module does not
 communicate.
@@ -19,7 +19,7 @@ from sf_xfuser.config import launch_environment, parse_grid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """Where one rank runs. ``machine`` is equal exactly on ranks that share a fast link."""
+    """Location of one rank. Ranks have equal ``machine`` if and only if a fast link connects them."""
 
     machine: str
     host: str
@@ -46,7 +46,7 @@ class Topology:
         return sum(map(len, self.machines))
 
     @classmethod
-    def uniform(cls, num_machines: int, ranks_per_machine: int, source: str = "given") -> Topology:
+    def uniform(cls, num_machines: int, ranks_per_machine: int, source: str = "explicit") -> Topology:
         """``num_machines`` machines of ``ranks_per_machine`` consecutive ranks each."""
         m = ranks_per_machine
         return cls(machines=tuple(tuple(range(n * m, (n + 1) * m)) for n in range(num_machines)), source=source)
@@ -88,10 +88,8 @@ class Topology:
         rows = tuple(tuple(machine[i : i + size]) for machine in covered for i in range(0, len(machine), size))
         note = ""
         if len(set(counts)) > 1:
-            spelled = ", ".join(f"{count} x {ranks}" for ranks, count in sorted(Counter(counts).items()))
-            note = (
-                f"machines of unequal size (machines x ranks: {spelled}) are split into {len(rows)} of {size} rank(s)"
-            )
+            sizes = ", ".join(f"{count} x {ranks}" for ranks, count in sorted(Counter(counts).items()))
+            note = f"machines of unequal size (machines x ranks: {sizes}) are split into {len(rows)} of {size} rank(s)"
         return MachineGrid(rows=rows, note=note)
 
 
@@ -117,7 +115,7 @@ class MachineGrid:
 
 
 def probe() -> RankFacts:
-    """Facts about this process. Local. Never raises: what is unknown keeps its default."""
+    """Location of this process. Local. Never raises: unknown fields keep their defaults."""
     launched = launch_environment()
     host = host_id()
     accelerator, domain = _probe_gpu(launched.local_rank or 0)
@@ -168,6 +166,6 @@ def _probe_gpu(local_rank: int) -> tuple[str, str | None]:
                 return name, f"nvlink:{cluster}:{fabric.cliqueId}"
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # no NVML, an older driver, or no fabric: the host is the machine
+    except Exception:  # no NVML, an older driver, or no fabric: the host counts as the machine
         pass
     return name, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -70,25 +70,18 @@ def legal_configs(
     ``"machines-first"`` omits configurations that have the same groups as with xDiT's placement.
     """
     if world_size % ranks_per_machine:
-        raise ValueError(f"{world_size} ranks are not machines of {ranks_per_machine}")
+        raise ValueError(f"{world_size} ranks cannot be split into machines of {ranks_per_machine} ranks")
     grid = world_size // ranks_per_machine, ranks_per_machine
     configs = []
     for u in range(world_size, 0, -1):
         if world_size % u or heads % u or (kv_heads or heads) % u:
             continue
         own = XditConfig(ulysses_degree=u, ring_degree=world_size // u)
-        placed = XditConfig(ulysses_degree=u, ring_degree=world_size // u, placement=placement)
+        placed = replace(own, placement=placement)
         if placement != "xdit" and placed.groups(*grid) == own.groups(*grid):
             continue
         for rotation in get_args(Rotation)[: 1 if u == world_size else None]:
-            configs.append(
-                XditConfig(
-                    ulysses_degree=u,
-                    ring_degree=world_size // u,
-                    rotation=rotation,
-                    placement=placement,
-                )
-            )
+            configs.append(replace(placed, rotation=rotation))
     return configs
 
 
@@ -108,13 +101,13 @@ def variant_name(config: XditConfig, own_ulysses: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """The amount each rank sends inside its machine and to others, in bytes or in fractions of ``B*L*H*D``."""
+    """The amount that each rank sends inside its machine and to other machines, in bytes or in units of ``B*L*H*D``."""
 
     inside: tuple[float, ...]
     across: tuple[float, ...]
 
     def egress(self, ranks_per_machine: int) -> float:
-        """The amount that the busiest machine sends to others."""
+        """The amount that the busiest machine sends to other machines."""
         firsts = range(0, len(self.across), ranks_per_machine)
         return max(sum(self.across[first : first + ranks_per_machine]) for first in firsts)
 
@@ -158,5 +151,5 @@ def call_traffic(config: XditConfig, num_machines: int, ranks_per_machine: int, 
 
 
 def egress(config: XditConfig, num_machines: int, ranks_per_machine: int, kv_ratio: float = 1.0) -> float:
-    """``Layout.egress`` for xDiT's layouts: the elements that the busiest machine sends to others."""
+    """``Layout.egress`` for xDiT's layouts: the elements that the busiest machine sends to other machines."""
     return call_traffic(config, num_machines, ranks_per_machine, kv_ratio).egress(ranks_per_machine)

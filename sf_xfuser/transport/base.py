@@ -17,7 +17,7 @@ class TransportError(RuntimeError):
 
 
 class CallMismatch(TransportError):
-    """A peer has sent data of another call than this rank's."""
+    """A peer has sent data of a call that differs from this rank's."""
 
 
 class TransportUnavailable(TransportError):
@@ -26,7 +26,7 @@ class TransportUnavailable(TransportError):
 
 
 def raise_if_unavailable(name: str, members: Sequence[int], reasons: Sequence[str | None]) -> None:
-    """Raise TransportUnavailable if any rank gives a reason. ``reasons`` are those of all ranks, by position, so that
+    """Raise TransportUnavailable if any rank has a reason. ``reasons`` holds those of all ranks, by position, so that
     every rank raises the same error."""
     texts = [f"rank {members[w]}: {reason}" for w, reason in enumerate(reasons) if reason]
     if len(texts) > 1 and len(texts) == len(reasons) and len(set(reasons)) == 1:
@@ -42,9 +42,9 @@ class Parcel:
     Send: ``parts`` are views of equal shape [S, ...] with any strides. The chunk stores them as ``dtype``. Several
     parts are stored as [S, parts, ...]. Receive: one contiguous part, the destination.
 
-    ``slot`` numbers the parcels of one round between two ranks, equally on both ends. A one-sided transport writes the
-    chunk into the receiver's window at byte ``offset``. ``pitch``: see ``window_view``; only shared memory has chunks
-    that are not contiguous.
+    ``slot`` numbers the parcels of one round between two ranks. Both ends use the same number. A one-sided transport
+    writes the chunk into the receiver's window at byte ``offset``. ``pitch``: see ``window_view``; only shared memory
+    has chunks that are not contiguous.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -124,13 +124,13 @@ class Transport(ABC):
         """Start to send and receive; return at once.
 
         The k-th exchange of a call on one rank matches the k-th on every peer, with chunks of equal size on both ends.
-        Tensors of ``receives`` must not be used before the ticket's wait returns, those of ``sends`` not be changed
-        before ``drain`` returns.
+        Do not use the tensors of ``receives`` before the ticket's wait returns. Do not change those of ``sends`` before
+        ``drain`` returns.
         """
 
     @abstractmethod
     def drain(self) -> None:
-        """Wait until every send of this call is done with its tensor. Nothing stays posted across calls. Bounded."""
+        """Wait until every send of this call has completed, so that no transfer outlives its call. Bounded."""
 
     def poison(self, result: torch.Tensor) -> None:  # noqa: B027  (a transport that waits on the host raises instead)
         """Turn ``result`` into NaN, on the current stream, if data of this call was lost or belongs to another call.
@@ -152,16 +152,16 @@ class OneSided(Transport):
         return self
 
     halves: int
-    """Buffers of a window, which calls use in turn: 2, or 1. With 1, a rank may write to a peer as soon as it has
-    received the peer's last chunk of an attention call; ``Mesh.begin`` synchronizes ranks where that is too early."""
+    """Number of buffers in a window, which calls use in turn: 1 or 2. With 1, a rank may write to a peer as soon as it
+    has received the peer's last chunk of an attention call; ``Mesh.begin`` synchronizes ranks if that is too early."""
 
     last_call: object = None
-    """Last argument of ``Mesh.begin``."""
+    """The last argument of ``Mesh.begin``, which compares it with the next one."""
 
     @property
     @abstractmethod
     def window_bytes(self) -> int:
-        """Size of this rank's window, which is also held between calls."""
+        """Size of this rank's window, which stays allocated between calls."""
 
     @abstractmethod
     def reserve(self, nbytes: int) -> None:
@@ -174,5 +174,5 @@ class OneSided(Transport):
         call."""
 
     def unavailable_reason(self) -> str | None:
-        """Why no call is possible at this moment, equal on all ranks; None if one is. Local."""
+        """Why this transport cannot start a call now, or None. Equal on all ranks. Local."""
         return None

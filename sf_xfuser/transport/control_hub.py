@@ -22,14 +22,14 @@ from sf_xfuser.transport.sockets import TOKEN_BYTES, Acceptor, FrameReader, clos
 
 HANDSHAKE = struct.Struct(f"!{TOKEN_BYTES}sI")  # token, position
 SEND_TIMEOUT_S = 2.0  # a peer that accepts no data for this long is lost
-_QUERY_S = 0.8  # for all ranks to report their status
-_CAUSE_S = 0.3  # after all statuses, for a rank to report that it is the cause
-_DELAY_S = 0.02  # by which delays of messages from two hosts may differ
+_QUERY_S = 0.8  # time limit for all ranks to report their status
+_CAUSE_S = 0.3  # time after all statuses in which a rank can still report that it is the cause
+_DELAY_S = 0.02  # largest difference between the message delays of two hosts
 _SAME_CALLS = "All ranks of a group must make the same calls in the same order, from one thread"
 
 
 class _Join(NamedTuple):
-    """A rank that waits for all others to join. All times are of this host's clock.
+    """A rank that waits for all others to join. All times use this host's clock.
 
     ``notified_at``: when its program was notified of the failure. ``entered_at``: when it entered the next call."""
 
@@ -40,7 +40,7 @@ class _Join(NamedTuple):
 
 
 class _Status(NamedTuple):
-    """Answer to a query. ``waiting``: the rank waits for others; else it computes."""
+    """A rank's answer to a query. ``waiting``: it waits for other ranks; otherwise it computes."""
 
     text: str
     in_call: bool
@@ -55,10 +55,10 @@ class _Gather:
 
 @dataclass
 class _Epoch:
-    """State of the group from one join of all ranks to the next. Dictionaries are by position, gathers by number."""
+    """State of the group from one join of all ranks to the next. Keys are positions; ``gathers`` has numbers."""
 
     connections: dict[int, socket.socket] = field(default_factory=dict)
-    lost: dict[int, str] = field(default_factory=dict)  # why
+    lost: dict[int, str] = field(default_factory=dict)  # reasons
     gathers: dict[int, _Gather] = field(default_factory=dict)
     reports: dict[int, str] = field(default_factory=dict)  # failures that are not the cause
     statuses: dict[int, _Status] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class Hub:
         except TimeoutError:
             self._on_lost(connection, "accepts no messages: it is stopped, or its machine cannot be reached")
         except OSError:
-            pass  # the rank has disconnected; messages that it sent before are still to be read
+            pass  # the rank has disconnected; its earlier messages are read first
 
     def _broadcast(self, message: list[Any]) -> None:
         for position in list(self._epoch.connections):
@@ -289,7 +289,7 @@ class Hub:
     # -- deadlines and the outcome -----------------------------------------------------------------------------------
 
     def _timeout_s(self) -> float | None:
-        """Until the next deadline."""
+        """Seconds until the next deadline, or None."""
         epoch = self._epoch
         deadlines = [join.deadline for join in self._joins.values()]
         if epoch.outcome is None:
@@ -344,11 +344,11 @@ class Hub:
         return report
 
     def _names_without(self, positions: dict[int, Any]) -> str:
-        """All ranks but those at ``positions``."""
+        """The names of all ranks that are not at ``positions``."""
         return ", ".join(name for position, name in enumerate(self._names) if position not in positions)
 
     def _by_text(self, texts: dict[int, str]) -> str:
-        """One clause for each different text, after the names of its ranks."""
+        """One clause for each distinct text, with the names of its ranks first."""
         names: dict[str, list[str]] = {}
         for position in sorted(texts):
             names.setdefault(texts[position], []).append(self._names[position])

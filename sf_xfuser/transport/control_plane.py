@@ -11,8 +11,8 @@ reports the failure. The hub then decides on one *outcome* and sends it to all r
 3. else, after a query for the status of all ranks, a rank that does not answer, is in another
    call, is in no call, or still computes.
 
-Before the next call all ranks reconnect: they open new connections and send ``join``. A rank that waits for the others
-is a live connection, so a stale ``join`` cannot complete.
+Before the next call all ranks reconnect: they open new connections and send ``join``. A ``join`` that waits for others
+ends with its connection, so a stale one cannot complete.
 
 ============  =============  ===========================================================================================
 message       from -> to     fields and meaning
@@ -20,19 +20,19 @@ message       from -> to     fields and meaning
 (handshake)   rank -> hub    token, position: the first bytes of a connection, of fixed length
 join          rank -> hub    timeout; seconds since the rank's program was notified of the failure, or None; seconds
                              since it entered the next call; the sender's clock (boot id, time)
-joined        hub -> ranks   session id, whether every rank entered after all were notified: all ranks have joined
+joined        hub -> ranks   all ranks have joined: session id, whether every rank entered after all were notified
 gather        rank -> hub    number, topic, value, timeout
 gathered      hub -> ranks   number, values by position
 failure       rank -> hub    whether this rank is the cause, error, whether it got data of another call, call number
-query         hub -> ranks   asks for the status; sent when a failure is reported that is not the cause
+query         hub -> ranks   requests the status, after a rank has reported a failure that is not the cause
 status        rank -> hub    text, whether the rank is in a call, whether it waits for others
-lost          hub -> ranks   position, reason: a rank has disconnected
-outcome       hub -> ranks   reason, number of the failed call or None: the group has failed, or a join is refused
-leave         rank -> hub    whether the rank closes (True) or reconnects (False): it disconnects next
+lost          hub -> ranks   a rank has disconnected: position, reason
+outcome       hub -> ranks   the group has failed, or a join is refused: reason, number of the failed call or None
+leave         rank -> hub    the rank disconnects next: whether it closes (True) or reconnects (False)
 ============  =============  ===========================================================================================
 
-A message is a JSON list after its length in 4 bytes. A connection that presents the token is trusted. The token is in
-the store, so it protects as much as torch.distributed does.
+A message is its length in 4 bytes, then a JSON list. A connection that presents the token is trusted. The token is in
+the store, so this connection is as secure as torch.distributed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from sf_xfuser.transport.rendezvous import StoreGroup
 from sf_xfuser.transport.sockets import FrameReader, close_on_fork, local_address, send_frame, shut_down
 
 _CONNECT_S = 2.0  # one attempt to connect to the hub; short, so that a restored network is used soon
-_OUTCOME_S = 2.0  # for an outcome to arrive, the query included
-_LOST_GRACE_S = 0.5  # data that a lost rank has sent may still arrive for this long
+_OUTCOME_S = 2.0  # time limit for an outcome to arrive, including the query
+_LOST_GRACE_S = 0.5  # data of a lost rank may still arrive for this long
 
 
 class GroupError(RuntimeError):
@@ -60,10 +60,10 @@ class GroupError(RuntimeError):
 
 
 class ControlPlane:
-    """One rank's end. ``members[w]`` is the global rank at position ``w``; gathers return values by position.
+    """One rank's end of the control plane. ``members[w]`` is the global rank at position ``w``.
 
-    ``address``: where the other ranks reach this one. ``call_status`` returns what this rank does, as text, and whether
-    that is a call; it answers the hub's queries.
+    ``address``: the IP address at which other ranks reach this one. ``call_status`` answers the hub's queries: it
+    returns a description of this rank's activity, and whether the rank is in a call.
     """
 
     def __init__(self, store: StoreGroup, members: Sequence[int], position: int, timeout_s: float) -> None:
@@ -122,17 +122,17 @@ class ControlPlane:
         raise GroupError(failure or self._hub_failure(f"waited {self.timeout_s:g} s for {topic!r}"))
 
     def reconnect(self, notified_at: float | None, entered_at: float, timeout_s: float | None = None) -> bool:
-        """Forget a failure and join all ranks again. Collective. Raises GroupError if a rank is lost, or does not join
+        """Clear a failure and reconnect all ranks. Collective. Raises GroupError if a rank is lost, or does not join
         within ``timeout_s`` (default: that of the control plane).
 
         ``notified_at``: when this rank's program was notified of the failure (``time.monotonic``; None: it was not).
         ``entered_at``: when it entered the call that reconnects. Returns whether every rank entered after all had been
-        notified: only then can the ranks' programs have agreed on the call with which they continue."""
+        notified: only then can the ranks' programs have agreed on the next call."""
         self._leave(closing=False)
         return self._join(timeout_s or self.timeout_s, notified_at, entered_at)
 
     def close(self) -> None:
-        """Idempotent. Local: ranks that still wait for this one learn that it has closed."""
+        """Disconnect. Idempotent. Local. Ranks that still wait for this one raise that it has closed."""
         atexit.unregister(self.close)
         self.call_status = _no_call
         with self._condition:
@@ -145,7 +145,7 @@ class ControlPlane:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, this rank waits for others, so the hub does not name it as the rank that is late."""
+        """Mark this rank as waiting for others, so that the hub does not report it as the late rank."""
         outer, self._waiting = self._waiting, True
         try:
             yield
@@ -153,9 +153,9 @@ class ControlPlane:
             self._waiting = outer
 
     def abort_reason(self, peers: Collection[int] = ()) -> str | None:
-        """Why a wait for ``peers`` (positions) cannot complete: the call has failed on another rank, or one of them is
-        lost and its last data has had time to arrive. Other lost ranks do not matter, as a rank may end once its own
-        part of the last call is done. None otherwise. Local; cheap."""
+        """Why a wait for ``peers`` (positions) cannot complete, or None: the call has failed on another rank, or a peer
+        is lost and its last data has had time to arrive. Other lost ranks do not matter, since a rank may end once its
+        part of the last call is done. Local; cheap."""
         if self._failure is not None:
             return self._failure
         for peer in self._lost.keys() & set(peers) if self._lost else ():
@@ -233,7 +233,7 @@ class ControlPlane:
                     text = (
                         f"rank {self._members[0]} on {self._hub_host} cannot be reached at {self._hub_address} port "
                         f"{self._port} ({error}): its process ended, or the TCP ports between the machines are closed; "
-                        f"GLOO_SOCKET_IFNAME names the interface that joins them. Restart the job"
+                        f"set GLOO_SOCKET_IFNAME to the interface between them. Restart the job"
                     )
                     with self._condition:
                         self._failure = text
@@ -262,7 +262,7 @@ class ControlPlane:
         while True:
             try:
                 data = connection.recv(1 << 16)
-            except TimeoutError:  # the timeout is meant for sends
+            except TimeoutError:  # the timeout limits sends only
                 continue
             except OSError:
                 data = b""

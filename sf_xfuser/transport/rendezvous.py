@@ -23,9 +23,9 @@ _GRACE_S = 5.0  # added to a gather's timeout, for a store that answers late
 _T = TypeVar("_T")
 
 
-def run_with_timeout(work: Callable[[], _T], timeout_s: float, what: str) -> _T:
-    """Return or raise what ``work`` does. Raises RuntimeError after ``timeout_s``; ``work`` then continues in a daemon
-    thread, because an operation on a store that does not answer cannot be interrupted."""
+def run_with_timeout(work: Callable[[], _T], timeout_s: float, description: str) -> _T:
+    """Return the result of ``work`` or raise its error. Raises RuntimeError after ``timeout_s``; ``work`` then runs on
+    in a daemon thread, because an operation on a store that does not answer cannot be interrupted."""
     results: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -39,8 +39,8 @@ def run_with_timeout(work: Callable[[], _T], timeout_s: float, what: str) -> _T:
         value, error = results.get(timeout=timeout_s)
     except queue.Empty:
         raise RuntimeError(
-            f"{what}: the store of torch.distributed did not answer within {timeout_s:g} s; its host (MASTER_ADDR) is "
-            f"down or cannot be reached"
+            f"{description}: the store of torch.distributed did not answer within {timeout_s:g} s; its host "
+            f"(MASTER_ADDR) is down or cannot be reached"
         ) from None
     if error is not None:
         raise error
@@ -69,7 +69,7 @@ class StoreGroup:
         return cls(f"world{next(_world_groups)}", range(dist.get_world_size()), timeout_s)
 
     def subgroup(self, index: int, ranks: Sequence[int]) -> StoreGroup:
-        """The ``index``-th of disjoint groups of these ranks. Local."""
+        """Create the ``index``-th of several disjoint groups. Local."""
         return StoreGroup(f"{self._scope}/group{index}", ranks, self.timeout_s)
 
     @property

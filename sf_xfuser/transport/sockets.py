@@ -37,11 +37,11 @@ class Acceptor:
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def fileno(self) -> int:
-        """For another selector: readable when ``poll`` has work to do."""
+        """A descriptor for another selector, readable when ``poll`` has events to handle."""
         return self._selector.fileno()
 
     def poll(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
-        """Connections with a complete handshake, and its bytes. Waits up to ``timeout_s`` for the first event."""
+        """Return (connection, handshake) for each complete handshake. Waits up to ``timeout_s`` for the first event."""
         accepted = []
         for key, _ in self._selector.select(timeout_s):
             connection = key.fileobj
@@ -57,16 +57,16 @@ class Acceptor:
                     data = b""
                 handshake += data
                 if not data:
-                    self._forget(connection).close()
+                    self._unregister(connection).close()
                 elif len(handshake) == self._handshake_bytes:
-                    self._forget(connection).setblocking(True)
+                    self._unregister(connection).setblocking(True)
                     accepted.append((connection, bytes(handshake)))
         return accepted
 
     def close(self) -> None:
         """Close the listener and all pending connections."""
         for connection in list(self._pending):
-            self._forget(connection).close()
+            self._unregister(connection).close()
         self._selector.close()
         self._listener.close()
 
@@ -75,18 +75,18 @@ class Acceptor:
         close_on_fork(connection)
         connection.setblocking(False)
         if len(self._pending) == MAX_PENDING:
-            self._forget(next(iter(self._pending))).close()
+            self._unregister(next(iter(self._pending))).close()
         self._pending[connection] = bytearray()
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _forget(self, connection: socket.socket) -> socket.socket:
+    def _unregister(self, connection: socket.socket) -> socket.socket:
         self._selector.unregister(connection)
         del self._pending[connection]
         return connection
 
 
 class FrameReader:
-    """Splits a byte stream into messages: JSON lists, each after its length."""
+    """Splits a byte stream into messages. A message is its length, then a JSON list."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -123,7 +123,7 @@ _parent_only: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def close_on_fork(connection: socket.socket) -> None:
-    """Close a forked child's copy. Otherwise a child that outlives this process hides from peers that it has ended."""
+    """Close a forked child's copy, which would keep the connection open after this process has ended."""
     _parent_only.add(connection)
 
 
@@ -142,8 +142,8 @@ os.register_at_fork(after_in_child=_close_in_child)
 def local_address(store: StoreGroup) -> str:
     """The address at which the other ranks reach this one. Collective over ``store``.
 
-    It belongs to the interface named in GLOO_SOCKET_IFNAME, else to the interface that routes to the store's host. On
-    the store's host itself that is the loopback interface: there, the route to another rank decides."""
+    It belongs to the interface named in GLOO_SOCKET_IFNAME, else to the interface that routes to the store's host. The
+    store's host reaches itself over loopback, so it uses the interface that routes to a rank on another host."""
     interface = environment(["GLOO_SOCKET_IFNAME"]).get("GLOO_SOCKET_IFNAME")
     own = _interface_address(interface) if interface else _source_address(store.store_host)
     external = [address for address in store.gather("address", own) if not _is_loopback(address)]

@@ -25,10 +25,10 @@ class TwoSided(Transport):
     ``w``. ``link`` is the link's name in errors.
 
     NCCL runs a link's rounds in order on its own stream. gloo moves data in its own thread as soon as both ends have
-    posted, and everything posted shares the wire.
+    posted, and all posted transfers share the network.
 
     **The call's identity.** gloo matches messages by tag, and the tag is the identity: data of another call is never
-    received, and the wait times out (gloo ends a process that receives another size than it posted). NCCL has no tags
+    received, and the wait times out (gloo aborts a process that receives another size than posted). NCCL has no tags
     and matches by order alone, so a label goes with the first chunk to each peer in a call, in the same batch of sends
     and receives. The receiver compares it on the stream, turns its result into NaN if it differs (``poison``), and
     raises at its next call. Under NCCL chunks of different sizes do not match at all, and its watchdog ends the job.
@@ -88,7 +88,7 @@ class TwoSided(Transport):
 
     def _label_ops(self, ops: Sequence[_Op]) -> list[_Op]:
         """A label for the first chunk of this call to and from each peer."""
-        found: list[_Op] = []
+        label_ops: list[_Op] = []
         for op, direction, parcel, tensor in ops:
             if (direction, parcel.peer) in self._labelled:
                 continue
@@ -96,8 +96,8 @@ class TwoSided(Transport):
             label = tensor.new_full((1,), self._identity if op is dist.isend else 0, dtype=torch.int64)
             if op is dist.irecv:
                 self._received_labels.append(label)
-            found.append((op, direction, Parcel((label,), torch.int64, parcel.peer, parcel.slot), label))
-        return found
+            label_ops.append((op, direction, Parcel((label,), torch.int64, parcel.peer, parcel.slot), label))
+        return label_ops
 
     def poison(self, result: torch.Tensor) -> None:
         """As ``Transport.poison``. Call it after the waits for the chunks, which are also waits for their labels."""
@@ -126,11 +126,11 @@ class TwoSided(Transport):
                     self._wait_for_gloo(work)
         except RuntimeError as error:
             parcel = transfer.parcel
-            what = (
+            problem = (
                 f"{transfer.direction} rank {self._members[parcel.peer]} failed (round {transfer.round}, slot "
                 f"{parcel.slot}, {parcel.nbytes} bytes)"
             )
-            raise self._error(what, error) from error
+            raise self._error(problem, error) from error
 
     def _wait_for_gloo(self, work: dist.Work) -> None:
         """Wait in another thread: a gloo wait ends only by its timeout, and this thread has to notice a failure."""
@@ -165,15 +165,15 @@ class TwoSided(Transport):
         self._received_labels.clear()
         self._wait_requests.put(None)
 
-    def _error(self, what: str, error: Exception) -> TransportError:
+    def _error(self, problem: str, error: Exception) -> TransportError:
         return TransportError(
-            f"rank {dist.get_rank()} on {socket.gethostname()}: {what} (link {self._link}, timeout "
+            f"rank {dist.get_rank()} on {socket.gethostname()}: {problem} (link {self._link}, timeout "
             f"{self._timeout_s:g} s): {str(error).splitlines()[0]}"
         )
 
 
 def _captured(tensor: torch.Tensor) -> bool:
-    """Whether operations on it now become part of a CUDA graph."""
+    """Whether the current stream records operations on this tensor in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

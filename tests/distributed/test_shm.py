@@ -34,8 +34,8 @@ CASES = {
         "silent",
     ),
     "peer_aborts": (
-        r"TransportError: .*nothing came from rank 3 in round 0: waited 1\.",
-        *[r"TransportError: .*nothing came from rank 0 in round 0: it has aborted"] * 2,
+        r"TransportError: .*no data from rank 3 in round 0: waited 1\.",
+        *[r"TransportError: .*no data from rank 0 in round 0: it has aborted"] * 2,
         "silent",
     ),
     "peer_is_ahead": (
@@ -49,7 +49,7 @@ CASES = {
     ),
     "trial_fails": (r"TransportError: .*planted",) * EACH,
     "use_after_close": (r"TransportError: rank \d: the shm transport was closed",) * EACH,
-    "different_windows": (r"TransportUnavailable: .* rank 0: wants 4194304 .*rank 2: wants 1048576",) * EACH,
+    "different_windows": (r"TransportUnavailable: .* rank 0: requests 4194304 .*rank 2: requests 1048576",) * EACH,
     "too_little_memory": (r"TransportUnavailable: .* (rank 0|every rank): /dev/shm has \d+ .*--shm-size",) * EACH,
     "auto_with_too_little_memory": (r"tcp, .*fastest of tcp .*; shm cannot be used: rank 2: /dev/shm",) * EACH,
     "auto_selects_again": (r"tcp, the only one left, since shm .*; --sp-transport auto: dropping shm",) * EACH,

@@ -18,13 +18,13 @@ CASES = {
         "no transfer",
     ),
     "receive_timeout": (
-        r"TransportError: .*nothing came from rank\(s\) \[1\] for round 7 of exchange 0 \(rank 1's last: nothing yet\) "
+        r"TransportError: .*no data from rank\(s\) \[1\] for round 7 of exchange 0 \(rank 1's last: nothing yet\) "
         r"within 2 s \(link across, tcp\)",
         "not waiting",
         "not waiting",
     ),
     "send_timeout": (
-        r"TransportError: .*a peer did not take the chunks sent to it within 2 s",
+        r"TransportError: .*a peer did not receive the chunks sent to it within 2 s",
         "no receive",
         "no receive",
     ),

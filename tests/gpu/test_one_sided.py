@@ -58,5 +58,5 @@ def test_processes(transport, nproc, capsys):
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_lost_peer_is_named_and_poisons_the_result(transport):
     output = torchrun("one_sided_gpu.py", transport, "a_lost_peer", nproc=2, timeout=300, env=ENVIRONMENT).output
-    lost = r"TransportError: rank 1 on .*: nothing came from rank 0 in round 4: waited 3"
+    lost = r"TransportError: rank 1 on .*: no data from rank 0 in round 4: waited 3"
     check("a_lost_peer", reports(output), ["silent", lost])

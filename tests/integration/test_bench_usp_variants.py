@@ -28,7 +28,7 @@ def test_legal_configs():
     mapped = legal_configs(8, 2, 24, placement="machines-first")
     assert {config.ulysses_degree for config in mapped} == {4, 2}
     assert legal_configs(4, 1, 24, placement="machines-first") == []
-    with pytest.raises(ValueError, match="8 ranks are not machines of 3"):
+    with pytest.raises(ValueError, match="8 ranks cannot be split into machines of 3"):
         legal_configs(8, 3, 24)
 
 

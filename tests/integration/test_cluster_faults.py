@@ -79,7 +79,7 @@ def error(index: int, began: float, t: float, text: str = "an error") -> dict:
 
 
 # The fault lasts from 10 to 12. Ranks make calls 0 and 1 before it, fail at call 2, and succeed at call 3.
-TEXT = "rank 0 on machine0: nothing came from rank 1"
+TEXT = "rank 0 on machine0: no data from rank 1"
 GOOD = {
     rank: [call(0, 1), call(1, 9), error(2, 10, 11 + rank, TEXT.replace("rank 0", f"rank {rank}", 1)), call(3, 14)]
     for rank in range(4)

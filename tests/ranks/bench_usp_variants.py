@@ -42,7 +42,7 @@ def main() -> None:
             kernels: list[tuple[float, float]] = []
             started = time.perf_counter()
             timer = attention_timer(lambda start, end, seen=kernels: seen.append((start, end)))
-            with groups.selected(config), timer:
+            with groups.use(config), timer:
                 out = call_usp(q[:, :, mine], k[:, :, mine], v[:, :, mine])
             ended = time.perf_counter()
             assert state() == before, "xDiT differs after the call"
@@ -81,7 +81,7 @@ def check_groups(groups, configs) -> None:
     for config in configs:
         set_seq_parallel_pg(config.ulysses_degree, config.ring_degree, dist.get_rank(), world_size)
         own = [members(PROCESS_GROUP.ULYSSES_PG), members(PROCESS_GROUP.RING_PG)]
-        with groups.selected(config):
+        with groups.use(config):
             selected = [members(PROCESS_GROUP.ULYSSES_PG), members(PROCESS_GROUP.RING_PG)]
         if config.placement == "xdit":
             assert selected == own, (config, selected, own)

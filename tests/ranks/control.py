@@ -64,7 +64,7 @@ def case_cause_before_timeouts(rank):
         time.sleep(0.1)
         outcome = control.report_failure("KeyError: 'x'", is_cause=True)
     else:
-        outcome = control.report_failure(f"rank {rank}: nothing came from rank 3", is_cause=False)
+        outcome = control.report_failure(f"rank {rank}: no data from rank 3", is_cause=False)
     dist.barrier()
     control.reconnect(time.monotonic(), time.monotonic())
     assert control.failure is None and control.gather("again", rank) == RANKS
@@ -78,7 +78,7 @@ def case_rank_in_no_call(rank):
     control.gather("start", None)
     outcome = control.failure
     if rank != 1:
-        outcome = control.report_failure(f"rank {rank}: nothing came from rank {(rank + 1) % 4}", is_cause=False)
+        outcome = control.report_failure(f"rank {rank}: no data from rank {(rank + 1) % 4}", is_cause=False)
     dist.barrier()
     control.close()
     return outcome or "no failure"

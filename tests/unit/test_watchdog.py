@@ -60,7 +60,7 @@ def test_a_late_chunk_is_named_and_peers_are_notified_before_the_wait_is_release
     watched = WatchedRank(flag=6)
     watched.wait()
     message = watched.error()
-    assert re.search(r"rank 4 on \S+: nothing came from rank 5 in round 3: waited [\d.]+ s", message)
+    assert re.search(r"rank 4 on \S+: no data from rank 5 in round 3: waited [\d.]+ s", message)
     assert "Expected flag of chunk 0: call=7, identity=000000ab, got: call=6, identity=000000ab" in message
     assert watched.events[:3] == ["started", "notified", "released"] and watched.suspects == [1]
 
@@ -157,4 +157,4 @@ def test_streams_that_cannot_be_released_end_the_process():
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 70
-    assert "nothing came from rank 5" in finished.stderr and "cannot be released" in finished.stderr
+    assert "no data from rank 5" in finished.stderr and "cannot be released" in finished.stderr

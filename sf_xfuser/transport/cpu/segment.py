@@ -1,8 +1,8 @@
 """Shared memory segments of ``shm``: files in /dev/shm that hold a line of flags per writer, then a window.
 
-A segment has a name only while the peers open it (mode 0600). Its owner holds a record lock on it for as long as the
-owner lives, however it ends; forked children do not inherit the lock. So a peer can detect that the owner is gone, and
-the next start can remove the segments of a killed job: their lock is free.
+A segment has a name only while the peers open it (mode 0600). Its owner holds a record lock on it. The kernel releases
+the lock when the owner's process ends, and forked children do not inherit it. So a peer can detect that the owner is
+gone, and the next start can remove the segments of a killed job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 FOLDER = "/dev/shm"
 PREFIX = "sf-xfuser-"
-CHUNKS = 1 << 16  # chunks per epoch between two ranks, at most
+CHUNKS = 1 << 16  # maximum number of chunks per epoch between two ranks
 _MAGIC = b"sf-xfuser shm window 1"  # in the first line: files without it are not removed
 _FUTEX = 202  # system call number on x86-64
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
@@ -32,7 +32,7 @@ _named: set[str] = set()  # paths of this process's own segments that still have
 
 
 class _Line(ctypes.Structure):
-    """What one writer writes into a segment: 64 bytes, a cache line."""
+    """The 64 bytes (a cache line) of a segment that one writer writes."""
 
     _fields_ = (
         ("flag", ctypes.c_uint64),
@@ -44,7 +44,7 @@ class _Line(ctypes.Structure):
 
 
 def unavailable() -> str | None:
-    """Why this process cannot use shared memory, whatever its peers can; None if it can. Local."""
+    """Why this process cannot use shared memory, regardless of its peers, or None. Local."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return f"shm needs Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     if not os.access(FOLDER, os.W_OK):
@@ -59,7 +59,7 @@ def remove_stale_segments() -> list[str]:
     for entry in os.scandir(FOLDER):
         if not name.fullmatch(entry.name) or entry.path in _named:
             continue  # closing any descriptor of a segment of this process would release its lock
-        # OSError: another user's, or another process has removed it.
+        # OSError: the segment belongs to another user, or another process has removed it.
         with contextlib.suppress(OSError), _open(entry.path, os.O_NONBLOCK) as file:
             magic = os.pread(file.fileno(), len(_MAGIC), _Line.magic.offset)
             if os.fstat(file.fileno()).st_uid == os.geteuid() and magic == _MAGIC and _unlocked(file):
@@ -82,8 +82,8 @@ class Segment:
 
     @classmethod
     def create(cls, num_writers: int, half_bytes: int, halves: int) -> Segment:
-        """Allocates all pages, since a page that is missing later would kill the process. Raises OSError if memory is
-        short."""
+        """Allocate all pages at once, since a write to a missing page would kill the process. Raises OSError if memory
+        is short."""
         file = _open(FOLDER, os.O_TMPFILE)
         number = file.fileno()
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -134,7 +134,7 @@ class Segment:
         return bool(self._lines[writer].aborted)
 
     def sleep(self, writer: int, flag: int, seconds: float) -> None:
-        """Until the writer's flag differs from ``flag``, or slightly longer than ``seconds``."""
+        """Wait until the writer's flag differs from ``flag``, or for slightly longer than ``seconds``."""
         _futex(self._lines[writer], _FUTEX_WAIT, flag & 0xFFFFFFFF, max(seconds, 1e-4))
 
     def owner_is_gone(self) -> bool:
@@ -148,11 +148,11 @@ def creation_error(error: OSError, window_bytes: int) -> str:
             f"{FOLDER} has {free.f_bavail * free.f_frsize} bytes left, a window needs {window_bytes}; enlarge it "
             f"(docker run --shm-size=8g), or use --sp-transport tcp"
         )
-    return f"no shared memory: {error}"
+    return f"cannot create shared memory: {error}"
 
 
 def _open(path: str, flags: int = 0) -> FileIO:
-    """The file is closed with its last reference, so also when a caller fails."""
+    """Open a file that closes with its last reference, even when a caller fails."""
     return FileIO(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600), "r+")
 
 

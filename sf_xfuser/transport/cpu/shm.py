@@ -21,10 +21,10 @@ directions, in a ring ``s`` receives every member's chunk, and in an all-to-all 
 their flag like others. ``r`` put that chunk after it had finished epoch e-2, the last epoch that read half ``e mod 2``.
 So no rank waits before it writes, and there is no barrier.
 
-One half is enough if ``r`` sends something to ``s`` after it has read everything that ``s`` put except O, as inside the
-machines of a group without a ring (O is last there), and if consecutive calls use the same offsets, with O's apart from
-the others. Before a call with other offsets ranks synchronize (``Mesh.begin``). ``tests/unit/test_protocol.py`` checks
-both cases for small groups in every interleaving.
+One half is enough on two conditions. First, ``r`` sends ``s`` a chunk after it has read all chunks of ``s`` except O.
+This holds inside the machines of a group without a ring, where O is last. Second, consecutive calls use the same
+offsets, and O has a region of its own. Before a call with other offsets, ranks synchronize (``Mesh.begin``).
+``tests/unit/test_protocol.py`` checks one and two halves for small groups in every interleaving.
 
 **Memory order.** Chunk and flag are two stores, and a reader that sees the flag must see the chunk. x86-64 keeps stores
 in order. Processors with a weaker order are refused, since Python has no memory barrier for them.
@@ -64,11 +64,11 @@ from sf_xfuser.transport.cpu.segment import (
 from sf_xfuser.transport.gpu.block import round_up_window
 
 _MAX_VIEWS = 4096  # cached views of the peers' windows, for about 64 call shapes
-_POLL_S = 0.1  # interval at which a waiting rank checks whether its peers still live
+_POLL_S = 0.1  # interval at which a waiting rank checks whether its peers are alive
 
 
 def identity() -> str:
-    """Equal on two ranks that share memory: host, kernel and file system. Local."""
+    """Host, kernel and file system: equal on ranks that can share memory. Local."""
     return f"{host_id()} {os.stat(FOLDER).st_dev if os.path.isdir(FOLDER) else 'none'}"
 
 
@@ -132,7 +132,7 @@ class Shm(OneSided):
                 gathered = self._control.gather("shm segment", [own.path if own else "", reason, half_bytes])
                 raise_if_unavailable("shm", self._members, [reason for _, reason, _ in gathered])
                 if len({size for *_, size in gathered}) > 1:
-                    reasons = [f"wants {size} bytes, others do not" for *_, size in gathered]
+                    reasons = [f"requests {size} bytes, other ranks differ" for *_, size in gathered]
                     raise_if_unavailable("shm", self._members, reasons)
                 segments: dict[int, Segment] = {}
                 for peer in self._peers:
@@ -142,14 +142,14 @@ class Shm(OneSided):
                         opened.callback(segments[peer].close)
                     except OSError as error:
                         reason = (
-                            f"the segment of rank {self._members[peer]} cannot be opened here ({error}): shm joins "
-                            f"ranks of one host that share {FOLDER} and a user"
+                            f"the segment of rank {self._members[peer]} cannot be opened here ({error}): shm "
+                            f"needs ranks of one user and host with the same {FOLDER}"
                         )
                         break
                 raise_if_unavailable("shm", self._members, self._control.gather("shm opened", reason))
                 opened.pop_all()
         except RuntimeError:
-            remove_stale_segments()  # a peer may have been killed meanwhile
+            remove_stale_segments()  # a peer may have been killed
             raise
         finally:
             if own is not None:
@@ -167,7 +167,7 @@ class Shm(OneSided):
         return self._own.half(self._epoch)
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        """All sends are complete, with their flags raised, when this returns."""
+        """Send in this thread: all chunks are written and all flags raised when this returns."""
         self._check_usable()
         for index, parcel in enumerate(sends):
             peer = parcel.peer
@@ -254,7 +254,7 @@ class Shm(OneSided):
         assert self._own is not None
         flag = self._own.flag(peer)
         self._error = kind(
-            f"rank {self._members[self._position]} on {socket.gethostname()}: nothing came from rank "
+            f"rank {self._members[self._position]} on {socket.gethostname()}: no data from rank "
             f"{self._members[peer]} in round {round}: {reason}. Expected flag (call={expected // CHUNKS}, "
             f"chunk={expected % CHUNKS}), got (call={flag // CHUNKS}, chunk={flag % CHUNKS}) (shm, timeout "
             f"{self._timeout_s:g} s)"

@@ -1,7 +1,7 @@
 """Plain TCP between CPU ranks. One thread of each rank sends all chunks, in program order.
 
-gloo moves a chunk only after the receiver has posted its receive, and all posted chunks share the wire, so the chunk
-that is needed first arrives last. Here a chunk is sent as soon as the previous ones are, in the order of the schedule.
+gloo moves a chunk only after the receiver has posted its receive, and all posted chunks share the network, so the chunk
+that is needed first may arrive last. Here each chunk is sent right after the previous one, in schedule order.
 Each pair of ranks has one connection per link, which keeps that order. The kernel buffers data that arrives before its
 receive is posted.
 """
@@ -64,15 +64,15 @@ def connect(
                 except OSError as error:
                     raise TransportError(
                         f"rank {members[position]}: no connection to rank {members[peer]} at {address} port {port}: "
-                        f"{error}. Open the TCP ports between the machines, or name the interface that joins them in "
-                        f"GLOO_SOCKET_IFNAME"
+                        f"{error}. Open the TCP ports between the machines, or set GLOO_SOCKET_IFNAME to the "
+                        f"interface between them"
                     ) from error
                 connections[link][peer] = connection
         with control.waiting():
             while missing:
                 for connection, handshake in acceptor.poll(_POLL_S):
-                    got, number, peer = _HANDSHAKE.unpack(handshake)
-                    if secrets.compare_digest(got, token) and number < len(links) and (links[number], peer) in missing:
+                    key, number, peer = _HANDSHAKE.unpack(handshake)
+                    if secrets.compare_digest(key, token) and number < len(links) and (links[number], peer) in missing:
                         connections[links[number]][peer] = opened.enter_context(connection)
                         missing.remove((links[number], peer))
                     else:
@@ -90,9 +90,9 @@ def connect(
         close_on_fork(connection)
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Otherwise a chunk would share the wire with the next one.
+        # Otherwise consecutive chunks would share the network.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-    return {link: Tcp(link, found, members, position, timeout_s, control) for link, found in connections.items()}
+    return {link: Tcp(link, sockets, members, position, timeout_s, control) for link, sockets in connections.items()}
 
 
 class Tcp(Transport):
@@ -189,9 +189,9 @@ class Tcp(Transport):
     def _missing_text(self, pending: _Pending) -> str:
         peers = sorted({parcel.peer for parcel in pending.missing})
         if not peers:
-            return "a peer did not take the chunks sent to it"
+            return "a peer did not receive the chunks sent to it"
         last = ", ".join(f"rank {self._members[peer]}'s last: {self._last_received[peer]}" for peer in peers)
-        return f"nothing came from rank(s) {[self._members[peer] for peer in peers]} for {pending.name} ({last})"
+        return f"no data from rank(s) {[self._members[peer] for peer in peers]} for {pending.name} ({last})"
 
     # -- threads ------------------------------------------------------------------------------------------------------
 
@@ -229,9 +229,9 @@ class Tcp(Transport):
             del item, parcel, pending
 
     def _complete(self, pending: _Pending, parcel: Parcel | None) -> None:
-        """A parcel has been received. None: there is nothing to receive, or all sends before a drain are done."""
+        """Mark a parcel as received. None: no receive is pending, or all sends before a drain are done."""
         with self._lock:
-            pending.missing = [other for other in pending.missing if other is not parcel]
+            pending.missing = [p for p in pending.missing if p is not parcel]
             pending.complete = not pending.missing
             if pending.complete:
                 self._pending.discard(pending)
@@ -240,7 +240,7 @@ class Tcp(Transport):
             pending.event.set()
 
     def _fail(self, text: str, kind: type[TransportError] = TransportError) -> None:
-        """Fail all waits of this link, and let the peers see the connections close."""
+        """Fail all waits of this link, and close its connections, so that the peers fail too."""
         with self._lock:
             self._error = self._error or kind(self._text(text))
             failed, self._pending = self._pending, set()
@@ -271,8 +271,8 @@ class _Pending(Ticket):
 
 
 def _use_batch_scheduling() -> None:
-    """Keep this thread from preempting threads that compute when data arrives. With more ranks than cores, each such
-    preemption would evict their caches."""
+    """Keep this thread from preempting compute threads when data arrives. With more ranks than cores, each preemption
+    would evict their caches."""
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -51,8 +51,8 @@ from sf_xfuser.transport.gpu.driver import Driver
 from sf_xfuser.transport.gpu.memory import DeviceMemory, closed_windows, completes, is_capturing
 from sf_xfuser.transport.gpu.watchdog import FlagSnapshot, PendingWait, Watchdog
 
-_PUT_STREAMS = 2  # one packs while the other copies; streams share few hardware queues
-_NOTIFY_LIMIT_S = 5.0  # for peers to be notified of a failure
+_PUT_STREAMS = 2  # to pack while copying; more streams would share hardware queues
+_NOTIFY_LIMIT_S = 5.0  # time limit for notifying the peers of a failure
 _NAN = 0x7FC00000  # as float32
 _MIN_QUEUES = 16
 
@@ -74,8 +74,8 @@ class DeviceWindow(DeviceMemory):
         queues = environment([QUEUES_VARIABLE]).get(QUEUES_VARIABLE, "unset")  # unset: CUDA uses 8
         if not queues.isdecimal() or int(queues) < _MIN_QUEUES:
             warnings.warn(
-                f"{QUEUES_VARIABLE}={queues}: streams that share a hardware queue can deadlock, when a wait for a rank "
-                f"blocks work that rank waits for; set it to 32 before CUDA starts, for --sp-transport {self.name}",
+                f"{QUEUES_VARIABLE}={queues}: --sp-transport {self.name} can deadlock if a wait for a peer shares a "
+                f"hardware queue with work that the peer waits for; set it to 32 before CUDA starts",
                 stacklevel=2,
             )
         self._driver = Driver()
@@ -106,7 +106,7 @@ class DeviceWindow(DeviceMemory):
             raise
 
     def begin(self) -> torch.Tensor:
-        """As ``OneSided.begin``: start the next epoch in its half of the window. Waits for the call before the last."""
+        """As ``OneSided.begin``: start the next epoch in its half of the window. Waits for the call before last."""
         self._require_usable()
         self._require_no_capture()
         assert self._block is not None and self._memory is not None
@@ -123,7 +123,7 @@ class DeviceWindow(DeviceMemory):
         return self._memory[start : start + self._block.half_bytes]
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        """Puts start after the work that the current stream already holds."""
+        """As ``Transport.exchange``. Puts start after the work that is already on the current stream."""
         self._require_usable()
         with self._fail_on_error(f"could not enqueue round {round}"):
             if sends:
@@ -167,7 +167,7 @@ class DeviceWindow(DeviceMemory):
         self._held.clear()
 
     def unavailable_reason(self) -> str | None:
-        """As ``OneSided.unavailable_reason``. All ranks capture their graphs alike."""
+        """As ``OneSided.unavailable_reason``. All ranks must capture the same calls."""
         return f"a CUDA graph is being captured, and the flags of {self.name} count calls" if is_capturing() else None
 
     def poison(self, result: torch.Tensor) -> None:
@@ -178,7 +178,7 @@ class DeviceWindow(DeviceMemory):
             self._record_call_end()
 
     def close(self) -> None:
-        """Peers that wait for this rank fail if a call is incomplete."""
+        """As ``Transport.close``. During an incomplete call, peers that wait for this rank fail."""
         if self._closed:
             return
         self._closed = True
@@ -247,10 +247,10 @@ class DeviceWindow(DeviceMemory):
                 return first.data_ptr()
         offset, wrapped = self._staging.allocate(parcel.nbytes)
         if wrapped:
-            sent = [each.record_event() for each in self._put_streams]
-            for each in self._put_streams:
+            sent = [put_stream.record_event() for put_stream in self._put_streams]
+            for put_stream in self._put_streams:
                 for event in sent:
-                    each.wait_event(event)
+                    put_stream.wait_event(event)
         offset += self._block.staging
         with torch.cuda.stream(stream):
             parcel.write(window_view(self._memory, offset, parcel.shape, parcel.dtype))
@@ -295,7 +295,7 @@ class DeviceWindow(DeviceMemory):
         return FlagSnapshot(flags.view(block.ranks, 2, MAX_CHUNKS).tolist(), aborted)
 
     def _notify_peers(self, suspects: Sequence[int]) -> None:
-        """Use memory operations and copies only: a kernel might queue behind one that never ends."""
+        """Poison this rank and its peers. Launches no kernel, since it might queue behind one that never ends."""
         if self._block is None:
             return
         word = self._base + self._block.poison

@@ -1,4 +1,4 @@
-"""CUDA driver calls that PyTorch does not expose, above all stream memory operations.
+"""CUDA driver calls that PyTorch does not expose, mainly stream memory operations.
 
 PyTorch can write 32 bits in stream order (symmetric memory's ``stream_write_value32``) but cannot wait for a value.
 ``cuda.bindings`` can, but is optional. ctypes calls ``libcuda`` directly, which exists wherever PyTorch sees a GPU, and

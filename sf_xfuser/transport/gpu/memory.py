@@ -60,12 +60,12 @@ class DeviceMemory(OneSided):
         freed_bytes = sum(window._memory.nbytes for window in replaced if window._memory is not None)
         problem = self._busy_reason(replaced) or self._out_of_memory_reason(block.nbytes, freed_bytes)
         answers = self._control.gather(f"{self.name} window", [block.half_bytes, len(replaced), problem])
-        self._raise_together([reason for *_, reason in answers])
+        self._raise_if_unavailable([reason for *_, reason in answers])
         if len({(size, count) for size, count, _ in answers}) > 1:
-            self._raise_together(
+            self._raise_if_unavailable(
                 [f"requests {size} bytes and frees {count} windows, other ranks differ" for size, count, _ in answers]
             )
-        # Every rank is here and no transfer is pending, so earlier windows can be freed.
+        # All ranks have reached this point without a pending transfer, so earlier windows can be freed.
         self._block = None
         _free_windows([self, *earlier])
         if replaced:
@@ -79,7 +79,7 @@ class DeviceMemory(OneSided):
             torch.cuda.synchronize()
         except Exception as error:
             problem = f"cannot allocate {block.nbytes} bytes that peers can write to: {error}"
-        self._raise_together(self._control.gather(f"{self.name} memory", problem))
+        self._raise_if_unavailable(self._control.gather(f"{self.name} memory", problem))
         self._block, self._memory = block, memory
         self._base = memory.data_ptr()
         self._staging = Staging(block.half_bytes)
@@ -138,7 +138,7 @@ class DeviceMemory(OneSided):
                 f"without it, or use --sp-transport two_sided"
             )
 
-    def _raise_together(self, reasons: Sequence[str | None]) -> None:
+    def _raise_if_unavailable(self, reasons: Sequence[str | None]) -> None:
         raise_if_unavailable(self.name, self._members, reasons)
 
 
@@ -149,10 +149,10 @@ closed_windows: list[DeviceMemory] = []
 def free_closed_windows(control: ControlPlane, members: Sequence[int], position: int) -> bool:
     """Free the memory of closed transports of a group, of any kind. Returns False and frees nothing if a rank still
     uses it. Collective."""
-    mine = [window for window in closed_windows if window._key[1:] == (tuple(members), position)]
-    if mine and any(control.gather("windows", mine[0]._busy_reason(mine))):
+    windows = [window for window in closed_windows if window._key[1:] == (tuple(members), position)]
+    if windows and any(control.gather("windows", windows[0]._busy_reason(windows))):
         return False
-    _free_windows(mine)
+    _free_windows(windows)
     return True
 
 

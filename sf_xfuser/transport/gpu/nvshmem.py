@@ -1,15 +1,15 @@
 """One-sided transfers between NVIDIA GPUs of one or many machines: NVSHMEM through nvshmem4py (0.3.1 or newer).
 ``device.py`` describes the protocol.
 
-Most mistakes with NVSHMEM end the process without a Python exception: an allocation after a failed start, a library of
-the wrong CUDA, or an unsupported wait where processes share a GPU. So every rank first gathers the ``Facts`` of all
-ranks, a pure function finds the ranks that cannot use NVSHMEM, and every rank raises with their reasons.
+Most mistakes with NVSHMEM end the process without a Python exception: an allocation after a failed start, a library for
+another CUDA version, or an unsupported wait where processes share a GPU. So every rank first gathers the ``Facts`` of
+all ranks, a pure function finds the ranks that cannot use NVSHMEM, and every rank raises with their reasons.
 
 A sequence-parallel group is one NVSHMEM world. A rank's PE is its position. Other replicas have worlds of their own. A
 process can be in one world only, so nothing else in it may use NVSHMEM (DeepEP, the NVSHMEM backend of PyTorch's
 symmetric memory).
 
-Puts use ``putmem_signal_on_stream``, whose flag follows its data on every fabric. A copy engine executes the put if the
+Puts use ``putmem_signal_on_stream``: its flag follows its data on every fabric. A copy engine executes the put if the
 GPU maps the peer's memory. NVSHMEM's proxy thread executes it otherwise, and then only from symmetric memory. Waits for
 mapped peers are stream memory operations. Waits for other peers are NVSHMEM's kernel, which spins in one thread.
 """
@@ -36,12 +36,12 @@ from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
 
 _SET = 9  # NVSHMEM_SIGNAL_SET
-_EQUAL = 0  # NVSHMEM_CMP_EQ; a wait that gets a signal operation instead returns at once
+_EQUAL = 0  # NVSHMEM_CMP_EQ; a wait with a signal operation in its place returns at once
 _INITIALIZED, _LIMITED = 2, 3  # init_status(); 3: several processes on a GPU, without MPS
 _OLDEST_BINDINGS, _OLDEST_LIBRARY = (0, 3, 1), (3, 3)
 _HEAP_CHUNK = 512 << 20  # bytes by which the symmetric heap grows
 
-# Variables that this module checks. NVSHMEM reads its own itself.
+# Variables that this module checks. NVSHMEM reads its own variables.
 VARIABLES = (
     "NVSHMEM_REMOTE_TRANSPORT",
     "NVSHMEM_LIBFABRIC_PROVIDER",
@@ -83,8 +83,8 @@ class Facts(DriverFacts):
 
 
 def probe() -> Facts:
-    """Local; never raises, creates no CUDA context, starts nothing."""
-    known: dict[str, Any] = {
+    """Probe this process. Local; never raises, creates no CUDA context, does not start NVSHMEM."""
+    facts: dict[str, Any] = {
         "cuda": torch.version.cuda,
         "gpus": torch.cuda.device_count(),
         "bindings": _installed_bindings(),
@@ -92,21 +92,21 @@ def probe() -> Facts:
         "host": socket.gethostname(),
         "environment": environment(VARIABLES),
     }
-    if not known["gpus"] or not known["bindings"]:
-        return Facts(**known)
+    if not facts["gpus"] or not facts["bindings"]:
+        return Facts(**facts)
     try:
         import nvshmem.core as core
 
-        known |= Driver().facts()
-        known["library"] = str(core.get_version().libnvshmem_version)
-        known["status"] = int(core.init_status())
+        facts |= Driver().facts()
+        facts["library"] = str(core.get_version().libnvshmem_version)
+        facts["status"] = int(core.init_status())
     except Exception as error:
-        known["problem"] = f"{type(error).__name__}: {error}"
-    return Facts(**known)
+        facts["problem"] = f"{type(error).__name__}: {error}"
+    return Facts(**facts)
 
 
 def unsupported_reason(facts: Facts) -> str | None:
-    """Why a process with these facts cannot use NVSHMEM, whatever its peers support, or None. Pure."""
+    """Why a process with these facts cannot use NVSHMEM, regardless of its peers, or None. Pure."""
     if reason := facts.no_gpu_reason():
         return reason
     flavour = f"cu{str(facts.cuda).split('.')[0]}"
@@ -114,10 +114,10 @@ def unsupported_reason(facts: Facts) -> str | None:
     if not facts.bindings:
         return f"nvshmem4py is not installed: {install}"
     if len(facts.bindings) > 1:
-        return f"nvshmem4py is installed for {' and '.join(sorted(facts.bindings))}: keep the one for {flavour} only"
-    ((found, version),) = facts.bindings.items()
-    if found != flavour:
-        return f"nvshmem4py is installed for {found}, but PyTorch is built for CUDA {facts.cuda}: {install}"
+        return f"nvshmem4py is installed for {' and '.join(sorted(facts.bindings))}: keep only the one for {flavour}"
+    ((installed, version),) = facts.bindings.items()
+    if installed != flavour:
+        return f"nvshmem4py is installed for {installed}, but PyTorch is built for CUDA {facts.cuda}: {install}"
     if _numbers(version) < _OLDEST_BINDINGS:
         return f"nvshmem4py {version} is too old: {install}"
     if facts.problem:
@@ -148,9 +148,9 @@ def group_unsupported_reasons(ranks: Sequence[Facts], members: Sequence[int], jo
 
     def reason(facts: Facts) -> str | None:
         if len(libraries) > 1:
-            return f"has libnvshmem {facts.library}, other ranks have another version"
+            return f"has libnvshmem {facts.library}, but other ranks have a different version"
         if started and list(facts.world or ()) != list(members):
-            return f"is in an NVSHMEM world of ranks {facts.world}, this group needs one of {list(members)}"
+            return f"is in an NVSHMEM world of ranks {facts.world}, but this group needs one of ranks {list(members)}"
         if len(hosts) > 1 and facts.environment.get("NVSHMEM_REMOTE_TRANSPORT", "").lower() == "none":
             return f"NVSHMEM_REMOTE_TRANSPORT=none, but the ranks are on {len(hosts)} hosts"
         if on_gpu[facts.host, facts.gpu] == 1:
@@ -165,31 +165,31 @@ def group_unsupported_reasons(ranks: Sequence[Facts], members: Sequence[int], jo
 
 
 def unavailable() -> str | None:
-    """Why this process cannot use NVSHMEM, whatever its peers support, or None. Local."""
+    """Why this process cannot use NVSHMEM, regardless of its peers, or None. Local."""
     return unsupported_reason(probe())
 
 
 def environment_warnings(variables: Mapping[str, str], efa: bool = False) -> dict[str, str]:
-    """Settings that are likely to fail or to be slow, by variable. ``efa``: the machine has AWS EFA cards. Pure.
+    """Warnings about settings that may fail or be slow, by variable. ``efa``: the machine has AWS EFA cards. Pure.
     Source: NVSHMEM's environment variables and release notes (3.3.24 for EFA).
     """
-    found = {}
+    warnings = {}
     remote = variables.get("NVSHMEM_REMOTE_TRANSPORT", "ibrc").lower()
     provider = variables.get("NVSHMEM_LIBFABRIC_PROVIDER", "")
     if efa and remote != "libfabric":
-        found["NVSHMEM_REMOTE_TRANSPORT"] = "this machine has EFA cards: set it to libfabric for several machines"
+        warnings["NVSHMEM_REMOTE_TRANSPORT"] = "this machine has EFA cards: set it to libfabric for several machines"
     if remote == "libfabric" and provider != "efa" and (efa or provider != provider.lower()):
-        found["NVSHMEM_LIBFABRIC_PROVIDER"] = "must be efa on EFA, in lower case"
+        warnings["NVSHMEM_LIBFABRIC_PROVIDER"] = "must be efa on EFA, in lower case"
     if remote == "libfabric" and provider == "efa" and variables.get("FI_EFA_ENABLE_SHM_TRANSFER") != "0":
-        found["FI_EFA_ENABLE_SHM_TRANSFER"] = "must be 0 for NVSHMEM over EFA"
+        warnings["FI_EFA_ENABLE_SHM_TRANSFER"] = "must be 0 for NVSHMEM over EFA"
     for name, equivalents in _NVSHMEM_EQUIVALENTS.items():
         if name in variables and not any(other in variables for other in equivalents):
-            found[name] = f"={variables[name]} applies to NCCL only: set {' or '.join(equivalents)} too"
+            warnings[name] = f"={variables[name]} applies to NCCL only: set {' or '.join(equivalents)} too"
     if variables.get("NVSHMEM_DISABLE_CUDA_VMM") == "1" and "NVSHMEM_SYMMETRIC_SIZE" not in variables:
-        found["NVSHMEM_SYMMETRIC_SIZE"] = "is 1 GiB with NVSHMEM_DISABLE_CUDA_VMM=1: set it to hold three windows"
+        warnings["NVSHMEM_SYMMETRIC_SIZE"] = "is 1 GiB with NVSHMEM_DISABLE_CUDA_VMM=1: set it to hold three windows"
     if variables.get("NVSHMEM_BYPASS_FLUSH") == "1":
-        found["NVSHMEM_BYPASS_FLUSH"] = "=1 makes waits fail on GPUs that cannot flush remote writes: unset it"
-    return found
+        warnings["NVSHMEM_BYPASS_FLUSH"] = "=1 makes waits fail on GPUs that cannot flush remote writes: unset it"
+    return warnings
 
 
 def has_efa() -> bool:
@@ -219,7 +219,7 @@ def exchange_unique_id(control: ControlPlane, members: Sequence[int], position: 
 
 def finalize() -> None:
     """End the NVSHMEM world that this module started, unless one of its windows is open. Optional. Collective over the
-    group: it hangs if a member does not call it, so do not call it in a job that fails."""
+    group: it hangs if a member does not call it, so do not call it in a failing job."""
     global _world
     if _world is None or _open_windows:
         return
@@ -315,7 +315,7 @@ def _start_world(control: ControlPlane, members: Sequence[int], position: int) -
     facts = asdict(probe())
     if facts["gpus"]:
         device = torch.cuda.current_device()
-        torch.zeros(1, device=device)  # without a current CUDA context NVSHMEM starts only partly
+        torch.zeros(1, device=device)  # without a current CUDA context NVSHMEM starts only partially
         facts["gpu"] = gpu_name(device)
     ranks = [Facts(**values) for values in control.gather("nvshmem", facts)]
     raise_if_unavailable("nvshmem", members, group_unsupported_reasons(ranks, members, dist.get_world_size()))
@@ -340,7 +340,7 @@ def _start_world(control: ControlPlane, members: Sequence[int], position: int) -
             problem = f"NVSHMEM started only partly (status {status}); NVSHMEM_DEBUG=INFO prints the reason on stderr"
         raise_if_unavailable("nvshmem", members, control.gather("nvshmem started", problem))
         if (core.my_pe(), core.n_pes()) != (position, len(members)):
-            raise TransportError(f"NVSHMEM made this rank PE {core.my_pe()}, not {position}")
+            raise TransportError(f"NVSHMEM assigned PE {core.my_pe()} to this rank, not {position}")
         _world = list(members)
     own = ranks[position]
     return int(core.init_status()), sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
@@ -357,13 +357,13 @@ def _current_device() -> Any:
 
 
 def _installed_bindings() -> dict[str, str]:
-    found = {}
+    versions = {}
     for flavour in ("cu12", "cu13"):
         try:
-            found[flavour] = importlib.metadata.version(f"nvshmem4py-{flavour}")
+            versions[flavour] = importlib.metadata.version(f"nvshmem4py-{flavour}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 backend) maps the memory of peers, copy engines write into it, and stream memory operations raise the flags. The only
 kernel of a transfer packs a strided chunk. ``device.py`` describes the protocol.
 
-PyTorch's own signals are not used: they are kernels that spin, hold one value, and wait until the last one is consumed.
+PyTorch's own signals are not used: they are spinning kernels, and each signal waits until the last one is consumed.
 The PyTorch module is private and changes, so ``probe`` checks for the functions needed here, not for a version.
 """
 
@@ -31,23 +31,23 @@ class Facts(DriverFacts):
 
 
 def probe() -> Facts:
-    """Local; never raises, creates no CUDA context."""
-    known: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
-    if known["cuda"] is None or not known["gpus"]:
-        return Facts(**known)
+    """Probe this process. Local; never raises, creates no CUDA context."""
+    facts: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": torch.cuda.device_count()}
+    if facts["cuda"] is None or not facts["gpus"]:
+        return Facts(**facts)
     try:
         import torch.distributed._symmetric_memory as symmetric
 
-        known |= Driver().facts()
-        known["backend"] = getattr(symmetric, "get_backend", lambda device: "CUDA")(torch.device("cuda"))
+        facts |= Driver().facts()
+        facts["backend"] = getattr(symmetric, "get_backend", lambda device: "CUDA")(torch.device("cuda"))
         absent = [] if hasattr(symmetric, "rendezvous") else ["rendezvous"]
         if not hasattr(getattr(symmetric, "_SymmetricMemory", None), "empty_strided_p2p"):
             absent.append("empty_strided_p2p")
         if absent:
-            known["problem"] = f"PyTorch's symmetric memory has no {' and no '.join(absent)}"
+            facts["problem"] = f"PyTorch's symmetric memory has no {' and no '.join(absent)}"
     except Exception as error:
-        known["problem"] = str(error)
-    return Facts(**known)
+        facts["problem"] = str(error)
+    return Facts(**facts)
 
 
 def unsupported_reason(facts: Facts) -> str | None:
@@ -60,12 +60,12 @@ def unsupported_reason(facts: Facts) -> str | None:
 
 
 def unavailable() -> str | None:
-    """Why this process cannot use symmetric memory, whatever its peers support, or None. Local."""
+    """Why this process cannot use symmetric memory, regardless of its peers, or None. Local."""
     return unsupported_reason(probe())
 
 
 def identity() -> str:
-    """The NVLink domain, or else the host. Equal on ranks whose GPUs NVLink may connect. Local."""
+    """The NVLink domain, or the host without one. Equal on ranks with GPUs that NVLink may connect. Local."""
     facts = topology.probe()
     return facts.nvlink_domain or facts.host
 
@@ -80,7 +80,7 @@ def _context_problem() -> str | None:
 
 
 class SymmMem(DeviceWindow):
-    """``group``: a process group of this rank and its peers. ``rank_of``: the rank in it of each position."""
+    """``group``: a process group of this rank and its peers. ``rank_of``: each position's rank in ``group``."""
 
     name = "symm_mem"
     _other_hosts: Collection[int] = ()  # peers on other hosts of the NVLink domain
@@ -98,7 +98,7 @@ class SymmMem(DeviceWindow):
         """As ``DeviceWindow``."""
         self._group = group
         self._rank_of = rank_of
-        self._handle: Any = None  # keeps the mappings
+        self._handle: Any = None  # keeps the peers' memory mapped
         self._address: dict[int, int] = {}
         self._flag_sources: dict[int, torch.Tensor] = {}  # by stream
         problem = unavailable() or _context_problem()

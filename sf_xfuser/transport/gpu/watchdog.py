@@ -1,11 +1,11 @@
 """Bounds waits that are enqueued on a GPU stream. The host cannot interrupt a stream, so a thread watches the waits.
 
 The transport fails when a wait exceeds the timeout, when a peer aborts, or when the control plane reports a failure.
-The thread then acts in this order, so that no peer mistakes what follows for a valid chunk:
+The thread then acts in this order, so that no peer accepts an invalid chunk:
 
-1. notify the peers, which poisons their results;
-2. release the waits, so that the streams continue;
-3. let the next call on this rank raise the error.
+1. It notifies the peers, which poisons their results.
+2. It releases the waits, so that the streams continue.
+3. The next call on this rank raises the error.
 
 Work that is already enqueued runs on undefined memory. ``OneSided.poison`` turns its result into NaN.
 """
@@ -24,16 +24,16 @@ from dataclasses import dataclass
 
 from sf_xfuser.transport.base import TransportError
 
-_POLL_S = 0.01  # between checks of the oldest wait
-_FLAGS_POLL_S = 1.0  # between reads of the flags while a wait is pending
-_RELEASE_LIMIT_S = 30.0  # for released streams to continue
+_POLL_S = 0.01  # interval between checks of the oldest wait
+_FLAGS_POLL_S = 1.0  # interval between reads of the flags while a wait is pending
+_RELEASE_LIMIT_S = 30.0  # time limit for released streams to continue
 
 
 @dataclass(eq=False)
 class PendingWait:
-    """A wait for ``chunks`` of one round, as (peer, chunk number of this call). Without chunks: the end of a call, its
-    sends included. ``value``: what each flag must hold, ``epoch << 32 | identity``. ``done`` is set once the wait is
-    enqueued and returns whether it has completed."""
+    """A wait for ``chunks`` of one round, as (peer, chunk number of this call). Without chunks: the end of a call,
+    including its sends. ``value``: the expected value of each flag, ``epoch << 32 | identity``. ``done`` is set when
+    the wait is enqueued, and returns whether it has completed."""
 
     epoch: int
     round: int = 0
@@ -53,7 +53,7 @@ class FlagSnapshot:
 class Watchdog:
     """Watches the waits of the rank at ``position`` of ``members``. Thread-safe. Callbacks:
 
-    ``abort_reason(peers)``: why waiting for these peers is pointless, or None.
+    ``abort_reason(peers)``: why a wait for these peers cannot complete, or None.
     ``on_start()``: called first on the watchdog's thread.
     ``read_flags()``: the current flags, or None if they cannot be read.
     ``notify_peers(suspects)``: report the failure to the peers, suspects last. Bounded.
@@ -104,7 +104,7 @@ class Watchdog:
 
     @property
     def idle(self) -> bool:
-        """Whether no wait is pending, so nothing will be released."""
+        """Whether no wait is pending."""
         return not self._pending
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Watchdog:
             self._release_all()
 
     def _release_all(self) -> None:
-        """Release every wait, since nothing watches them any more."""
+        """Release every wait, since no thread watches them any more."""
         deadline = time.monotonic() + _RELEASE_LIMIT_S
         with contextlib.suppress(Exception):  # a failed GPU ends its waits itself
             while any(wait.done is None or not wait.done() for wait in tuple(self._pending)):
@@ -157,9 +157,9 @@ class Watchdog:
             time.sleep(_POLL_S)
 
     def _fail_if_aborted(self, wait: PendingWait, waited_s: float) -> None:
-        seen = self._read_flags()
+        snapshot = self._read_flags()
         reason = self._abort_reason([peer for peer, _ in wait.chunks])
-        if reason is None and seen is not None and seen.aborted:
+        if reason is None and snapshot is not None and snapshot.aborted:
             reason = "a rank of its group aborted"
         if reason is None and waited_s >= self._timeout_s:
             reason = f"waited {waited_s:.1f} s"
@@ -168,7 +168,7 @@ class Watchdog:
         late = [
             (peer, chunk, flag)
             for peer, chunk in wait.chunks
-            if (flag := None if seen is None else seen.flags[peer][wait.epoch % 2][chunk]) != wait.value
+            if (flag := None if snapshot is None else snapshot.flags[peer][wait.epoch % 2][chunk]) != wait.value
         ]
         self.fail(TransportError(self._message(wait, late, reason)), [peer for peer, _, _ in late])
 
@@ -179,7 +179,7 @@ class Watchdog:
         peer, chunk, flag = late[0]
         others = f" (nor from rank(s) {sorted({self._members[p] for p, *_ in late[1:]})})" if late[1:] else ""
         return (
-            f"{self._name}: nothing came from rank {self._members[peer]}{others} in round {wait.round}: {reason}. "
+            f"{self._name}: no data from rank {self._members[peer]}{others} in round {wait.round}: {reason}. "
             f"Expected flag of chunk {chunk}: {_format_flag(wait.value)}, got: "
             f"{'unreadable' if flag is None else _format_flag(flag)}. See that rank's log; if it is only slow, raise "
             "--sp-timeout"
