@@ -1,9 +1,9 @@
-# Two commands do everything: `make demo` and `make test`. Each makes the virtual environment first; so does `make bench`.
+# `make demo` and `make test` set up everything: the first target that runs creates the virtual environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The tested PyTorch; the plugin itself needs 2.8 or newer. Any build will do, CPU or CUDA.
+# The tested PyTorch, CPU or CUDA build. The plugin needs 2.8 or newer.
 TORCH ?= torch==2.13.0
 XFUSER ?= xfuser==0.7.0
 
@@ -36,13 +36,13 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(SMOKE) tests/unit $(TEST_ARGS)
 
-# The tests marked slow: 55 faults on the emulated cluster, and more launches of what the other tests launch once.
+# The tests marked slow: 55 faults on the emulated cluster, and further launches of programs that `make test` runs once.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m slow $(TEST_ARGS)
 
 test-all: test test-slow
 
-# A quarter of an hour and, with PyTorch's CPU build, 2 GB for each version; a failure ends it after all have run.
+# Takes 15 minutes and, with the CPU build of PyTorch, 2 GB per version. Reports failures after all versions have run.
 test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
 	@for v in $(VERSIONS); do \
 	    echo "== xfuser $$v"; \
@@ -57,12 +57,12 @@ test-versions: $(VERSIONS:%=.venv-xfuser-%/.installed)
 	.venv-xfuser-$*/bin/python -m pip install --editable ".[dev]"
 	touch $@
 
-# The tests of xDiT and yunchang themselves: XDIT= and YUNCHANG= are checkouts at the releases that are installed
-# (tags 0.7.0 and 0.6.4). Some twenty minutes.
+# Runs the tests of xDiT and yunchang. XDIT= and YUNCHANG= are checkouts of the installed releases (tags 0.7.0 and
+# 0.6.4). Takes 20 minutes.
 test-upstream: $(STAMP)
 	$(BIN)/python -m tests.upstream --xdit $(XDIT) --yunchang $(YUNCHANG) --markdown docs/upstream-tests.md
 
-# The rows behind docs/performance.md, on an emulated cluster (Linux, iproute2, root or user namespaces).
+# Measures the rows of docs/performance.md on an emulated cluster (Linux, iproute2, root or user namespaces).
 bench: $(STAMP)
 	mkdir -p out
 	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
