@@ -1,7 +1,7 @@
 """Hooks that let xDiT's pipelines run on CPU ranks over gloo, on a machine without an accelerator.
 
 Install ``HOOKS`` (``HookSet(HOOKS).install()``) if ``needed()``, before importing ``xfuser``: several xDiT modules
-compute at import what they support. ``HookSet.remove()`` restores every hooked attribute, but not values computed at
+detect devices and packages at import. ``HookSet.remove()`` restores every hooked attribute, but not values computed at
 import (``HAS_LONG_CTX_ATTN``).
 
 Shapes: q/k/v ``[B, H, S, D]``, LSE ``[B, H, Sq]``, as in xDiT's registry.
@@ -28,7 +28,7 @@ from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import (
     HostEvent,
     cpu_fsdp,
     cpu_generator,
-    nothing_to_offload,
+    skip_offload,
     to_cpu,
 )
 from sf_xfuser.integrations.xdit.cpu_platform.gloo import (
@@ -46,9 +46,9 @@ from sf_xfuser.integrations.xdit.cpu_platform.pipefusion import (
 
 
 def needed() -> bool:
-    """Whether no accelerator that xDiT supports is available, also with a CUDA build of PyTorch.
+    """Whether no accelerator that xDiT supports is available, even with a CUDA build of PyTorch.
 
-    Checks as ``xfuser/envs.py`` does, except for ``torch.version.cuda``. Never raises; imports nothing of xDiT.
+    Makes the checks of ``xfuser/envs.py``, except for ``torch.version.cuda``. Never raises; imports nothing of xDiT.
     """
     return not any(_is_available(name) for name in ("cuda", "musa", "npu", "mps"))
 
@@ -63,7 +63,7 @@ def _is_available(accelerator: str) -> bool:
         return False
 
 
-# --- an absent triton ---------------------------------------------------------------------------------------------
+# --- placeholder for triton ---------------------------------------------------------------------------------------
 #
 # One module of xDiT imports triton without a guard, and a CPU build of PyTorch does not install it. `triton` is a
 # placeholder during that import only, because PyTorch, diffusers and xDiT check whether triton is installed.
@@ -120,7 +120,7 @@ def _always(value: Any) -> Callable[[Any], Any]:
 
 
 def _packages(info: dict[str, Any]) -> dict[str, Any]:
-    """xDiT's package table without GPU kernels, which may be installed beside a CUDA build, and with yunchang."""
+    """xDiT's package table without GPU kernels, which may be installed with a CUDA build, and with yunchang."""
     kernels = [name for name in info if name.startswith("has_") and name != "has_long_ctx_attn"]
     return {**info, **dict.fromkeys(kernels, False), "has_long_ctx_attn": _yunchang_process_group() is not None}
 
@@ -351,7 +351,7 @@ HOOKS: tuple[Hook, ...] = (
         Hook(
             module=module,
             name=name,
-            wrap=nothing_to_offload,
+            wrap=skip_offload,
             why='runner_models/base_model.py: the offload options use the device "cuda:<rank>" and CUDA streams',
             remove_when="it does not offload if envs.get_device is the CPU",
         )

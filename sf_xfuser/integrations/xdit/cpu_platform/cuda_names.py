@@ -62,7 +62,7 @@ def cpu_generator(generator: type[torch.Generator]) -> type:
 
 
 class CpuTorch:
-    """``torch`` for a module of xDiT that names CUDA devices: functions with a device argument get the CPU."""
+    """``torch`` for xDiT modules with hard-coded CUDA devices: functions with a device argument get the CPU."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -87,7 +87,7 @@ class CpuCuda:
         return torch.device("cpu")
 
 
-def nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
+def skip_offload(offload: Callable[..., None]) -> Callable[..., None]:
     """Do nothing for a CUDA device: the weights are in host memory already."""
 
     @functools.wraps(offload)

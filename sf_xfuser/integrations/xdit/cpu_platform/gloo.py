@@ -1,8 +1,8 @@
-"""gloo in place of NCCL: one event loop for all process groups of a rank, and exchanges in both directions at once.
+"""gloo in place of NCCL: one event loop for all process groups of a rank, and full-duplex exchanges.
 
 gloo announces a receive on the connection that it also sends on, and its collectives post sends first, so the
-announcement may queue behind a whole tensor. Depending on timing, two ranks then send at once or one after the other;
-with NCCL always at once. With receives posted first it is always at once (times in docs/performance.md).
+announcement may queue behind a whole tensor. Depending on timing, two ranks then send simultaneously or in turn. With
+receives posted first they always send simultaneously, as with NCCL (times in docs/performance.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TAG = 0x5F5  # gloo's own sends and receives use 0
 
 
 def share_event_loop(init: Callable[..., None]) -> Callable[..., None]:
-    """``ProcessGroupGloo.__init__`` with the devices of the first group for all later groups.
+    """``ProcessGroupGloo.__init__`` that gives the devices of the first group to all later groups.
 
     PyTorch creates a device per group, with a thread that wakes a hundred times a second. xDiT creates about twenty
     groups: with eight ranks on two cores that took a sixth of the CPU time.
@@ -90,7 +90,7 @@ def functional_all_to_all_both_ways(all_to_all: Callable[..., torch.Tensor]) -> 
 
 
 def pair_gathers_both_ways(all_gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The functional all-gather (PyTorch's ring) of two ranks with receives posted first. More ranks need no change."""
+    """The functional all-gather (PyTorch's ring) with receives posted before sends, for two ranks; others as before."""
 
     @functools.wraps(all_gather)
     def replacement(self: torch.Tensor, gather_dim: int, group: Any, tag: str = "") -> torch.Tensor:

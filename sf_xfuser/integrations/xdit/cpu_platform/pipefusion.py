@@ -3,8 +3,8 @@
 gloo delivers a send once the receiver has posted its receive (rendezvous), and loses the send if its Work is deleted.
 xDiT deletes the Work of every asynchronous send, and may overwrite the tensor. So each send uses a copy, stored with
 its Work under a *slot*: (name, segment), the key of the peer's receive buffer. A stage reuses a slot one denoising
-step later, after a result that the peer computed from the slot's previous tensor. So waiting for the old Work returns
-at once, and memory is bounded by the number of receive buffers.
+step later, when it has received a result that the peer computed from the slot's previous tensor. So waiting for the old
+Work returns immediately, and memory is bounded by the number of receive buffers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def pipeline_isend_skip(_: Callable[..., None]) -> Callable[..., None]:
 
 
 def communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size]:
-    """xDiT's handshake before the first tensor of a slot, with the dtype and without waiting in the sender.
+    """xDiT's handshake before the first tensor of a slot. It also sends the dtype, and the sender does not wait.
 
     The receiver allocates its buffer with ``self.dtype``, which xDiT sets to the configured dtype, not the model's.
     """
