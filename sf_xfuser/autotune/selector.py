@@ -202,30 +202,30 @@ class Selector:
                 raise
             failed = error
         error_text = failed and f"{type(failed).__name__}: {failed}"
-        ranks = self._gather([time.perf_counter() - started, error_text], "a timed call")
+        reports = self._gather([time.perf_counter() - started, error_text], "a timed call")
         failures = "; ".join(
-            f"rank {rank}: {text}" for rank, (_, text) in zip(self.mesh.members, ranks, strict=True) if text
+            f"rank {rank}: {text}" for rank, (_, text) in zip(self.mesh.members, reports, strict=True) if text
         )
         if failures and candidate.degrees is None:
             raise failed or RuntimeError(f"--sp-backend auto: {name} failed: {failures}")
         if failures:
             return None, inf, failures
-        return out, max(seconds for seconds, _ in ranks), ""
+        return out, max(seconds for seconds, _ in reports), ""
 
     def _drop_trials_that_differ(self) -> None:
         """A failed call may have interrupted ranks at different points of a trial: repeat such trials. Collective."""
         states = {str(shape): trial.state() for shape, trial in self.trials.items()}
-        ranks = self._gather(states, "trials")
+        rank_states = self._gather(states, "trials")
         self._session = self.mesh.control.session
         self.trials = {
             shape: trial
             for shape, trial in self.trials.items()
-            if all(other.get(str(shape)) == states[str(shape)] for other in ranks)
+            if all(rank.get(str(shape)) == states[str(shape)] for rank in rank_states)
         }
 
     @property
     def finished(self) -> bool:
-        """Whether there were trials and none is running."""
+        """Whether there are trials, and all have selected a candidate."""
         return bool(self.trials) and all(trial.selected is not None for trial in self.trials.values())
 
     def lines(self) -> list[str]:

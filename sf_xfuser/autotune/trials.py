@@ -1,4 +1,4 @@
-"""The trial of one call shape: which candidate runs each call, and which one is selected. Pure.
+"""The trial of one call shape: chooses the candidate of each call and selects the fastest. Pure.
 
 All candidates are timed once, then the fastest three again, then the fastest two: ten calls. Candidates within 4 % of
 each other continue in turns, up to thirty calls, because the calls of one candidate vary by more than that.

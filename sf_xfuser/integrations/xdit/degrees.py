@@ -193,7 +193,7 @@ def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> 
         return others
     if "--use-cfg-parallel" in rest:
         others *= 2  # xDiT's count includes only the spelling with underscores
-    num_nodes = _flag_value(sys.argv, "--nnodes")
+    num_nodes = _num_nodes(sys.argv)
     explicit = torus_args.explicit_plan()
     if explicit is not None:
         return max(1, others * prod(explicit.values()) // num_nodes)
@@ -206,10 +206,10 @@ def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> 
     return max(unit, devices - devices % unit)
 
 
-def _flag_value(argv: Sequence[str], name: str) -> int:
+def _num_nodes(argv: Sequence[str]) -> int:
     for index, arg in enumerate(argv):
         key, separator, value = arg.partition("=")
-        if key == name:
+        if key == "--nnodes":
             text = value if separator else (argv[index + 1] if index + 1 < len(argv) else "")
             return int(text) if text.isdecimal() and int(text) > 0 else 1
     return 1

@@ -13,7 +13,6 @@ platform.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.integrations.hooks import Hook
+from sf_xfuser.integrations.hooks import Hook, wrapper
 from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import (
     CpuTorch,
     HostEvent,
@@ -108,15 +107,7 @@ def _remove_triton_placeholder(triton: Any) -> Any:
 
 def _always(value: Any) -> Callable[[Any], Any]:
     """A ``Hook.wrap``: the replacement takes any arguments and returns ``value``."""
-
-    def wrap(original: Any) -> Any:
-        @functools.wraps(original)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            return value
-
-        return replacement
-
-    return wrap
+    return wrapper(lambda original, *args, **kwargs: value)
 
 
 def _packages(info: dict[str, Any]) -> dict[str, Any]:
@@ -139,14 +130,11 @@ def _existing_names(names: list[str]) -> list[str]:
     return [name for name in names if hasattr(package, name)]
 
 
-def _float32_by_default(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) < 2:  # (warmup_steps, dtype, ...)
-            kwargs.setdefault("dtype", torch.float32)
-        init(self, *args, **kwargs)
-
-    return replacement
+@wrapper
+def _float32_by_default(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if len(args) < 2:  # (warmup_steps, dtype, ...)
+        kwargs.setdefault("dtype", torch.float32)
+    init(self, *args, **kwargs)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -186,16 +174,13 @@ class _CpuAten:
         return getattr(self._aten, name)
 
 
-def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(select)
-    def replacement(self: Any, engine_config: Any = None) -> Any:
-        if engine_config and engine_config.runtime_config.attention_backend:
-            return select(self, engine_config)
-        from xfuser.core.distributed.attention_backend import AttentionBackendType
+@wrapper
+def _sdpa_flash_by_default(select: Any, self: Any, engine_config: Any = None) -> Any:
+    if engine_config and engine_config.runtime_config.attention_backend:
+        return select(self, engine_config)
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
 
-        return AttentionBackendType.SDPA_FLASH
-
-    return replacement
+    return AttentionBackendType.SDPA_FLASH
 
 
 # --- the hooks -----------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ Work returns immediately, and memory is bounded by the number of receive buffers
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from sf_xfuser.integrations.hooks import wrapper
 
 _SENDS = "_sf_gloo_sends"  # attribute of a PipelineGroupCoordinator: {slot: (Work, tensor)}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
@@ -75,13 +76,9 @@ def communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size
     return communicate_shapes
 
 
-def destroy_after_delivery(destroy: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def destroy_after_delivery(destroy: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wait for pending sends before a stage exits (on CUDA a stream synchronization does this)."""
-
-    @functools.wraps(destroy)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
-        for work, _ in vars(self).pop(_SENDS, {}).values():
-            work.wait()
-        destroy(self, *args, **kwargs)
-
-    return replacement
+    for work, _ in vars(self).pop(_SENDS, {}).values():
+        work.wait()
+    destroy(self, *args, **kwargs)
