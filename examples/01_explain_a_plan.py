@@ -1,4 +1,4 @@
-"""1. Which rank splits what, and why. Pure arithmetic: no GPU, no model, no other process.
+"""1. Print how a plan splits heads and tokens over ranks, and why. Needs no GPU, no model and no other process.
 
 python examples/01_explain_a_plan.py
 python examples/01_explain_a_plan.py --machines 4 --ranks-per-machine 8 --heads 24

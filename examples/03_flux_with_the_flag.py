@@ -1,10 +1,10 @@
-"""3. An xDiT script for Flux with nothing but the flag: this file does not know sf-xfuser.
+"""3. An ordinary xDiT script for Flux. It does not import sf-xfuser: the flag is enough.
 
     python -m sf_xfuser.bench.tiny_models flux out/tiny-flux
     torchrun --nproc-per-node 4 examples/03_flux_with_the_flag.py --model out/tiny-flux --prompt "a red chair" \
         --height 128 --width 128 --num_inference_steps 4 --out out/example3 --sp-backend torus --sp-topology 2x2
 
-Every rank writes rank<N>.json (seconds of each step, peak memory); the last one also image.png and image.pt.
+Every rank writes rank<N>.json (seconds of each step, peak memory). The last rank also writes image.png and image.pt.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     steps = [after - before for before, after in pairwise(ends)]
     (arguments.out / f"rank{rank}.json").write_text(json.dumps({"step_seconds": steps, "peak_memory_bytes": memory}))
-    if result is not None:  # xDiT gives the picture to the last rank
+    if result is not None:  # xDiT returns the picture on the last rank
         picture = result.images.float().cpu()
         torch.save(picture, arguments.out / "image.pt")
         VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(picture))[0].save(arguments.out / "image.png")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# 5. A launch on two machines, shown on two local "nodes": the same two torchrun lines, one per machine, are all it takes.
+# 5. A launch on two machines, emulated by two local "nodes": one torchrun command per machine.
 #
 #     bash examples/05_two_nodes.sh
 #
-# On real machines replace 127.0.0.1 by the first machine's address, run one line on each, and leave --sp-topology out:
-# machines are then told apart by their hosts. Here both nodes are one host, so the topology is given.
+# On real machines replace 127.0.0.1 by the first machine's address, run one command on each, and omit --sp-topology: the
+# topology is then detected from the hosts. Here both nodes are on one host, so --sp-topology sets it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

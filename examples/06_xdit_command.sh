@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 6. The xdit command without any degree: it starts one process per device (here --sp-topology gives 2 x 2), and the
-# degrees follow from the topology and the model's heads. With the real model it is one line:
+# 6. The xdit command without degrees: it starts one process per device (here 2 x 2, by --sp-topology), and computes the
+# degrees from the topology and the model's heads. With the real model:
 #
 #     xdit --model FLUX.1-dev --prompt "a red chair" --sp-backend torus
 #

@@ -1,11 +1,11 @@
-"""7. xDiT on Ray workers: they parse no command line, and get the flag in the configuration that is sent to them.
+"""7. xDiT on Ray workers. They parse no command line: xDiT sends them the flag in its configuration.
 
     pip install ray
     python -m sf_xfuser.bench.tiny_models flux out/tiny-flux
     python examples/07_ray.py --model out/tiny-flux --prompt "a red chair" --height 128 --width 128 \
         --num_inference_steps 2 --use_ray --ray_world_size 4 --out out/example7.pt --sp-backend torus --sp-topology 2x2
 
-Writes the picture as a tensor [1, 3, H, W] in 0..1. Without GPUs Ray is told of as many as there are workers.
+Writes the picture as a tensor [1, 3, H, W] in 0..1. Without GPUs it declares one GPU per worker to Ray.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
         generator=torch.Generator("cpu").manual_seed(input_config.seed),
         output_type="pt",
     )
-    picture = next(images for images in results if images is not None)  # xDiT gives it to the last rank
+    picture = next(images for images in results if images is not None)  # xDiT returns it on the last rank
     torch.save(picture.float().cpu(), arguments.out)
     ray.shutdown()
 

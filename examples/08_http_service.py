@@ -1,15 +1,15 @@
-"""8. xDiT's HTTP service (entrypoints/launch.py of the xfuser wheel, as it is) with the flag, unknown to its parser.
+"""8. xDiT's unchanged HTTP service (entrypoints/launch.py of the xfuser wheel) with the flag, which its parser lacks.
 
     pip install ray fastapi uvicorn
     python -m sf_xfuser.bench.tiny_models flux out/FLUX.1-dev
     python examples/08_http_service.py --model_path out/FLUX.1-dev --world_size 4 --sp-backend torus --sp-topology 2x2
 
-and, when it says that it listens:
+When the service listens on its port:
 
     curl localhost:6000/generate --json '{"prompt": "a red chair", "num_inference_steps": 2, "height": 128,
         "width": 128}'
 
-With GPUs, run launch.py itself; without, Ray has to be told of some before, which is all that this file does.
+With GPUs, run launch.py itself. Without GPUs, this script declares one GPU per worker to Ray and then runs launch.py.
 """
 
 from __future__ import annotations

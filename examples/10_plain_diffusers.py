@@ -34,7 +34,7 @@ def main() -> None:
     # between ranks, which raises an error.
     latents = pipe(
         prompt="a red chair in the rain",
-        height=112,  # 7 x 7 tokens: need not be divisible by the number of ranks
+        height=112,  # 7 x 7 tokens, which are not divisible by the number of ranks
         width=112,
         num_inference_steps=2,
         max_sequence_length=13,

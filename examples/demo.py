@@ -1,11 +1,10 @@
-"""The main job: xDiT's Flux pipeline on four ranks as two machines of two, with ``--sp-backend torus``.
+"""xDiT's Flux pipeline with ``--sp-backend torus`` on four ranks, which emulate two machines of two ranks.
 
     make demo                                        # or: python examples/demo.py --prompt "a small cat on a red chair"
 
-Makes a small Flux with random weights (real classes, real tokenizers) unless --model names a folder, then runs the
-same prompt on one process with plain diffusers, through xDiT's USP, and through Torus Attention, and compares the
-pictures. The two parallel runs are examples/03_flux_with_the_flag.py; their launch lines differ in the flag alone. The
-pictures of the small model are noise; that they are the same noise is the point.
+Runs the same prompt with plain diffusers on one process, with xDiT's USP and with Torus Attention, and compares the
+pictures. Without --model it creates a small Flux with random weights (real classes, real tokenizers), so all pictures
+show the same noise. Both parallel runs start examples/03_flux_with_the_flag.py.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from sf_xfuser.layout.plan import Plan, make_plan
 SCRIPT = Path(__file__).with_name("03_flux_with_the_flag.py")
 MACHINES, RANKS_PER_MACHINE = 2, 2
 WORLD = MACHINES * RANKS_PER_MACHINE
-TOLERANCE = 1e-3  # of pixel values in [0, 1]: fp32, and a VAE behind the latents
+TOLERANCE = 1e-3  # of pixel values in [0, 1], in fp32, after the VAE
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default="a small cat sits on a red chair near the window")
-    parser.add_argument("--model", type=Path, default=None, help="a Flux model folder (default: a small one is made)")
+    parser.add_argument("--model", type=Path, default=None, help="folder of a Flux model (default: create a small one)")
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels (default: 512)")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for pictures and figures")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
-    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)  # the one-process run, in a process
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for pictures and results")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)  # a subprocess runs this variant
     return parser.parse_args()
 
 
@@ -56,49 +55,51 @@ def main() -> int:
     options.model = options.model or small_model(options.out, console)
     facts = read_model_facts(str(options.model))
     if facts is None:
-        sys.exit(f"{options.model} has no transformer/config.json with a head count: give a diffusers Flux folder")
+        sys.exit(f"{options.model} has no transformer/config.json with a head count; give a diffusers Flux model")
     usp = make_plan(MACHINES, RANKS_PER_MACHINE, heads=facts.heads, rule="usp")
     torus = make_plan(MACHINES, RANKS_PER_MACHINE, heads=facts.heads)
     degrees = ["--ulysses_degree", usp.layout.ulysses_degree, "--ring_degree", usp.layout.ring_degree]
     variants: dict[str, tuple[list[object], Plan | None]] = {
-        "single process": ([sys.executable, __file__, "--single", *shared(options, "single")], None),
+        "single process": (single_process(options), None),
         "xDiT USP": (launch(options, "usp", *degrees), usp),
         "torus": (launch(options, "torus", "--sp-backend", "torus", "--sp-topology", f"{MACHINES}x2"), torus),
     }
     rows = []
     for name, (command, plan) in variants.items():
         folder = options.out / str(command[command.index("--out") + 1]).rpartition("/")[2]
-        for stale in folder.glob("*"):
-            stale.unlink()
+        for old_file in folder.glob("*"):
+            old_file.unlink()
         with console.status(f"{name} ..."):
             started = time.perf_counter()
             run(command, options.out / f"{folder.name}.log")
             seconds = time.perf_counter() - started
         console.print(f"{name}: done in {seconds:.0f} s (start-up included)")
-        rows.append(figures(name, folder, options, plan))
+        rows.append(result(name, folder, options, plan))
     compare(rows, options.out)
-    (options.out / "figures.json").write_text(json.dumps(rows, indent=2))
+    (options.out / "results.json").write_text(json.dumps(rows, indent=2))
     print(json.dumps(rows, indent=2)) if options.json else show(rows, options)
     return 0 if all(row["max_abs_difference"] <= TOLERANCE for row in rows) else 1
 
 
 def small_model(out: Path, console: Console) -> Path:
-    """A Flux of a few layers with random weights, large enough that attention takes a visible part of a step."""
+    """Create a Flux with few layers and random weights, where attention takes a measurable part of a step."""
     folder = out / "model"
-    with console.status("making a small Flux model ..."):
+    with console.status("creating a small Flux model ..."):
         command = [sys.executable, "-m", "sf_xfuser.bench.tiny_models", "flux", folder, "--heads", 8, "--head-dim", 32]
         run([*command, "--layers", 4], out / "model.log")
     return folder
 
 
-def shared(options: argparse.Namespace, name: str) -> list[object]:
-    size = ["--size", options.size, "--steps", options.steps]
-    return ["--model", options.model, "--prompt", options.prompt, *size, "--seed", options.seed,
-            "--out", options.out / name]  # fmt: skip
+def single_process(options: argparse.Namespace) -> list[object]:
+    """The command of the variant without xDiT: this script with ``--single``."""
+    return [
+        sys.executable, __file__, "--single", "--model", options.model, "--prompt", options.prompt, "--size",
+        options.size, "--steps", options.steps, "--seed", options.seed, "--out", options.out / "single",
+    ]  # fmt: skip
 
 
 def launch(options: argparse.Namespace, name: str, *flags: object) -> list[object]:
-    """One torchrun line; the variants differ in ``flags`` only."""
+    """The torchrun command of a variant. Variants differ only in ``flags``."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", SCRIPT,
         "--model", options.model, "--prompt", options.prompt, "--height", options.size, "--width", options.size,
@@ -107,7 +108,7 @@ def launch(options: argparse.Namespace, name: str, *flags: object) -> list[objec
 
 
 def run(command: list[object], log: Path) -> None:
-    """Run to the end, output to ``log``; Ctrl-C and errors end every process of it."""
+    """Run ``command`` with its output in ``log``. Ctrl-C and errors terminate its whole process group."""
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [str(part) for part in command]
     with log.open("w") as output:
@@ -128,7 +129,7 @@ def run(command: list[object], log: Path) -> None:
 
 
 def run_single(options: argparse.Namespace) -> None:
-    """Plain diffusers on one process: what every parallel run has to give."""
+    """Plain diffusers on one process: the reference for the parallel runs."""
     import torch
     from diffusers import FluxPipeline
 
@@ -157,8 +158,8 @@ def run_single(options: argparse.Namespace) -> None:
     (options.out / "rank0.json").write_text(json.dumps({"step_seconds": steps, "peak_memory_bytes": memory}))
 
 
-def figures(name: str, folder: Path, options: argparse.Namespace, plan: Plan | None) -> dict:
-    """One row. A step lasts as long as it does on the slowest rank; the median step is given."""
+def result(name: str, folder: Path, options: argparse.Namespace, plan: Plan | None) -> dict:
+    """One row of the results: the median time of a step on the slowest rank."""
     ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
     steps = sorted(max(times) for times in zip(*(rank["step_seconds"] for rank in ranks), strict=True))
     return {
@@ -172,7 +173,7 @@ def figures(name: str, folder: Path, options: argparse.Namespace, plan: Plan | N
 
 
 def bytes_between_machines(options: argparse.Namespace, plan: Plan) -> int:
-    """Attention traffic that leaves all machines in one step, from the layout (the tests hold it to the schedule)."""
+    """Attention traffic between machines in one step, computed from the layout."""
     config = json.loads((options.model / "transformer" / "config.json").read_text())
     tokens = (options.size // 16) ** 2 + 256
     layers = config["num_layers"] + config["num_single_layers"]
@@ -208,11 +209,11 @@ def show(rows: list[dict], options: argparse.Namespace) -> None:
         )
     console.print(table)
     console.print(
-        "Differences are of pixels in 0..1 against the first row; MB across machines are per step, from the layout. "
-        "The runs share this computer's cores and loopback, so their times say nothing about machines. At two machines "
-        "both layouts move the same bytes; they part from three machines on (examples/01_explain_a_plan.py)."
+        "Differences are in pixel values (0..1) from the first row. MB across machines are per step, computed from "
+        "the layout. All ranks share the cores and loopback of this host, so times do not predict real machines. On "
+        "two machines both layouts send the same bytes, on more torus sends fewer (examples/01_explain_a_plan.py)."
     )
-    console.print(f"picture: {rows[-1]['folder']}/image.png; figures: {options.out / 'figures.json'}")
+    console.print(f"picture: {rows[-1]['folder']}/image.png; results: {options.out / 'results.json'}")
 
 
 if __name__ == "__main__":

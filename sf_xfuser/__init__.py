@@ -1,8 +1,8 @@
 """sf-xfuser: StreamFusion's topology-aware sequence parallelism and Torus Attention as a backend for xDiT.
 
-Importing this package touches nothing. Installing it is enough for xDiT's launch lines (``--sp-backend torus``);
-``enable()`` does the same by hand. Without xDiT: ``torus_attention``, ``LongContextAttention`` for programs that use
-yunchang, ``parallelize`` for diffusers models.
+Importing this package has no side effects. Once it is installed, xDiT's commands accept ``--sp-backend torus``;
+``enable()`` does the same by hand. Programs without xDiT call ``torus_attention``, ``LongContextAttention`` (in place
+of yunchang's) or ``parallelize`` (for diffusers models).
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """``register`` under any name: the entry point of an older editable install has another one."""
+    """Return ``register`` for any name: an older editable install has an entry point with another name."""
     if name.startswith("__"):
         raise AttributeError(name)
     return register
 
 
 class _FirstImport:
-    """A meta-path finder that finds nothing: it enables the plugin at the first import of ``xfuser``, once."""
+    """A meta-path finder that enables the plugin at the first import of ``xfuser``. It finds no module itself."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname == "xfuser":

@@ -27,7 +27,7 @@ _SHORT = reprlib.Repr()  # for error texts: values from JSON may be deep and lon
 _SHORT.maxstring = _SHORT.maxother = 200
 
 MAX_TIMEOUT_S = 86400
-"""Ranks wait up to five times this for each other; a socket timeout overflows beyond 24 days."""
+"""Ranks wait for each other up to five times this long; a socket timeout overflows beyond 24 days."""
 
 AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
 ARGS_VARIABLE = "SF_XFUSER_ARGS"
@@ -51,11 +51,11 @@ class TorusArgs:
     ``topology``: ``"auto"`` (gathered from the hosts) or ``"NxM"``: machines x ranks per machine.
     ``transport``: how chunks move between ranks; ``"auto"``: benchmark the available transports on the first call and
     use the fastest. xDiT's own backends use a named transport for yunchang's all-to-all.
-    ``timeout``: seconds to wait for a chunk. Ranks may start a call up to five times that apart.
-    ``kernel``: what computes Torus Attention locally: xDiT's attention backend, or the fused Triton kernel.
+    ``timeout``: seconds to wait for a chunk. Ranks may start a call up to five times this long apart.
+    ``kernel``: local attention of torus: ``"library"`` (xDiT's attention backend) or ``"fused"`` (one Triton kernel).
     ``compress``: quantization of Torus Attention's Q, V and O between machines; K keeps the input dtype.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
-    ``strict``: raise an error where a call would fall back to xDiT's own USP or yunchang's own all-to-all.
+    ``strict``: raise an error instead of falling back to xDiT's own USP or yunchang's own all-to-all.
     """
 
     backend: str | None = None
@@ -134,11 +134,11 @@ class TorusArgs:
 
     @property
     def rule(self) -> str:
-        """The planning rule that ``plan`` names; "auto" if it gives degrees."""
+        """The planning rule of ``plan``; "auto" if ``plan`` gives degrees."""
         return self.plan if self.plan in _PLAN_NAMES else "auto"
 
     def to_mapping(self) -> dict[str, Any]:
-        """As parsed arguments: the inverse of :func:`from_mapping`."""
+        """Return the values as parsed arguments: the inverse of :func:`from_mapping`."""
         return {f"sp_{name}": value for name, value in asdict(self).items()}
 
     def to_json(self) -> str:
@@ -194,8 +194,8 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="Longest wait for a chunk from another rank. Ranks may start a call up to five times that apart. Default: "
-        "60",
+        help="Longest wait for a chunk from another rank. Ranks may start a call up to five times this long apart. "
+        "Default: 60",
     )
     add(
         "compress",
@@ -208,9 +208,9 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         "kernel",
         choices=KERNELS,
         default="library",
-        help="What computes torus's attention: library = xDiT's attention backend (without xDiT: PyTorch's attention), "
-        "with a merge kernel; fused = one Triton kernel, for float32, float16 and bfloat16 with head sizes 64, 72, 96, "
-        "128 and 256. Other calls raise an error. Default: library",
+        help="Local attention of torus: library = xDiT's attention backend (without xDiT: PyTorch's attention) and a "
+        "merge kernel; fused = one Triton kernel, for float32, float16 and bfloat16 with head sizes 64, 72, 96, 128 "
+        "and 256 (other calls raise an error). Default: library",
     )
     add(
         "check",
@@ -220,7 +220,7 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         "warn and fall back to xDiT's own USP (with --sp-strict: raise an error). Not under torch.compile. Default: "
         "off",
     )
-    add("strict", action="store_true", help="Raise an error where a call would fall back to xDiT's own USP.")
+    add("strict", action="store_true", help="Raise an error instead of falling back to xDiT's own USP.")
 
 
 def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
@@ -240,7 +240,7 @@ def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
 
 
 def extract(argv: Sequence[str]) -> tuple[TorusArgs | None, list[str]]:
-    """Remove ``--sp-*`` flags from a command line for another parser: (their values, the rest)."""
+    """Split a command line into the values of its ``--sp-*`` flags and the arguments for another parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
     parsed, rest = parser.parse_known_args(list(argv))
@@ -273,12 +273,12 @@ def launch_environment() -> LaunchEnvironment:
 
 
 def environment(names: Iterable[str]) -> dict[str, str]:
-    """The variables of ``names`` that are set."""
+    """The environment variables among ``names`` that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def with_environment(values: Mapping[str, str]) -> dict[str, str]:
-    """The environment of this process with ``values``, for another process."""
+    """The environment of this process, updated with ``values``, to start another process."""
     return {**os.environ, **values}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LARGEST_CHARACTERS = 64 << 20  # the largest file is a Chrome trace of a long benchmark
+MAX_CHARACTERS = 64 << 20  # the largest file is a Chrome trace of a long benchmark
 
 
 def read_text(path: str | Path) -> str:
@@ -22,9 +22,9 @@ def read_text(path: str | Path) -> str:
     with open(path, encoding="utf-8", opener=open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        text = file.read(LARGEST_CHARACTERS + 1)
-    if len(text) > LARGEST_CHARACTERS:
-        raise ValueError(f"more than {LARGEST_CHARACTERS} characters")
+        text = file.read(MAX_CHARACTERS + 1)
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"more than {MAX_CHARACTERS} characters")
     return text
 
 

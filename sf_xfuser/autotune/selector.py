@@ -36,11 +36,11 @@ from sf_xfuser.torus.mesh import Mesh
 _MAX_TRIALS = 64
 
 
-# -- which candidates: pure --------------------------------------------------------------------------------------------
+# -- candidates: pure functions ----------------------------------------------------------------------------------------
 
 
 def second_layout(first: Layout, heads: int, kv_heads: int) -> Layout | None:
-    """The layout with the fewest bytes between machines beside ``first``, at most 10 % more; None if there is none."""
+    """The layout other than ``first`` with the fewest bytes between machines, if at most 10 % more; else None."""
     if first.num_machines == 1:
         return None
     ratio = Fraction(kv_heads, heads)
@@ -50,9 +50,9 @@ def second_layout(first: Layout, heads: int, kv_heads: int) -> Layout | None:
 
 
 def flat_ulysses(own: XditConfig, heads: int | None, kv_heads: int | None) -> list[XditConfig]:
-    """xDiT's flat Ulysses over the ranks of ``own``; empty where it equals ``own`` or does not divide the heads. With
-    unknown ``heads``, ``Selector`` leaves it out for shapes that it does not divide. xDiT's ring is not a candidate: it
-    counts padded keys wrongly."""
+    """xDiT's flat Ulysses over the ranks of ``own``; empty if it equals ``own`` or cannot split the heads. If ``heads``
+    is None, ``Selector`` checks the heads of each call shape. xDiT's ring is not a candidate: it counts padded keys
+    wrongly."""
     world_size = own.ulysses_degree * own.ring_degree
     if own.ring_degree == 1 or (heads is not None and gcd(heads, kv_heads or heads) % world_size):
         return []
@@ -60,16 +60,16 @@ def flat_ulysses(own: XditConfig, heads: int | None, kv_heads: int | None) -> li
 
 
 def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
-    """Whether torus is preferred without a trial: it crosses machines, with no more bytes than xDiT's own USP."""
+    """Whether torus is preferred without a trial: ``layout`` spans machines and sends no more bytes between them."""
     grid = layout.num_machines, layout.ranks_per_machine
     return grid[0] > 1 and float(layout.egress(kv_ratio)) <= egress(own, *grid, float(kv_ratio)) * (1 + 1e-9)
 
 
-# -- all ranks of a group ----------------------------------------------------------------------------------------------
+# -- trials: collective ------------------------------------------------------------------------------------------------
 
 
 class Candidate(NamedTuple):
-    """Torus Attention on ``mesh``, unstaged if not ``overlap``, or xDiT's USP in ``degrees`` (None: of the launch)."""
+    """Torus Attention on ``mesh``, unstaged if not ``overlap``; or xDiT's USP in ``degrees`` (None: the launch's)."""
 
     mesh: Mesh | None = None
     overlap: bool = True
@@ -79,8 +79,8 @@ class Candidate(NamedTuple):
 class Selector:
     """The candidates of one sequence-parallel group, by name and in order of preference, and a trial per call shape.
 
-    ``own``: the degrees of the launch. ``meshes``: of Torus Attention, the layout of ``--sp-plan`` first. xDiT's USP
-    runs in ``other_degrees`` inside the context manager ``use_degrees``. All ranks make the same calls.
+    ``own``: xDiT's degrees of the launch. ``meshes``: one per layout of Torus Attention, that of ``--sp-plan`` first.
+    The context manager ``use_degrees`` runs xDiT's USP in one of ``other_degrees``. All ranks make the same calls.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class Selector:
     ) -> tuple[Candidate, torch.Tensor]:
         """Run one attention call: (the candidate that ran it, its result).
 
-        ``torus`` runs it on a mesh, ``usp`` on xDiT's USP. ``kind`` is part of the call shape. Collective. Waits for
-        the device during a trial only.
+        ``torus`` runs it on a mesh, ``usp`` on xDiT's USP. ``kind`` is part of the call shape. Collective. Synchronizes
+        with the device during a trial only.
         """
         joint_tokens = 0 if joint_key is None else joint_key.shape[2]
         shape = (tuple(query.shape), tuple(key.shape), joint_tokens, query.dtype, kind)
@@ -187,11 +187,10 @@ class Selector:
     def _time(
         self, name: str, call: Callable[[Candidate], torch.Tensor], device: torch.device
     ) -> tuple[torch.Tensor | None, float, str]:
-        """(Result, seconds on the slowest rank, failures by rank). Collective.
+        """Time one call: (result, seconds on the slowest rank, failures by rank). Collective.
 
-        If xDiT's USP fails on a rank in other degrees than its own, which an attention backend may not support, the
-        result is None and the time infinite on all ranks. In its own degrees all ranks raise. Torus Attention itself
-        raises on all ranks.
+        If xDiT's USP fails on a rank in other degrees than the launch's, which an attention backend may not support,
+        the result is None and the time infinite on all ranks. Any other failure raises on all ranks.
         """
         candidate, started = self.candidates[name], time.perf_counter()
         out: torch.Tensor | None = None
@@ -204,30 +203,30 @@ class Selector:
                 raise
             failed = error
         error_text = failed and f"{type(failed).__name__}: {failed}"
-        ranks = self._gather([time.perf_counter() - started, error_text], "a timed call")
+        reports = self._gather([time.perf_counter() - started, error_text], "a timed call")
         failures = "; ".join(
-            f"rank {rank}: {text}" for rank, (_, text) in zip(self.mesh.members, ranks, strict=True) if text
+            f"rank {rank}: {text}" for rank, (_, text) in zip(self.mesh.members, reports, strict=True) if text
         )
         if failures and candidate.degrees is None:
             raise failed or RuntimeError(f"--sp-backend auto: {name} failed: {failures}")
         if failures:
             return None, inf, failures
-        return out, max(seconds for seconds, _ in ranks), ""
+        return out, max(seconds for seconds, _ in reports), ""
 
     def _drop_trials_that_differ(self) -> None:
-        """After a failed call, which may have interrupted ranks at different points of a trial. Collective."""
+        """A failed call may have interrupted ranks at different points of a trial: repeat such trials. Collective."""
         states = {str(shape): trial.state() for shape, trial in self.trials.items()}
-        ranks = self._gather(states, "trials")
+        rank_states = self._gather(states, "trials")
         self._session = self.mesh.control.session
         self.trials = {
             shape: trial
             for shape, trial in self.trials.items()
-            if all(other.get(str(shape)) == states[str(shape)] for other in ranks)
+            if all(rank.get(str(shape)) == states[str(shape)] for rank in rank_states)
         }
 
     @property
     def finished(self) -> bool:
-        """Whether there were trials and none is running."""
+        """Whether there are trials, and all have selected a candidate."""
         return bool(self.trials) and all(trial.selected is not None for trial in self.trials.values())
 
     def lines(self) -> list[str]:
@@ -245,7 +244,7 @@ class Selector:
             mesh.close()
 
     def _gather(self, value: Any, step: str) -> list[Any]:
-        """``value`` of each rank, by position. ``step`` identifies the exchange. Collective."""
+        """The ``value`` of each rank, in the order of ``mesh.members``. ``step`` names the exchange. Collective."""
         with self.mesh.call():
             return self.mesh.control.gather(f"--sp-backend auto: {step}", value)
 
@@ -274,11 +273,11 @@ def build_selector(
 ) -> Selector:
     """The selector of this rank's group, with meshes for the layouts of Torus Attention.
 
-    Parameters as of ``build_mesh`` and ``Selector``. Collective over the world; all ranks pass the same arguments.
+    Takes the parameters of ``build_mesh`` and ``Selector``. Collective over the world, with the same arguments.
     """
 
     def build(plan: str) -> Mesh:
-        keep_degrees = heads is None and plan == "auto"  # no plan without the head count
+        keep_degrees = heads is None and plan == "auto"  # the planner needs the head count
         return build_mesh(
             group_ranks,
             replace(args, backend="torus", plan=plan),

@@ -1,7 +1,7 @@
-"""The trial of one call shape: which candidate runs each call, and which one is selected. Pure.
+"""The trial of one call shape: chooses the candidate of each call and selects the fastest. Pure.
 
-All candidates are timed once. Then the fastest three and the fastest two are timed again, ten calls in all. Two that
-are within 4 % take turns up to thirty calls, because the calls of one candidate vary by more than that.
+All candidates are timed once, then the fastest three again, then the fastest two: ten calls. Candidates within 4 % of
+each other continue in turns, up to thirty calls, because the calls of one candidate vary by more than that.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from math import inf
 OWN = "xDiT's own USP"
 
 _CALLS = 10  # timed calls of a trial
-_CALLS_IF_CLOSE, _CLOSE = 30, 1.04  # taking turns costs half of such a difference
-_DROP = (1.5, 1.2)  # times the fastest, after one timed call of each candidate and after more: not timed again
-_TIE = 1.02  # times the fastest: calls of one candidate vary by more
+_CALLS_IF_CLOSE, _CLOSE = 30, 1.04  # more calls if medians differ by less; each costs half of the difference
+_DROP = (1.5, 1.2)  # drop candidates that take longer than this times the fastest: after the first round, and later
+_TIE = 1.02  # medians within this factor are tied: calls of one candidate vary by more
 
 
 class Trial:
@@ -39,7 +39,7 @@ class Trial:
         return self.selected or self._queue[0]
 
     def record(self, seconds: float) -> None:
-        """Add the time of the call of ``next`` on the slowest rank; infinity if it failed."""
+        """Add the seconds that the call of ``next`` took on the slowest rank; infinity if it failed."""
         self.times[self._queue.popleft()].append(seconds)
         if not self._queue:
             self._next_round()
@@ -55,9 +55,9 @@ class Trial:
         limit = _DROP[rounds > 1] * min(best.values())
         self._remaining = [name for name in self._remaining if best[name] <= limit]
         calls = sum(map(len, self.times.values()))
-        left = _CALLS - calls
-        if len(self._remaining) > 1 and left > 1:
-            self._repeat(sorted(self._remaining, key=best.__getitem__)[: max(2, (left + 1) // 2)])
+        calls_left = _CALLS - calls
+        if len(self._remaining) > 1 and calls_left > 1:
+            self._repeat(sorted(self._remaining, key=best.__getitem__)[: max(2, (calls_left + 1) // 2)])
             return
         # Later calls will be disturbed as often as these, so the median decides which candidate is selected.
         median = {name: statistics.median(self.times[name]) for name in self._remaining}
@@ -65,11 +65,11 @@ class Trial:
         if len(close) > 1 and calls + len(close) <= _CALLS_IF_CLOSE:
             self._repeat(close)
             return
-        equal = [name for name in self.candidates if median.get(name, inf) <= _TIE * min(median.values())]
-        self.selected = OWN if OWN in equal else equal[0]
+        tied = [name for name in self.candidates if median.get(name, inf) <= _TIE * min(median.values())]
+        self.selected = OWN if OWN in tied else tied[0]
 
     def _repeat(self, names: Sequence[str]) -> None:
-        # Reversed each time, so that no candidate always runs after the same other.
+        # The order is reversed in each round, so that no candidate always follows the same one.
         self._remaining = [name for name in reversed(self._remaining) if name in names]
         self._queue.extend(self._remaining)
 

@@ -1,6 +1,6 @@
 """Base class of the drop-in replacements for functions of other packages.
 
-A replacement runs the calls that it computes exactly. Other calls fall back to the original function; each reason is
+A replacement runs the calls that it computes exactly. Other calls fall back to the original function. Each reason is
 counted, and logged once.
 """
 
@@ -21,7 +21,7 @@ from sf_xfuser.torus.mesh import Mesh
 
 
 def log_on_rank_0(message: str) -> None:
-    """For programs without xDiT. With xDiT the plugin uses its logger."""
+    """Log a warning on rank 0, for programs without xDiT's logger."""
     if dist.get_rank() == 0:
         logging.getLogger("sf_xfuser").warning(message)
 
@@ -29,12 +29,12 @@ def log_on_rank_0(message: str) -> None:
 @dataclass(eq=False, kw_only=True)
 class DropIn:
     """``strict``: raise instead of falling back. ``kernel``: the value of ``--sp-kernel``. ``handled`` counts the calls
-    that did not fall back, ``fallbacks`` the others by reason."""
+    that ran here, ``fallbacks`` those that fell back, by reason."""
 
     unsupported: ClassVar[str]
-    """Error text of a call that this replacement cannot run, before the reason."""
+    """First part of the error text for a call that cannot run here; the reason follows."""
     original_name: ClassVar[str]
-    """Name of the function that calls fall back to, for messages."""
+    """Name of the original function in messages."""
 
     mesh: Mesh
     strict: bool
@@ -64,5 +64,5 @@ class DropIn:
         if torch.compiler.is_compiling():
             return
         if reason not in self.fallbacks:
-            self.log(f"falls back to {self.original_name}: {reason}")
+            self.log(f"call falls back to {self.original_name}: {reason}")
         self.fallbacks[reason] += 1

@@ -47,7 +47,7 @@ def _text(value: Any) -> str:
         return f"{value.initial_seed()}, state {_digest(value.get_state().numpy().tobytes())}"
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}{list(value.shape)}"
-    if hasattr(value, "tobytes"):  # a picture of PIL
+    if hasattr(value, "tobytes"):  # a PIL image
         return f"picture {value.size} {_digest(value.tobytes())}"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_text(value[key])}' for key in sorted(value, key=str))}}}"

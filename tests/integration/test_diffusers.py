@@ -92,7 +92,7 @@ CASES = {
     "twice": "ValueError: Flux2Transformer2DModel is parallelized already; .*",
     "no_plan": "ValueError: SD3Transformer2DModel has no _cp_plan, .*: give cp_plan=.*",
     "no_processor": "ValueError: SD3Transformer2DModel has no attention processor that takes .*",
-    "unknown_argument": r"ValueError: Flux2Transformer2DModel takes no \['tokens'\], which its plan splits: .*",
+    "unknown_argument": r"ValueError: Flux2Transformer2DModel has no input \['tokens'\], which its plan splits; .*",
     "unknown_module": r"ValueError: Flux2Transformer2DModel has no module 'blocks\.\*', which its plan names",
     "backend_without_context_parallelism": "ValueError: attention backend '_native_math' does not support .*'native'.*",
     "backend_changed_afterwards": "ValueError: attention backend '_native_math' does not support .*'native'.*",

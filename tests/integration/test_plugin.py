@@ -331,7 +331,7 @@ def test_a_newer_version_without_a_hooked_attribute_is_refused(launched, monkeyp
     states = [*plugin.hook_states(), (moved, "missing")]
     monkeypatch.setattr(plugin, "hook_states", lambda: states)
     monkeypatch.setenv("SF_XFUSER_ALLOW_UNTESTED", "1")
-    assert "where xfuser.model_executor.layers.usp.USP_of_another_name is not found" in plugin.unsupported()
+    assert "xfuser.model_executor.layers.usp.USP_of_another_name is missing" in plugin.unsupported()
 
 
 def test_a_missing_package_is_named(launched, monkeypatch):

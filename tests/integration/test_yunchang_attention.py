@@ -6,7 +6,7 @@ import pytest
 
 from tests.launch import check, reports, torchrun
 
-NOT_INSTALLED = "; pip install yunchang to run it there"
+NOT_INSTALLED = "; pip install yunchang for this call"
 
 # case -> regex of what every rank prints if only PyTorch and NumPy can be imported
 WITHOUT = {

@@ -23,7 +23,7 @@ from sitecustomize import HOOK_SET  # isort: skip  (already imported by the inte
 KEEPS_PLACEHOLDER = "xfuser.core.sparge_attention.block_mask"
 # Not imported: the ring package (does not import with yunchang 0.6.4 on any platform), and Ray.
 SKIPPED = ("xfuser.core.long_ctx_attention.ring", "xfuser.ray")
-PLATFORM = os.path.dirname(os.path.realpath(sys.modules["sf_xfuser.integrations.xdit.cpu_platform"].__file__))
+SOURCES = os.path.dirname(os.path.realpath(sys.modules["sf_xfuser.integrations"].__file__))
 
 
 def import_all(package):
@@ -42,11 +42,11 @@ def import_all(package):
 
 
 def from_platform(value):
-    """Whether ``value`` is code, a class, or an instance of a class of cpu_platform."""
+    """Whether ``value`` is a function of the hooks, or a class of cpu_platform or an instance of one."""
     kind = value if inspect.isclass(value) else type(value)
     code = getattr(inspect.unwrap(value, stop=lambda f: hasattr(f, "__code__")), "__code__", None)
     return kind.__module__.startswith("sf_xfuser.integrations.xdit.cpu_platform") or (
-        code is not None and os.path.dirname(os.path.realpath(code.co_filename)) == PLATFORM
+        code is not None and os.path.realpath(code.co_filename).startswith(SOURCES)
     )
 
 

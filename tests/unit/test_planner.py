@@ -15,7 +15,7 @@ import pytest
 
 from sf_xfuser.bench import ablation, report
 from sf_xfuser.cli import main
-from sf_xfuser.files import LARGEST_CHARACTERS
+from sf_xfuser.files import MAX_CHARACTERS
 from sf_xfuser.layout.plan import Layout, legal_layouts, paper_layout
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs, variant_name
 from sf_xfuser.simulator import CallShape, TorusVariant, predict, simulated_call
@@ -407,7 +407,7 @@ def test_only_regular_files_are_read(tmp_path):
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(ValueError, match=r"cannot read a cluster from .*: not a regular file"):
             Cluster.load(path)
-    (tmp_path / "large").write_text(" " * (LARGEST_CHARACTERS + 1))
+    (tmp_path / "large").write_text(" " * (MAX_CHARACTERS + 1))
     with pytest.raises(ValueError, match="more than 67108864 characters"):
         Cluster.load(tmp_path / "large")
 

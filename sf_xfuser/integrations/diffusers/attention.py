@@ -1,4 +1,4 @@
-"""Replaces the function that diffusers calls for attention between ranks, for the models that are parallelized here.
+"""Replaces diffusers' context-parallel attention function, for models that ``parallelize`` has changed.
 
 Tensors are [B, S, H, D], as in diffusers: B batch, S tokens of this rank, H heads, D head size.
 """
@@ -28,7 +28,7 @@ _DISPATCH = "diffusers.models.attention_dispatch"
 _ATTRIBUTE = "sf_xfuser"  # on a ContextParallelConfig, on attention modules and on processor classes
 uncompiled = partial(torch.compiler.disable, reason="Torus Attention is not traced: compile without fullgraph=True")
 
-_MASKED = -1000.0  # added to a score, its weight is 0 in float32; diffusers adds -10000 (bfloat16: -9984)
+_MASKED = -1000.0  # added to a score, it makes the weight 0 in float32; diffusers adds -10000 (bfloat16: -9984)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -49,7 +49,7 @@ class TorusContextParallel(DropIn):
     attended: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Make ``config``, which diffusers' ``enable_parallelism`` would set on the model and its processors."""
+        """Create ``config``; ``enable_parallelism`` of diffusers would set its own on the model and its processors."""
         parallel = importlib.import_module("diffusers.models._modeling_parallel")
         layout = self.mesh.layout
         config = parallel.ContextParallelConfig(ring_degree=layout.ring_degree, ulysses_degree=layout.ulysses_degree)
@@ -90,8 +90,8 @@ class TorusContextParallel(DropIn):
         if reason is not None:
             self._require_fallback(reason, attn_mask)
             self.count_fallback(reason)
-            given = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
-            return self.original(query, key, value, *given, forward_op=forward_op, **rest)
+            options = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+            return self.original(query, key, value, *options, forward_op=forward_op, **rest)
         self.handled += 1
         attention = self.attention(local_attention(forward_op, scale), scale, query.shape[3])
         attend = partial(torus_attention, mesh=self.mesh, attention=attention)
@@ -104,8 +104,8 @@ class TorusContextParallel(DropIn):
     def _reject_ordered_keys(
         self, key: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool, forward_op: Callable[..., Any]
     ) -> None:
-        """Raise ValueError if the result depends on the order of keys, which is not that of the model's inputs: each
-        rank's keys are its text followed by its image. Local; all ranks decide alike."""
+        """Raise ValueError if the result depends on the order of keys, which differs from the model's inputs: each rank
+        has its part of the text, then its part of the image. Local, with the same result on all ranks."""
         window = tuple(getattr(forward_op, "keywords", {}).get("window_size", (-1, -1)))
         if is_causal:
             reason = "causal attention needs keys in order"
@@ -128,7 +128,7 @@ class TorusContextParallel(DropIn):
         if not torch.equal(kept, kept[:, :1].expand_as(kept)):
             reason = "the mask differs between heads; give one for all heads"
         elif mask.dtype != torch.bool and mask[kept].any():
-            reason = f"the mask has values between {_MASKED:g} and 0, which weigh keys; give a boolean mask"
+            reason = f"the mask has values between {_MASKED:g} and 0, which only weaken keys; give a boolean mask"
         indices = [row.nonzero().flatten() for row in kept[:, 0, 0]]
         with self.mesh.call():
             reports = self.mesh.control.gather("attention mask", [reason, q.shape[2], [len(i) for i in indices]])
@@ -160,7 +160,7 @@ class TorusContextParallel(DropIn):
     # -- attention modules --------------------------------------------------------------------------------------------
 
     def configure(self, attention: list[tuple[str, torch.nn.Module, Any]]) -> None:
-        """Make the current processors attend across ranks, and check after each of their calls that they did."""
+        """Make the current processors attend across ranks, and check this after each of their calls."""
         require_backend(attention)
         for name, module, processor in attention:
             if hasattr(processor, "_parallel_config"):
@@ -171,12 +171,12 @@ class TorusContextParallel(DropIn):
 
 def attention_modules(modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, torch.nn.Module, Any]]:
     """(name, module, processor) for each attention module."""
-    found = ((name, module, getattr(module, "processor", None)) for name, module in modules.items())
-    return [(name, module, processor) for name, module, processor in found if processor is not None]
+    entries = ((name, module, getattr(module, "processor", None)) for name, module in modules.items())
+    return [(name, module, processor) for name, module, processor in entries if processor is not None]
 
 
 def require_backend(attention: list[tuple[str, torch.nn.Module, Any]]) -> None:
-    """Raise ValueError if an attention backend would silently attend on one rank only."""
+    """Raise ValueError if an attention backend would silently attend to the tokens of one rank only."""
     registry = importlib.import_module(_DISPATCH)._AttentionBackendRegistry
     for _, _, processor in attention:
         backend = getattr(processor, "_attention_backend", None) or registry.get_active_backend()[0]
@@ -189,8 +189,8 @@ def require_backend(attention: list[tuple[str, torch.nn.Module, Any]]) -> None:
 
 
 def _check_calls_of(processor: type, name: str) -> None:
-    """Wrap ``processor.__call__``: in a parallelized model, its attention must run across ranks. The wrapper is on the
-    processor because caches replace the forward of the attention module. Raises ValueError for a function."""
+    """Wrap ``processor.__call__`` to check that its attention ran across ranks. The wrapper is on the processor because
+    caches replace the forward of the attention module. Raises ValueError for a function."""
     call: Any = processor.__call__
     if hasattr(call, _ATTRIBUTE):
         return
@@ -220,7 +220,7 @@ def _before_attention(attention: torch.nn.Module) -> None:
 @uncompiled
 def _after_attention(attention: torch.nn.Module, processor: Any) -> None:
     """Raise RuntimeError if the processor attended only to this rank's tokens. Cross-attention may do so if the text is
-    not split: every rank then has all its keys."""
+    not split, because every rank then has all keys."""
     torus, name = getattr(attention, _ATTRIBUTE)
     may_be_local = getattr(attention, "is_cross_attention", False) and not torus.splits_text
     if name not in torus.attended and not may_be_local:
@@ -261,7 +261,7 @@ _HOOK = Hook(
     module=_DISPATCH,
     name="_templated_context_parallel_attention",
     wrap=_wrap_dispatch,
-    why="every attention backend of diffusers that supports context parallelism calls it by its global name",
+    why="every attention backend of diffusers that supports context parallelism calls this global function",
     remove_when="diffusers' ContextParallelConfig accepts the function that computes attention between ranks",
 )
 _hook_set = HookSet((_HOOK,), roots=("diffusers",))

@@ -20,7 +20,7 @@ from sf_xfuser.integrations.diffusers.attention import TorusContextParallel, att
 from sf_xfuser.integrations.diffusers.inputs import flatten, require_same, summarize
 from sf_xfuser.torus.all_gather import all_gather
 
-_TEXT_FIRST = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # joint attention puts text before the image
+_TEXT_FIRST = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # in joint attention the text comes first
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _NOT_SPLIT = {
     "controlnet_block_samples": "its plan does not split them; give cp_plan=, as help(sf_xfuser.parallelize) shows",
@@ -68,12 +68,12 @@ class ParallelForward:
         """Runs after failed forwards, too."""
         self.torus.in_forward = False
 
-    # Not diffusers' own ContextParallelSplitHook and ContextParallelGatherHook, which fail 31 of 74 cases in
-    # test_diffusers.py (0.42.1): they cannot gather uneven parts over Gloo, torch.compile traces their collectives,
-    # tensors of unexpected dimensions stay whole, and omitted optional inputs raise. Subclassing only the split hook
+    # diffusers' own ContextParallelSplitHook and ContextParallelGatherHook fail 31 of 74 cases in test_diffusers.py
+    # (0.42.1): they cannot gather uneven parts over Gloo, torch.compile traces their collectives, they do not split
+    # tensors of unexpected dimensions, and they raise for omitted optional inputs. Subclassing only the split hook
     # removes no lines, and its errors cannot name the tensor.
     def _hook(self, planned: list[tuple[str, torch.nn.Module, Any]]) -> None:
-        """Hook the modules that have the plan's names now, and no others."""
+        """Hook the modules that currently have the names of the plan, and unhook all others."""
         if planned == self._hooked:
             return
         for handle in self._handles:
@@ -108,8 +108,8 @@ class ParallelForward:
         self._compared.add((self.mesh.control.session, shapes))
 
     def _pad_text(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Pad text of fewer tokens than ranks and mask the padding, if the model accepts a text mask. Every rank needs
-        a token, because diffusers' processors cannot reshape an empty tensor."""
+        """Pad text that has fewer tokens than ranks, and mask the padding, if the model accepts a text mask. Every rank
+        needs a token, because diffusers' processors cannot reshape an empty tensor."""
         text = inputs.get("encoder_hidden_states")
         name = next((name for name in parameters(model) if name in _TEXT_MASKS), None)
         if not self.torus.splits_text or name is None or text is None or text.shape[1] >= self.num_ranks:
@@ -189,7 +189,7 @@ class ParallelForward:
 def planned_modules(
     model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], plan: Mapping[str, Any]
 ) -> list[tuple[str, torch.nn.Module, Any]]:
-    """(name, module, entry) for each module that ``plan`` names. ValueError if the model has no such module."""
+    """(name, module, entry) for each module of ``plan``. Raises ValueError if the model has no such module."""
     planned = []
     for pattern, entry in plan.items():
         regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))

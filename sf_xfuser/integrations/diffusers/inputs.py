@@ -51,10 +51,10 @@ def require_same(summaries: Mapping[int, Mapping[str, Any]]) -> None:
     (first, reference), *others = summaries.items()
     for name in dict.fromkeys(name for summary in summaries.values() for name in summary):
         if differing := [rank for rank, summary in others if not _is_close(reference.get(name), summary.get(name))]:
-            found = {rank: summaries[rank].get(name, ["absent"])[0] for rank in (first, *differing)}
+            texts = {rank: summaries[rank].get(name, ["absent"])[0] for rank in (first, *differing)}
             raise RuntimeError(
                 f"ranks were called with different inputs: {name} differs on rank(s) {differing} from rank {first} "
-                f"({found if len(set(found.values())) > 1 else 'in its values'}); give every rank the same inputs, and "
+                f"({texts if len(set(texts.values())) > 1 else 'in its values'}); give every rank the same inputs, and "
                 f"its pipeline the same seed: generator=torch.Generator().manual_seed(0)"
             )
 

@@ -1,8 +1,8 @@
 """``sf_xfuser.parallelize``: Torus Attention as the context parallelism of a plain diffusers model, without xDiT.
 
 The model's ``_cp_plan`` (diffusers' ContextParallelModelPlan) names the tensors to split over tokens and the outputs to
-gather; forward.py does both. Its attention processors pass a ``_parallel_config`` to the function that diffusers
-calls for attention between ranks; attention.py replaces that function for the models that are parallelized here.
+gather; forward.py does both. Its attention processors pass a ``_parallel_config`` to diffusers' context-parallel
+attention function; attention.py replaces that function for models that ``parallelize`` has changed.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def parallelize(
     original = attention.install_hook()
     modules = dict(model.named_modules())
     for part, module, entry in forward.planned_modules(model, modules, plan):
-        known = forward.parameters(module)
-        if unknown := forward.input_entries(entry).keys() - set(known):
-            raise ValueError(f"{part or name} takes no {sorted(unknown)}, which its plan splits: {known}")
+        inputs = forward.parameters(module)
+        if unknown := forward.input_entries(entry).keys() - set(inputs):
+            raise ValueError(f"{part or name} has no input {sorted(unknown)}, which its plan splits; it has {inputs}")
     layers = attention.attention_modules(modules)
     if not any(hasattr(processor, "_parallel_config") for _, _, processor in layers):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""xDiT's attention backends: which ones Torus Attention can merge partial results of, and xDiT's state at a call.
+"""xDiT's attention backends (those with log-sum-exp, which Torus Attention merges by) and xDiT's runtime state.
 
 Importing this module needs no xfuser.
 """
@@ -12,14 +12,14 @@ import torch
 
 from sf_xfuser.kernels import AttendFunction
 
-# They return the natural-log log-sum-exp that the merge needs, for dense attention.
+# Backends of dense attention that return the natural-log log-sum-exp, which the merge of partial results needs.
 LSE_BACKENDS = frozenset(
     {"SDPA_FLASH", "SDPA_EFFICIENT", "CUDNN", "FLASH", "FLASH_3", "FLASH_3_FP8", "AITER", "SAGE", "NPU"}
 )
 
 
 def with_lse(attention_backend: Any) -> Any:
-    """``attention_backend``, a member of xDiT's ``AttentionBackendType``, or the best one with log-sum-exp instead."""
+    """``attention_backend``, a member of xDiT's ``AttentionBackendType``, or the fastest one with log-sum-exp."""
     if attention_backend.name in LSE_BACKENDS:
         return attention_backend
     from xfuser.envs import PACKAGES_CHECKER
@@ -47,7 +47,7 @@ def as_attend_function(registered: Callable[..., tuple[torch.Tensor, torch.Tenso
 
 
 class XditState:
-    """Reads what a call needs of xDiT's runtime state."""
+    """The parts of xDiT's runtime state that a call depends on."""
 
     def attention_backend(self, explicit: Any) -> str:
         """Name of the attention backend of a call; ``explicit`` is the call's own ``backend=``."""

@@ -66,14 +66,14 @@ def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    found = (config.get(name) for name in names)
-    return next((x for x in found if isinstance(x, int) and not isinstance(x, bool) and x > 0), None)
+    values = (config.get(name) for name in names)
+    return next((x for x in values if isinstance(x, int) and not isinstance(x, bool) and x > 0), None)
 
 
 def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> str | None:
     """Set ulysses_degree and ring_degree of ``xfuser_args`` if the user gave none, else check them.
 
-    Returns the plan as text, for the log. Does nothing while the number of processes is unknown; xDiT's create_config
+    Returns the plan as text, for the log. Does nothing while the number of processes is unknown; ``create_config``
     calls it again later. Raises ValueError.
     """
     world_size = _world_size(xfuser_args)
@@ -97,7 +97,7 @@ def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) ->
                 heads=model.heads if model else None,
                 kv_heads=model.kv_heads if model else None,
                 rule="usp" if args.backend in ("usp", "auto") else args.rule,
-                explicit=None if args.backend == "auto" else args.explicit_plan(),  # auto: of torus, not of xDiT
+                explicit=None if args.backend == "auto" else args.explicit_plan(),  # auto: --sp-plan is torus's layout
                 max_imbalance=max_imbalance(args),
             )
         except ValueError as error:
@@ -143,7 +143,7 @@ def _check_degrees(
     if ulysses * ring != sp_size:
         raise ValueError(
             f"ulysses_degree={ulysses} x ring_degree={ring} = {ulysses * ring}, but {world_size} processes leave "
-            f"{sp_size} for sequence parallelism; give degrees with that product, or none to let --sp-plan choose"
+            f"{sp_size} for sequence parallelism; give degrees with that product, or none to use --sp-plan"
         )
     if (args.backend == "ulysses" and ring > 1) or (args.backend == "ring" and ulysses > 1):
         raise ValueError(
@@ -153,7 +153,7 @@ def _check_degrees(
     explicit = args.explicit_plan()
     if explicit is not None and sp_size > 1:
         planned = explicit["torus"] * explicit["ulysses"]
-        even = gcd(planned, model.heads, model.kv_heads) if model else planned  # xDiT's own code splits heads evenly
+        even = gcd(planned, model.heads, model.kv_heads) if model else planned  # xDiT splits heads evenly
         if ulysses not in (even, planned):  # for ``planned`` xDiT pads the heads of some models
             raise ValueError(
                 f"--sp-plan {args.plan} means ulysses_degree={even} and ring_degree={sp_size // even}, but "
@@ -172,7 +172,7 @@ def _world_size(xfuser_args: Any) -> int | None:
 
 
 def _launched_topology(args: TorusArgs, world_size: int) -> Topology:
-    """The topology by ``--sp-topology`` or the launcher, used for the degrees only; the mesh gathers the real hosts."""
+    """The topology of ``--sp-topology`` or the launcher, for the degrees only; the mesh gathers the real hosts."""
     if args.topology != "auto":
         return Topology.parse(args.topology, world_size)
     per_machine = config.launch_environment().local_world_size or world_size
@@ -184,7 +184,7 @@ def _launched_topology(args: TorusArgs, world_size: int) -> Topology:
 def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> int:
     """Processes per node for the ``xdit`` command. ``original`` is xDiT's count: the product of the given degrees.
 
-    Without ulysses and ring degrees, --sp-plan or --sp-topology set the count, else the devices of this machine do.
+    Without ulysses and ring degrees, --sp-plan or --sp-topology sets the count, else the number of local devices.
     """
     torus_args, rest = config.extract(args)
     others = original(rest)
@@ -192,8 +192,8 @@ def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> 
     if torus_args is None or names & {"--ulysses-degree", "--ring-degree"}:
         return others
     if "--use-cfg-parallel" in rest:
-        others *= 2  # xDiT counts only the spelling with underscores
-    num_nodes = _flag_value(sys.argv, "--nnodes")
+        others *= 2  # xDiT's count includes only the spelling with underscores
+    num_nodes = _num_nodes(sys.argv)
     explicit = torus_args.explicit_plan()
     if explicit is not None:
         return max(1, others * prod(explicit.values()) // num_nodes)
@@ -206,10 +206,10 @@ def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> 
     return max(unit, devices - devices % unit)
 
 
-def _flag_value(argv: Sequence[str], name: str) -> int:
+def _num_nodes(argv: Sequence[str]) -> int:
     for index, arg in enumerate(argv):
         key, separator, value = arg.partition("=")
-        if key == name:
+        if key == "--nnodes":
             text = value if separator else (argv[index + 1] if index + 1 < len(argv) else "")
             return int(text) if text.isdecimal() and int(text) > 0 else 1
     return 1

@@ -1,4 +1,4 @@
-"""The plugin as a backend of an xDiT with the dispatch point of ``patches/``, without hooks for it.
+"""The plugin as a backend for the dispatch point that ``patches/`` adds to xDiT. It replaces most hooks.
 
 xDiT finds :data:`backend` in the entry-point group ``xfuser.sp_backends``. Its methods and the hooks of ``plugin`` call
 the same functions of ``session``. xDiT documents the methods (``xfuser/core/distributed/sp_backend.py``).

@@ -1,12 +1,10 @@
-"""How the plugin enters xDiT and yunchang: one hook per place, and the wrapper of each.
+"""The plugin's hooks on xDiT and yunchang: ``HOOKS`` at the end lists them.
 
-``HOOKS`` at the end is the list. ``session`` does the work. Without ``--sp-backend`` every wrapper only calls the
-original.
+Their wrappers call ``session``. Without ``--sp-backend`` every wrapper only calls the original.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -18,7 +16,7 @@ from typing import Any
 
 from sf_xfuser import config
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.integrations.hooks import Hook, HookSet
+from sf_xfuser.integrations.hooks import Hook, HookSet, wrapper
 from sf_xfuser.integrations.xdit import cpu_platform, degrees, repairs, session
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
@@ -68,7 +66,7 @@ def _hooks() -> tuple[Hook, ...]:
 
 
 def _xdit_version() -> tuple[str, tuple[int, ...]]:
-    """As text and as numbers. A source tree has no version: it counts as the oldest, and only its hooks are checked."""
+    """xDiT's version as text and numbers. A source tree has none and counts as the oldest: only hooks are checked."""
     try:
         text = importlib.metadata.version("xfuser")
     except importlib.metadata.PackageNotFoundError:
@@ -101,9 +99,9 @@ def unsupported() -> str | None:
     text, release = _xdit_version()
     missing = [f"{hook.module}.{hook.name}" for hook, state in hook_states() if state == "missing" and hook.required]
     if missing or release < OLDEST or (release >= TOO_NEW and not config.untested_allowed()):
-        found = f", where {', '.join(missing)} is not found" if missing else ""
+        reason = f" ({', '.join(missing)} is missing)" if missing else ""
         remedy = f", or {config.UNTESTED_VARIABLE}=1 to try it" if release >= TOO_NEW and not missing else ""
-        return f"xfuser {text} is not supported{found}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{remedy}"
+        return f"xfuser {text} is not supported{reason}; supported: 0.5.0 to 0.7.x: pip install 'xfuser==0.7.0'{remedy}"
     return None
 
 
@@ -116,20 +114,7 @@ def require_supported(args: TorusArgs) -> None:
 # -- wrappers --------------------------------------------------------------------------------------------------------
 
 
-def _wrap(replacement: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A function ``replacement(original, *args, **kwargs)`` as ``Hook.wrap``."""
-
-    def wrap(original: Any) -> Any:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, *args, **kwargs)
-
-        return wrapped
-
-    return wrap
-
-
-@_wrap
+@wrapper
 def _add_args(original: Any, parser: ArgumentParser) -> ArgumentParser:
     parser = original(parser)
     if "--sp-backend" not in parser._option_string_actions:
@@ -137,9 +122,9 @@ def _add_args(original: Any, parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-@_wrap
+@wrapper
 def _parse_known_args(original: Any, self: Any, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
-    """For parsers without the flags: remove them from the command line and keep them for xFuserArgs."""
+    """If the parser does not have the flags, remove them from the command line and keep them for xFuserArgs."""
     argv = sys.argv[1:] if args is None else list(args)
     if "--sp-backend" not in self._option_string_actions and any(
         arg.partition("=")[0].replace("_", "-") == "--sp-backend" for arg in argv
@@ -153,7 +138,7 @@ def _default_args() -> TorusArgs | None:
     return session.current.command_line or config.args_from_environment()
 
 
-@_wrap
+@wrapper
 def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     torus_args = _default_args()
@@ -163,7 +148,7 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
             self.sp_backend, self.sp_backend_options = torus_args.backend, torus_args.to_mapping()
 
 
-@_wrap
+@wrapper
 def _from_args(original: Any, cls: Any, args: Namespace | dict[str, Any]) -> Any:
     """``from_cli_args`` takes a namespace, ``from_runner_args`` a dictionary."""
     xfuser_args = original(cls, args)
@@ -174,9 +159,9 @@ def _from_args(original: Any, cls: Any, args: Namespace | dict[str, Any]) -> Any
     return xfuser_args
 
 
-@_wrap
+@wrapper
 def _create_config(original: Any, self: Any) -> Any:
-    """xDiT calls this once or twice per process; each call configures the args object."""
+    """xDiT calls this once or twice per process. Each call configures the args object."""
     args = getattr(self, session.MARK, None)
     session.current.args = args
     if args is None:
@@ -188,19 +173,19 @@ def _create_config(original: Any, self: Any) -> Any:
     return engine_config, input_config
 
 
-@_wrap
+@wrapper
 def _get_nproc(original: Any, args: list[str]) -> int:
     return degrees.num_processes(args, original)
 
 
-@_wrap
+@wrapper
 def _check_distributed_env(original: Any, self: Any, parallel_config: Any) -> None:
     """A Ray worker parses no command line: the pickled configuration carries the flags."""
     session.start(parallel_config, getattr(parallel_config.sp_config, session.MARK, None))
     original(self, parallel_config)
 
 
-@_wrap
+@wrapper
 def _init_group(
     original: Any, group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
 ) -> Any:
@@ -222,40 +207,40 @@ def _init_group(
     return original(group_ranks, local_rank, backend, parallel_mode, **kwargs)
 
 
-@_wrap
+@wrapper
 def _destroy(original: Any) -> None:
     session.close_groups()
     original()
 
 
-@_wrap
+@wrapper
 def _all_to_all(original: Any, *args: Any, **kwargs: Any) -> Any:
     return (session.current.all_to_all or original)(*args, **kwargs)
 
 
-@_wrap
+@wrapper
 def _check_backend(original: Any, self: Any, attention_backend: Any) -> None:
     session.require_lse(attention_backend)
     original(self, attention_backend)
 
 
-@_wrap
+@wrapper
 def _select_backend(original: Any, self: Any, engine_config: Any = None) -> Any:
-    """Where the user names no attention backend, replace a choice without log-sum-exp (FLASH_4, SDPA)."""
+    """If the user names no attention backend, replace a selected one without log-sum-exp (FLASH_4, SDPA)."""
     selected = original(self, engine_config)
     named = engine_config is not None and engine_config.runtime_config.attention_backend
     return selected if named else session.prefer_lse(selected)
 
 
-@_wrap
+@wrapper
 def _pipeline_call(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs before data parallelism splits the prompts: all ranks get the same arguments."""
+    """Runs before data parallelism splits the prompts, so all ranks have the same arguments."""
     names = list(inspect.signature(original).parameters)[1:]
     session.current.begin_request({**dict(zip(names, args, strict=False)), **kwargs})
     return original(self, *args, **kwargs)
 
 
-@_wrap
+@wrapper
 def _initialize_runtime_state(original: Any, pipeline: Any = None, *args: Any, **kwargs: Any) -> None:
     """Scripts and runner models pass the pipeline that they will call, usually one of diffusers."""
     original(pipeline, *args, **kwargs)
@@ -264,7 +249,7 @@ def _initialize_runtime_state(original: Any, pipeline: Any = None, *args: Any, *
         _hook_set.add(_request_hook(owner.__module__, f"{owner.__qualname__}.__call__", _pipeline_call))
 
 
-@_wrap
+@wrapper
 def _runner_run(original: Any, self: Any, input_args: dict[str, Any]) -> Any:
     """``input_args`` also holds the runner's flags, which may differ between ranks (such as the output directory)."""
     names = {"prompt", "seed", "input_images", "task", *vars(self.default_input_values)}
@@ -308,8 +293,8 @@ _NATIVE = {
 
 
 def _hook(module: str, name: str, wrap: Callable[[Any], Any], why: str, **options: Any) -> Hook:
-    until = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
-    defaults = {"remove_when": until, "native": _NATIVE.get(module)}
+    remove_when = "xDiT has a dispatch point for sequence-parallel backends and the flag (see patches/)"
+    defaults = {"remove_when": remove_when, "native": _NATIVE.get(module)}
     return Hook(module=module, name=name, wrap=wrap, why=why, **{**defaults, **options})
 
 
@@ -319,7 +304,7 @@ def _request_hook(module: str, name: str, wrap: Callable[[Any], Any], **options:
         name=name,
         wrap=wrap,
         why="a request starts here: ranks in different requests must raise an error",
-        remove_when="xDiT tells a sequence-parallel backend where a request starts",
+        remove_when="xDiT calls the sequence-parallel backend at the start of a request",
         required=False,
         **options,
     )
@@ -336,17 +321,17 @@ HOOKS: tuple[Hook, ...] = (
           "programs that build xFuserArgs by keyword (HTTP service, enable(args)) have no namespace to copy from",
           native=None),
     _hook(_ARGS, "xFuserArgs.from_cli_args", _from_args,
-          "copies dataclass fields only, without the flags; the degrees are read from the object later"),
+          "copies only the dataclass fields, not the flags; xDiT reads the degrees from the object later"),
     _hook(_ARGS, "xFuserArgs.from_runner_args", _from_args, "as from_cli_args, for the runner's dictionary"),
     _hook(_ARGS, "xFuserArgs.create_config", _create_config,
-          "asserts that the degrees multiply to the number of processes; the pickled config carries the flags to Ray"),
+          "asserts that the degrees multiply to the number of processes; Ray workers get the flags in its result"),
     _hook("xfuser.cli", "get_nproc_from_args", _get_nproc, "starts one process if no degree is given"),
     _hook(_RUNTIME, "RuntimeState._check_distributed_env", _check_distributed_env,
-          "initialises the groups, in Ray workers from the pickled configuration; ranks compare degrees before it"),
+          "initialises the groups, in Ray workers from the pickled configuration; ranks compare degrees first"),
     _hook(_GROUPS, "init_model_parallel_group", _init_group,
           "receives the rank lists of sequence-parallel groups; yunchang's own are wrong under tensor parallelism",
-          remove_when="xDiT builds its Ulysses and Ring groups from these lists and by a given layout"),
-    _hook(_GROUPS, "destroy_model_parallel", _destroy, "the mesh's process groups end with xDiT's"),
+          remove_when="xDiT builds its Ulysses and Ring groups from these lists and a layout argument"),
+    _hook(_GROUPS, "destroy_model_parallel", _destroy, "the mesh's process groups are destroyed with xDiT's"),
     *(_request_hook(f"xfuser.model_executor.pipelines.pipeline_{module}", f"xFuser{name}.__call__", _pipeline_call)
       for module, name in _PIPELINES.items()),
     *(_request_hook("xfuser.model_executor.models.runner_models.base_model", f"xFuserModel.{name}", _runner_run)
@@ -356,7 +341,7 @@ HOOKS: tuple[Hook, ...] = (
           "may select a backend without log-sum-exp, which the merge of partial results needs"),
     _hook(_RUNTIME, "RuntimeState._check_if_backend_compatible_with_current_configuration", _check_backend,
           "every selected attention backend is checked here: refuse those without log-sum-exp"),
-    _hook(_USP, "USP", _wrap(session.attend),
+    _hook(_USP, "USP", wrapper(session.attend),
           "the attention call of every sequence-parallel transformer; models import this name", sweep=True),
     _hook("yunchang.comm.all_to_all", "all_to_all_4D", _all_to_all,
           "the all-to-all of xFuserLongContextAttention and yunchang's layers; SeqAllToAll4D looks it up at each call",

@@ -30,8 +30,8 @@ MARK = "sf_xfuser_args"  # attribute that carries TorusArgs on xFuserArgs and, p
 
 @dataclass
 class Session:
-    """``args``: the active flags. ``command_line``: flags taken from a parser that does not know them. ``mesh``: of the
-    groups that xDiT runs in. ``selector``: under ``--sp-backend auto``, with the meshes of Torus Attention."""
+    """``args``: the active flags. ``command_line``: flags removed from the command line of a parser without them.
+    ``mesh``: that of xDiT's groups. ``selector``: under ``--sp-backend auto``; it has the meshes of Torus Attention."""
 
     args: TorusArgs | None = None
     command_line: TorusArgs | None = None
@@ -96,13 +96,13 @@ def configure(xfuser_args: Any, args: TorusArgs) -> None:
 
 
 def activate(args: TorusArgs) -> None:
-    """Make ``args`` the flags of this process. Enough for programs that call ``initialize_model_parallel`` with their
-    own degrees."""
+    """Make ``args`` the flags of this process. This is enough if the program itself calls
+    ``initialize_model_parallel`` with degrees."""
     current.args = args
     repairs.used.clear()
     may_wait_on_gpu = args.transport == "auto" and args.backend not in XDIT_BACKENDS
     if may_wait_on_gpu or args.transport in ("symm_mem", "nvshmem"):
-        config.set_defaults({config.QUEUES_VARIABLE: "32"})  # has an effect before the first use of CUDA only
+        config.set_defaults({config.QUEUES_VARIABLE: "32"})  # effective only before the first use of CUDA
 
 
 def fill_degrees(xfuser_args: Any) -> None:
@@ -126,8 +126,8 @@ def fill_degrees(xfuser_args: Any) -> None:
 
 
 def start(parallel_config: Any, args: TorusArgs | None) -> None:
-    """Activate ``args`` (None: keep the active ones), and compare the degrees of all ranks. Collective over the world
-    unless xDiT's groups exist. Raises ValueError on all ranks."""
+    """Activate ``args`` (None: keep the active ones) and compare the degrees of all ranks, unless xDiT's groups exist.
+    Collective over the world. Raises ValueError on all ranks."""
     import torch.distributed as dist
     from xfuser.core.distributed import model_parallel_is_initialized
 
@@ -142,7 +142,7 @@ def start(parallel_config: Any, args: TorusArgs | None) -> None:
 
 
 def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any) -> tuple[Any, Any]:
-    """Build and activate the mesh of this process; return its Ulysses and Ring groups, which replace the given ones.
+    """Build and activate the mesh of this process; return its Ulysses and Ring groups, which replace xDiT's.
 
     Collective over the world. Needs active flags (``configure``, ``start``).
     """
@@ -187,14 +187,15 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
 
 
 def _use(mesh: Mesh, selector: Selector | None, args: TorusArgs) -> None:
-    """Run attention and yunchang's all-to-all on these from now on."""
+    """Make ``mesh`` and ``selector`` active for attention and for yunchang's all-to-all."""
     from sf_xfuser.integrations.xdit import usp
     from sf_xfuser.integrations.xdit.attention_backends import XditState
     from sf_xfuser.integrations.yunchang.all_to_all import MeshAllToAll4D
 
     current.mesh, current.selector, current.usp, current.all_to_all = mesh, selector, None, None
-    for each in [mesh] if selector is None else [mesh, *selector.meshes]:
-        each.log = log
+    mesh.log = log
+    for candidate_mesh in selector.meshes if selector else ():
+        candidate_mesh.log = log
     if args.backend not in XDIT_BACKENDS:
         current.usp = usp.TorusUSP(
             original=_unhooked("xfuser.model_executor.layers.usp", "USP"),
@@ -261,7 +262,7 @@ def attend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def without_torus() -> Iterator[None]:
-    """Run attention on xDiT's own USP inside, to compare call by call. All ranks must enter it."""
+    """Run attention on xDiT's own USP inside the block, for comparisons. All ranks must enter it."""
     saved, current.usp = current.usp, None
     try:
         yield
@@ -271,7 +272,7 @@ def without_torus() -> Iterator[None]:
 
 @contextmanager
 def torus_on(mesh: Mesh) -> Iterator[None]:
-    """Run Torus Attention on another mesh of the same ranks inside, to compare call by call."""
+    """Run Torus Attention on another mesh of the same ranks inside the block, for comparisons."""
     saved = current.usp
     assert saved is not None
     current.usp = replace(saved, mesh=mesh)
@@ -301,14 +302,14 @@ def prefer_lse(attention_backend: Any) -> Any:
         return attention_backend
     from sf_xfuser.integrations.xdit.attention_backends import with_lse
 
-    other = with_lse(attention_backend)
-    if other is not attention_backend:
-        log(f"attention backend {other.name} instead of {attention_backend.name}, which returns no log-sum-exp")
-    return other
+    replacement = with_lse(attention_backend)
+    if replacement is not attention_backend:
+        log(f"attention backend {replacement.name} replaces {attention_backend.name}, which returns no log-sum-exp")
+    return replacement
 
 
 def _requires_lse() -> bool:
-    """Not under ``auto``: a backend without log-sum-exp may be faster, and its calls fall back to xDiT's own USP."""
+    """False under ``auto``: a backend without log-sum-exp may be faster, and its calls fall back to xDiT's own USP."""
     return current.usp is not None and current.selector is None
 
 

@@ -37,7 +37,7 @@ class TorusUSP(DropIn):
     check: bool = False
     """Compare the first call of each shape with ``original``."""
     checked: dict[Any, float] = field(default_factory=dict)
-    """By shape: the difference of the first call, as a fraction of the allowed one."""
+    """By shape: the error of the first call, as a fraction of the limit."""
     check_failure: str = ""
     """Set when a check failed; all later calls fall back."""
 
@@ -139,15 +139,15 @@ class TorusUSP(DropIn):
         mesh: Mesh | None = None,
         overlap: bool = True,
     ) -> torch.Tensor:
-        """Torus Attention over ``mesh`` (None: the first). ``overlap`` as in ``torus_attention``.
-        ``valid_kv_len``: number of keys that are not padding, counted from the lowest rank on."""
+        """Torus Attention over ``mesh`` (None: ``self.mesh``). ``overlap`` as in ``torus_attention``.
+        ``valid_kv_len``: the first keys of the whole sequence, in rank order, that are not padding."""
         mesh = mesh or self.mesh
         world_size = mesh.layout.world_size
         kv_tokens = (key.shape[2],) * world_size  # xDiT gives every rank of a group the same number of tokens
         if valid_kv_len is not None:
             if not 0 < valid_kv_len <= sum(kv_tokens):
                 raise ValueError(f"valid_kv_len must be in [1, {sum(kv_tokens)}], got {valid_kv_len}")
-            kv_tokens = _leading(valid_kv_len, key.shape[2], mesh.members)
+            kv_tokens = _valid_per_rank(valid_kv_len, key.shape[2], mesh.members)
             key, value = (x[:, :, : kv_tokens[mesh.position]] for x in (key, value))
         return torus_attention(
             query,
@@ -163,20 +163,18 @@ class TorusUSP(DropIn):
     def _matches(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:
         """Whether ``out`` equals ``expected`` up to rounding, on all ranks. Collective.
 
-        Measured per row (a head of a token): the root mean square of the difference, relative to the larger of that
-        row's and a typical row's. Two orders of summation agree in nearly all digits of the dtype, a row with a wrong
-        chunk in none. The limit is half of the digits.
+        The error of a row (one head of one token) is the root mean square of its difference, relative to that of the
+        row or of all rows, whichever is larger. Another order of summation changes the last digits of the dtype, a
+        wrong chunk changes all digits. The limit is half of the digits.
         """
         compression = self.mesh.compression
         limit = max(torch.finfo(out.dtype).eps, EPS[compression.format] if compression else 0.0) ** 0.5
         rows, expected_rows = (x.detach().float() for x in (out, expected))
         same = (rows == expected_rows) | (rows.isnan() & expected_rows.isnan())
-        off = torch.where(same, 0.0, rows - expected_rows).square().mean(-1).sqrt()
+        rms = torch.where(same, 0.0, rows - expected_rows).square().mean(-1).sqrt()
         size = expected_rows.nan_to_num(0.0, 0.0, 0.0).square().mean(-1).sqrt()
-        size = torch.maximum(size, size.square().mean().sqrt())
-        worst = (
-            float((off / size.clamp_min(1e-30)).nan_to_num(float("inf"), float("inf")).max()) if out.numel() else 0.0
-        )
+        size = torch.maximum(size, size.square().mean().sqrt()).clamp_min(1e-30)
+        worst = float((rms / size).nan_to_num(float("inf"), float("inf")).max()) if out.numel() else 0.0
         with self.mesh.call():
             error: float = max(self.mesh.control.gather("first-call check", worst))
         self.checked[shape] = error / limit
@@ -209,8 +207,8 @@ class TorusUSP(DropIn):
         kv_head_repeat: int,
         newer: dict[str, Any],
     ) -> str | None:
-        """Why this call falls back to xDiT's own USP; None if torus runs it. Local, and the same on all ranks, because
-        all of its inputs are."""
+        """Why this call falls back to xDiT's own USP; None if torus runs it. Local, with the same result on all ranks,
+        because all ranks have the same inputs."""
         if self.check_failure:
             return self.check_failure
         if (reason := (self.selector or self.mesh).unavailable_reason()) is not None:
@@ -224,7 +222,7 @@ class TorusUSP(DropIn):
             if options.get(key) is not None:
                 return f"attention_kwargs[{key!r}] needs keys in order"
         if options.get("valid_kv_len") is not None and self.ring_degree > 1:
-            return "attention_kwargs['valid_kv_len'] counts keys of all ranks, but xDiT's ring has those of some ranks"
+            return "attention_kwargs['valid_kv_len'] counts keys of all ranks, but a step of xDiT's ring has only some"
         if backend not in LSE_BACKENDS:
             return f"attention backend {backend} returns no log-sum-exp"
         if self.host.fp8_communication():
@@ -238,11 +236,10 @@ class TorusUSP(DropIn):
         return None
 
 
-def _leading(count: int, each: int, members: Sequence[int]) -> tuple[int, ...]:
-    """Tokens per position of the first ``count``, with ``each`` per rank in ascending order: 5 on 3 ranks of 2 give
-    2, 2, 1."""
-    before = {rank: each * index for index, rank in enumerate(sorted(members))}
-    return tuple(min(each, max(0, count - before[rank])) for rank in members)
+def _valid_per_rank(valid: int, tokens_per_rank: int, members: Sequence[int]) -> tuple[int, ...]:
+    """How many of the first ``valid`` tokens each member holds: 5 tokens on 3 ranks with 2 tokens each are 2, 2, 1."""
+    offsets = {rank: tokens_per_rank * index for index, rank in enumerate(sorted(members))}
+    return tuple(min(tokens_per_rank, max(0, valid - offsets[rank])) for rank in members)
 
 
 # -- torch.compile: one opaque operator, so that the graph is the same on every rank ----------------------------------
@@ -273,7 +270,7 @@ def _torus_usp(
     valid_kv_len: int | None,
 ) -> torch.Tensor:
     if _active is None:
-        raise RuntimeError("a compiled model calls Torus Attention, but its mesh is closed: compile again after set-up")
+        raise RuntimeError("a compiled model calls Torus Attention, but its mesh is closed; compile the model again")
     _active.handled += 1
     return _active.attend(query, key, value, joint_key, joint_value, joint_strategy or None, backend, valid_kv_len)
 

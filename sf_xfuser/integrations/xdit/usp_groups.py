@@ -1,4 +1,4 @@
-"""xDiT's USP in other degrees than those of the launch, call by call.
+"""Runs single calls of xDiT's USP in other degrees than those of the launch.
 
 At each call USP reads the two process groups in yunchang's ``PROCESS_GROUP``, the Ulysses and Ring entries of xDiT's
 sequence-parallel coordinator, and PyTorch's KV rotation of a ring. Replacing them for one call is a dozen assignments
@@ -19,11 +19,11 @@ from sf_xfuser.layout.usp_layouts import Groups, XditConfig
 
 
 class XditGroups:
-    """The process groups of one sequence-parallel group for any of xDiT's configurations; equal groups are created
+    """The Ulysses and Ring process groups of one sequence-parallel group for several degrees; equal groups are created
     once. ``members[p]`` is the rank at machine-major position ``p``."""
 
     def __init__(self, members: Sequence[int], ranks_per_machine: int, backend: str | None = None) -> None:
-        """``backend``: torch.distributed's; None: that of the whole job."""
+        """``backend`` of torch.distributed; None: the default group's."""
         self._members, self._ranks_per_machine, self._backend = tuple(members), ranks_per_machine, backend
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._entries: dict[XditConfig, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -51,7 +51,7 @@ class XditGroups:
 
     @contextmanager
     def use(self, config: XditConfig) -> Iterator[None]:
-        """Run xDiT in ``config`` inside. Local, except for ``make``."""
+        """Run xDiT's USP in ``config`` inside the block. Local, except for ``make``."""
         from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
         from xfuser.core.distributed import get_sp_group
         from yunchang.globals import PROCESS_GROUP

@@ -1,6 +1,6 @@
 """Refuses flags of xDiT that exclude a ``--sp-*`` flag, before the model is loaded; the error names both.
 
-``config.TorusArgs`` checks the ``--sp-*`` flags among each other, and ``degrees`` checks the degrees.
+``config.TorusArgs`` checks the ``--sp-*`` flags against each other, and ``degrees`` checks the degrees.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _problems(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> It
             f"of the two flags"
         )
     if args.backend == "auto":
-        return  # such calls run on xDiT's own USP
+        return  # calls that torus cannot run are run by xDiT's own USP
     for name in ("attention_backend", "hybrid_attn_low_precision_backend", "hybrid_attn_high_precision_backend"):
         named = flag(name)
         if named and named.upper() not in LSE_BACKENDS:

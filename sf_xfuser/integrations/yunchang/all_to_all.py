@@ -17,7 +17,7 @@ from sf_xfuser.torus.links import link_peers
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import Parcel, Ticket, window_view
 
-_TOKENS, _HEADS = 1, 2  # dimensions
+_TOKENS, _HEADS = 1, 2  # dimensions of [B, S, H, D]
 _LINKS: tuple[Link, ...] = ("across", "inside")  # the slower link first
 
 
@@ -31,30 +31,30 @@ def all_to_all_4d(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: 
     is contiguous. On CUDA the work is on the current stream, and one-sided transports need a floating-point dtype of 16
     bits or more, because a lost chunk makes the result NaN. No gradient flows through.
 
-    Only the first call of a shape exchanges more than chunks. Raises ValueError on every rank if ranks disagree,
+    Only the first call of a shape exchanges control messages. Raises ValueError on every rank if ranks disagree,
     RuntimeError if a rank is missing, TransportError if a transfer times out.
     """
-    with mesh.call(lambda: input.resolve_conj().resolve_neg()) as given:  # transports copy raw memory
+    with mesh.call(lambda: input.resolve_conj().resolve_neg()) as resolved:  # transports copy raw memory
 
         def call() -> torch.Tensor:
-            _agree(mesh, given, scatter_dim, gather_dim)
-            return _run(given, scatter_dim, gather_dim, mesh)
+            _require_same_call(mesh, resolved, scatter_dim, gather_dim)
+            return _run(resolved, scatter_dim, gather_dim, mesh)
 
-        return mesh.attempt(call, call, given.device)
+        return mesh.attempt(call, call, resolved.device)
 
 
-def _agree(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:
+def _require_same_call(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather_dim: int) -> None:
     """Check that all ranks make this call, and reserve window memory for it."""
     call = ("all-to-all", input.shape, input.dtype, input.device.type, scatter_dim, gather_dim)
     if call in mesh.calls:
         return
-    described = [list(input.shape), str(input.dtype), input.device.type, scatter_dim, gather_dim]
-    reports = mesh.control.gather("all-to-all", described)
+    description = [list(input.shape), str(input.dtype), input.device.type, scatter_dim, gather_dim]
+    reports = mesh.control.gather("all-to-all", description)
     if any(report != reports[0] for report in reports):
-        found = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
+        per_rank = "; ".join(f"rank {rank}: {report}" for rank, report in zip(mesh.members, reports, strict=True))
         mesh.refuse(
             f"ranks disagree on an all-to-all; give all ranks of a sequence-parallel group the same shape and dtype: "
-            f"{found} (shape, dtype, device, scattered dimension, gathered dimension)"
+            f"{per_rank} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
     mesh.reserve(input.numel() * input.element_size())
     mesh.cache_call(call, True)
@@ -70,7 +70,7 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     outgoing = dict(zip(group, input.tensor_split(len(group), scatter_dim), strict=True))
     incoming = dict(zip(group, out.tensor_split(len(group), gather_dim), strict=True))
 
-    # In every window, each member of the group has a slot of the same size, in the order of the group.
+    # Every window has one slot of equal size per group member, in the order of the group.
     digest = f"all-to-all of {list(input.shape)}, {input.dtype}, scattered {scatter_dim}, gathered {gather_dim}"
     window = mesh.begin(object(), digest)  # a unique key: two equal calls must not use the same half
     chunk_bytes = outgoing[own].numel() * input.element_size()
@@ -107,8 +107,7 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
 
 @dataclass(eq=False, kw_only=True)
 class MeshAllToAll4D(DropIn):
-    """Replaces yunchang's ``all_to_all_4D`` (``original``). yunchang's ``SeqAllToAll4D`` calls it forward and backward,
-    so gradients use it, too."""
+    """Replaces yunchang's ``all_to_all_4D`` (``original``), which ``SeqAllToAll4D`` calls in forward and backward."""
 
     unsupported = "the mesh cannot run this all-to-all"
     original_name = "yunchang's own all-to-all"
@@ -118,7 +117,7 @@ class MeshAllToAll4D(DropIn):
     def __call__(
         self, input: torch.Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: Any = None, use_sync: bool = False
     ) -> torch.Tensor:
-        """Same bits as ``original``, by :func:`all_to_all_4d`. ``use_sync``: synchronize the GPU before returning."""
+        """Bitwise equal to ``original``, by :func:`all_to_all_4d`. ``use_sync``: synchronize the GPU before return."""
         reason = self.fallback_reason(input, scatter_idx, gather_idx, group)
         if reason is not None:
             self.count_fallback(reason)
@@ -130,7 +129,7 @@ class MeshAllToAll4D(DropIn):
         return out
 
     def fallback_reason(self, input: torch.Tensor, scatter_idx: int, gather_idx: int, group: Any) -> str | None:
-        """Why this call falls back to ``original``; None if it runs on the mesh. Local; all ranks decide alike."""
+        """Why this call falls back to ``original``; None if it runs on the mesh. Local; the same on all ranks."""
         if (reason := self.mesh.unavailable_reason()) is not None:
             return reason
         if torch.compiler.is_compiling():

@@ -26,13 +26,13 @@ from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh
 
-# Members of yunchang's AttnType that mean dense attention of unquantized tensors, as PyTorch's fused kernels compute.
+# Members of yunchang's AttnType for dense attention of unquantized tensors, which PyTorch's fused kernels compute too.
 _DENSE = frozenset({"FA", "FA3", "TORCH_MATH", "TORCH_FLASH", "TORCH_EFFICIENT", "TORCH_CUDNN"})
 
 
 @dataclass(eq=False, kw_only=True)
 class TorusLayers(DropIn):
-    """The state that all layers of a process share. ``original``: yunchang's class; None if it is not installed."""
+    """State that all layers of a process share. ``original``: yunchang's class; None if it is not installed."""
 
     unsupported = "torus cannot run this LongContextAttention call exactly"
     original_name = "yunchang's own LongContextAttention"
@@ -40,7 +40,7 @@ class TorusLayers(DropIn):
     original: Callable[..., torch.nn.Module] | None
 
 
-_layers: TorusLayers | None = None  # one per process, as yunchang's groups; set by set_seq_parallel_pg
+_layers: TorusLayers | None = None  # one per process, like yunchang's groups; set by set_seq_parallel_pg
 
 
 def set_seq_parallel_pg(
@@ -117,9 +117,9 @@ class LongContextAttention(torch.nn.Module):
         self.use_sync = use_sync
         self.original = None
         if self.layers.original is not None:
-            given = (scatter_idx, gather_idx, ring_impl_type, use_pack_qkv, use_sync)
-            named = {} if attn_type is None else {"attn_type": attn_type}
-            self.original = self.layers.original(*given, attn_processor=attn_processor, **named)
+            options = (scatter_idx, gather_idx, ring_impl_type, use_pack_qkv, use_sync)
+            named = {} if attn_type is None else {"attn_type": attn_type}  # None is not yunchang's default
+            self.original = self.layers.original(*options, attn_processor=attn_processor, **named)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -150,7 +150,7 @@ class LongContextAttention(torch.nn.Module):
             f"a window of {tuple(window_size)} needs keys in order": tuple(window_size) != (-1, -1),
             f"softcap={softcap}": softcap,
             "ALiBi needs keys in order": alibi_slopes is not None,
-            f"{len(args)} arguments that this version does not know": args,
+            f"{len(args)} arguments that sf-xfuser does not support": args,
             f"scatter_idx and gather_idx {self._dims} are not Ulysses' (2, 1) for [B, S, H, D]": self._dims != (2, 1),
             f"attention of type {name} is not dense attention of unquantized tensors": not is_dense,
             NO_GRADIENT: needs_gradient(query, key, value),
@@ -160,10 +160,10 @@ class LongContextAttention(torch.nn.Module):
         )
         if reason is not None:
             if self.original is None:
-                raise ValueError(f"{self.layers.unsupported}: {reason}; pip install yunchang to run it there")
+                raise ValueError(f"{self.layers.unsupported}: {reason}; pip install yunchang for this call")
             self.layers.count_fallback(reason)
-            given = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-            result: torch.Tensor = self.original(query, key, value, *given, return_attn_probs, *args)
+            options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+            result: torch.Tensor = self.original(query, key, value, *options, return_attn_probs, *args)
             return result
         self.layers.handled += 1
         world_size = self.layers.mesh.layout.world_size

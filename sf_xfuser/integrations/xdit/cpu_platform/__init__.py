@@ -1,7 +1,7 @@
 """Hooks that let xDiT's pipelines run on CPU ranks over gloo, on a machine without an accelerator.
 
 Install ``HOOKS`` (``HookSet(HOOKS).install()``) if ``needed()``, before importing ``xfuser``: several xDiT modules
-compute at import what they support. ``HookSet.remove()`` restores every hooked attribute, but not values computed at
+detect devices and packages at import. ``HookSet.remove()`` restores every hooked attribute, but not values computed at
 import (``HAS_LONG_CTX_ATTN``).
 
 Shapes: q/k/v ``[B, H, S, D]``, LSE ``[B, H, Sq]``, as in xDiT's registry.
@@ -13,7 +13,6 @@ platform.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.integrations.hooks import Hook
+from sf_xfuser.integrations.hooks import Hook, wrapper
 from sf_xfuser.integrations.xdit.cpu_platform.cuda_names import (
     CpuTorch,
     HostEvent,
     cpu_fsdp,
     cpu_generator,
-    nothing_to_offload,
+    skip_offload,
     to_cpu,
 )
 from sf_xfuser.integrations.xdit.cpu_platform.gloo import (
@@ -46,9 +45,9 @@ from sf_xfuser.integrations.xdit.cpu_platform.pipefusion import (
 
 
 def needed() -> bool:
-    """Whether no accelerator that xDiT supports is available, also with a CUDA build of PyTorch.
+    """Whether no accelerator that xDiT supports is available, even with a CUDA build of PyTorch.
 
-    Checks as ``xfuser/envs.py`` does, except for ``torch.version.cuda``. Never raises; imports nothing of xDiT.
+    Makes the checks of ``xfuser/envs.py``, except for ``torch.version.cuda``. Never raises; imports nothing of xDiT.
     """
     return not any(_is_available(name) for name in ("cuda", "musa", "npu", "mps"))
 
@@ -63,7 +62,7 @@ def _is_available(accelerator: str) -> bool:
         return False
 
 
-# --- an absent triton ---------------------------------------------------------------------------------------------
+# --- placeholder for triton ---------------------------------------------------------------------------------------
 #
 # One module of xDiT imports triton without a guard, and a CPU build of PyTorch does not install it. `triton` is a
 # placeholder during that import only, because PyTorch, diffusers and xDiT check whether triton is installed.
@@ -108,19 +107,11 @@ def _remove_triton_placeholder(triton: Any) -> Any:
 
 def _always(value: Any) -> Callable[[Any], Any]:
     """A ``Hook.wrap``: the replacement takes any arguments and returns ``value``."""
-
-    def wrap(original: Any) -> Any:
-        @functools.wraps(original)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            return value
-
-        return replacement
-
-    return wrap
+    return wrapper(lambda original, *args, **kwargs: value)
 
 
 def _packages(info: dict[str, Any]) -> dict[str, Any]:
-    """xDiT's package table without GPU kernels, which may be installed beside a CUDA build, and with yunchang."""
+    """xDiT's package table without GPU kernels, which may be installed with a CUDA build, and with yunchang."""
     kernels = [name for name in info if name.startswith("has_") and name != "has_long_ctx_attn"]
     return {**info, **dict.fromkeys(kernels, False), "has_long_ctx_attn": _yunchang_process_group() is not None}
 
@@ -139,14 +130,11 @@ def _existing_names(names: list[str]) -> list[str]:
     return [name for name in names if hasattr(package, name)]
 
 
-def _float32_by_default(init: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(init)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) < 2:  # (warmup_steps, dtype, ...)
-            kwargs.setdefault("dtype", torch.float32)
-        init(self, *args, **kwargs)
-
-    return replacement
+@wrapper
+def _float32_by_default(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if len(args) < 2:  # (warmup_steps, dtype, ...)
+        kwargs.setdefault("dtype", torch.float32)
+    init(self, *args, **kwargs)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -186,16 +174,13 @@ class _CpuAten:
         return getattr(self._aten, name)
 
 
-def _sdpa_flash_by_default(select: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(select)
-    def replacement(self: Any, engine_config: Any = None) -> Any:
-        if engine_config and engine_config.runtime_config.attention_backend:
-            return select(self, engine_config)
-        from xfuser.core.distributed.attention_backend import AttentionBackendType
+@wrapper
+def _sdpa_flash_by_default(select: Any, self: Any, engine_config: Any = None) -> Any:
+    if engine_config and engine_config.runtime_config.attention_backend:
+        return select(self, engine_config)
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
 
-        return AttentionBackendType.SDPA_FLASH
-
-    return replacement
+    return AttentionBackendType.SDPA_FLASH
 
 
 # --- the hooks -----------------------------------------------------------------------------------------------------
@@ -351,7 +336,7 @@ HOOKS: tuple[Hook, ...] = (
         Hook(
             module=module,
             name=name,
-            wrap=nothing_to_offload,
+            wrap=skip_offload,
             why='runner_models/base_model.py: the offload options use the device "cuda:<rank>" and CUDA streams',
             remove_when="it does not offload if envs.get_device is the CPU",
         )

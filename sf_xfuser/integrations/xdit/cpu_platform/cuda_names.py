@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sf_xfuser.integrations.hooks import wrapper
+
 
 class HostEvent:
     """``torch.cuda.Event`` on the host clock: on a CPU, work is complete when its call returns."""
@@ -39,12 +41,9 @@ def _cpu_for_cuda(value: Any) -> Any:
     return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
 
 
-def to_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return call(*map(_cpu_for_cuda, args), **{key: _cpu_for_cuda(value) for key, value in kwargs.items()})
-
-    return replacement
+@wrapper
+def to_cpu(call: Any, *args: Any, **kwargs: Any) -> Any:
+    return call(*map(_cpu_for_cuda, args), **{key: _cpu_for_cuda(value) for key, value in kwargs.items()})
 
 
 def cpu_generator(generator: type[torch.Generator]) -> type:
@@ -62,7 +61,7 @@ def cpu_generator(generator: type[torch.Generator]) -> type:
 
 
 class CpuTorch:
-    """``torch`` for a module of xDiT that names CUDA devices: functions with a device argument get the CPU."""
+    """``torch`` for xDiT modules with hard-coded CUDA devices: functions with a device argument get the CPU."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -87,16 +86,12 @@ class CpuCuda:
         return torch.device("cpu")
 
 
-def nothing_to_offload(offload: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def skip_offload(offload: Any, *args: Any, **kwargs: Any) -> None:
     """Do nothing for a CUDA device: the weights are in host memory already."""
-
-    @functools.wraps(offload)
-    def replacement(*args: Any, **kwargs: Any) -> None:
-        values = (*args, *kwargs.values())
-        if all(_cpu_for_cuda(value) is value for value in values if isinstance(value, (str, torch.device))):
-            offload(*args, **kwargs)
-
-    return replacement
+    values = (*args, *kwargs.values())
+    if all(_cpu_for_cuda(value) is value for value in values if isinstance(value, (str, torch.device))):
+        offload(*args, **kwargs)
 
 
 def cpu_fsdp(fsdp: type) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
-"""gloo in place of NCCL: one event loop for all process groups of a rank, and exchanges in both directions at once.
+"""gloo in place of NCCL: one event loop for all process groups of a rank, and full-duplex exchanges.
 
 gloo announces a receive on the connection that it also sends on, and its collectives post sends first, so the
-announcement may queue behind a whole tensor. Depending on timing, two ranks then send at once or one after the other;
-with NCCL always at once. With receives posted first it is always at once (times in docs/performance.md).
+announcement may queue behind a whole tensor. Depending on timing, two ranks then send simultaneously or in turn. With
+receives posted first they always send simultaneously, as with NCCL (times in docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo
 from torch.distributed import _functional_collectives as functional
 
+from sf_xfuser.integrations.hooks import wrapper
+
 _TAG = 0x5F5  # gloo's own sends and receives use 0
 
 
 def share_event_loop(init: Callable[..., None]) -> Callable[..., None]:
-    """``ProcessGroupGloo.__init__`` with the devices of the first group for all later groups.
+    """``ProcessGroupGloo.__init__`` that gives the devices of the first group to all later groups.
 
     PyTorch creates a device per group, with a thread that wakes a hundred times a second. xDiT creates about twenty
     groups: with eight ranks on two cores that took a sixth of the CPU time.
@@ -43,63 +45,53 @@ def share_event_loop(init: Callable[..., None]) -> Callable[..., None]:
     return replacement
 
 
-def all_to_all_both_ways(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+@wrapper
+def all_to_all_both_ways(
+    all_to_all: Any,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: list[int] | None = None,
+    input_split_sizes: list[int] | None = None,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
     """``torch.distributed.all_to_all_single`` over gloo with receives posted before sends."""
-
-    @functools.wraps(all_to_all)
-    def replacement(
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_split_sizes: list[int] | None = None,
-        input_split_sizes: list[int] | None = None,
-        group: dist.ProcessGroup | None = None,
-        async_op: bool = False,
-    ) -> Any:
-        members = dist.group.WORLD if group is None else group
-        if members is None or not (_is_supported(members, output) and _is_supported(members, input)):
-            return all_to_all(output, input, output_split_sizes, input_split_sizes, group, async_op)
-        sends, receives = _split(input, input_split_sizes, members), _split(output, output_split_sizes, members)
-        work = _exchange(sends, receives, members)
-        if async_op:
-            return work
-        work.wait()
-        return None
-
-    return replacement
+    members = dist.group.WORLD if group is None else group
+    if members is None or not (_is_supported(members, output) and _is_supported(members, input)):
+        return all_to_all(output, input, output_split_sizes, input_split_sizes, group, async_op)
+    sends, receives = _split(input, input_split_sizes, members), _split(output, output_split_sizes, members)
+    work = _exchange(sends, receives, members)
+    if async_op:
+        return work
+    work.wait()
+    return None
 
 
-def functional_all_to_all_both_ways(all_to_all: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+@wrapper
+def functional_all_to_all_both_ways(
+    all_to_all: Any,
+    self: torch.Tensor,
+    output_split_sizes: list[int] | None,
+    input_split_sizes: list[int] | None,
+    group: Any,
+    tag: str = "",
+) -> Any:
     """The functional ``all_to_all_single`` (xDiT's Ulysses, PyTorch's ring) with receives posted before sends."""
-
-    @functools.wraps(all_to_all)
-    def replacement(
-        self: torch.Tensor,
-        output_split_sizes: list[int] | None,
-        input_split_sizes: list[int] | None,
-        group: Any,
-        tag: str = "",
-    ) -> torch.Tensor:
-        if not _is_supported(group, self):
-            return all_to_all(self, output_split_sizes, input_split_sizes, group, tag)
-        rows = sum(output_split_sizes) if output_split_sizes else self.shape[0]
-        output = self.new_empty(rows, *self.shape[1:])
-        sends, receives = _split(self, input_split_sizes, group), _split(output, output_split_sizes, group)
-        return _wait_on_use(output, _exchange(sends, receives, group))
-
-    return replacement
+    if not _is_supported(group, self):
+        return all_to_all(self, output_split_sizes, input_split_sizes, group, tag)
+    rows = sum(output_split_sizes) if output_split_sizes else self.shape[0]
+    output = self.new_empty(rows, *self.shape[1:])
+    sends, receives = _split(self, input_split_sizes, group), _split(output, output_split_sizes, group)
+    return _wait_on_use(output, _exchange(sends, receives, group))
 
 
-def pair_gathers_both_ways(all_gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The functional all-gather (PyTorch's ring) of two ranks with receives posted first. More ranks need no change."""
-
-    @functools.wraps(all_gather)
-    def replacement(self: torch.Tensor, gather_dim: int, group: Any, tag: str = "") -> torch.Tensor:
-        if gather_dim or not _is_supported(group, self) or group.size() != 2:
-            return all_gather(self, gather_dim, group, tag)
-        output = self.new_empty(2 * self.shape[0], *self.shape[1:])
-        return _wait_on_use(output, _exchange([self, self], output.chunk(2), group))
-
-    return replacement
+@wrapper
+def pair_gathers_both_ways(all_gather: Any, self: torch.Tensor, gather_dim: int, group: Any, tag: str = "") -> Any:
+    """The functional all-gather (PyTorch's ring) with receives posted before sends, for two ranks; others as before."""
+    if gather_dim or not _is_supported(group, self) or group.size() != 2:
+        return all_gather(self, gather_dim, group, tag)
+    output = self.new_empty(2 * self.shape[0], *self.shape[1:])
+    return _wait_on_use(output, _exchange([self, self], output.chunk(2), group))
 
 
 def _is_supported(group: Any, tensor: torch.Tensor) -> bool:

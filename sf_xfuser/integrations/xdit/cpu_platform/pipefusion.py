@@ -3,17 +3,18 @@
 gloo delivers a send once the receiver has posted its receive (rendezvous), and loses the send if its Work is deleted.
 xDiT deletes the Work of every asynchronous send, and may overwrite the tensor. So each send uses a copy, stored with
 its Work under a *slot*: (name, segment), the key of the peer's receive buffer. A stage reuses a slot one denoising
-step later, after a result that the peer computed from the slot's previous tensor. So waiting for the old Work returns
-at once, and memory is bounded by the number of receive buffers.
+step later, when it has received a result that the peer computed from the slot's previous tensor. So waiting for the old
+Work returns immediately, and memory is bounded by the number of receive buffers.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from sf_xfuser.integrations.hooks import wrapper
 
 _SENDS = "_sf_gloo_sends"  # attribute of a PipelineGroupCoordinator: {slot: (Work, tensor)}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
@@ -47,7 +48,7 @@ def pipeline_isend_skip(_: Callable[..., None]) -> Callable[..., None]:
 
 
 def communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size]:
-    """xDiT's handshake before the first tensor of a slot, with the dtype and without waiting in the sender.
+    """xDiT's handshake before the first tensor of a slot. It also sends the dtype, and the sender does not wait.
 
     The receiver allocates its buffer with ``self.dtype``, which xDiT sets to the configured dtype, not the model's.
     """
@@ -75,13 +76,9 @@ def communicate_shapes(_: Callable[..., torch.Size]) -> Callable[..., torch.Size
     return communicate_shapes
 
 
-def destroy_after_delivery(destroy: Callable[..., None]) -> Callable[..., None]:
+@wrapper
+def destroy_after_delivery(destroy: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Wait for pending sends before a stage exits (on CUDA a stream synchronization does this)."""
-
-    @functools.wraps(destroy)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> None:
-        for work, _ in vars(self).pop(_SENDS, {}).values():
-            work.wait()
-        destroy(self, *args, **kwargs)
-
-    return replacement
+    for work, _ in vars(self).pop(_SENDS, {}).values():
+        work.wait()
+    destroy(self, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Errors of xDiT 0.7 that make a result inexact or a run fail. Each has a patch; most also have hooks.
+"""Repairs of errors in xDiT 0.7 that make results inexact or runs fail. Each has a patch; most also have hooks.
 
 Patches and hooks cannot share code: a patch edits lines inside xDiT's functions, for every user; a hook wraps whole
 functions, acts only under ``--sp-backend``, and does not depend on xDiT's source text.
@@ -22,7 +22,7 @@ class Repair(NamedTuple):
     without_hook: str = ""
 
 
-# By the number of the patch in patches/0.7.0/repairs. The table in patches/README.md is made from these records.
+# By the number of the patch in patches/0.7.0/repairs. The table in patches/README.md is generated from these records.
 REPAIRS = {
     "0001": Repair(
         "yunchang assumes contiguous ranks: under tensor parallelism the Ulysses and Ring groups are wrong",
@@ -40,7 +40,7 @@ REPAIRS = {
         "as 0005; with PipeFusion, as 0002; the runner splits text of any length (patch only)",
         ("flux2 pipefusion", "test_flux2_with_stale_keys", "test_flux2_text_in_the_patches"),
     ),
-    "0007": Repair("attention over frames runs over the ranks, although each rank holds all frames", ("latte",)),
+    "0007": Repair("attention over frames is split over the ranks, although each rank holds all frames", ("latte",)),
     "0008": Repair(
         "imports a name that yunchang lacks up to 0.6.4",
         ("test_options_and_imports",),

@@ -12,7 +12,7 @@ import torch
 
 @dataclass
 class CallContext:
-    """What ``USP`` needs to know about the current transformer call and cannot see in its ``[B, H, S, D]`` tensors."""
+    """Properties of the current transformer call that ``USP`` cannot derive from its ``[B, H, S, D]`` tensors."""
 
     text: int = 0  # leading text tokens, replicated on all ranks
     padding: int = 0  # padded image tokens at the end of the last rank's chunk
@@ -52,8 +52,8 @@ def num_ranks() -> int:
     return int(get_sequence_parallel_world_size())
 
 
-def note(what: str) -> None:
+def note(repair: str) -> None:
     """Log a repair when a call first needs it."""
-    if not torch.compiler.is_compiling() and what not in used:
-        used.append(what)
-        log(f"repaired in xDiT: {what}")
+    if not torch.compiler.is_compiling() and repair not in used:
+        used.append(repair)
+        log(f"repaired in xDiT: {repair}")

@@ -27,7 +27,7 @@ _Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def _wrapper_with_arguments(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """As :func:`wrapper`, for ``function(original, arguments, *args, **kwargs)`` with the arguments by name."""
+    """:func:`wrapper` for ``function(original, arguments, *args, **kwargs)``; ``arguments`` are those by name."""
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         bind = inspect.signature(original).bind
@@ -82,16 +82,16 @@ def _with_mask(name: str, function: _Attention, sdpa: _Attention) -> _Attention:
 
 @wrapper
 def ltx2_mask_meta(get_mask_meta: Any, cache: dict[Any, Any], mask: Tensor | None) -> Any:
-    """LTX-2 caches metadata by the address of its mask, which the mask of a later request may have."""
+    """LTX-2 caches metadata by the address of its mask. The mask of a later request may have the same address."""
     if context.is_active() and cache.get("mask") is not mask:
         cache.clear()
-        cache["mask"] = mask  # keeps the mask alive, so that no other mask has its address
+        cache["mask"] = mask  # keeps the mask alive, so that no other mask gets its address
     return get_mask_meta(cache, mask)
 
 
 @_wrapper_with_arguments
 def krea2_forward(forward: Any, arguments: Mapping[str, Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """As :func:`ltx2_mask_meta`."""
+    """Krea 2 has the same cache as LTX-2 (:func:`ltx2_mask_meta`)."""
     mask, tokens = arguments.get("encoder_attention_mask"), arguments["hidden_states"].shape[1]
     cached_mask, cached_tokens = getattr(self, "_mask_of_cache", (None, 0))
     if context.is_active() and not (cached_mask is mask and cached_tokens == tokens):

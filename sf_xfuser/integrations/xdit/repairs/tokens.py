@@ -1,4 +1,4 @@
-"""Flux, Flux.2 and Qwen-Image: text or image tokens that are not divisible by the number of ranks."""
+"""Flux, Flux.2 and Qwen-Image with numbers of text or image tokens that are not divisible by the number of ranks."""
 
 from __future__ import annotations
 
