@@ -122,7 +122,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     if write_json(options.json, document):
         return 0
     for timeline in timelines:
-        spans = [span for found in timeline["ranks"] for span in found["spans"] if span["link"] == "compute"]
+        spans = [span for entry in timeline["ranks"] for span in entry["spans"] if span["link"] == "compute"]
         compute_ms = sum(span["end_s"] - span["start_s"] for span in spans) / len(timeline["ranks"]) * 1e3
         total = f"{timeline['duration_s'] * 1e3:.2f} ms, {compute_ms:.2f} ms of it compute (mean of the ranks)"
         print(f"{timeline['variant']}, {timeline['case']}: {total}")

@@ -203,8 +203,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
     ``cases``: their number. ``without_torus``: ids of the cases without a torus result. ``vs_usp``, ``vs_best_xdit``:
     ``cases`` compared, ``geometric_mean``, ``best``, ``worst`` and ``slower`` (all below 1). ``peak_vs_usp``,
-    ``peak_vs_ulysses``: the case with the largest ratio of peak memory. ``wire_deviation``: the row whose measured
-    bytes deviate most from the formula, relative to the formula.
+    ``peak_vs_ulysses``: the case with the largest ratio of peak memory. ``wire_deviation``: the row with the
+    largest relative deviation of its measured bytes from the formula.
     """
     cases = by_case(rows)
     torus = {case: row for case, group in cases.items() if (row := variant_row(group, SUBJECT)) and succeeded(row)}
@@ -259,11 +259,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
     """Accuracy of the simulator's times, as JSON data; None if no row has a prediction.
 
-    ``variants``: rows compared. ``median_error``: of abs(predicted / measured - 1). ``worst``: the row whose ratio is
-    farthest from 1. ``pairs``: number of pairs of variants of one case with medians that differ by more than 10 %.
+    ``variants``: rows compared. ``median_error``: median of abs(predicted / measured - 1). ``worst``: the row with the
+    ratio farthest from 1. ``pairs``: number of pairs of variants of one case with medians over 10 % apart.
     ``wrong_order``: the pairs predicted in the opposite order, the slower variant first.
     """
-    found: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
     pairs = 0
     for case, case_rows in by_case(rows).items():
@@ -272,19 +272,19 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
             for row in filter(succeeded, case_rows)
             if (median := finite(row.get("median_s"))) and (predicted := finite(row.get("predicted_s")))
         ]
-        found += [{"case": case, "variant": name, "ratio": predicted / median} for name, median, predicted in known]
+        ratios += [{"case": case, "variant": name, "ratio": predicted / median} for name, median, predicted in known]
         for pair in combinations(known, 2):
             fast, slow = sorted(pair, key=lambda variant: variant[1])
             if slow[1] > fast[1] * 1.1:
                 pairs += 1
                 if slow[2] <= fast[2]:
                     wrong.append({"case": case, "variants": [slow[0], fast[0]], "ratio": slow[1] / fast[1]})
-    if not found:
+    if not ratios:
         return None
     return {
-        "variants": len(found),
-        "median_error": statistics.median(abs(item["ratio"] - 1) for item in found),
-        "worst": max(found, key=lambda item: abs(item["ratio"] - 1)),
+        "variants": len(ratios),
+        "median_error": statistics.median(abs(item["ratio"] - 1) for item in ratios),
+        "worst": max(ratios, key=lambda item: abs(item["ratio"] - 1)),
         "pairs": pairs,
         "wrong_order": wrong,
     }
@@ -329,16 +329,16 @@ def _table(
 
 
 def _ratios(torus: Mapping[str, Row], key: str) -> dict[str, Any]:
-    found: list[dict[str, Any]] = [
+    ratios: list[dict[str, Any]] = [
         {"case": case, "ratio": ratio} for case, row in torus.items() if (ratio := finite(row.get(key)))
     ]
-    found.sort(key=lambda item: float(item["ratio"]))
+    ratios.sort(key=lambda item: float(item["ratio"]))
     return {
-        "cases": len(found),
-        "geometric_mean": statistics.geometric_mean(item["ratio"] for item in found) if found else None,
-        "best": found[-1] if found else None,
-        "worst": found[0] if found else None,
-        "slower": [item for item in found if item["ratio"] < 1],
+        "cases": len(ratios),
+        "geometric_mean": statistics.geometric_mean(item["ratio"] for item in ratios) if ratios else None,
+        "best": ratios[-1] if ratios else None,
+        "worst": ratios[0] if ratios else None,
+        "slower": [item for item in ratios if item["ratio"] < 1],
     }
 
 

@@ -70,7 +70,7 @@ def _start_xdit() -> None:
     if runtime_state.runtime_state_is_initialized():
         return
     init_distributed_environment()  # xDiT's world group, and torch.distributed where needed
-    # With Ring over all ranks, xDiT rejects attention backends whose partial results cannot be merged.
+    # With Ring over all ranks, xDiT rejects attention backends without mergeable partial results.
     args = xFuserArgs(model="none", ring_degree=dist.get_world_size())
     engine_config, _ = args.create_config()
     # Attention needs only the base class; its subclasses need a pipeline.

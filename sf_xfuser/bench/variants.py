@@ -324,7 +324,7 @@ def _family(name: str) -> str:
 
 
 def _tensor_bytes(case: Case) -> int:
-    """Of one [B, L, H, D] tensor."""
+    """Bytes of one [B, L, H, D] tensor."""
     return case.batch * case.seq_len * case.heads * case.head_dim * _itemsize(case)
 
 

@@ -93,7 +93,7 @@ class Compute:
 
     ``num_sms``: each SM processes ``tile_rows`` query rows of one head at a time, so calls with fewer tiles leave SMs
     idle (0: calls of any size run at the full rate). ``attend_us``: overhead of an attention call and its merge.
-    ``slots``: the number of ranks of the cluster that can compute at once (None: all)."""
+    ``slots``: the number of ranks that can compute at the same time (None: all)."""
 
     attention_tflops: tuple[tuple[str, int, float], ...]
     linear_tflops: float

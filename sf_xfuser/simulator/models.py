@@ -122,7 +122,7 @@ _FAMILIES = {
     "CogVideoXTransformer3DModel": "cogvideox1.5",
     "WanTransformer3DModel": "wan",
 }
-"""The model that supplies what the configuration of a transformer class lacks."""
+"""Transformer class -> model with the defaults for values that are missing in its configuration."""
 
 
 def find_model(name: str) -> Model:

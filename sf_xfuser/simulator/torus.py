@@ -78,7 +78,7 @@ class TorusCall(SimulatedCall):
 
     @cached_property
     def bound_s(self) -> float:
-        """Each chunk of Q and O and each slab is a round across machines, each further block of a slab a round inside."""
+        """Each chunk of Q and O and each slab is a round across machines; a slab's further blocks are rounds inside."""
         layout = self.layout
         slabs = layout.num_machines
         ulysses = 3 * (layout.torus - 1)  # rounds of Q, KV and O, of U messages each

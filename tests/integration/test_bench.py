@@ -196,7 +196,7 @@ def test_under_torchrun_the_cluster_is_torchruns(unlaunched, capsys, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     file = grid(tmp_path, '[[case]]\ncluster = "2x1"\n')
     for arguments in ("--cluster 2x1", "--inter-rate 1gbit", f"--grid {file}"):
-        assert "cannot be used under torchrun; give --topology" in refuse(capsys, *arguments.split())
+        assert "cannot be used under torchrun; use --topology" in refuse(capsys, *arguments.split())
 
 
 def test_a_refusal_of_the_installed_command():
