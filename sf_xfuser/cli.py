@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     simulate = commands.add_parser(
         "simulate",
         help="simulate the timeline of an attention call on a cluster",
-        description="Simulates every rank of an attention call and writes the timeline as a plot or Chrome trace, on "
-        "request together with a measured timeline. Needs no cluster and no GPU.",
+        description="Simulates every rank of an attention call and prints its time. Writes the timeline as a plot or "
+        "Chrome trace, optionally next to a measured one. Needs no cluster and no GPU.",
     )
     if arguments[:1] in (["plan"], ["simulate"]):
         from sf_xfuser.bench import plan_command
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = cluster.add_subparsers(dest="verb", required=True).add_parser(
         "run",
         help="run a command on every rank",
-        description="Makes machines from network namespaces, connects them with shaped links, runs the command on "
+        description="Creates machines from network namespaces, connects them with shaped links, runs the command on "
         "every rank with torchrun's environment variables, and prints the bytes sent between machines.",
     )
     add = run.add_argument
@@ -88,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=15.0,
         metavar="SECONDS",
-        help="time for ranks to exit after another failed. Default: 15",
+        help="time to exit for the other ranks after one fails. Default: 15",
     )
-    add("--prefix", action="store_true", help="start each line of output with its machine and rank")
+    add("--prefix", action="store_true", help="prefix each line of output with its machine and rank")
     add("--json", metavar="FILE", help="write cluster, status, failures and bytes between machines")
-    add("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of every rank")
+    add("argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command to run on every rank")
     run.set_defaults(run=_cluster_run)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
@@ -129,7 +129,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from sf_xfuser import doctor
 
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # of xDiT and transformers during import
+    logging.disable(logging.WARNING)  # xDiT and transformers log warnings during import
     with Console(stderr=True).status("importing xDiT and checking its hooks ..."):
         findings = doctor.examine()
     usable = doctor.usable(findings)
@@ -138,7 +138,7 @@ def _doctor(options: argparse.Namespace) -> int:
         return 0 if usable else 1
     console = Console()
     if options.verbose:
-        table = Table(*(Column(name, overflow="fold") for name in ("section", "what", "status", "detail")))
+        table = Table(*(Column(name, overflow="fold") for name in ("section", "check", "status", "detail")))
         for finding in findings:
             table.add_row(finding.section, finding.name, finding.status, finding.detail, style=_STYLE[finding.status])
         console.print(table)

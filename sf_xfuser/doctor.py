@@ -21,7 +21,7 @@ Status = Literal["ok", "info", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One checked item. ``fail`` makes the installation unusable. Only JSON shows ``why``."""
+    """The result of one check. ``fail`` makes the installation unusable. Only the JSON output contains ``why``."""
 
     section: str
     name: str
@@ -31,7 +31,7 @@ class Finding:
 
 
 # Environment variables that silently slow down or change a run: name -> (values, effect).
-_TRAPS = {
+_HARMFUL = {
     "NCCL_P2P_DISABLE": (
         ("1",),
         "GPUs of a machine communicate through host memory (measured speedup 1.6x instead of 1.9x)",
@@ -40,11 +40,11 @@ _TRAPS = {
     "NCCL_IB_DISABLE": (("1",), "NCCL uses TCP instead of InfiniBand between machines"),
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         tuple(map(str, range(1, 16))),
-        "kernels and transfers share hardware queues, so overlap is small and one-sided transports may stall; set 32",
+        "kernels and transfers share hardware queues, so overlap is small and one-sided transports may stall; use 32",
     ),
     "CUDA_LAUNCH_BLOCKING": (("1",), "the host waits for every kernel: nothing overlaps"),
     "TORCH_NCCL_BLOCKING_WAIT": (("1",), "every NCCL wait blocks the host: nothing overlaps"),
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": (("0",), "when a rank is lost, the others hang instead of ending"),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": (("0",), "when a rank is lost, the others hang instead of exiting"),
     "TORCH_DEVICE_BACKEND_AUTOLOAD": (("0",), "--sp-backend is not registered: call sf_xfuser.enable() yourself"),
     config.AUTOLOAD_VARIABLE: (
         ("0", "false", "no", "off"),
@@ -54,7 +54,7 @@ _TRAPS = {
 
 
 def examine() -> list[Finding]:
-    """All findings. Imports torch and xfuser; opens no connection and starts no process group."""
+    """Run all checks. Imports torch and xfuser; opens no connection and starts no process group."""
     return [*_versions(), *_hooks(), *_accelerators(), *_transports(), *_topology(), *_environment()]
 
 
@@ -63,28 +63,28 @@ def usable(findings: list[Finding]) -> bool:
 
 
 def summary(findings: list[Finding]) -> list[tuple[Status, str]]:
-    """One line per section, followed by one line per warning or failure of it."""
+    """One line per section, followed by one line for each of its warnings and failures."""
     lines: list[tuple[Status, str]] = []
     for section in dict.fromkeys(finding.section for finding in findings):
-        found = [finding for finding in findings if finding.section == section]
-        fine = [finding for finding in found if finding.status == "ok"]
-        rest = [finding for finding in found if finding.status == "info"]
-        wrong = [finding for finding in found if finding.status in ("warn", "fail")]
+        checks = [finding for finding in findings if finding.section == section]
+        passed = [finding for finding in checks if finding.status == "ok"]
+        infos = [finding for finding in checks if finding.status == "info"]
+        problems = [finding for finding in checks if finding.status in ("warn", "fail")]
         if section == "versions":
-            parts = [f"{finding.name} {finding.detail}" for finding in fine]
+            parts = [f"{finding.name} {finding.detail}" for finding in passed]
         elif section == "hooks":
-            parts = [f"{len(fine)} of {len(found)} applied", *_counted(finding.detail for finding in rest)]
+            parts = [f"{len(passed)} of {len(checks)} applied", *_merge_repeated(finding.detail for finding in infos)]
         elif section == "transports":
-            parts = [f"{len(fine)} of {len(found)} available ({', '.join(finding.name for finding in fine)})"]
+            parts = [f"{len(passed)} of {len(checks)} available ({', '.join(finding.name for finding in passed)})"]
         else:
-            parts = _counted(finding.detail for finding in fine or rest)
-        status: Status = "ok" if fine else "info"
+            parts = _merge_repeated(finding.detail for finding in passed or infos)
+        status: Status = "ok" if passed else "info"
         lines.append((status, f"{section}: {', '.join(parts) or 'see below'}"))
-        lines += [(finding.status, f"  {finding.status}: {finding.name}: {finding.detail}") for finding in wrong]
+        lines += [(finding.status, f"  {finding.status}: {finding.name}: {finding.detail}") for finding in problems]
     return lines
 
 
-def _counted(details: Iterable[str]) -> list[str]:
+def _merge_repeated(details: Iterable[str]) -> list[str]:
     return [detail if count == 1 else f"{count} x {detail}" for detail, count in Counter(details).items()]
 
 
@@ -100,9 +100,9 @@ def _versions() -> Iterator[Finding]:
         try:
             detail, status = importlib.metadata.version(name), "ok"
         except importlib.metadata.PackageNotFoundError:
-            needed = name in required
-            detail = f"not installed: pip install {name}" if needed else "not installed (optional)"
-            status = "fail" if needed else "info"
+            detail, status = "not installed (optional)", "info"
+            if name in required:
+                detail, status = f"not installed: pip install {name}", "fail"
         yield Finding("versions", name, status, detail)  # type: ignore[arg-type]
 
 
@@ -112,13 +112,12 @@ def _hooks() -> Iterator[Finding]:
     from sf_xfuser.integrations.xdit import plugin
 
     plugin.enable()
-    broken = plugin.import_hooked_modules()
-    for module, error in broken.items():
-        yield Finding("hooks", module, "fail", f"does not import: {error}")
+    for module, error in plugin.import_hooked_modules().items():
+        yield Finding("hooks", module, "fail", f"cannot be imported: {error}")
     for hook, state in plugin.hook_states():
-        missing: Status = "fail" if state == "missing" and hook.required else "info"
+        status: Status = "ok" if state == "applied" else "fail" if state == "missing" and hook.required else "info"
         why = f"{hook.why}; removed when {hook.remove_when}"
-        yield Finding("hooks", f"{hook.module}.{hook.name}", "ok" if state == "applied" else missing, state, why)
+        yield Finding("hooks", f"{hook.module}.{hook.name}", status, state, why)
     problem = plugin.unsupported()
     detail = problem or f"xfuser {plugin.CHECKED_VERSION}"
     yield Finding("versions", "hooks checked on", "fail" if problem else "ok", detail)
@@ -159,28 +158,26 @@ def _transports() -> Iterator[Finding]:
 
 def _topology() -> Iterator[Finding]:
     facts = topology.probe()
-    yield Finding("topology", "this machine", "ok", facts.machine)
+    yield Finding("topology", "this machine", "ok", f"machine {facts.machine}")
     domain = facts.nvlink_domain or "none reported; each host is one machine"
     yield Finding("topology", "NVLink domain", "info", domain)
     launched = config.launch_environment()
-    world = f"{launched.world_size} ranks" if launched.world_size else "none: this process is not a rank"
+    world = f"{launched.world_size} ranks" if launched.world_size else "none; no launcher started this process"
     yield Finding("topology", "launcher", "info", world)
 
 
 def _environment() -> Iterator[Finding]:
-    seen = config.environment(_TRAPS)
-    active = {name: cost for name, (values, cost) in _TRAPS.items() if seen.get(name, "").lower() in values}
-    for name, cost in active.items():
-        detail = f"{name}={seen[name]}: {cost}"
+    variables = config.environment(_HARMFUL)
+    active = {name: effect for name, (values, effect) in _HARMFUL.items() if variables.get(name, "").lower() in values}
+    for name, effect in active.items():
+        detail = f"{name}={variables[name]}: {effect}"
         yield Finding("environment", name, "warn", detail)
-    found = (
-        {}
-        if nvshmem.unavailable()
-        else nvshmem.environment_warnings(config.environment(nvshmem.VARIABLES), nvshmem.has_efa())
-    )
-    for name, text in found.items():
+    warnings = {}
+    if nvshmem.unavailable() is None:
+        warnings = nvshmem.environment_warnings(config.environment(nvshmem.VARIABLES), nvshmem.has_efa())
+    for name, text in warnings.items():
         detail = f"{name} {text} (for --sp-transport nvshmem)"
         yield Finding("environment", name, "warn", detail)
-    if not active and not found:
-        detail = f"none of {len(_TRAPS)} harmful variables is set"
+    if not active and not warnings:
+        detail = f"none of {len(_HARMFUL)} harmful variables is set"
         yield Finding("environment", "variables", "ok", detail)

@@ -1,9 +1,9 @@
-"""The simulator against the paper's ablation (arXiv 2601.20273): ``python -m sf_xfuser.bench.ablation [--fit SEED]``.
+"""Compares the simulator with the paper's ablation (arXiv 2601.20273): ``python -m sf_xfuser.bench.ablation``.
 
-All workloads use the parameters of the preset ``p4de``. The paper's ratios are over whole denoising steps: the
-simulated attention plus the matrix products of the blocks, 24 h^2 FLOP per token and block with h = heads x head size
-(4 h^2 weights for Q, K, V and output, 8 h^2 for the MLP), at the preset's rate. ``--fit`` searches for the six
-parameters that no data sheet contains, within plausible bounds.
+All workloads use the parameters of the preset ``p4de``. The paper measured whole denoising steps, so a predicted step
+is the simulated attention plus the matrix products of the blocks: 24 h^2 FLOP per token and block with h = heads x
+head size (4 h^2 weights for Q, K, V and output, 8 h^2 for the MLP), at the preset's rate. ``--fit`` searches for the
+six parameters that no data sheet contains, within plausible bounds.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def ratios(cluster: Cluster, workload: Workload) -> tuple[float, ...]:
     sized = cluster.with_size(n, m)
     layout = paper_layout(n, m, shape.heads)
     hidden = shape.heads * shape.head_dim
-    others_s = 24.0 * hidden**2 * shape.seq_len / sized.world_size / (cluster.compute.linear_tflops * 1e12)
+    linear_s = 24.0 * hidden**2 * shape.seq_len / sized.world_size / (cluster.compute.linear_tflops * 1e12)
     usp, *ours = (
-        predict(sized, shape, variant).seconds + others_s
+        predict(sized, shape, variant).seconds + linear_s
         for variant in (
             XditConfig(ulysses_degree=m, ring_degree=n),
             XditConfig(
@@ -94,17 +94,17 @@ def ratios(cluster: Cluster, workload: Workload) -> tuple[float, ...]:
 def mean_error(predicted: Sequence[Sequence[float]]) -> float:
     """Mean absolute error of all ratios."""
     pairs = zip(predicted, WORKLOADS, strict=True)
-    return statistics.fmean(abs(p - q) for mine, work in pairs for p, q in zip(mine, work.paper, strict=True))
+    return statistics.fmean(abs(p - q) for speedups, work in pairs for p, q in zip(speedups, work.paper, strict=True))
 
 
 def wrong_directions(predicted: Sequence[Sequence[float]]) -> int:
-    """Number of ratios that are on the wrong side of 1."""
+    """The number of ratios on the wrong side of 1."""
     pairs = zip(predicted, WORKLOADS, strict=True)
-    return sum((p > 1) != (q > 1) for mine, work in pairs for p, q in zip(mine, work.paper, strict=True))
+    return sum((p > 1) != (q > 1) for speedups, work in pairs for p, q in zip(speedups, work.paper, strict=True))
 
 
 def with_parameters(cluster: Cluster, parameters: Mapping[str, float]) -> Cluster:
-    """``cluster`` with other parameters for EFA: those of ``BOUNDS``."""
+    """A copy of ``cluster`` with these values of the parameters in ``BOUNDS``."""
     costs = []
     for pattern, members, cost in cluster.across.costs:
         kind = "put" if pattern == "put" else "nccl"
@@ -125,16 +125,16 @@ def fit(cluster: Cluster, seed: int, tries: int = 1000) -> dict[str, float]:
         return mean_error(predicted) + 0.1 * wrong_directions(predicted)
 
     best = min(({name: draw.uniform(*bounds) for name, bounds in BOUNDS.items()} for _ in range(tries // 5)), key=cost)
-    least, reach = cost(best), 0.25
+    best_cost, step = cost(best), 0.25
     for number in range(tries):
         tried = dict(best)
         for name in draw.sample(list(BOUNDS), draw.choice((1, 1, 2, 3))):
             low, high = BOUNDS[name]
-            tried[name] = min(high, max(low, tried[name] + draw.gauss(0, reach * (high - low))))
-        if (found := cost(tried)) < least:
-            best, least = tried, found
+            tried[name] = min(high, max(low, tried[name] + draw.gauss(0, step * (high - low))))
+        if (tried_cost := cost(tried)) < best_cost:
+            best, best_cost = tried, tried_cost
         if number % (tries // 5) == tries // 5 - 1:
-            reach *= 0.6
+            step *= 0.6
     return best
 
 
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fitted:", ", ".join(f"{name} {value:.3g}" for name, value in parameters.items()))
     predicted = [ratios(cluster, workload) for workload in WORKLOADS]
     table = Table(Column("workload"), *(Column(name, justify="right") for name in VARIANTS), title="predicted (paper)")
-    for workload, mine in zip(WORKLOADS, predicted, strict=True):
-        table.add_row(workload.name, *(f"{p:.2f}x ({q:.2f}x)" for p, q in zip(mine, workload.paper, strict=True)))
+    for workload, speedups in zip(WORKLOADS, predicted, strict=True):
+        table.add_row(workload.name, *(f"{p:.2f}x ({q:.2f}x)" for p, q in zip(speedups, workload.paper, strict=True)))
     Console(width=100).print(table)
     print(f"mean absolute error {mean_error(predicted):.3f}, wrong directions {wrong_directions(predicted)} of 15")
     return 0

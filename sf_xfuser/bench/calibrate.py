@@ -29,14 +29,14 @@ from sf_xfuser.torus.attention import attend_nothing, torus_attention
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh
 
-_REPEATS, _REPEAT_S = 3, 0.2  # measurements of each piece, and the duration of each
-_TRANSFER_S = 0.1  # minimum duration of a large call without attention
+_REPEATS, _REPEAT_S = 3, 0.2  # number and duration of the repeats of each measurement
+_TRANSFER_S = 0.1  # minimum duration of a large torus call without attention
 _ATTEND_S = 0.04  # minimum duration of a large attention call
-_MAX_TOKENS = 1 << 15  # of that call
+_MAX_TOKENS = 1 << 15  # maximum size of that call
 _SHARED_CORES = 1.2  # slowdown above which ranks are assumed to share cores
 
 Gather = Callable[[Any], list[Any]]
-"""Gathers a value of every rank, in rank settings. Collective."""
+"""Gathers a value of every rank, in rank order. Collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +66,12 @@ class Timing:
 
 
 def measure(mesh: Mesh, settings: CalibrationSettings, gather: Gather) -> Cluster:
-    """The cluster under ``mesh``. Groups that measure at the same time each get their share of the links, as when they
-    attend. Collective over the group; every rank gets the same result."""
+    """The cluster under ``mesh``. Groups that measure at the same time share the links, as in real
+    attention calls. Collective over the group; every rank gets the same result."""
     return _Calibration(mesh, settings, gather).cluster()
 
 
-class Pace:
+class SpeedSampler:
     """Samples the speed of attention between other timed calls, because the clock and the load of a machine change from
     minute to minute."""
 
@@ -102,7 +102,7 @@ class Pace:
             memory_gbs=compute.memory_gbs / slowdown,
             attend_us=compute.attend_us * slowdown,
         )
-        source = f"while the variants were timed, attention ran at {1 / slowdown:.2f}x of that speed"
+        source = f"while the variants were timed, attention ran at {1 / slowdown:.2f}x of the calibrated speed"
         return replace(self._cluster, compute=scaled, sources=(*self._cluster.sources, source))
 
 
@@ -136,8 +136,8 @@ class _Calibration:
         return replace(cluster, sources=(f"measured in {duration_s:.1f} s",))
 
     def _timed(self, call: Callable[[], object], *, alone: bool = False, fastest: bool = False) -> Timing:
-        """One of several calls in a row: the median of the repeats, or the ``fastest`` if only interference makes them
-        differ. ``alone``: on one rank while the others wait."""
+        """Time one of several calls in a row: the median of the repeats, or the ``fastest`` if they differ only
+        because of interference. ``alone``: run on one rank while the others wait."""
         warmup = self.time_calls(call, 1, alone)  # creates buffers and connections
         times = max(1, min(64, round(_REPEAT_S / warmup.seconds)))
         repeats = [self.time_calls(call, times, alone) for _ in range(_REPEATS)]
@@ -194,8 +194,8 @@ class _Calibration:
     # -- xDiT's collectives -------------------------------------------------------------------------------------------
 
     def _link(self, slots: float | None, *, inside: bool) -> LinkSpec:
-        """The costs of xDiT's collectives; the other patterns get the first of these until they are measured. The rate
-        is the fastest measured one."""
+        """Measure xDiT's collectives. The rate is that of the fastest. The other patterns get the first cost as a
+        placeholder."""
         measured: list[tuple[str, int, float, PatternCost]] = []  # pattern, group size, Gbit/s, cost
         for pattern, config in self._patterns(inside=inside):
             is_exchange = pattern == "exchange"
@@ -207,9 +207,9 @@ class _Calibration:
             busiest = max(traffic.inside) if inside else traffic.egress(self.grid[1])
             sent = busiest * self.world_size * (size - 1 if pattern == "allgather" else 1) * nbytes
             share = min(0.9, large.cpu_s / (large.seconds * slots)) if slots else 0.0
-            moving_s = max(large.seconds - small.seconds, large.seconds / 2)
+            transfer_s = max(large.seconds - small.seconds, large.seconds / 2)
             cost = PatternCost(efficiency=1.0, start_us=small.seconds * 1e6, compute_share=share)
-            measured.append((pattern, size, sent * 8e-9 / moving_s, cost))
+            measured.append((pattern, size, sent * 8e-9 / transfer_s, cost))
         nominal = max(gbps for _, _, gbps, _ in measured)
         if not inside and self.settings.across_gbps is not None:
             nominal = self.settings.across_gbps
@@ -234,7 +234,7 @@ class _Calibration:
                     yield rotation, XditConfig(ulysses_degree=ulysses, ring_degree=size, rotation=rotation)
 
     def _collective(self, pattern: str, group: dist.ProcessGroup) -> tuple[Timing, Timing, int]:
-        """(timing of a small tensor, of a large one, bytes of this rank's large tensor)"""
+        """Returns the timings of a small and of a large tensor, and the bytes of the large one."""
         from torch.distributed import _functional_collectives as functional
 
         size = dist.get_world_size(group)
@@ -254,7 +254,7 @@ class _Calibration:
 
         settings, dtype = self.settings, self.settings.dtype
         small = self._timed(call(64 * size))
-        tensors = 1 if pattern == "exchange" else 2  # a ring moves K and V together
+        tensors = 1 if pattern == "exchange" else 2  # a ring sends K and V as one tensor
         numel = tensors * math.ceil(settings.seq_len / self.world_size) * settings.heads * settings.head_dim
         numel = math.ceil(numel / size) * size
         return small, self._timed(call(numel)), numel * dtype.itemsize
@@ -262,7 +262,7 @@ class _Calibration:
     # -- the schedule's transfers -------------------------------------------------------------------------------------
 
     def _with_torus_cost(self, cluster: Cluster) -> Cluster:
-        """Time torus calls without attention at two sizes: the rate belongs to the link, the rest to the host."""
+        """Time torus calls without attention at two sizes, to separate the link's rate from the host time."""
         pattern = "message" if self.mesh.transport == "two_sided" else "put"
         few = 4 * self.world_size
         small = self._timed(self._exchange(few))
@@ -273,9 +273,9 @@ class _Calibration:
         return _fitted(cluster, self.layout, self.settings, pattern, {few: small, tokens: large})
 
     def _exchange(self, tokens: int) -> Callable[[], object]:
-        settings, each = self.settings, tokens // self.world_size
-        x = torch.zeros((1, settings.heads, each, settings.head_dim), dtype=settings.dtype, device=settings.device)
-        counts = (each,) * self.world_size
+        settings, share = self.settings, tokens // self.world_size
+        x = torch.zeros((1, settings.heads, share, settings.head_dim), dtype=settings.dtype, device=settings.device)
+        counts = (share,) * self.world_size
         return partial(
             torus_attention, x, x, x, mesh=self.mesh, attention=attend_nothing, tokens=Tokens(counts, counts)
         )
@@ -304,17 +304,17 @@ def _fitted(
         return replayed(many, replace(cost, efficiency=1 / slowdown))[0]
 
     cost = PatternCost(efficiency=1.0)
-    for _ in range(3):  # one figure at a time: they hardly depend on each other
+    for _ in range(3):  # one parameter at a time: they are nearly independent
         cost = replace(cost, host_us=_bisect(partial(small_s, cost), small.seconds, 0.0, 1e4))
         cost = replace(cost, efficiency=1 / _bisect(partial(large_s, cost), large.seconds, 0.67, 20.0))
         if slots:  # CPU time beyond the compute of the replay
-            moving_s = large.cpu_s / slots - replayed(many, cost)[1]
-            cost = replace(cost, compute_share=min(0.9, max(0.0, moving_s / large.seconds)))
+            transfer_s = large.cpu_s / slots - replayed(many, cost)[1]
+            cost = replace(cost, compute_share=min(0.9, max(0.0, transfer_s / large.seconds)))
     return _with_cost(cluster, pattern, cost)
 
 
 def _bisect(increasing: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """The argument for which ``increasing`` is ``target``, or the nearer end of the interval."""
+    """Solve ``increasing(x) == target`` in the interval; without a solution, return the nearer end."""
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if increasing(middle) < target else (low, middle)
@@ -322,7 +322,7 @@ def _bisect(increasing: Callable[[float], float], target: float, low: float, hig
 
 
 def _with_cost(cluster: Cluster, pattern: str, cost: PatternCost) -> Cluster:
-    # The schedule sends few bytes inside machines: they reveal the host time, not the rate.
+    # The schedule sends few bytes inside machines: these calls measure the host time, not the rate.
     inside = cost if cluster.num_machines == 1 else replace(cost, efficiency=1.0)
 
     def replaced(link: LinkSpec, cost: PatternCost) -> LinkSpec:

@@ -1,4 +1,4 @@
-"""One case of a benchmark: a cluster and the shape of an attention call; grids of cases from TOML files."""
+"""One case of a benchmark: a cluster and the shape of an attention call. Reads grids of cases from TOML files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Case(ClusterSpec):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.seq_len < self.world_size:
-            raise ValueError(f"seq_len={self.seq_len} leaves some of {self.world_size} ranks without a token")
+            raise ValueError(f"seq_len must be at least the number of ranks, {self.world_size}, got {self.seq_len}")
 
     @property
     def spec(self) -> ClusterSpec:
@@ -66,7 +66,7 @@ class Case(ClusterSpec):
 
     @property
     def id(self) -> str:
-        """A text that is unique to the case."""
+        """A unique name, such as ``2x2 100mbit L4096 H8 D64``."""
         rate = "" if self.inter_rate_bps is None else f" {self.inter_rate_bps / 1e6:g}mbit"
         delay = f" {self.inter_delay_s * 1e3:g}ms" if self.inter_delay_s else ""
         kv = "" if self.kv_heads in (None, self.heads) else f"/{self.kv_heads}"
@@ -101,7 +101,7 @@ def make_case(values: Mapping[str, Any]) -> Case:
 def read_grid(path: str | Path) -> list[Case]:
     """The cases of a TOML file of ``[[case]]`` tables, which inherit ``[defaults]``.
 
-    A table with lists stands for every combination of their values. Raises ValueError that names file and table.
+    Lists in a table expand to every combination of their values. Raises ValueError that names file and table.
     """
     try:
         document = tomllib.loads(read_text(path))
@@ -125,9 +125,9 @@ def read_grid(path: str | Path) -> list[Case]:
             values = {**defaults, **table}
             empty = [key for key, value in values.items() if value == []]
             if empty:
-                raise ValueError(f"{empty[0]} is an empty list; give at least one value")
+                raise ValueError(f"{empty[0]} is an empty list; list at least one value")
             choices = [[(k, x) for x in v] if isinstance(v, list) else [(k, v)] for k, v in values.items()]
-            cases += [make_case(dict(picked)) for picked in itertools.product(*choices)]
+            cases += [make_case(dict(combination)) for combination in itertools.product(*choices)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"--grid {path}, [[case]] {number}: {error}") from None
     repeated = sorted({case.id for case in cases if cases.count(case) > 1})
@@ -137,7 +137,7 @@ def read_grid(path: str | Path) -> list[Case]:
 
 
 def launches(cases: list[Case]) -> list[list[Case]]:
-    """The cases in groups that can share one launch of ranks: same machines and delay, links shaped or not.
+    """Group the cases that can share one launch of ranks: equal cluster size and delay, links shaped or unshaped.
 
     Ranks can change the rate of shaped links. Cases keep their order.
     """

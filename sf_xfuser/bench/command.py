@@ -19,9 +19,9 @@ from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
 from sf_xfuser.bench.deprecated import DeprecatedFlag, current_variants
 from sf_xfuser.bench.document import check_output_paths, new_document, write_json
 from sf_xfuser.bench.pipeline import MODELS, PipelineOptions
-from sf_xfuser.bench.rank import AttentionOrder, run, run_pipeline
+from sf_xfuser.bench.rank import AttentionOptions, run, run_pipeline
 from sf_xfuser.bench.timelines import chrome_trace
-from sf_xfuser.bench.variants import COMPRESSED, NAMES, over
+from sf_xfuser.bench.variants import COMPRESSED, NAMES, torus_name
 from sf_xfuser.config import TorusArgs, launch_environment, set_defaults
 
 # xDiT, transformers, PyTorch's profiler and its sockets write to the same streams as the tables.
@@ -45,8 +45,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inter-rate", metavar="RATE", help="bandwidth of each emulated machine, such as 100mbit or 2.5gbit. Default: "
         "unlimited")  # fmt: skip
     add("--inter-delay", metavar="DELAY", help="one-way delay between emulated machines, such as 0.2ms. Default: none")
-    add("--topology", default="auto", metavar="NxM", help="under torchrun: machines and ranks per machine, as "
-        "--sp-topology. Default: auto")  # fmt: skip
+    add("--topology", default="auto", metavar="NxM", help="under torchrun: machines and ranks per machine, with the "
+        "syntax of --sp-topology. Default: auto")  # fmt: skip
     add = parser.add_argument_group("attention call").add_argument
     add(
         "--grid",
@@ -58,23 +58,23 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-heads", type=int, help="key and value heads, for grouped-query attention. Default: as many as --heads")
     add("--head-dim", type=int, default=64, help="size of a head. Default: 64")
     add("--batch", type=int, default=1, help="sequences per call. Default: 1")
-    add("--dtype", choices=DTYPES, default="float32", help="of the inputs. Default: float32")
-    add("--plan", default="auto", help="layout of the torus variants, as --sp-plan. Default: auto")
+    add("--dtype", choices=DTYPES, default="float32", help="data type of the inputs. Default: float32")
+    add("--plan", default="auto", help="layout of the torus variants, with the syntax of --sp-plan. Default: auto")
     add = parser.add_argument_group("variants").add_argument
     add("--variants", metavar="A,B", help=f"measure only these: {', '.join(NAMES)}. Default: every legal variant "
         "except auto, torus-unstaged, named transports and compression. With --pipeline: torus-fp8 and torus-int8, "
-        "which are added to the default")  # fmt: skip
+        "measured in addition to the default")  # fmt: skip
     add("--arms", dest="variants", action=DeprecatedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--pipeline", metavar="MODEL", help=f"measure whole denoising steps of xDiT's pipelines instead of attention "
         f"calls: {', '.join(MODELS)} (few layers, random weights), or a diffusers folder")  # fmt: skip
     add("--steps", type=int, default=2, help="with --pipeline: denoising steps per call. Default: 2")
     add = parser.add_argument_group("measurement").add_argument
     add("--repeat", type=int, default=7, help="timed calls of each variant. Default: 7")
-    add("--warmup", type=int, default=2, help="untimed calls of each variant after its first. Default: 2")
-    add("--seed", type=int, default=0, help="of the random inputs. Default: 0")
-    add("--predict", action="store_true", help="measure the cluster for some seconds, then print the simulator's "
+    add("--warmup", type=int, default=2, help="untimed calls of each variant after its first call. Default: 2")
+    add("--seed", type=int, default=0, help="seed of the random inputs. Default: 0")
+    add("--predict", action="store_true", help="calibrate the simulator on this cluster (10 to 33 s) and print its "
         "prediction for each variant")  # fmt: skip
-    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="longest wait for another rank. Default: 300")
+    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="maximum wait for another rank. Default: 300")
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write rows and timelines as JSON; - for standard output instead of tables")
     add("--plot", metavar="FILE", help="write bar charts and the timeline of one call (png, svg, pdf)")
@@ -104,14 +104,14 @@ def _bench(options: argparse.Namespace) -> int:
     world_size = launch_environment().world_size
     if world_size is None and options.cluster is None and options.grid is None:
         raise ValueError(
-            "give --cluster NxM or --grid FILE to emulate a cluster, or run on existing ranks: torchrun "
+            "use --cluster NxM or --grid FILE to emulate a cluster, or start ranks with torchrun: torchrun "
             "--nproc-per-node 8 -m sf_xfuser.cli bench ..."
         )
     if world_size is not None:
         if options.cluster or options.inter_rate or options.inter_delay or options.grid:
             raise ValueError(
                 "--cluster, --inter-rate, --inter-delay and --grid emulate clusters and cannot be used under torchrun; "
-                "give --topology and the flags of an attention call"
+                "use --topology and the flags of an attention call"
             )
         set_defaults(_QUIET)
     document = new_document("sf-xfuser")
@@ -123,7 +123,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for an invalid request; split ``options.variants``."""
+    """Raise ValueError for an invalid request; split ``options.variants`` at the commas."""
     if options.repeat < 1 or options.warmup < 0 or options.steps < 1:
         raise ValueError(
             f"--repeat and --steps must be at least 1 and --warmup at least 0, got {options.repeat}, {options.steps} "
@@ -139,7 +139,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--pipeline must be {', '.join(MODELS)} or a diffusers folder, got {options.pipeline!r}")
     TorusArgs(plan=options.plan)
     options.variants = current_variants(options.variants) if options.variants else None
-    allowed = [over(name) for name in COMPRESSED] if options.pipeline else NAMES
+    allowed = [torus_name(name) for name in COMPRESSED] if options.pipeline else NAMES
     for name in options.variants or ():
         if name not in allowed and (options.pipeline or not name.startswith("xdit-u")):
             pipeline = " with --pipeline" if options.pipeline else ""
@@ -156,26 +156,26 @@ def _check(options: argparse.Namespace) -> None:
 
 def _bench_attention(options: argparse.Namespace, document: dict[str, Any], world_size: int | None) -> int:
     """Run every case and add the results to ``document``. Returns 1 if ranks of an emulated cluster failed."""
-    order = AttentionOrder(
+    attention = AttentionOptions(
         cases=(), variants=options.variants, repeat=options.repeat, warmup=options.warmup, seed=options.seed,
         topology=options.topology, timeout_s=options.timeout, predict=options.predict,
     )  # fmt: skip
     if world_size is None:
         cases = read_grid(options.grid) if options.grid else [_case(options, options.cluster)]
         try:
-            return _on_emulated_clusters(options, order, cases, document)
+            return _on_emulated_clusters(options, attention, cases, document)
         except KeyboardInterrupt:
             if document["rows"]:
                 _finish(options, document)
             raise
 
-    def done(rows: list[dict[str, Any]], timelines: list[dict[str, Any]]) -> None:
+    def add_results(rows: list[dict[str, Any]], timelines: list[dict[str, Any]]) -> None:
         document["rows"] += rows
         document["timelines"] += timelines
 
     machines = max(1, world_size // (launch_environment().local_world_size or world_size))
     topology = options.topology if options.topology != "auto" else f"{machines}x{world_size // machines}"
-    run(replace(order, cases=(_case(options, topology),)), done)
+    run(replace(attention, cases=(_case(options, topology),)), add_results)
     return 0
 
 
@@ -185,25 +185,25 @@ def _case(options: argparse.Namespace, cluster: str) -> Case:
 
 
 def _on_emulated_clusters(
-    options: argparse.Namespace, order: AttentionOrder, cases: Sequence[Case], document: dict[str, Any]
+    options: argparse.Namespace, attention: AttentionOptions, cases: Sequence[Case], document: dict[str, Any]
 ) -> int:
     """Run the cases, one launch per cluster. Returns 1 if ranks failed."""
     console = Console(stderr=True)
-    failed = done = 0
+    failed = num_measured = 0
     for group in launches(list(cases)):
         spec = group[0].spec
         console.print(f"{spec}: starting {spec.world_size} ranks for {len(group)} case(s) ...")
         before = len(document["rows"])
-        if _launch(console, spec, asdict(replace(order, cases=tuple(group), emulated=True)), document) != 0:
+        if _launch(console, spec, asdict(replace(attention, cases=tuple(group), emulated=True)), document) != 0:
             failed = 1
         measured = report.by_case(document["rows"][before:])
-        done += len(measured)
+        num_measured += len(measured)
         if missing := [case.id for case in group if case.id not in measured]:
             console.print(f"[bold red]not measured[/]: {missing}")
         if len(cases) > 1:
-            console.print(f"{done} of {len(cases)} cases measured")
+            console.print(f"{num_measured} of {len(cases)} cases measured")
             if options.json != "-":
-                write_json(options.json, document, indent=1)  # a grid runs long; keep the results if it is killed
+                write_json(options.json, document, indent=1)  # keep the results if this long run is killed
     return failed
 
 
@@ -211,8 +211,8 @@ def _bench_pipeline(options: argparse.Namespace, document: dict[str, Any], world
     """Measure denoising steps and add the rows to ``document``. Returns 1 if ranks of an emulated cluster failed."""
     pipeline = PipelineOptions(
         model=options.pipeline, topology=options.topology, plan=options.plan, steps=options.steps,
-        compress=tuple(name for name in COMPRESSED if over(name) in (options.variants or ())), rounds=options.repeat,
-        dtype=options.dtype, seed=options.seed, timeout_s=options.timeout,
+        compress=tuple(name for name in COMPRESSED if torus_name(name) in (options.variants or ())),
+        rounds=options.repeat, dtype=options.dtype, seed=options.seed, timeout_s=options.timeout,
     )  # fmt: skip
     if world_size is not None:
         document["rows"] += run_pipeline(
@@ -228,26 +228,25 @@ def _bench_pipeline(options: argparse.Namespace, document: dict[str, Any], world
     }
     console = Console(stderr=True)
     console.print(f"{spec}: starting {spec.world_size} ranks ...")
-    order = {"pipeline": asdict(replace(pipeline, topology="auto")), "case": case}
-    return int(_launch(console, spec, order, document) != 0)
+    job = {"pipeline": asdict(replace(pipeline, topology="auto")), "case": case}
+    return int(_launch(console, spec, job, document) != 0)
 
 
-def _launch(console: Console, spec: emulate.ClusterSpec, order: dict[str, Any], document: dict[str, Any]) -> int:
-    """Run ``bench.rank`` on an emulated cluster, print failed ranks and return the status of the cluster.
+def _launch(console: Console, spec: emulate.ClusterSpec, job: dict[str, Any], document: dict[str, Any]) -> int:
+    """Run ``bench.rank`` on an emulated cluster, print the failed ranks and return the exit status.
 
-    Results are added to ``document``, also those from before a failure or Ctrl-C.
+    Adds the results to ``document``, including those measured before a failure or Ctrl-C.
     """
     with tempfile.TemporaryDirectory(prefix="sf-xfuser-bench-") as folder:
-        path = Path(folder, "order.json")
-        path.write_text(json.dumps(order))
+        path = Path(folder, "job.json")
+        path.write_text(json.dumps(job))
         try:
             outcome = emulate.run(spec, [sys.executable, "-m", "sf_xfuser.bench.rank", str(path)], env=_QUIET)
         finally:
-            results = path.with_suffix(".rows")
-            if results.is_file():
-                found = json.loads(results.read_text())
-                document["rows"] += found["rows"]
-                document["timelines"] += found["timelines"]
+            if (results_path := path.with_suffix(".rows")).is_file():
+                results = json.loads(results_path.read_text())
+                document["rows"] += results["rows"]
+                document["timelines"] += results["timelines"]
     if outcome.status != 0:
         failures = "; ".join(f"rank {f.rank} (machine {f.machine}) {f.what}" for f in outcome.failures)
         console.print(f"[bold red]failed[/]: {failures or f'status {outcome.status}'}")
@@ -279,9 +278,9 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
 def _show(rows: list[dict[str, Any]]) -> None:
     console = report.console()
     cases = report.by_case(rows)
-    for of_case in cases.values():
-        console.print(report.table(of_case))
-        torus = report.variant_row(of_case, report.SUBJECT)
+    for case_rows in cases.values():
+        console.print(report.table(case_rows))
+        torus = report.variant_row(case_rows, report.SUBJECT)
         if torus is not None and torus.get("wire_bytes") and len(cases) == 1:
             console.print(report.matrix_table(torus))
     if len(cases) > 1:

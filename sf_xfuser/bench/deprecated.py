@@ -14,7 +14,7 @@ KEYS = {"arm": "variant", "lane": "link"}
 
 
 def warn(text: str) -> None:
-    """Print one line on stderr; under torchrun, once per machine."""
+    """Print one line on stderr, under torchrun once per machine."""
     if launch_environment().local_rank in (None, 0):
         print(f"sf-xfuser: {text}; old names will be removed in 0.2", file=sys.stderr)
 
@@ -28,15 +28,15 @@ class DeprecatedFlag(argparse.Action):
 
 
 def current_variants(names: str) -> tuple[str, ...]:
-    """The variants of a comma-separated list, old names replaced."""
-    for name in (found := names.split(",")):
-        if name in VARIANTS:
-            warn(f"the variant {name} is now {VARIANTS[name]}")
-    return tuple(VARIANTS.get(name, name) for name in found)
+    """Split a comma-separated list of variants and replace old names."""
+    variants = names.split(",")
+    for name in VARIANTS.keys() & variants:
+        warn(f"the variant {name} is now {VARIANTS[name]}")
+    return tuple(VARIANTS.get(name, name) for name in variants)
 
 
-def upgraded(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A bench document with today's keys in its rows, timelines and spans; warns where it has old ones."""
+def upgrade(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A bench document with the current keys in its rows, timelines and spans. Warns about old keys."""
     rows, timelines = document.get("rows") or [], document.get("timelines") or []
     if not any("arm" in entry for entry in (*rows, *timelines)):
         return document

@@ -1,4 +1,4 @@
-"""The JSON document of a benchmark run, and the files that a command line names."""
+"""The JSON document of a benchmark run, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def _commit() -> str | None:
     """The commit of the checkout that holds this package, if any."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def _cpu() -> str:
@@ -64,13 +64,13 @@ def _version(name: str) -> str | None:
 
 
 def check_output_paths(options: object, *names: str) -> None:
-    """Raise ValueError if one of these options names a folder, or a file in a folder that does not exist."""
+    """Raise ValueError if one of these options is a folder, or a file in a folder that does not exist."""
     for name in names:
         path = getattr(options, name)
         if path and path != "-" and not (folder := Path(path).absolute().parent).is_dir():
             raise ValueError(f"--{name} {path}: there is no folder {folder}")
         if path and Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a folder; name a file")
+            raise ValueError(f"--{name} {path} is a folder; use the path of a file")
 
 
 def write_json(path: str | None, document: object, indent: int | None = None) -> bool:

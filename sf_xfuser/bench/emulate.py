@@ -38,9 +38,9 @@ class EmulationError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """N machines with M ranks each. Raises ValueError for values out of range.
+    """N machines with M ranks each. Raises ValueError for invalid values.
 
-    ``inter_rate_bps``: bits per second that a machine can send to all others together (None: not shaped).
+    ``inter_rate_bps``: total bits per second that a machine can send (None: not shaped).
     ``inter_delay_s``: one-way delay between machines.
     """
 
@@ -62,7 +62,7 @@ class ClusterSpec:
 
     @classmethod
     def parse(cls, cluster: str, inter_rate: str | None = None, inter_delay: str | None = None) -> ClusterSpec:
-        """From texts such as ``"4x2"``, ``"2.5gbit"`` (per second) and ``"0.2ms"``."""
+        """Parse texts such as ``"4x2"``, ``"2.5gbit"`` (per second) and ``"0.2ms"``."""
         grid = parse_grid(cluster)
         if grid is None:
             raise ValueError(f"--cluster must be machines x ranks per machine (for instance 4x2), got {cluster!r}")
@@ -116,7 +116,7 @@ class Outcome:
 
 
 def unavailable() -> str | None:
-    """Why this computer cannot emulate a cluster, with the remedy; None if it can."""
+    """The reason why this computer cannot emulate a cluster, with a remedy; None if it can."""
     try:
         _namespaces()
     except EmulationError as error:
@@ -146,15 +146,15 @@ def run(
     cannot be built.
     """
     if not argv:
-        raise ValueError("a cluster needs a command for its ranks, for instance: -- python train.py")
+        raise ValueError("no command to run on the ranks; append one, for instance: -- python train.py")
     omp = {} if environment(["OMP_NUM_THREADS"]) else {"OMP_NUM_THREADS": "1"}  # as torchrun does
-    order: dict[str, Any] = {"spec": asdict(spec), "argv": list(argv), "env": omp | dict(env or {})}
-    order |= {"timeout_s": timeout_s, "grace_s": grace_s, "prefix": prefix}
+    job: dict[str, Any] = {"spec": asdict(spec), "argv": list(argv), "env": omp | dict(env or {})}
+    job |= {"timeout_s": timeout_s, "grace_s": grace_s, "prefix": prefix}
     namespaces = _namespaces()
     lifeline, holders_end = socket.socketpair()
     with lifeline:
         with holders_end:
-            program = [sys.executable, "-m", "sf_xfuser.bench.namespaces", str(holders_end.fileno()), json.dumps(order)]
+            program = [sys.executable, "-m", "sf_xfuser.bench.namespaces", str(holders_end.fileno()), json.dumps(job)]
             holder = subprocess.Popen(
                 [*namespaces, *program],
                 stdin=subprocess.DEVNULL,
@@ -164,7 +164,7 @@ def run(
                 start_new_session=True,  # Ctrl-C reaches only this process, which then stops the ranks in order
             )
         try:
-            answer = json.loads(_receive_all(lifeline) or "null")
+            reply = json.loads(_receive_all(lifeline) or "null")
         except BaseException:
             with suppress(OSError):
                 lifeline.sendall(b"stop")
@@ -174,16 +174,16 @@ def run(
         finally:
             with suppress(subprocess.TimeoutExpired):
                 holder.wait(timeout=1)
-            holder.kill()  # this kills unshare, which takes the holder and every rank with it
+            holder.kill()  # kills unshare, and with it the holder and every rank
             holder.wait()
-    if answer is None:
+    if reply is None:
         raise EmulationError(f"the emulated cluster was killed (status {holder.returncode})")
-    if "error" in answer:
-        raise EmulationError(answer["error"])
+    if "error" in reply:
+        raise EmulationError(reply["error"])
     return Outcome(
-        status=answer["status"],
-        failures=tuple(RankFailure(**failure) for failure in answer["failures"]),
-        bytes_between=tuple(map(tuple, answer["bytes_between"])),
+        status=reply["status"],
+        failures=tuple(RankFailure(**failure) for failure in reply["failures"]),
+        bytes_between=tuple(map(tuple, reply["bytes_between"])),
     )
 
 
@@ -192,14 +192,14 @@ def _receive_all(end: socket.socket) -> bytes:
 
 
 def tool(name: str) -> str:
-    """The path of an executable; the sbin folders are searched even if PATH lacks them, as for users of Debian."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
-    if found is None:
+    """The path of an executable. Also searches the sbin folders, which Debian users do not have in PATH."""
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if path is None:
         raise EmulationError(
             f"an emulated cluster needs the program {name!r}, which is not installed. On Debian and Ubuntu: "
             f"apt-get install {_TOOLS.get(name, 'coreutils')}"
         )
-    return found
+    return path
 
 
 def _namespaces() -> list[str]:
@@ -207,14 +207,14 @@ def _namespaces() -> list[str]:
     tools = {name: tool(name) for name in _TOOLS}
     plain = [tools["unshare"], "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     with_user = [*plain, "--user", "--map-root-user"]
-    answers = ""
+    errors = ""
     for command in [plain, with_user] if os.geteuid() == 0 else [with_user]:
         probe = subprocess.run([*command, "true"], capture_output=True, text=True, timeout=60)
         if probe.returncode == 0:
             return command
-        answers += f"\n  {' '.join(command)}: {probe.stderr.strip() or f'status {probe.returncode}'}"
+        errors += f"\n  {' '.join(command)}: {probe.stderr.strip() or f'status {probe.returncode}'}"
     raise EmulationError(
-        f"an emulated cluster needs private namespaces, which this kernel or container does not allow:{answers}\n"
+        f"an emulated cluster needs private namespaces, which this kernel or container does not allow:{errors}\n"
         "Do one of: run as root; allow user namespaces (sysctl -w kernel.unprivileged_userns_clone=1, on Ubuntu sysctl "
         "-w kernel.apparmor_restrict_unprivileged_userns=0); start the container with --privileged"
     )
@@ -224,18 +224,18 @@ def _namespaces() -> list[str]:
 
 
 def call(command: list[str], batch: Sequence[str] = ()) -> None:
-    done = subprocess.run(command, input="\n".join(batch), capture_output=True, text=True, timeout=120)
-    if done.returncode != 0:
-        raise EmulationError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}")
+    result = subprocess.run(command, input="\n".join(batch), capture_output=True, text=True, timeout=120)
+    if result.returncode != 0:
+        raise EmulationError(f"{' '.join(command)} failed: {(result.stderr or result.stdout).strip()}")
 
 
 def _burst(rate_bps: int) -> int:
-    """Bytes that a link may send at once after a pause: 1 ms."""
+    """Bytes that a link may send in one burst after a pause: 1 ms at full rate."""
     return max(32 * 1024, rate_bps // 8 // 1000)
 
 
 def gso(rate_bps: int) -> int:
-    """Largest segment of a link. It fits the burst, so the shaper need not split it."""
+    """Largest segment of a link. It fits into a burst, so the shaper does not split it."""
     return min(65536, _burst(rate_bps) * 7 // 8)
 
 
@@ -254,13 +254,13 @@ def read_matrix(num_machines: int) -> list[list[int]]:
 
 
 def shape(rate_bps: int) -> None:
-    """Set the rate of this machine, in bits per second. For one rank per machine of a cluster that started with a rate;
-    raises EmulationError elsewhere."""
+    """Set the rate of this machine, in bits per second. One rank per machine may call it, in a cluster that started
+    with a rate; raises EmulationError elsewhere."""
     if "up0:" not in Path("/proc/1/net/dev").read_text():
         raise EmulationError("this process is not a rank of an emulated cluster, so it cannot set the rate of a link")
-    inside = [tool("ip"), "link", "set", "eth0", "gso_max_size", str(gso(rate_bps))]
+    set_gso = [tool("ip"), "link", "set", "eth0", "gso_max_size", str(gso(rate_bps))]
     call(shaper("change", rate_bps))
-    call(inside)
+    call(set_gso)
 
 
 def cut(machine: int) -> None:

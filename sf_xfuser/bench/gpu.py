@@ -1,9 +1,9 @@
-"""Benchmark of the device kernels on this GPU: ``python -m sf_xfuser.bench.gpu``.
+"""Benchmarks the device kernels on this GPU: ``python -m sf_xfuser.bench.gpu``.
 
 (a) ``chunking``: the compute of one rank in a call of Torus Attention over 4 machines, against one call of the fastest
 attention library on the same queries and keys. (b) ``fused``: the fused kernel against that library. (c) ``bandwidth``:
 merge and packing against a copy on the device. (d) ``enqueue``: the host's time for one call of 4 machines x 8 ranks.
-And ``pieces``: one piece by the fused kernel, against each library with the merge kernel. Every row has the attention
+(e) ``pieces``: the fused kernel on one piece, against each library and the merge kernel. Every row has the attention
 library's time from the same run. Variants alternate on new random inputs, with caches flushed between them; each result
 is checked against float64 before it is timed.
 """
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from sf_xfuser.bench.document import new_document
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
-from sf_xfuser.bench.timing import REAL, SMOKE, Bench, Row, Variants, Wrong, fastest, libraries, poisoned, require_exact
+from sf_xfuser.bench.timing import REAL, SMOKE, BadResult, Bench, Variants, fastest, libraries, poisoned, require_exact
 from sf_xfuser.kernels import (
     Attention,
     attend_chunks_,
@@ -44,7 +45,7 @@ from sf_xfuser.torus.attention import torus_attention
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
 
 GOALS = {"chunking": 1.03, "fused": 1 / 0.75, "bandwidth": 1 / 0.85}
-"""Largest allowed ratio to the time that a row is compared with."""
+"""Largest allowed ratio of a row's time to its reference."""
 ENQUEUE_US = 150.0
 
 
@@ -61,9 +62,9 @@ def chunking(bench: Bench) -> None:
         own_rows = sdpa_attend(rank.own[0], k, v)[0]
         rank.fill(own_rows)
         share = q[:, rank.heads], k[:, rank.heads], v[:, rank.heads]
-        whole = libraries(*share)
+        library_calls = libraries(*share)
         library, _ = sdpa_attend(*share)
-        variants: Variants = dict(whole)
+        variants: Variants = dict(library_calls)
         errors = {}
         for kernel, attention in KERNELS.items():
             variants[f"torus, {kernel}"] = work = partial(call, rank, attention)
@@ -73,7 +74,7 @@ def chunking(bench: Bench) -> None:
                     got[:, :, rows] = out
             errors[kernel] = require_exact(f"chunking, {kernel}, D={D}", got, library, *share)
         us = bench.us(variants)
-        name, library_us = fastest(us, list(whole))
+        name, library_us = fastest(us, list(library_calls))
         flops = 4 * share[0].shape[1] * L * L * D
         for variant, taken in us.items():
             bench.add(
@@ -96,9 +97,9 @@ def fused(bench: Bench) -> None:
     L, H = bench.sizes.fused, bench.sizes.heads
     for D in bench.sizes.head_sizes:
         q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
-        whole = libraries(q, k, v)
+        library_calls = libraries(q, k, v)
         library, _ = sdpa_attend(q, k, v)
-        variants: Variants = dict(whole)
+        variants: Variants = dict(library_calls)
         errors = {}
         for parts in (1, 4):
             lists = [list(x.chunk(parts, 2)) for x in (q, k, v)]
@@ -110,7 +111,7 @@ def fused(bench: Bench) -> None:
             work()
             errors[variant] = require_exact(f"{variant}, D={D}", result, library, q, k, v)
         us = bench.us(variants)
-        name, library_us = fastest(us, list(whole))
+        name, library_us = fastest(us, list(library_calls))
         for variant, taken in us.items():
             median_us = statistics.median(taken)
             bench.add(
@@ -128,17 +129,17 @@ def bandwidth(bench: Bench) -> None:
     L, H = bench.sizes.bandwidth, bench.sizes.heads
     for D in bench.sizes.head_sizes:
         q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
-        whole = libraries(q, k, v)
+        library_calls = libraries(q, k, v)
         new_out, new_lse = sdpa_attend(q, k, v)
-        works = _merges(bench, new_out, new_lse) | _packings(bench, q, k, v)
-        variants: Variants = {name: work for name, (work, _) in works.items()}
-        for name, (_, nbytes) in works.items():
+        calls = _merges(bench, new_out, new_lse) | _packings(bench, q, k, v)
+        variants: Variants = {name: work for name, (work, _) in calls.items()}
+        for name, (_, nbytes) in calls.items():
             source = torch.randint(255, (nbytes // 2,), dtype=torch.uint8, device=bench.device)
             variants[f"copy for {name}"] = partial(torch.empty_like(source).copy_, source)
-        us = bench.us(variants | whole)
-        library, library_us = fastest(us, list(whole))
-        for name, (_, nbytes) in works.items():
-            copy_us, median_us = (statistics.median(us[each]) for each in (f"copy for {name}", name))
+        us = bench.us(variants | library_calls)
+        library, library_us = fastest(us, list(library_calls))
+        for name, (_, nbytes) in calls.items():
+            copy_us, median_us = (statistics.median(us[key]) for key in (f"copy for {name}", name))
             bench.add(
                 "bandwidth", name, us[name], what=f"S={L} H={H} D={D}", library=library, library_us=library_us,
                 copy_us=copy_us, ratio=median_us / copy_us, goal=GOALS["bandwidth"],
@@ -147,7 +148,7 @@ def bandwidth(bench: Bench) -> None:
 
 
 def _merges(bench: Bench, new_out: torch.Tensor, new_lse: torch.Tensor) -> dict[str, tuple[Callable[[], object], int]]:
-    """By name: function, and bytes read and written. The accumulator has the layout of a real call."""
+    """Name -> (function, bytes read and written). The accumulator has the layout of a real call."""
     B, H, S, D = new_out.shape
     out = torch.randn(S, B, H, D, device=bench.device).permute(1, 2, 0, 3)
     lse = new_lse + torch.randn_like(new_lse)
@@ -170,20 +171,20 @@ def _merges(bench: Bench, new_out: torch.Tensor, new_lse: torch.Tensor) -> dict[
 def _packings(
     bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """As ``_merges``: pack and unpack half of the heads."""
+    """Like ``_merges``, for packing and unpacking half of the heads."""
     half = slice(0, q.shape[1] // 2)
     kv = [x[:, half].permute(2, 0, 1, 3) for x in (k, v)]
-    back = [torch.full_like(x, float("nan")) for x in kv]
+    dest = [torch.full_like(x, float("nan")) for x in kv]
     S, B, H, D = kv[0].shape
     chunk = torch.full((S, 2, B, H, D), float("nan"), dtype=k.dtype, device=bench.device)
     pack(kv, chunk)
-    unpack(chunk, back)
-    for name, got, expected in (("pack", chunk, torch.stack(kv, 1)), ("unpack", torch.stack(back), torch.stack(kv))):
+    unpack(chunk, dest)
+    for name, got, expected in (("pack", chunk, torch.stack(kv, 1)), ("unpack", torch.stack(dest), torch.stack(kv))):
         if not torch.equal(got, expected):
-            raise Wrong(f"{name} changed what it copied")
-    works: dict[str, tuple[Callable[[], object], int]] = {
+            raise BadResult(f"{name}: the result differs from the input")
+    calls: dict[str, tuple[Callable[[], object], int]] = {
         "pack K, V": (partial(pack, kv, chunk), 2 * chunk.nbytes),
-        "unpack K, V": (partial(unpack, chunk, back), 2 * chunk.nbytes),
+        "unpack K, V": (partial(unpack, chunk, dest), 2 * chunk.nbytes),
     }
     own, returned = q[:, half].permute(2, 0, 1, 3), torch.full_like(kv[0], float("nan"))
     formats: tuple[tuple[Format, float], ...] = (("fp8", 2.0**-3), ("int8", 2.0**-6))
@@ -192,18 +193,18 @@ def _packings(
         packed = torch.full((layout.nbytes,), 255, dtype=torch.uint8, device=bench.device)
         pack_compressed((own,), packed, (format,))
         unpack_compressed(packed, (returned,), (format,))
-        _require_close(f"{format}, there and back", returned, own.double(), step)
+        _require_close(f"{format} round trip", returned, own.double(), step)
         nbytes = own.nbytes + layout.nbytes
-        works[f"pack Q to {format}"] = (partial(pack_compressed, (own,), packed, (format,)), nbytes)
-        works[f"unpack Q from {format}"] = (partial(unpack_compressed, packed, (returned,), (format,)), nbytes)
-    return works
+        calls[f"pack Q to {format}"] = (partial(pack_compressed, (own,), packed, (format,)), nbytes)
+        calls[f"unpack Q from {format}"] = (partial(unpack_compressed, packed, (returned,), (format,)), nbytes)
+    return calls
 
 
-def _require_close(what: str, got: torch.Tensor, expected: torch.Tensor, parts: float) -> None:
-    """``parts``: allowed error relative to the largest element."""
+def _require_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """``tolerance``: allowed error relative to the largest element."""
     error, largest = float((got.double() - expected).abs().max()), float(expected.abs().max())
-    if not error <= parts * largest:  # also raises for NaN
-        raise Wrong(f"{what}: error {error:.3g} of {largest:.3g}")
+    if not error <= tolerance * largest:  # also raises for NaN
+        raise BadResult(f"{what}: error {error:.3g} of {largest:.3g}")
 
 
 # -- (d) -------------------------------------------------------------------------------------------------------------
@@ -220,15 +221,15 @@ def enqueue(bench: Bench) -> None:
     rank = OneRank(layout, q, k, v, link)
     own_rows = sdpa_attend(rank.own[0], k, v)[0]
     rank.fill(own_rows)
-    whole = libraries(rank.own[0], k, v)
-    variants: Variants = dict(whole)
+    library_calls = libraries(rank.own[0], k, v)
+    variants: Variants = dict(library_calls)
     errors = {}
     for kernel, attention in KERNELS.items():
         variants[f"torus, {kernel}"] = work = partial(call, rank, attention)
         with poisoned():
             errors[kernel] = require_exact(f"enqueue, {kernel}", work(), own_rows, rank.own[0], k, v)
     us = bench.host_us(variants)
-    name, library_us = fastest(us, list(whole))
+    name, library_us = fastest(us, list(library_calls))
     for kernel in KERNELS:
         taken = us[f"torus, {kernel}"]
         bench.add(
@@ -238,7 +239,7 @@ def enqueue(bench: Bench) -> None:
     rank.mesh.close()
 
 
-# -- pieces ----------------------------------------------------------------------------------------------------------
+# -- (e) -------------------------------------------------------------------------------------------------------------
 
 
 def pieces(bench: Bench) -> None:
@@ -255,7 +256,7 @@ def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int
     q, k, v = (bench.tokens(1, H, S, D, dtype=dtype) for S in (S_q, S_kv, S_kv))
     out = torch.full((S_q, 1, H, D), float("nan"), device=bench.device).permute(1, 2, 0, 3)
     lse = torch.full((1, H, S_q), float("-inf"), device=bench.device)
-    whole = libraries(q, k, v)
+    library_calls = libraries(q, k, v)
     attend_chunks_([q], [k], [v], [out], [lse])
     what = f"{S_q} x {S_kv} tokens H={H} D={D} {str(dtype).removeprefix('torch.')}"
     library, _ = sdpa_attend(q, k, v)
@@ -265,10 +266,10 @@ def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int
         new_out, new_lse = attend()
         merge_(out, lse, new_out, new_lse)
 
-    variants: Variants = {name: partial(and_merge, attend) for name, attend in whole.items()}
+    variants: Variants = {name: partial(and_merge, attend) for name, attend in library_calls.items()}
     us = bench.us(variants | {"fused": partial(attend_chunks_, [q], [k], [v], [out], [lse])})
     fused_us = statistics.median(us["fused"])
-    for name in whole:
+    for name in library_calls:
         library_us = statistics.median(us[name])
         bench.add(
             "pieces",
@@ -288,18 +289,18 @@ def _piece(bench: Bench, dtype: torch.dtype, D: int, H: int, S_q: int, S_kv: int
 PARTS = {part.__name__: part for part in (chunking, fused, bandwidth, enqueue, pieces)}
 
 
-def table(rows: Sequence[Row]) -> Table:
-    made = Table("part", "variant", "what", "median, us", "library, us", "compared with", "rate", "goal")
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    result = Table("part", "variant", "what", "median, us", "library, us", "compared with", "rate", "goal")
     for row in rows:
         rate = f"{row['rate_tflops']:.0f} TFLOP/s" if "rate_tflops" in row else ""
         rate = f"{row['rate_gbps']:.0f} GB/s" if "rate_gbps" in row else rate
         goal = row.get("goal")
-        met = "" if goal is None else f"<= {goal:.2f}x: {'met' if row['ratio'] <= goal else 'missed'}"
+        goal_text = "" if goal is None else f"<= {goal:.2f}x: {'met' if row['ratio'] <= goal else 'missed'}"
         against = {"bandwidth": "a copy", "enqueue": f"{ENQUEUE_US:.0f} us"}.get(row["part"], row["library"])
         library = f"{row['library']} {row['library_us']:.4g}"
         cells = row["part"], row["variant"], row["what"], f"{row['median_us']:.4g}", library
-        made.add_row(*cells, f"{row['ratio']:.3f}x {against}", rate, met)
-    return made
+        result.add_row(*cells, f"{row['ratio']:.3f}x {against}", rate, goal_text)
+    return result
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -314,7 +315,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.parts = options.parts.split(",")
     if unknown := [name for name in options.parts if name not in PARTS]:
-        parser.error(f"--parts {','.join(unknown)}: give some of {', '.join(PARTS)}")
+        parser.error(f"--parts {','.join(unknown)}: choose from {', '.join(PARTS)}")
     if options.repeat < 1 or options.warmup < 0:
         parser.error("--repeat must be at least 1 and --warmup at least 0")
     return options
@@ -328,18 +329,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     bench = Bench(device, SMOKE if options.smoke else REAL, options.repeat, options.warmup)
-    found = new_document("python -m sf_xfuser.bench.gpu") | {"smoke": options.smoke}
+    document = new_document("python -m sf_xfuser.bench.gpu") | {"smoke": options.smoke}
     failures = []
     with torch.no_grad():
         for name in options.parts:
             try:
                 PARTS[name](bench)
-            except Wrong as wrong:
+            except BadResult as wrong:
                 failures.append(f"{name}: {wrong}")
     Console(width=None if sys.stdout.isatty() else 160).print(table(bench.rows))
-    found.update(rows=bench.rows, failures=failures)
+    document.update(rows=bench.rows, failures=failures)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     for failure in failures:
         print(f"wrong result, not timed: {failure}", file=sys.stderr)
     return int(bool(failures))

@@ -1,4 +1,4 @@
-"""The time that the installed plugin adds to ``import xfuser``: ``python -m sf_xfuser.bench.imports``.
+"""Measures the time that the installed plugin adds to ``import xfuser``: ``python -m sf_xfuser.bench.imports``.
 
 New processes alternate between *on* (as installed), *off* (``SF_XFUSER_AUTOLOAD=0``) and *absent*
 (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``: PyTorch does not search for the plugin). Without an accelerator, xDiT cannot be
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from sf_xfuser.config import AUTOLOAD_VARIABLE, with_environment
 
-#: Environment variables of each variant's processes.
+#: Environment variables of each variant.
 VARIANTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "on": MappingProxyType({AUTOLOAD_VARIABLE: "1"}),
@@ -60,16 +60,16 @@ def measure(rounds: int) -> dict[str, list[float]]:
 
 
 def _import_once(variant: str) -> float:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", _IMPORT],
         env=with_environment(VARIANTS[variant]),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    if done.returncode:
-        raise RuntimeError(f"xfuser cannot be imported with the plugin {variant}:\n{done.stderr[-2000:]}")
-    seconds, loaded = done.stdout.split()[-2:]
+    if result.returncode:
+        raise RuntimeError(f"xfuser cannot be imported with the plugin {variant}:\n{result.stderr[-2000:]}")
+    seconds, loaded = result.stdout.split()[-2:]
     if (loaded == "True") != (variant == "on"):
         raise RuntimeError(f"with the plugin {variant}, sf_xfuser.integrations.xdit.plugin in sys.modules is {loaded}")
     return float(seconds)
@@ -77,23 +77,23 @@ def _import_once(variant: str) -> float:
 
 def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The median of *on* over that of each other variant."""
-    median = {variant: statistics.median(of_variant) for variant, of_variant in times.items()}
-    return {variant: median["on"] / seconds for variant, seconds in median.items() if variant != "on"}
+    median = {variant: statistics.median(seconds) for variant, seconds in times.items()}
+    return {variant: median["on"] / median_s for variant, median_s in median.items() if variant != "on"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.imports", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="processes per variant. Default: 15")
-    parser.add_argument("--json", type=Path, help="write all times to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to this file")
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     times = measure(options.rounds)
     relative = ratios(times)
     table = Table("plugin", "median s", "minimum s", "on / this")
-    for variant, of_variant in times.items():
+    for variant, seconds in times.items():
         ratio = f"{relative[variant]:.3f}" if variant in relative else ""
-        table.add_row(variant, f"{statistics.median(of_variant):.3f}", f"{min(of_variant):.3f}", ratio)
+        table.add_row(variant, f"{statistics.median(seconds):.3f}", f"{min(seconds):.3f}", ratio)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     if options.json:
         options.json.write_text(json.dumps({"seconds": times, "ratios": relative}, indent=1) + "\n")

@@ -23,19 +23,19 @@ from sf_xfuser.kernels.shipped import all_shipped, compile_for
 def usages() -> list[dict[str, Any]]:
     """One row per configuration and architecture. Needs Triton."""
     return [
-        {"kernel": each.label, "architecture": f"sm_{architecture}", **asdict(compile_for(each, architecture))}
-        for each in all_shipped()
-        for architecture in each.architectures
+        {"kernel": kernel.label, "architecture": f"sm_{architecture}", **asdict(compile_for(kernel, architecture))}
+        for kernel in all_shipped()
+        for architecture in kernel.architectures
     ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line per configuration: registers, shared bytes, widest load and spills, by architecture."""
     architectures = sorted({row["architecture"] for row in rows}, key=lambda name: int(name.removeprefix("sm_")))
-    made = Table(title="registers / shared bytes / bits of the widest load; spilled bytes in red")
-    made.add_column("kernel")
+    result = Table(title="registers / shared bytes / bits of the widest load; spilled bytes in red")
+    result.add_column("kernel")
     for name in architectures:
-        made.add_column(name, justify="right")
+        result.add_column(name, justify="right")
     by_kernel: dict[str, dict[str, str]] = {}
     for row in rows:
         text = f"{row['registers']} / {row['shared_bytes']} / {row['load_bits']}"
@@ -43,13 +43,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             text += f" [red]spills {row['spilled_bytes']}[/red]"
         by_kernel.setdefault(row["kernel"], {})[row["architecture"]] = text
     for kernel, cells in by_kernel.items():
-        made.add_row(kernel, *(cells.get(name, "") for name in architectures))
-    return made
+        result.add_row(kernel, *(cells.get(name, "") for name in architectures))
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.kernels", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     options = parser.parse_args(argv)
     try:
         import triton
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
     spilling = [f"{row['kernel']} on {row['architecture']}" for row in rows if row["spilled_bytes"]]
     if spilling:
-        print(f"spilled to memory: {', '.join(spilling)}", file=sys.stderr)
+        print(f"kernels that spill registers: {', '.join(spilling)}", file=sys.stderr)
     return int(bool(spilling))
 
 

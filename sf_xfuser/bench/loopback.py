@@ -1,4 +1,4 @@
-"""One rank of a group without the other ranks, on one GPU or a CPU.
+"""Runs one rank of a group without the other ranks, on one GPU or a CPU.
 
 The window contains the peers' chunks before a call begins. The time of a call is then this rank's compute and its
 host's enqueueing.
@@ -22,7 +22,7 @@ from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 
 class SoleRank:
-    """A ``ControlPlane`` whose ranks all send the same value."""
+    """A ``ControlPlane`` for one process. All ranks appear to send the same value."""
 
     failure = None
 
@@ -50,7 +50,7 @@ class _Arrived(Ticket):
 class Loopback(OneSided):
     """Sends nothing and waits for nothing. ``sent``: the parcels of the last call, in the order of the schedule."""
 
-    halves = 2  # no peer writes, so one half would be enough
+    halves = 2  # one would be enough, because no peer writes
 
     def __init__(self, device: torch.device) -> None:
         self._window = torch.empty(0, dtype=torch.uint8, device=device)
@@ -81,9 +81,9 @@ class Loopback(OneSided):
 
 
 class StreamLoopback(SymmMem):
-    """The transport between GPUs with all the work of its host (packing, copies, flags, waits, streams).
+    """The GPU transport with all of its host's work (packing, copies, flags, waits, streams).
 
-    Copies go to unused memory, and every flag is already raised.
+    Copies go to unused memory, and all flags are raised in advance.
     """
 
     name = "loopback"
@@ -99,7 +99,7 @@ class StreamLoopback(SymmMem):
         self._raised = self._memory[self._block.flags : self._block.flags + 8].view(torch.int64).fill_(1)
 
     def windows(self) -> list[torch.Tensor]:
-        """As ``Loopback.windows``."""
+        """The parts of the window that a call may use."""
         assert self._block is not None and self._memory is not None
         starts = (self._block.half(0), self._block.half(1))
         return [self._memory[start : start + self._block.half_bytes] for start in starts]
@@ -117,7 +117,7 @@ class StreamLoopback(SymmMem):
 
 
 class OneRank:
-    """Position 0 of ``layout``, with equal token counts and tokens in the order of the positions."""
+    """Rank 0 of ``layout``. All ranks hold equally many tokens, in the order of their positions."""
 
     def __init__(
         self, layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, link: Loopback | StreamLoopback
@@ -125,7 +125,7 @@ class OneRank:
         """``q``, ``k``, ``v`` [B, H, L, D]: of all ranks."""
         ranks = layout.world_size
         if q.shape[2] % ranks:
-            raise ValueError(f"{q.shape[2]} tokens cannot be spread evenly over {ranks} ranks")
+            raise ValueError(f"{q.shape[2]} tokens cannot be split evenly over {ranks} ranks")
         topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
         no_group: Any = None  # one rank needs no process groups
         control: Any = SoleRank(ranks)

@@ -1,4 +1,4 @@
-"""One case on one rank: checks every variant against a single process, then times them in turns."""
+"""One case on one rank: checks every variant against a single process, then times the variants alternately."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.torus.trace import Trace
 
 if TYPE_CHECKING:
-    from sf_xfuser.bench.rank import AttentionOrder
+    from sf_xfuser.bench.rank import AttentionOptions
 
 
 class Measurement:
     """The variants of one case, their inputs and their samples. All methods are collective."""
 
-    def __init__(self, order: AttentionOrder, case: Case, control: dist.ProcessGroup, cuda: bool) -> None:
-        self.order, self.case, self.control = order, case, control
+    def __init__(self, options: AttentionOptions, case: Case, control: dist.ProcessGroup, cuda: bool) -> None:
+        self.options, self.case, self.control = options, case, control
         self.rank = dist.get_rank()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        if order.emulated and case.inter_rate_bps is not None:
+        if options.emulated and case.inter_rate_bps is not None:
             if launch_environment().local_rank == 0:
                 emulate.shape(case.inter_rate_bps)
             dist.barrier(control)
-        self.variants = open_variants(case, order.topology, order.timeout_s, order.variants)
+        self.variants = open_variants(case, options.topology, options.timeout_s, options.variants)
         self.samples = {variant.name: Sample() for variant in self.variants}
         shards = [self._shard(rank) for rank in range(case.world_size)]
         self.inputs = tuple(x.to(self.device) for x in shards[self.rank])
         self.keys, self.values = (torch.cat([shard[n] for shard in shards], dim=2) for n in (1, 2))
         self.queries = torch.cat([shard[0] for shard in shards], dim=2) if self.rank == 0 else None
-        self.attention_s = 0.0  # in attention kernels during the current call
-        self.trace: Trace | None = None  # of kernels, for variants that record no trace themselves
+        self.attention_s = 0.0  # time in attention kernels of the current call
+        self.trace: Trace | None = None  # records kernels of variants without a mesh
 
     def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows and timelines, on rank 0."""
-        pace = self._calibrate() if self.order.predict else None
+        sampler = self._calibrate() if self.options.predict else None
         runnable = [variant for variant in self.variants if variant.call is not None or variant.name == SINGLE]
-        total = len(runnable) * (self.order.repeat + self.order.warmup + 3)
+        total = len(runnable) * (self.options.repeat + self.options.warmup + 3)
         with ExitStack() as stack:
-            if usp_variants.available() is None:
+            if usp_variants.unavailable() is None:
                 stack.enter_context(usp_variants.attention_timer(self._kernel_ran))
             advance = stack.enter_context(self._progress(total))
             for variant in runnable:
@@ -68,17 +68,17 @@ class Measurement:
             for variant in passed:
                 advance(f"{variant.name}: recording memory and timeline")
                 self._observe(variant)
-            for number in range(self.order.warmup + self.order.repeat):
-                if pace is not None:
-                    pace.sample()
+            for number in range(self.options.warmup + self.options.repeat):
+                if sampler is not None:
+                    sampler.sample()
                 shift = number % len(passed) if passed else 0
                 for variant in (*passed[shift:], *passed[:shift]):
                     advance(f"{variant.name}: call {number + 1}")
                     if variant.name == SINGLE and number >= 2:
-                        continue  # the slow reference needs no more than two calls
-                    self._time(variant, timed=number >= self.order.warmup or variant.name == SINGLE)
-        if pace is not None:
-            self._predict(pace.cluster())
+                        continue  # the reference is slow; two calls are enough
+                    self._time(variant, timed=number >= self.options.warmup or variant.name == SINGLE)
+        if sampler is not None:
+            self._predict(sampler.cluster())
         if self.rank != 0:
             return [], []
         timelines = [s.timeline for s in reversed(self.samples.values()) if s.timeline is not None]  # torus first
@@ -93,19 +93,19 @@ class Measurement:
 
     # -- prediction ------------------------------------------------------------------------------------------------
 
-    def _calibrate(self) -> calibrate.Pace:
-        """Measure the parameters of the simulator."""
+    def _calibrate(self) -> calibrate.SpeedSampler:
+        """Measure the simulator's parameters on this cluster."""
         case = self.case
         mesh = next((variant.mesh for variant in self.variants if variant.name == SUBJECT), None)
         if mesh is None:
-            raise ValueError(f"--predict measures links with the variant {SUBJECT}; add it to --variants")
-        rate_bps = case.inter_rate_bps if self.order.emulated else None
+            raise ValueError(f"--predict calibrates with the variant {SUBJECT}; add it to --variants")
+        rate_bps = case.inter_rate_bps if self.options.emulated else None
         settings = calibrate.CalibrationSettings(
-            attend=sdpa_attend if usp_variants.available() else usp_variants.registered_attention(),
+            attend=sdpa_attend if usp_variants.unavailable() else usp_variants.registered_attention(),
             heads=case.heads, head_dim=case.head_dim, dtype=getattr(torch, case.dtype), device=self.device,
             seq_len=case.seq_len, across_gbps=None if rate_bps is None else rate_bps / 1e9,
         )  # fmt: skip
-        return calibrate.Pace(calibrate.measure(mesh, settings, self._gather), mesh, settings, self._gather)
+        return calibrate.SpeedSampler(calibrate.measure(mesh, settings, self._gather), mesh, settings, self._gather)
 
     def _predict(self, cluster: Cluster) -> None:
         case = self.case
@@ -114,8 +114,8 @@ class Measurement:
             batch=case.batch, dtype=case.dtype,
         )  # fmt: skip
         for variant in self.variants:
-            if variant.replayed is not None and variant.call is not None:
-                self.samples[variant.name].predicted_s = predict(cluster, shape, variant.replayed).seconds
+            if variant.simulated is not None and variant.call is not None:
+                self.samples[variant.name].predicted_s = predict(cluster, shape, variant.simulated).seconds
         self.samples[ALONE].cluster = cluster.to_json()
 
     # -- correctness, memory, timeline and time --------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Measurement:
         return tuple(x.to(self.device).repeat_interleave(repeat, dim=1) for x in (self.keys, self.values))
 
     def _observe(self, variant: Variant) -> None:
-        """Make two untimed calls: one for the peak of memory, one for the timeline."""
+        """Make two untimed calls: one measures peak memory, one records the timeline."""
         if variant.name == SINGLE:
             return
         sample, mesh = self.samples[variant.name], variant.mesh
@@ -243,11 +243,11 @@ class Measurement:
     def _shard(self, rank: int) -> tuple[torch.Tensor, ...]:
         """q, k, v of one rank: [B, H, S, D] as views of [B, S, H, D], the layout of xDiT's models."""
         case = self.case
-        make = torch.Generator().manual_seed(1000 * self.order.seed + rank)
+        generator = torch.Generator().manual_seed(1000 * self.options.seed + rank)
         heads = (case.heads, *[case.kv_heads or case.heads] * 2)
         shapes = [(case.batch, case.tokens[rank], h, case.head_dim) for h in heads]
         dtype = getattr(torch, case.dtype)
-        return tuple(torch.randn(shape, generator=make).to(dtype).transpose(1, 2) for shape in shapes)
+        return tuple(torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes)
 
     def _gather(self, value: Any) -> list[Any]:
         reports: list[Any] = [None] * self.case.world_size
@@ -263,13 +263,13 @@ class Measurement:
             torch.cuda.synchronize()
 
     def _sent(self) -> list[list[int]] | None:
-        if self.rank != 0 or not self.order.emulated or self.case.num_machines == 1:
+        if self.rank != 0 or not self.options.emulated or self.case.num_machines == 1:
             return None
         return emulate.read_matrix(self.case.num_machines)
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """``advance(text)``: moves a progress bar on rank 0's terminal."""
+        """Yields ``advance(text)``, which moves a progress bar on rank 0's terminal."""
         console = Console(stderr=True)
         if self.rank != 0 or not console.is_terminal:
             yield lambda text: None
@@ -281,7 +281,7 @@ class Measurement:
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """``[bytes]``: the peak that PyTorch's allocator adds inside the block; filled in at its end."""
+    """Yields ``[bytes]``: the peak memory that PyTorch allocates inside the block, set when the block ends."""
     peak = [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -290,7 +290,7 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         torch.cuda.synchronize()
         peak[0] = torch.cuda.max_memory_allocated() - before
         return
-    # The profiler sees each allocation of the CPU allocator on this thread, which makes PyTorch's calls.
+    # The profiler records each CPU allocation of this thread, the one that calls PyTorch.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield peak
     results = profile.profiler.kineto_results

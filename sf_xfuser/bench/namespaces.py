@@ -45,34 +45,34 @@ _SYSCTLS = {
     "net/ipv6/conf/all/disable_ipv6": "1",
     "net/ipv6/conf/default/disable_ipv6": "1",
 }
-# For the holder and for each process that keeps a machine's namespaces: /proc/sys/net is that of the own namespace.
+# The holder and the first process of each machine run this, because /proc/sys/net shows the caller's namespace.
 _SET_SYSCTLS = """
 import json, os, socket, sys
 for name, value in json.loads(sys.argv[1]).items():
     if os.path.exists("/proc/sys/" + name):
         open("/proc/sys/" + name, "w").write(value)
 """
-# Host names of the machines, for the ranks only: mounts are private here, and /tmp is hidden for a moment.
+# Host names of the machines, visible to the ranks only: mounts are private. /tmp is hidden during this command.
 _SET_HOSTS = """
 mount -t tmpfs none /tmp && cat - /etc/hosts > /tmp/hosts && mount --bind /tmp/hosts /etc/hosts && umount /tmp
 """
 _MACHINE = _SET_SYSCTLS + "socket.sethostname(sys.argv[2]); print('ready', flush=True); sys.stdin.read()"
 
 
-def _hold(lifeline: socket.socket, order: Mapping[str, Any]) -> None:
+def _hold(lifeline: socket.socket, job: Mapping[str, Any]) -> None:
     """Build the cluster, run the ranks and send the outcome over the lifeline."""
     wake, signals = socket.socketpair()
     signals.setblocking(False)
     signal.set_wakeup_fd(signals.fileno())
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):  # process 1 has no default actions for signals
         signal.signal(number, lambda *_: None)
-    spec = ClusterSpec(**order["spec"])
+    spec = ClusterSpec(**job["spec"])
     try:
         machines = _build(spec)
     except (EmulationError, OSError, subprocess.SubprocessError) as error:
         lifeline.sendall(json.dumps({"error": str(error)}).encode())
         return
-    ranks = _Ranks(order, spec, machines)
+    ranks = _Ranks(job, spec, machines)
     ranks.wait(lifeline, wake)
     sent = counters("/proc/self/net/dev", spec.num_machines)
     outcome = Outcome(status=ranks.status, failures=tuple(ranks.failures), bytes_between=tuple(map(tuple, sent)))
@@ -80,7 +80,7 @@ def _hold(lifeline: socket.socket, order: Mapping[str, Any]) -> None:
 
 
 def _build(spec: ClusterSpec) -> list[subprocess.Popen[str]]:
-    """Make machines, links, addresses and shaping. Returns the processes that keep the machines' namespaces."""
+    """Create machines, links, addresses and shaping. Returns the process that keeps each machine's namespaces alive."""
     python = [sys.executable, "-I", "-S", "-c"]
     call([*python, _SET_SYSCTLS, json.dumps(_SYSCTLS)])
     call([tool("sh"), "-c", _SET_HOSTS], [f"{_address(i)} machine{i}" for i in range(spec.num_machines)] + [""])
@@ -97,10 +97,10 @@ def _build(spec: ClusterSpec) -> list[subprocess.Popen[str]]:
     call([tool("bridge"), "-batch", "-"], forwarding)
     for i, machine in enumerate(machines):
         enter = [tool("nsenter"), f"--net=/proc/{machine.pid}/ns/net"]
-        inside = ["link set lo up", f"link set eth0 up gso_max_size {gso(spec.inter_rate_bps or 0)}"]
-        inside += [f"addr add {_address(i)}/24 dev eth0"]
-        inside += [f"neigh add {_address(j)} lladdr {_mac(j)} dev eth0" for j in range(spec.num_machines) if j != i]
-        call([*enter, tool("ip"), "-batch", "-"], inside)
+        setup = ["link set lo up", f"link set eth0 up gso_max_size {gso(spec.inter_rate_bps or 0)}"]
+        setup += [f"addr add {_address(i)}/24 dev eth0"]
+        setup += [f"neigh add {_address(j)} lladdr {_mac(j)} dev eth0" for j in range(spec.num_machines) if j != i]
+        call([*enter, tool("ip"), "-batch", "-"], setup)
         qdisc = [tool("tc"), "qdisc", "add", "root", "dev"]
         if spec.inter_rate_bps is not None:
             call([*enter, *shaper("add", spec.inter_rate_bps)])
@@ -144,16 +144,16 @@ def _switch(pids: Sequence[int]) -> tuple[list[str], list[str]]:
 class _Ranks:
     """The ranks of one run; the constructor starts them."""
 
-    def __init__(self, order: Mapping[str, Any], spec: ClusterSpec, machines: list[subprocess.Popen[str]]) -> None:
+    def __init__(self, job: Mapping[str, Any], spec: ClusterSpec, machines: list[subprocess.Popen[str]]) -> None:
         self.status = 0
         self.failures: list[RankFailure] = []
-        self._timeout_s: float | None = order["timeout_s"]
-        self._grace_s: float = order["grace_s"]
+        self._timeout_s: float | None = job["timeout_s"]
+        self._grace_s: float = job["grace_s"]
         self._ranks_per_machine = spec.ranks_per_machine
         self._printing = threading.Lock()
         self._readers: list[threading.Thread] = []
         self._running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}  # by process id: rank and process
-        pipe = subprocess.PIPE if order["prefix"] else None
+        pipe = subprocess.PIPE if job["prefix"] else None
         for rank in range(spec.world_size):
             machine, local = divmod(rank, spec.ranks_per_machine)
             variables: dict[str, str] = {
@@ -163,55 +163,55 @@ class _Ranks:
                 "MASTER_ADDR": _address(0), "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "emulated",
                 "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
                 "GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0",
-            } | order["env"]  # fmt: skip
+            } | job["env"]  # fmt: skip
             enter = [f"--{kind}=/proc/{machines[machine].pid}/ns/{kind}" for kind in ("net", "uts")]
-            command = [tool("nsenter"), *enter, tool("env"), *map("=".join, variables.items()), *order["argv"]]
+            command = [tool("nsenter"), *enter, tool("env"), *map("=".join, variables.items()), *job["argv"]]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
             self._running[process.pid] = rank, process
             for source, sink in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
                 if source is not None:
-                    mark = f"[machine{machine} rank{rank}] ".encode()
-                    self._readers.append(threading.Thread(target=self._copy, args=(source, sink, mark), daemon=True))
+                    prefix = f"[machine{machine} rank{rank}] ".encode()
+                    self._readers.append(threading.Thread(target=self._copy, args=(source, sink, prefix), daemon=True))
                     self._readers[-1].start()
 
-    def _copy(self, source: IO[bytes], sink: BinaryIO, mark: bytes) -> None:
+    def _copy(self, source: IO[bytes], sink: BinaryIO, prefix: bytes) -> None:
         for line in iter(source.readline, b""):
             with self._printing:
-                sink.write(mark + line.removesuffix(b"\n") + b"\n")
+                sink.write(prefix + line.removesuffix(b"\n") + b"\n")
                 sink.flush()
 
     def wait(self, lifeline: socket.socket, wake: socket.socket) -> None:
-        """Return when every rank has ended. After ``limit`` ranks are stopped, for the reason ``why``."""
+        """Wait for every rank. Stop all ranks after the time-out, a failure and its grace period, or a signal."""
         limit = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        why, status, ending = f"the time-out of {self._timeout_s} s has passed", 124, False
+        reason, status, stopping = f"the time-out of {self._timeout_s} s has passed", 124, False
         while True:
             failed_before = bool(self.failures)
-            self._reap(f": stopped by the launcher because {why}" if ending else "")
+            self._reap(f": stopped by the launcher because {reason}" if stopping else "")
             if not self._running:
                 break
-            if self.failures and not failed_before and not ending:
-                limit, why = time.monotonic() + self._grace_s, f"another rank failed {self._grace_s:g} s ago"
+            if self.failures and not failed_before and not stopping:
+                limit, reason = time.monotonic() + self._grace_s, f"another rank failed {self._grace_s:g} s ago"
                 self._print(f"the other ranks have {self._grace_s:g} s to exit")
-            left = None if limit is None else max(0.0, limit - time.monotonic())
-            ready = select.select([lifeline, wake], [], [], left)[0]
+            remaining_s = None if limit is None else max(0.0, limit - time.monotonic())
+            ready = select.select([lifeline, wake], [], [], remaining_s)[0]
             if lifeline in ready and not lifeline.recv(16):
-                raise SystemExit(1)  # emulate.run is gone; the kernel kills the ranks
+                raise SystemExit(1)  # emulate.run has exited; the kernel kills the ranks
             received = wake.recv(4096) if wake in ready else b""
-            if not ending and (lifeline in ready or {signal.SIGINT, signal.SIGTERM} & {*received}):
-                limit, why, status = time.monotonic(), "the launcher was stopped", 130
+            if not stopping and (lifeline in ready or {signal.SIGINT, signal.SIGTERM} & {*received}):
+                limit, reason, status = time.monotonic(), "the launcher was stopped", 130
             if limit is not None and time.monotonic() >= limit:
-                if not ending:
+                if not stopping:
                     self.status = self.status or status
-                    self._print(f"stopping rank(s) {sorted(rank for rank, _ in self._running.values())}: {why}")
+                    self._print(f"stopping rank(s) {sorted(rank for rank, _ in self._running.values())}: {reason}")
                 for _, process in self._running.values():
-                    process.send_signal(signal.SIGKILL if ending else signal.SIGTERM)
-                limit, ending = time.monotonic() + STOP_S, True
+                    process.send_signal(signal.SIGKILL if stopping else signal.SIGTERM)
+                limit, stopping = time.monotonic() + STOP_S, True
         limit = time.monotonic() + 1.0  # a process that a rank left behind may keep the pipe open
         for reader in self._readers:
             reader.join(max(0.0, limit - time.monotonic()))
 
-    def _reap(self, remark: str) -> None:
-        """Collect ended children, among them processes that ranks left behind, which process 1 inherits."""
+    def _reap(self, suffix: str) -> None:
+        """Collect ended children, including orphans of ranks, which process 1 inherits."""
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
             if ended.si_pid not in self._running:
                 os.waitpid(ended.si_pid, 0)
@@ -220,10 +220,10 @@ class _Ranks:
             if code := process.wait():
                 name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
                 what = f"exited with status {code}" if code > 0 else f"was killed by {name}"
-                failure = RankFailure(rank=rank, machine=rank // self._ranks_per_machine, what=what + remark)
+                failure = RankFailure(rank=rank, machine=rank // self._ranks_per_machine, what=what + suffix)
                 self.failures.append(failure)
                 self.status = self.status or (code if code > 0 else 128 - code)
-                if not remark:
+                if not suffix:
                     self._print(f"rank {rank} (machine {failure.machine}) {what}")
 
     def _print(self, text: str) -> None:

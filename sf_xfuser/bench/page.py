@@ -1,4 +1,4 @@
-"""Plots of a bench document, and an HTML page without scripts or external files. Needs matplotlib."""
+"""Plots a bench document and writes an HTML page without scripts or external files. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import IO, TYPE_CHECKING, Any
 
 from sf_xfuser.bench import report
-from sf_xfuser.bench.deprecated import upgraded
+from sf_xfuser.bench.deprecated import upgrade
 from sf_xfuser.bench.report import Row
 from sf_xfuser.bench.timelines import without_overlap
 
@@ -75,7 +75,7 @@ class Panel:
 
 def plot(document: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Write bars for each case (for many cases: ratios) and the first timeline. The suffix selects the file type."""
-    document = upgraded(document)
+    document = upgrade(document)
     cases = report.by_case(document["rows"])
     if not cases:
         raise ValueError("nothing to plot: the document has no rows")
@@ -113,31 +113,31 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
     """Median time per variant of one case, split into attention and exposed communication."""
 
     def draw(axes: Axes) -> None:
-        seconds, binder = report.bound(rows)
+        seconds, limit_name = report.bound(rows)
         measured = [report.spread(row)[1] or row.get("median_s") for row in rows if report.succeeded(row)]
-        limit = max((x for x in map(report.number, [*measured, seconds]) if x is not None), default=1e-3) * 1e3
+        limit = max((x for x in map(report.finite, [*measured, seconds]) if x is not None), default=1e-3) * 1e3
         for y, row in enumerate(rows):
-            median = report.number(row.get("median_s")) if report.succeeded(row) else None
+            median = report.finite(row.get("median_s")) if report.succeeded(row) else None
             if median is None:
                 text = report.reason(row) if not report.succeeded(row) else report.DASH
                 _label(axes, limit * 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
-            attention = report.number(row.get("attention_s"))
+            attention = report.finite(row.get("attention_s"))
             split = median if attention is None else min(attention, median)
             axes.barh(y, split * 1e3, 0.65, color=_COLOURS["other" if attention is None else "compute"])
             axes.barh(y, (median - split) * 1e3, 0.65, left=split * 1e3, color=_COLOURS["wait"])
             low, high = report.spread(row)
             reach = [[max(median - (low or median), 0) * 1e3], [max((high or median) - median, 0) * 1e3]]
             axes.errorbar(median * 1e3, y, xerr=reach, color="#202020", capsize=3, linewidth=1)
-            ratio = report.number(row.get("ratio_to_usp"))
-            label = f"{report.shown(median, 1e3)} ms" + (f", {report.times(ratio)} USP" if ratio is not None else "")
+            ratio = report.finite(row.get("ratio_to_usp"))
+            label = f"{report.fmt(median, 1e3)} ms" + (f", {report.fmt_ratio(ratio)} USP" if ratio is not None else "")
             _label(axes, max(median, high or 0) * 1e3 + limit * 0.012, y, label)
         if seconds is not None:
-            text = f"lower bound, set by {binder}"
+            text = f"lower bound, set by {limit_name}"
             axes.axvline(seconds * 1e3, color="#202020", linestyle="--", linewidth=1, label=text)
         keys: dict[str, str] = {}
         for row in filter(report.succeeded, rows):
-            whole = report.number(row.get("attention_s")) is None
+            whole = report.finite(row.get("attention_s")) is None
             keys |= {"whole call": "other"} if whole else {"attention": "compute", "exposed": "wait"}
         _legend(axes, {name: _COLOURS[colour] for name, colour in keys.items()})
         axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
@@ -154,19 +154,19 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
     def draw(axes: Axes) -> None:
         kinds = {"vs USP": ("ratio_to_usp", "compute"), "vs best xDiT": ("ratio_to_best_xdit", "q")}
         ratios: list[tuple[float | None, float]] = []
-        for y, of_case in enumerate(cases.values()):
-            row = report.variant_row(of_case, report.SUBJECT)
+        for y, case_rows in enumerate(cases.values()):
+            row = report.variant_row(case_rows, report.SUBJECT)
             if row is None or not report.succeeded(row):
                 text = f"no {report.SUBJECT} variant" if row is None else report.reason(row)
                 _label(axes, 0.01, y, shorten(text, 90, placeholder=" …"), color="#606060")
                 continue
             for offset, (key, colour) in zip((-0.2, 0.2), kinds.values(), strict=True):
-                ratio = report.number(row.get(key))
+                ratio = report.finite(row.get(key))
                 axes.barh(y + offset, ratio or 0.0, 0.36, color=_COLOURS[colour])
                 ratios.append((ratio, y + offset))
         largest = max([1.0, *(ratio for ratio, _ in ratios if ratio is not None)])
         for ratio, y_of_bar in ratios:
-            _label(axes, (ratio or 0.0) + largest * 0.006, y_of_bar, report.times(ratio))
+            _label(axes, (ratio or 0.0) + largest * 0.006, y_of_bar, report.fmt_ratio(ratio))
         axes.axvline(1.0, color="#202020", linestyle="--", linewidth=1, label="equal")
         _legend(axes, {name: _COLOURS[colour] for name, (_, colour) in kinds.items()})
         axes.set_yticks(range(len(cases)), list(cases))
@@ -177,7 +177,7 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
 
 
 def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
-    """One call: compute, waits and transfers of each rank, coloured by tensor."""
+    """The timeline of one call: compute, waits and transfers of each rank, coloured by tensor."""
     ranks: list[Mapping[str, Any]] = sorted(timeline["ranks"], key=lambda rank: (rank["machine"], rank["rank"]))
     used = {span["link"] for rank in ranks for span in rank["spans"]}
     links = ["compute", *(link for link in ("inside", "across") if link in used)]
@@ -200,7 +200,7 @@ def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
             right, middle = axes.get_yaxis_transform(), (top + bottom) / 2
             axes.text(1.004, middle, f"machine {machine}", transform=right, rotation=270, va="center", fontsize=7)
         longest = max((span["end_s"] for rank in ranks for span in rank["spans"]), default=0.0)
-        duration = max(report.number(timeline.get("duration_s")) or 0.0, longest) or 1e-3
+        duration = max(report.finite(timeline.get("duration_s")) or 0.0, longest) or 1e-3
         axes.set(xlim=(0, duration * 1e3), ylim=(max(len(ranks), 1) * height - 0.75, -0.75), xlabel="ms")
         names = {"other": "other tensors"}
         _legend(axes, {names.get(key, key): colour for key, colour in _COLOURS.items() if key in colours}, left=1.03)
@@ -236,7 +236,7 @@ def _label(axes: Axes, x: float, y: float, text: str, color: str = "#000000") ->
 
 
 def _legend(axes: Axes, colours: Mapping[str, str], left: float = 1.01) -> None:
-    """Right of the axes: one patch per colour, then the labelled lines."""
+    """A legend right of the axes: one patch per colour, then the labelled lines."""
     from matplotlib.patches import Patch
 
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
@@ -250,7 +250,7 @@ def html(document: Mapping[str, Any]) -> str:
 
     It also contains the rows as JSON.
     """
-    document = upgraded(document)
+    document = upgrade(document)
     rows: Sequence[Row] = document["rows"]
     timelines: Sequence[Mapping[str, Any]] = document.get("timelines") or ()
     cases = report.by_case(rows)
@@ -258,12 +258,12 @@ def html(document: Mapping[str, Any]) -> str:
     parts = [_head(document)]
     if len(cases) > 1:
         lines = report.summary_cells(report.summary(rows))
-        grid = _table(report.GRID_COLUMNS, (_line(line, text=1) for line in report.grid_cells(rows)))
-        content = _table((), (_line(line, text=2) for line in lines)) + grid + figures.add(ratio_panel(rows))
+        grid = _table(report.GRID_COLUMNS, (_line(line, left=1) for line in report.grid_cells(rows)))
+        content = _table((), (_line(line, left=2) for line in lines)) + grid + figures.add(ratio_panel(rows))
         parts.append(_section("All cases", content, opened=True))
-    for case, of_case in cases.items():
+    for case, case_rows in cases.items():
         own = [timeline for timeline in timelines if timeline["case"] == case]
-        parts.append(_section(case, _case(of_case, own, figures), opened=len(cases) == 1))
+        parts.append(_section(case, _case(case_rows, own, figures), opened=len(cases) == 1))
     data = json.dumps(_finite(rows), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -298,7 +298,7 @@ def _head(document: Mapping[str, Any]) -> str:
     return (
         "<h1>sf-xfuser bench</h1>\n"
         f"<p>{_facts(facts)}</p>\n<pre>{escape(str(document.get('command') or report.DASH))}</pre>\n"
-        + _section("Hardware and versions", _table((), (_line(pair, text=2) for pair in _pairs(system))), opened=False)
+        + _section("Hardware and versions", _table((), (_line(pair, left=2) for pair in _pairs(system))), opened=False)
     )
 
 
@@ -332,14 +332,14 @@ def _variant(row: Row, best: bool) -> str:
 
 
 def _heat_table(matrix: Sequence[Sequence[Any]]) -> str:
-    """From each machine (row) to each machine (column); the more bytes, the stronger the colour."""
-    largest = max((report.number(size) or 0.0 for line in matrix for size in line), default=0.0) or 1.0
+    """MB from each machine (row) to each machine (column); more bytes have a stronger colour."""
+    largest = max((report.finite(size) or 0.0 for line in matrix for size in line), default=0.0) or 1.0
     lines = []
     for machine, line in enumerate(matrix):
         row = [f"<th>from {machine}</th>"]
         for size in line:
-            strength = 0.6 * (report.number(size) or 0.0) / largest
-            row.append(f'<td style="background: rgba(0, 114, 178, {strength:.2f})">{report.shown(size, 1e-6)}</td>')
+            strength = 0.6 * (report.finite(size) or 0.0) / largest
+            row.append(f'<td style="background: rgba(0, 114, 178, {strength:.2f})">{report.fmt(size, 1e-6)}</td>')
         lines.append(f"<tr>{''.join(row)}</tr>")
     return _table(["", *(f"to {machine}" for machine in range(len(matrix)))], lines)
 
@@ -354,20 +354,20 @@ def _table(columns: Sequence[str], lines: Iterable[str]) -> str:
     return f'<div class="scroll"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _line(texts: Iterable[str], text: int) -> str:
-    """A table row; the first ``text`` cells hold text, the others numbers."""
-    words = '<td class="text">'
-    cells = (f"{words if n < text else '<td>'}{escape(cell)}</td>" for n, cell in enumerate(texts))
+def _line(texts: Iterable[str], left: int) -> str:
+    """A table row. The first ``left`` cells hold text, the others numbers."""
+    text_cell = '<td class="text">'
+    cells = (f"{text_cell if n < left else '<td>'}{escape(cell)}</td>" for n, cell in enumerate(texts))
     return f"<tr>{''.join(cells)}</tr>"
 
 
 def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) as the page shows them."""
+    """Names and formatted values for the page."""
     pairs = []
     for key, value in facts.items():
         if key in _UNITS:
             name, scale, unit = _UNITS[key]
-            pairs.append((name, report.shown(value, scale, unit)))
+            pairs.append((name, report.fmt(value, scale, unit)))
         else:
             pairs.append((key.replace("_", " "), report.DASH if value is None or value == "" else str(value)))
     return pairs
@@ -378,7 +378,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with null in place of NaN and infinity, which JSON does not have."""
+    """``value`` with None in place of NaN and infinity, which JSON cannot represent."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

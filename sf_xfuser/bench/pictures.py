@@ -1,6 +1,6 @@
-"""The pictures of README.md and docs/, from the schedules and from the rows in docs/results. Usage: make pictures
+"""Draws the pictures of README.md and docs/ from the schedules and the rows in docs/results. Usage: make pictures
 
-``traffic.svg``: which rank sends what to which rank. ``timeline.svg``: one measured call. ``speedups.svg``: the grids.
+``traffic.svg``: the messages between ranks. ``timeline.svg``: one measured call. ``speedups.svg``: the grids.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sf_xfuser.layout.usp_layouts import XditConfig, egress
 ROOT = Path(__file__).parents[2]
 ACROSS, INSIDE, COMPUTE, WAIT, TEXT = "#c8423b", "#8d99ae", "#2a6f97", "#e3e6ea", "#444444"
 WIRE = {"Q": "#e9a23b", "KV": ACROSS, "O": "#5a9e7c"}
-HEADS = 6  # cannot be split over all four ranks, so there is a ring
+HEADS = 6  # not divisible by the four ranks, so the layout has a ring
 TOKENS_PER_RANK = 16384
 MACHINES = (2, 3, 4, 8)
 GRIDS = {"Intel Xeon": "emulated-2core-xeon-grid.json", "AMD EPYC": "emulated-2core-grid.json"}
 
 Traffic = dict[tuple[int, int], list[tuple[str, float]]]
-"""(sender, receiver) -> the chunks sent, in order: name of the tensor, size in units of all of Q."""
+"""(sender, receiver) -> the chunks sent, in order: name of the tensor, size as a fraction of Q."""
 
 
 def usp_traffic(config: XditConfig) -> Traffic:
@@ -37,7 +37,7 @@ def usp_traffic(config: XditConfig) -> Traffic:
 
 
 def torus_traffic(layout: Layout) -> Traffic:
-    """One call of Torus Attention: what the schedule of each rank sends."""
+    """One call of Torus Attention: the messages in the schedule of each rank."""
     cut = choose_chunking(layout, TOKENS_PER_RANK, "cuda", overlap=True)
     share = 1 / (layout.world_size * layout.ulysses_degree)
     traffic: Traffic = {}
@@ -212,7 +212,7 @@ PICTURES: dict[str, tuple[Callable[[Any, Path], None], tuple[float, float]]] = {
 
 
 def draw_all(folder: Path, results: Path = ROOT / "docs/results", suffix: str = "svg") -> list[Path]:
-    """Write each picture into ``folder``, on white, so that it can be read on a dark page."""
+    """Write each picture into ``folder``. A white background keeps it readable on dark pages."""
     import matplotlib
 
     matplotlib.use("agg")

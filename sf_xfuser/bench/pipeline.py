@@ -1,4 +1,4 @@
-"""``sf-xfuser bench --pipeline``: whole denoising steps of real pipelines, alternating between variants.
+"""``sf-xfuser bench --pipeline``: denoising steps of real pipelines, alternating between variants.
 
 Each rank loads one pipeline under ``--sp-backend torus``, as xDiT's runner does, and every variant runs that pipeline
 in the same process group. A variant selects the attention behind xDiT's ``USP`` (the plugin's or xDiT's own) and, for
@@ -38,7 +38,7 @@ from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs
 from sf_xfuser.torus.build import build_mesh, gather_topology
 from sf_xfuser.transport.rendezvous import StoreGroup
 
-# In every tokenizer longer than any text length, so that pipelines cut it to the requested length.
+# Longer than any text length in every tokenizer, so pipelines truncate it to the requested length.
 _PROMPT = " ".join(["A small cat sits on a red chair near the window while the rain falls over the old city."] * 40)
 
 
@@ -47,7 +47,7 @@ class PipelineOptions:
     """One measurement; the same on every rank.
 
     ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: arguments of the pipeline's call,
-    such as height, width and num_frames; empty for those of the model's ``small_input.json``, if any. ``topology``,
+    such as height, width and num_frames; empty: those of the model's ``small_input.json``, if any. ``topology``,
     ``plan``: ``--sp-topology`` and ``--sp-plan`` of the torus variant. ``compress``: formats of ``--sp-compress``, one
     more variant each. Each variant makes one untimed call, then ``rounds`` timed calls of ``steps`` denoising steps.
     """
@@ -68,7 +68,7 @@ class PipelineOptions:
 class TinyModel(NamedTuple):
     """A model with random weights, the heads of a published model and few of its blocks, and the input to measure.
 
-    ``arguments``: of ``tiny_models.save_tiny_model``.
+    ``arguments``: keyword arguments of ``tiny_models.save_tiny_model``.
     """
 
     arguments: Mapping[str, int]
@@ -76,7 +76,7 @@ class TinyModel(NamedTuple):
     text_length: int = 256
 
 
-#: About 4k tokens each. CogVideoX has the heads that the paper gives: 24 of 64.
+#: About 4k tokens each. CogVideoX has 24 heads of size 64, as in the paper.
 MODELS: Mapping[str, TinyModel] = {
     "flux": TinyModel(
         {"heads": 24, "head_dim": 128, "layers": 0, "single_layers": 2},
@@ -98,13 +98,13 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     """Run every variant and return one record for each, the same on every rank. Collective over the world.
 
     A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
-    ``times_s`` (of each timed step on the slowest rank), ``attention_s`` (the part in local attention kernels,
-    likewise), ``first_call_s`` (the untimed call, with text encoding), ``max_abs_error`` (largest difference of the
+    ``times_s`` (each timed step on the slowest rank), ``attention_s`` (the part of each step in local attention
+    kernels), ``first_call_s`` (the untimed call, with text encoding), ``max_abs_error`` (largest difference of the
     final latents from ``"single"``) and ``psnr_db`` (of the final latents of a variant that compresses against
     ``"torus"``; None if they are equal). ``"single"`` makes one timed call.
 
-    Sets up xDiT in this process. Raises ValueError for an unknown model. Raises RuntimeError where torus cannot run the
-    attention, because the times would then be xDiT's.
+    Initializes xDiT in this process. Raises ValueError for an unknown model. Raises RuntimeError if torus
+    cannot run the attention, because the times would then be xDiT's.
     """
     family = _family(options.model)
     facts = read_model_facts(options.model)
@@ -153,7 +153,7 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
 
 @contextmanager
 def _xdit(groups: XditGroups, config: XditConfig) -> Iterator[None]:
-    """Inside, attention is xDiT's own USP in the layout ``config``."""
+    """Inside the block, attention runs on xDiT's own USP in the layout ``config``."""
     with session.without_torus(), groups.use(config):
         yield
 
@@ -173,14 +173,14 @@ class _Variant:
     def call(
         self, pipeline: Any, options: PipelineOptions, expected: torch.Tensor, *, timed: bool
     ) -> torch.Tensor | None:
-        """Call the pipeline. Collective. Returns the final latents on the ranks to which the pipeline gives them."""
+        """Call the pipeline. Collective. Returns the final latents, or None on ranks without a result."""
         attention = [0.0]
 
-        def spent(start_s: float, end_s: float) -> None:
+        def add_attention_time(start_s: float, end_s: float) -> None:
             attention[0] += end_s - start_s
 
         dist.barrier(_cpu_group())
-        with self.selected(), attention_timer(spent):
+        with self.selected(), attention_timer(add_attention_time):
             latents, call_s, steps = _denoise(pipeline, options, lambda: attention[0])
         # Some pipelines return the result on some ranks only.
         error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
@@ -215,16 +215,16 @@ def _single(options: PipelineOptions) -> dict[str, Any]:
         variant = _Variant("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
         record = [{**variant.record(), "latents": latents.cpu().float()}]
     dist.broadcast_object_list(record, src=0, group=_cpu_group())
-    found: dict[str, Any] = record[0]
-    return found
+    single: dict[str, Any] = record[0]
+    return single
 
 
 @torch.no_grad()
 def _denoise(
     pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float]
 ) -> tuple[torch.Tensor | None, float, list[tuple[float, float]]]:
-    """Call the pipeline. Returns the latents, if any, the seconds of the call, and those of each step and its
-    attention.
+    """Call the pipeline. Returns the latents (or None), the seconds of the call, and for each step its
+    seconds and those in attention.
 
     The first step starts at the transformer's first forward, every other step at the end of the previous one.
     """
@@ -278,8 +278,8 @@ def _largest(values: list[float]) -> list[float]:
     """The maximum of each value over the ranks. Collective."""
     reduced = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=_cpu_group())
-    found: list[float] = reduced.tolist()
-    return found
+    maxima: list[float] = reduced.tolist()
+    return maxima
 
 
 # ---- xDiT --------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _start(options: PipelineOptions) -> Any:
     from xfuser.core.distributed import init_distributed_environment, runtime_state
 
     if runtime_state.runtime_state_is_initialized():
-        raise RuntimeError("xDiT is set up in this process already; measure pipelines in a new process")
+        raise RuntimeError("xDiT is already initialized in this process; measure pipelines in a new process")
     init_distributed_environment()
     xfuser_args = xFuserArgs(model=options.model)
     engine_config, _ = xfuser_args.create_config()

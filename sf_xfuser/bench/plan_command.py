@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from sf_xfuser.bench import report
-from sf_xfuser.bench.deprecated import DeprecatedFlag, upgraded
+from sf_xfuser.bench.deprecated import DeprecatedFlag, upgrade
 from sf_xfuser.bench.document import check_output_paths, write_json
 from sf_xfuser.bench.timelines import chrome_trace, from_chrome_trace, side_by_side
 from sf_xfuser.config import TorusArgs
@@ -42,7 +42,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("variant").add_argument
     add("--sp-plan", default="best", metavar="PLAN", help="best (torus in the layout that sf-xfuser plan ranks first), "
         "auto, paper, usp, torus=T,ulysses=U,ring=R, or ulysses=U,ring=R for xDiT's USP. Default: best")  # fmt: skip
-    add("--no-overlap", action="store_true", help="let torus wait for each transfer at once")
+    add("--no-overlap", action="store_true", help="make torus wait for each transfer before it continues")
     add("--measured", metavar="FILE", help="add the measured timeline of a sf-xfuser bench document (--json) or trace "
         "(--trace)")  # fmt: skip
     add("--measured-variant", default=report.SUBJECT, metavar="NAME", help="variant of that timeline. Default: torus")
@@ -57,22 +57,18 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_call_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("cluster").add_argument
     add("--preset", metavar="NAME", help=f"hardware: {', '.join(PRESETS)}. Default: p4de")
-    add(
-        "--cluster-file",
-        metavar="FILE",
-        help="hardware from a JSON file instead, such as plan --json writes",
-    )
-    add("--machines", type=int, metavar="N", help="number of machines. Default: the hardware's")
-    add("--gpus-per-machine", type=int, metavar="M", help="GPUs of a machine. Default: the hardware's")
-    add("--across-gbps", type=float, metavar="GBIT", help="bandwidth of a machine to others. Default: the hardware's")
-    add("--inside-gbps", type=float, metavar="GBIT", help="bandwidth of a GPU in its machine. Default: the hardware's")
-    add("--transport", choices=tuple(PATTERN_OF), default="two_sided", help="of torus: NCCL sends and receives, or "
-        "one-sided puts (nvshmem). Default: two_sided")  # fmt: skip
+    add("--cluster-file", metavar="FILE", help="hardware from a JSON file, for instance from plan --json")
+    add("--machines", type=int, metavar="N", help="number of machines. Default: the preset's")
+    add("--gpus-per-machine", type=int, metavar="M", help="GPUs per machine. Default: the preset's")
+    add("--across-gbps", type=float, metavar="GBIT", help="bandwidth of a machine to others. Default: the preset's")
+    add("--inside-gbps", type=float, metavar="GBIT", help="bandwidth of a GPU in a machine. Default: the preset's")
+    add("--transport", choices=tuple(PATTERN_OF), default="two_sided", help="transport of torus: NCCL sends and "
+        "receives, or one-sided puts (nvshmem). Default: two_sided")  # fmt: skip
     add = parser.add_argument_group("attention call, from a model").add_argument
     add("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or the config.json of a transformer")
-    add("--height", type=int, help="of the image or video, in pixels")
-    add("--width", type=int, help="of the image or video, in pixels")
-    add("--frames", type=int, help="of the video")
+    add("--height", type=int, help="height of the image or video, in pixels")
+    add("--width", type=int, help="width of the image or video, in pixels")
+    add("--frames", type=int, help="number of frames of the video")
     add = parser.add_argument_group("attention call, without a model").add_argument
     add("--heads", type=int, help="query heads")
     add("--kv-heads", type=int, help="key and value heads. Default: as many as --heads")
@@ -80,7 +76,7 @@ def _add_call_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=int, metavar="L", help="tokens of the whole sequence")
     add = parser.add_argument_group("attention call").add_argument
     add("--batch", type=int, help="sequences per call. Default: the model's, or 1")
-    add("--dtype", choices=tuple(ITEMSIZE), default="bfloat16", help="of the inputs. Default: bfloat16")
+    add("--dtype", choices=tuple(ITEMSIZE), default="bfloat16", help="data type of the inputs. Default: bfloat16")
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -126,7 +122,7 @@ def simulate_command(options: argparse.Namespace) -> int:
     if write_json(options.json, document):
         return 0
     for timeline in timelines:
-        spans = [span for found in timeline["ranks"] for span in found["spans"] if span["link"] == "compute"]
+        spans = [span for entry in timeline["ranks"] for span in entry["spans"] if span["link"] == "compute"]
         compute_ms = sum(span["end_s"] - span["start_s"] for span in spans) / len(timeline["ranks"]) * 1e3
         total = f"{timeline['duration_s'] * 1e3:.2f} ms, {compute_ms:.2f} ms of it compute (mean of the ranks)"
         print(f"{timeline['variant']}, {timeline['case']}: {total}")
@@ -137,31 +133,31 @@ def simulate_command(options: argparse.Namespace) -> int:
 
 
 def _call(options: argparse.Namespace) -> tuple[Cluster, CallShape, int]:
-    """The cluster, the shape of a call, and the calls of a denoising step."""
+    """The cluster, the shape of a call, and the number of calls per denoising step."""
     if options.preset and options.cluster_file:
-        raise ValueError("give --preset or --cluster-file, not both")
-    known = Cluster.load(options.cluster_file) if options.cluster_file else preset(options.preset or "p4de")
-    given = {"--machines": options.machines, "--gpus-per-machine": options.gpus_per_machine}
-    for name, number in given.items():
+        raise ValueError("--preset and --cluster-file exclude each other; remove one")
+    hardware = Cluster.load(options.cluster_file) if options.cluster_file else preset(options.preset or "p4de")
+    sizes = {"--machines": options.machines, "--gpus-per-machine": options.gpus_per_machine}
+    for name, number in sizes.items():
         if number is not None and not 1 <= number <= 4096:
             raise ValueError(f"{name} must be 1 to 4096, got {number}")
-    cluster = known.with_size(
-        options.machines or known.num_machines, options.gpus_per_machine or known.ranks_per_machine
+    cluster = hardware.with_size(
+        options.machines or hardware.num_machines, options.gpus_per_machine or hardware.ranks_per_machine
     ).with_rates(across_gbps=options.across_gbps, inside_gbps=options.inside_gbps)
     shape, calls = _shape(options, cluster.world_size)
     return cluster, replace(shape, batch=shape.batch if options.batch is None else options.batch), calls
 
 
 def _shape(options: argparse.Namespace, world_size: int) -> tuple[CallShape, int]:
-    by_hand = {name: getattr(options, name) for name in ("heads", "head_dim", "seq_len")}
-    missing = [f"--{name.replace('_', '-')}" for name, value in by_hand.items() if value is None]
+    required = {name: getattr(options, name) for name in ("heads", "head_dim", "seq_len")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in required.items() if value is None]
     if options.model is None:
         if missing:
-            raise ValueError(f"give --model with --height and --width, or {' and '.join(missing)}")
+            raise ValueError(f"use --model with --height and --width, or {' and '.join(missing)}")
         kv_heads = options.heads if options.kv_heads is None else options.kv_heads
-        return CallShape(**by_hand, kv_heads=kv_heads, dtype=options.dtype), 1
-    if len(missing) < len(by_hand) or options.kv_heads is not None:
-        raise ValueError("--model sets heads and tokens: leave --heads, --kv-heads, --head-dim and --seq-len out")
+        return CallShape(**required, kv_heads=kv_heads, dtype=options.dtype), 1
+    if len(missing) < len(required) or options.kv_heads is not None:
+        raise ValueError("--model sets heads and tokens: remove --heads, --kv-heads, --head-dim and --seq-len")
     model = find_model(options.model)
     if options.height is None or options.width is None:
         raise ValueError(f"--model {model.name} needs --height and --width")
@@ -209,17 +205,17 @@ def _measured(path: str, variant: str, cluster: Cluster) -> dict[str, Any]:
         raise ValueError(f"--measured {path} is not JSON: {error}") from None
     try:
         trace = document.get("traceEvents")
-        found = upgraded(document)["timelines"] if trace is None else from_chrome_trace(trace)
-        mine = [timeline for timeline in found if timeline["variant"] == variant]
-        ranks = mine[0]["ranks"] if mine else []
+        timelines = upgrade(document)["timelines"] if trace is None else from_chrome_trace(trace)
+        matching = [timeline for timeline in timelines if timeline["variant"] == variant]
+        ranks = matching[0]["ranks"] if matching else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"--measured {path} is not a document or trace of sf-xfuser bench ({error!r})") from None
-    if not mine:
-        variants = ", ".join(sorted({str(timeline["variant"]) for timeline in found})) or "none"
+    if not matching:
+        variants = ", ".join(sorted({str(timeline["variant"]) for timeline in timelines})) or "none"
         raise ValueError(f"--measured {path} has no timeline of {variant}; its timelines: {variants}")
     if len(ranks) != cluster.world_size:
         raise ValueError(f"--measured {path} has {len(ranks)} ranks, the cluster has {cluster.world_size}")
-    return {**mine[0], "variant": f"measured {variant}"}
+    return {**matching[0], "variant": f"measured {variant}"}
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
@@ -248,7 +244,7 @@ def _show(ranking: Ranking, took_s: float) -> None:
     console.print(table)
     replayed = sum(candidate.predicted is not None for candidate in ranking.layouts)
     legal = sum(candidate.bound_s is not None for candidate in ranking.layouts)
-    console.print(f"ranked in {took_s * 1e3:.0f} ms, {replayed} of {legal} replayed", highlight=False)
+    console.print(f"ranked in {took_s * 1e3:.0f} ms, replayed {replayed} of {legal} legal layouts", highlight=False)
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 
@@ -268,4 +264,4 @@ def _cells(candidate: RankedLayout, calls: int) -> list[str]:
 
 def _caption(ranking: Ranking) -> str:
     step = "one attention call" if ranking.calls == 1 else f"{ranking.calls} attention calls"
-    return f"a step is {step} and nothing else; > marks a lower bound of a layout that was not replayed"
+    return f"ms per step counts attention only ({step}); > marks the lower bound of a layout that was not replayed"

@@ -30,11 +30,11 @@ _FACTORS = tuple(2.0 ** (n / 2) for n in range(-6, 7))
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """``seconds[line][n]`` at ``at[n]``; None without a legal layout. ``here``: the requested value."""
+    """``seconds[line][n]``: time at ``at[n]``; None without a legal layout. ``requested``: the value of the ranking."""
 
     label: str
     at: tuple[float, ...]
-    here: float
+    requested: float
     seconds: dict[str, list[float | None]]
 
 
@@ -49,9 +49,9 @@ def sweeps(ranking: Ranking, transport: str) -> list[Sweep]:
     n, m = cluster.num_machines, cluster.ranks_per_machine
     rate = cluster.across.machine_gbps or cluster.across.rank_gbps
 
-    def swept(label: str, at: Sequence[float], here: float, of: Callable[[float], tuple[Cluster, CallShape]]) -> Sweep:
-        found = [_lines(*of(x), transport) for x in at]
-        return Sweep(label, tuple(at), here, {line: [seconds[line] for seconds in found] for line in _LINES})
+    def swept(label: str, at: Sequence[float], base: float, of: Callable[[float], tuple[Cluster, CallShape]]) -> Sweep:
+        times = [_lines(*of(x), transport) for x in at]
+        return Sweep(label, tuple(at), base, {line: [seconds[line] for seconds in times] for line in _LINES})
 
     machines = [x for x in sorted({*_MACHINES, n}) if x * m <= shape.seq_len]
     lengths = [x for x in (round(shape.seq_len * f) for f in _FACTORS) if x >= cluster.world_size]
@@ -70,20 +70,18 @@ def _at_rate(cluster: Cluster, gbps: float) -> Cluster:
 
 
 def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, float | None]:
-    found = rank(cluster, shape, transport=transport)
-    timed = [
-        (candidate.name, candidate.predicted.seconds) for candidate in found.layouts if candidate.predicted is not None
-    ]
+    ranking = rank(cluster, shape, transport=transport)
+    timed = [(ranked.name, ranked.predicted.seconds) for ranked in ranking.layouts if ranked.predicted is not None]
     paper = paper_layout(cluster.num_machines, cluster.ranks_per_machine, gcd(shape.heads, shape.kv_heads))
 
-    by_rule = TorusVariant(layout=paper, pattern=PATTERN_OF[transport])
+    paper_variant = TorusVariant(layout=paper, pattern=PATTERN_OF[transport])
 
     def fastest(matches: Callable[[str], bool]) -> float | None:
         return min((seconds for name, seconds in timed if matches(name)), default=None)
 
     return {
         "torus, best layout": fastest(lambda name: name == "torus"),
-        "torus, paper's rule": predict(cluster, shape, by_rule).seconds,
+        "torus, paper's rule": predict(cluster, shape, paper_variant).seconds,
         "xDiT's USP": fastest(lambda name: name.startswith("usp-")),
         "xDiT's best": fastest(lambda name: name != "torus"),
     }
@@ -91,7 +89,7 @@ def _lines(cluster: Cluster, shape: CallShape, transport: str) -> dict[str, floa
 
 def crossings(sweep: Sweep) -> list[tuple[float, float]]:
     """(at, seconds) where torus's best layout and xDiT's best are equally fast, interpolated in logarithms. Pure."""
-    found = []
+    points = []
     ours, theirs = sweep.seconds["torus, best layout"], sweep.seconds["xDiT's best"]
     for n in range(1, len(sweep.at)):
         ends = ours[n - 1], theirs[n - 1], ours[n], theirs[n]
@@ -101,8 +99,8 @@ def crossings(sweep: Sweep) -> list[tuple[float, float]]:
         if (a - b) * (c - d) < 0:
             part = (a - b) / (a - b - (c - d))
             low, high = math.log(sweep.at[n - 1]), math.log(sweep.at[n])
-            found.append((math.exp(low + part * (high - low)), math.exp(a + part * (c - a))))
-    return found
+            points.append((math.exp(low + part * (high - low)), math.exp(a + part * (c - a))))
+    return points
 
 
 def _panel(sweep: Sweep) -> Panel:
@@ -114,12 +112,12 @@ def _panel(sweep: Sweep) -> Panel:
             if known:
                 style = "--" if line in ("torus, paper's rule", "xDiT's USP") else "-"
                 axes.plot(*zip(*known, strict=True), style, marker=".", color=colour, label=line)
-        axes.axvline(sweep.here, color="#A0A0A0", linewidth=1, linestyle=":", label="requested")
+        axes.axvline(sweep.requested, color="#A0A0A0", linewidth=1, linestyle=":", label="requested")
         for at, seconds in crossings(sweep):
             axes.plot(at, seconds * 1e3, "o", color="#202020", fillstyle="none")
             axes.annotate(f"{at:,.3g}", (at, seconds * 1e3), xytext=(6, 6), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", yscale="log", xlabel=sweep.label, ylabel="ms per attention call")
-        for axis in (axes.xaxis, axes.yaxis):  # no powers of ten
+        for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_formatter(NullFormatter())
         axes.set_xticks([*sweep.at[::2]], [f"{at:,.3g}" if at < 1000 else f"{at:,.0f}" for at in sweep.at[::2]])

@@ -1,4 +1,4 @@
-"""Time of a put over shared memory: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
+"""Measures the time of a put over shared memory: ``torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts``.
 
 Rank 0 puts a round of chunks into rank 1's window and raises the flags, as in an attention call. In every other round
 it copies the same bytes within its own memory instead. Rank 1 clears its window after every round, so all rounds start
@@ -37,14 +37,14 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
     rows = []
     for size in sizes:
         source = torch.ones(chunks, size, dtype=torch.uint8)
-        nothing, own = source[0, :0], torch.zeros_like(source)
+        empty, own = source[0, :0], torch.zeros_like(source)
         parcels = [Parcel((source[n],), source.dtype, 1, n, n * size) for n in range(chunks)]
         seconds: dict[str, list[float]] = {"put": [], "copy": []}
         for number in range(repeat + _WARMUP):
             for kind, times in seconds.items():
                 window = link.begin()
                 if rank == 0:
-                    link.exchange(0, [], [Parcel((nothing,), source.dtype, 1, 0)]).wait()  # rank 1 is ready
+                    link.exchange(0, [], [Parcel((empty,), source.dtype, 1, 0)]).wait()  # wait until rank 1 is ready
                     started = time.perf_counter()
                     if kind == "put":
                         link.exchange(1, parcels, [])
@@ -55,9 +55,9 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
                     if number >= _WARMUP:
                         times.append((ended - started) / chunks)
                     if kind == "copy":
-                        link.exchange(1, [Parcel((nothing,), source.dtype, 1, n) for n in range(chunks)], [])
+                        link.exchange(1, [Parcel((empty,), source.dtype, 1, n) for n in range(chunks)], [])
                 else:
-                    link.exchange(0, [Parcel((nothing,), source.dtype, 0, 0)], [])
+                    link.exchange(0, [Parcel((empty,), source.dtype, 0, 0)], [])
                     link.exchange(1, [], [Parcel((window,), source.dtype, 0, n) for n in range(chunks)]).wait()
                     if kind == "put":
                         assert bool(window[: chunks * size].all()), "a chunk is missing"

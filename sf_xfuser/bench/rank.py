@@ -1,6 +1,6 @@
 """The rank side of ``sf-xfuser bench``: runs cases on the ranks of this job.
 
-Every rank of an emulated cluster runs ``python -m sf_xfuser.bench.rank ORDER.json``. Under torchrun the ``bench``
+Every rank of an emulated cluster runs ``python -m sf_xfuser.bench.rank JOB.json``. Under torchrun the ``bench``
 command calls :func:`run` or :func:`run_pipeline` itself.
 """
 
@@ -29,12 +29,12 @@ from sf_xfuser.integrations.xdit import plugin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionOrder:
+class AttentionOptions:
     """The attention calls to measure.
 
-    ``variants``: names, None for the default ones. Each variant gets ``repeat`` timed calls after ``warmup`` untimed
-    ones. ``emulated``: on an emulated cluster, where ranks set the rate of links and count bytes. ``predict``: also
-    calibrate the simulator and predict each variant's time.
+    ``variants``: names; None for the default variants. Each makes ``warmup`` untimed calls, then ``repeat`` timed ones.
+    ``emulated``: the cluster is emulated, so ranks set the rate of links and count bytes. ``predict``: also calibrate
+    the simulator and predict each variant's time.
     """
 
     cases: tuple[Case, ...]
@@ -48,36 +48,35 @@ class AttentionOrder:
     predict: bool = False
 
 
-def run(order: AttentionOrder, done: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
-    """Measure every case. Collective. Rank 0 calls ``done(rows, timelines)`` after each case.
+def run(options: AttentionOptions, on_results: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
+    """Measure every case. Collective. Rank 0 calls ``on_results(rows, timelines)`` after each case.
 
     Starts and destroys torch.distributed's default group.
     """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device((launch_environment().local_rank or 0) % torch.cuda.device_count())
-    if usp_variants.available() is None:
+    if usp_variants.unavailable() is None:
         plugin.enable()  # before the first group, so that all groups of a CPU share one event loop
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=order.timeout_s))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=options.timeout_s))
     try:
-        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=order.timeout_s))
-        for case in order.cases:
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.timeout_s))
+        for case in options.cases:
             if dist.get_world_size() != case.world_size:
                 raise ValueError(f"case {case.id} needs {case.world_size} ranks, the job has {dist.get_world_size()}")
-            measurement = Measurement(order, case, control, cuda)
+            measurement = Measurement(options, case, control, cuda)
             rows, timelines = measurement.run()
             measurement.close()
             if dist.get_rank() == 0:
-                done(rows, timelines)
+                on_results(rows, timelines)
         dist.barrier(control)
     finally:
         dist.destroy_process_group()
 
 
 def run_pipeline(options: PipelineOptions, case: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of whole denoising steps, on rank 0. Collective. Makes the model if its name is in ``MODELS``."""
-    missing = usp_variants.available()
-    if missing is not None:
+    """Rows of whole denoising steps, on rank 0. Collective. Creates the model if its name is in ``MODELS``."""
+    if (missing := usp_variants.unavailable()) is not None:
         raise ValueError(f"--pipeline needs xDiT: {missing}")
     with ExitStack() as stack:
         if (tiny := MODELS.get(options.model)) is not None:
@@ -94,24 +93,24 @@ def run_pipeline(options: PipelineOptions, case: Mapping[str, Any]) -> list[dict
 
 
 def main() -> None:
-    """Rank 0 rewrites ``ORDER.rows`` after each case, so a failure does not lose earlier results."""
+    """Rank 0 rewrites ``JOB.rows`` after each case, so a failure does not lose earlier results."""
     path = Path(sys.argv[1])
-    order = json.loads(path.read_text())
+    job = json.loads(path.read_text())
     rows: list[dict[str, Any]] = []
     timelines: list[dict[str, Any]] = []
 
-    def done(new_rows: list[dict[str, Any]], new_timelines: list[dict[str, Any]]) -> None:
+    def add_results(new_rows: list[dict[str, Any]], new_timelines: list[dict[str, Any]]) -> None:
         rows.extend(new_rows)
         timelines.extend(new_timelines)
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps({"rows": rows, "timelines": timelines}))
         partial.replace(path.with_suffix(".rows"))
 
-    if "pipeline" in order:
-        if found := run_pipeline(PipelineOptions(**order["pipeline"]), order["case"]):
-            done(found, [])
+    if "pipeline" in job:
+        if results := run_pipeline(PipelineOptions(**job["pipeline"]), job["case"]):
+            add_results(results, [])
     else:
-        run(AttentionOrder(**order | {"cases": tuple(Case(**case) for case in order["cases"])}), done)
+        run(AttentionOptions(**job | {"cases": tuple(Case(**case) for case in job["cases"])}), add_results)
 
 
 if __name__ == "__main__":

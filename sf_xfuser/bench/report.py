@@ -1,9 +1,9 @@
-"""The rows of a benchmark as tables and as a summary.
+"""Formats the rows of a benchmark as tables and a summary.
 
 The reports compare the variant ``torus`` with xDiT's USP (the faster of the ``usp-*`` variants) and with the fastest of
-xDiT's variants; they list every other variant in the order of the rows. A value that is missing, null or not finite is
-shown as an en dash. MB is 10^6 bytes. The dB beside an error are the peak signal-to-noise ratio of the latents against
-those of the uncompressed run.
+xDiT's variants; other variants are listed in the order of the rows. Missing, null and non-finite values appear as an en
+dash. MB is 10^6 bytes. A value in dB next to an error is the peak signal-to-noise ratio of the latents against those of
+the uncompressed run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ COLUMNS = ("variant", "layout", "median ms", "spread ms", "first ms", "exposed m
            "eff. %", "vs USP", "vs best xDiT")  # fmt: skip
 GRID_COLUMNS = ("case", "torus ms", "USP ms", "best xDiT", "best xDiT ms", "vs USP", "vs best xDiT", "eff. %",
                 "bound by")  # fmt: skip
-_STYLES = {"ok": "", "skipped": "dim"}  # of a table line by status; red for all others
+_STYLES = {"ok": "", "skipped": "dim"}  # of a table row, by status; other statuses are red
 
 
 def console(width: int = 150) -> Console:
-    """Standard output; ``width`` columns where it is not a terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=width)
+    """Standard output, ``width`` columns wide if it is not a terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=width)
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -45,25 +45,25 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return cases
 
 
-def number(value: object) -> float | None:
+def finite(value: object) -> float | None:
     """``value`` as a float; None if it is missing, NaN or infinite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def shown(value: object, scale: float = 1.0, suffix: str = "") -> str:
+def fmt(value: object, scale: float = 1.0, suffix: str = "") -> str:
     """``value * scale`` with about three digits, or an en dash."""
-    plain = number(value)
-    if plain is None:
+    scaled = finite(value)
+    if scaled is None:
         return DASH
-    plain *= scale
-    size = abs(plain)
-    return (f"{plain:#.3g}" if size < 1 else f"{plain:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}") + suffix
+    scaled *= scale
+    size = abs(scaled)
+    return (f"{scaled:#.3g}" if size < 1 else f"{scaled:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}") + suffix
 
 
-def times(ratio: object) -> str:
+def fmt_ratio(ratio: object) -> str:
     """``ratio`` as ``1.80x``, or an en dash."""
-    plain = number(ratio)
-    return DASH if plain is None else f"{plain:.2f}x"
+    value = finite(ratio)
+    return DASH if value is None else f"{value:.2f}x"
 
 
 def succeeded(row: Row | None) -> bool:
@@ -71,13 +71,13 @@ def succeeded(row: Row | None) -> bool:
 
 
 def reason(row: Row) -> str:
-    """The reason why a row has no numbers."""
+    """Why a row has no numbers."""
     return f"{row.get('status', 'failed')}: {row.get('reason') or 'no reason given'}"
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
     """The successful row with the lowest median."""
-    timed = [row for row in rows if succeeded(row) and number(row.get("median_s")) is not None]
+    timed = [row for row in rows if succeeded(row) and finite(row.get("median_s")) is not None]
     return min(timed, key=lambda row: float(row["median_s"]), default=None)
 
 
@@ -101,56 +101,56 @@ def best_xdit_row(rows: Iterable[Row]) -> Row | None:
 
 def peak(row: Row | None) -> float | None:
     """Peak activation memory over all ranks, in bytes."""
-    known = [size for size in map(number, (row or {}).get("peak_bytes") or ()) if size is not None]
+    known = [size for size in map(finite, (row or {}).get("peak_bytes") or ()) if size is not None]
     return max(known, default=None)
 
 
 def spread(row: Row) -> tuple[float | None, float | None]:
     """The quartiles; minimum and maximum where the row has no quartiles."""
-    low, high = number(row.get("q1_s")), number(row.get("q3_s"))
-    return (number(row.get("min_s")), number(row.get("max_s"))) if low is None or high is None else (low, high)
+    low, high = finite(row.get("q1_s")), finite(row.get("q3_s"))
+    return (finite(row.get("min_s")), finite(row.get("max_s"))) if low is None or high is None else (low, high)
 
 
 def bytes_out(row: Row) -> float | None:
-    """Measured bytes sent to other machines, by the machine that sends most."""
-    sent = (sum(number(size) or 0.0 for to, size in enumerate(line) if to != machine)
+    """Measured bytes that the busiest machine sends to others."""
+    sent = (sum(finite(size) or 0.0 for to, size in enumerate(line) if to != machine)
             for machine, line in enumerate(row.get("wire_bytes") or ()))  # fmt: skip
     return max(sent, default=None)
 
 
 def bound(rows: Sequence[Row]) -> tuple[float | None, str]:
-    """Lower bound of a case's time and what sets it, ``"compute"`` or ``"wire"``; torus's bound if it has one."""
+    """Lower bound of a case's time and its limit, ``"compute"`` or ``"wire"``; prefers the bound of torus."""
     for row in sorted(rows, key=lambda row: row["variant"] != SUBJECT):
-        seconds = number(row.get("bound_s"))
+        seconds = finite(row.get("bound_s"))
         if succeeded(row) and seconds is not None:
-            compute, wire = number(row.get("bound_compute_s")), number(row.get("bound_wire_s"))
+            compute, wire = finite(row.get("bound_compute_s")), finite(row.get("bound_wire_s"))
             return seconds, "wire" if (wire or 0.0) > (compute or 0.0) else "compute"
     return None, DASH
 
 
 def bound_text(rows: Sequence[Row]) -> str:
-    seconds, binder = bound(rows)
-    return "no lower bound" if seconds is None else f"lower bound {shown(seconds, 1e3)} ms, set by {binder}"
+    seconds, limit = bound(rows)
+    return "no lower bound" if seconds is None else f"lower bound {fmt(seconds, 1e3)} ms, set by {limit}"
 
 
 def cells(row: Row) -> list[str]:
-    """A successful row as one text per column of ``COLUMNS``."""
+    """The cells of a successful row, one per column of ``COLUMNS``."""
     low, high = spread(row)
-    error, psnr_db = number(row.get("max_abs_error")), number(row.get("psnr_db"))
+    error, psnr_db = finite(row.get("max_abs_error")), finite(row.get("psnr_db"))
     noise = "" if psnr_db is None else f" ({psnr_db:.1f} dB)"
     return [
         row["variant"],
         row.get("layout") or DASH,
-        shown(row.get("median_s"), 1e3),
-        DASH if low is None or high is None else f"{shown(low, 1e3)}..{shown(high, 1e3)}",
-        shown(row.get("first_call_s"), 1e3),
-        shown(row.get("exposed_s"), 1e3),
-        shown(peak(row), 1e-6),
-        shown(bytes_out(row), 1e-6),
+        fmt(row.get("median_s"), 1e3),
+        DASH if low is None or high is None else f"{fmt(low, 1e3)}..{fmt(high, 1e3)}",
+        fmt(row.get("first_call_s"), 1e3),
+        fmt(row.get("exposed_s"), 1e3),
+        fmt(peak(row), 1e-6),
+        fmt(bytes_out(row), 1e-6),
         DASH if error is None else f"{error:.1e}{noise}",
-        shown(row.get("efficiency"), 1e2),
-        times(row.get("ratio_to_usp")),
-        times(row.get("ratio_to_best_xdit")),
+        fmt(row.get("efficiency"), 1e2),
+        fmt_ratio(row.get("ratio_to_usp")),
+        fmt_ratio(row.get("ratio_to_best_xdit")),
     ]
 
 
@@ -166,22 +166,22 @@ def table(rows: Sequence[Row]) -> Table:
 def matrix_table(row: Row) -> Table:
     """Measured MB per call between machines."""
     matrix = row.get("wire_bytes") or []
-    lines = [[f"from {machine}", *(shown(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)]
+    lines = [[f"from {machine}", *(fmt(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)]
     columns = ["machine", *(f"to {machine}" for machine in range(len(matrix)))]
     return _table(columns, lines, left=1, title=f"{row['variant']}, MB sent")
 
 
 def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
-    """One line per case, with one text per column of ``GRID_COLUMNS``."""
+    """One line per case, with one cell per column of ``GRID_COLUMNS``."""
     lines = []
-    for case, of_case in by_case(rows).items():
-        torus, usp, xdit = variant_row(of_case, SUBJECT), usp_row(of_case) or {}, best_xdit_row(of_case) or {}
+    for case, case_rows in by_case(rows).items():
+        torus, usp, xdit = variant_row(case_rows, SUBJECT), usp_row(case_rows) or {}, best_xdit_row(case_rows) or {}
         measured = torus if torus is not None and succeeded(torus) else {}
         missing = DASH if torus is None else str(torus.get("status", "failed"))
         lines.append([
-            case, shown(measured.get("median_s"), 1e3) if measured else missing, shown(usp.get("median_s"), 1e3),
-            xdit.get("variant", DASH), shown(xdit.get("median_s"), 1e3), times(measured.get("ratio_to_usp")),
-            times(measured.get("ratio_to_best_xdit")), shown(measured.get("efficiency"), 1e2), bound(of_case)[1],
+            case, fmt(measured.get("median_s"), 1e3) if measured else missing, fmt(usp.get("median_s"), 1e3),
+            xdit.get("variant", DASH), fmt(xdit.get("median_s"), 1e3), fmt_ratio(measured.get("ratio_to_usp")),
+            fmt_ratio(measured.get("ratio_to_best_xdit")), fmt(measured.get("efficiency"), 1e2), bound(case_rows)[1],
         ])  # fmt: skip
     return lines
 
@@ -199,30 +199,30 @@ def markdown_table(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Torus over all cases, as JSON data; None for values that no case gives.
+    """Torus over all cases, as JSON data. Values without data are None.
 
-    ``cases``: how many. ``without_torus``: ids of the cases where torus has no result. ``vs_usp``, ``vs_best_xdit``:
+    ``cases``: their number. ``without_torus``: ids of the cases without a torus result. ``vs_usp``, ``vs_best_xdit``:
     ``cases`` compared, ``geometric_mean``, ``best``, ``worst`` and ``slower`` (all below 1). ``peak_vs_usp``,
-    ``peak_vs_ulysses``: the case with the largest ratio of peak memory. ``wire_deviation``: the row whose measured
-    bytes deviate most from the formula, relative to the formula.
+    ``peak_vs_ulysses``: the case with the largest ratio of peak memory. ``wire_deviation``: the row with the
+    largest relative deviation of its measured bytes from the formula.
     """
     cases = by_case(rows)
-    torus = {case: row for case, of in cases.items() if (row := variant_row(of, SUBJECT)) and succeeded(row)}
-    efficiencies = [value for row in torus.values() if (value := number(row.get("efficiency"))) is not None]
+    torus = {case: row for case, group in cases.items() if (row := variant_row(group, SUBJECT)) and succeeded(row)}
+    efficiencies = [value for row in torus.values() if (value := finite(row.get("efficiency"))) is not None]
     deviations: list[dict[str, Any]] = []
     for row in filter(succeeded, rows):
-        formula, measured = number(row.get("formula_bytes")), bytes_out(row)
+        formula, measured = finite(row.get("formula_bytes")), bytes_out(row)
         if formula and measured is not None:
             deviation = measured / formula - 1
             deviations.append({"case": row["case"]["id"], "variant": row["variant"], "deviation": deviation})
-    ulysses = {case: variant_row(of, "ulysses") for case, of in cases.items()}
+    ulysses = {case: variant_row(case_rows, "ulysses") for case, case_rows in cases.items()}
     return {
         "cases": len(cases),
         "without_torus": [case for case in cases if case not in torus],
         "median_efficiency": statistics.median(efficiencies) if efficiencies else None,
         "vs_usp": _ratios(torus, "ratio_to_usp"),
         "vs_best_xdit": _ratios(torus, "ratio_to_best_xdit"),
-        "peak_vs_usp": _largest_peak_ratio(torus, {case: usp_row(of) for case, of in cases.items()}),
+        "peak_vs_usp": _largest_peak_ratio(torus, {case: usp_row(case_rows) for case, case_rows in cases.items()}),
         "peak_vs_ulysses": _largest_peak_ratio(torus, ulysses),
         "wire_deviation": max(deviations, key=lambda item: abs(item["deviation"]), default=None),
     }
@@ -234,20 +234,20 @@ def summary_cells(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("cases", f"{summary['cases']}" + (f"; no torus result in {', '.join(missing)}" if missing else ""))]
     for key, other in (("vs_usp", "USP"), ("vs_best_xdit", "best xDiT")):
         ratios = summary[key]
-        slower = ", ".join(map(_at, ratios["slower"])) or "none"
+        slower = ", ".join(map(_fmt_case, ratios["slower"])) or "none"
         lines += [
-            (f"vs {other}, geometric mean of {ratios['cases']}", times(ratios["geometric_mean"])),
-            (f"vs {other}, best", _at(ratios["best"])),
-            (f"vs {other}, worst", _at(ratios["worst"])),
+            (f"vs {other}, geometric mean of {ratios['cases']}", fmt_ratio(ratios["geometric_mean"])),
+            (f"vs {other}, best", _fmt_case(ratios["best"])),
+            (f"vs {other}, worst", _fmt_case(ratios["worst"])),
             (f"vs {other}, slower in", f"{len(ratios['slower'])} of {ratios['cases']}: {slower}"),
         ]
     deviation = summary["wire_deviation"]
     by = deviation and f"{deviation['deviation']:+.2%} ({deviation['variant']}, {deviation['case']})"
     return [
         *lines,
-        ("median efficiency", shown(summary["median_efficiency"], 1e2, " %")),
-        ("peak memory vs USP, largest", _at(summary["peak_vs_usp"])),
-        ("peak memory vs Ulysses, largest", _at(summary["peak_vs_ulysses"])),
+        ("median efficiency", fmt(summary["median_efficiency"], 1e2, " %")),
+        ("peak memory vs USP, largest", _fmt_case(summary["peak_vs_usp"])),
+        ("peak memory vs Ulysses, largest", _fmt_case(summary["peak_vs_ulysses"])),
         ("bytes vs formula, worst", by or DASH),
     ]
 
@@ -259,32 +259,32 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
     """Accuracy of the simulator's times, as JSON data; None if no row has a prediction.
 
-    ``variants``: rows compared. ``median_error``: of abs(predicted / measured - 1). ``worst``: the row whose ratio is
-    farthest from 1. ``pairs``: variants of one case whose medians differ by more than 10 %. ``wrong_order``: the pairs
-    that are predicted in the opposite order, the slower one first.
+    ``variants``: rows compared. ``median_error``: median of abs(predicted / measured - 1). ``worst``: the row with the
+    ratio farthest from 1. ``pairs``: number of pairs of variants of one case with medians over 10 % apart.
+    ``wrong_order``: the pairs predicted in the opposite order, the slower variant first.
     """
-    found: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
     pairs = 0
-    for case, of_case in by_case(rows).items():
+    for case, case_rows in by_case(rows).items():
         known = [
             (row["variant"], median, predicted)
-            for row in filter(succeeded, of_case)
-            if (median := number(row.get("median_s"))) and (predicted := number(row.get("predicted_s")))
+            for row in filter(succeeded, case_rows)
+            if (median := finite(row.get("median_s"))) and (predicted := finite(row.get("predicted_s")))
         ]
-        found += [{"case": case, "variant": name, "ratio": predicted / median} for name, median, predicted in known]
+        ratios += [{"case": case, "variant": name, "ratio": predicted / median} for name, median, predicted in known]
         for pair in combinations(known, 2):
             fast, slow = sorted(pair, key=lambda variant: variant[1])
             if slow[1] > fast[1] * 1.1:
                 pairs += 1
                 if slow[2] <= fast[2]:
                     wrong.append({"case": case, "variants": [slow[0], fast[0]], "ratio": slow[1] / fast[1]})
-    if not found:
+    if not ratios:
         return None
     return {
-        "variants": len(found),
-        "median_error": statistics.median(abs(item["ratio"] - 1) for item in found),
-        "worst": max(found, key=lambda item: abs(item["ratio"] - 1)),
+        "variants": len(ratios),
+        "median_error": statistics.median(abs(item["ratio"] - 1) for item in ratios),
+        "worst": max(ratios, key=lambda item: abs(item["ratio"] - 1)),
         "pairs": pairs,
         "wrong_order": wrong,
     }
@@ -297,14 +297,14 @@ def prediction_table(rows: Sequence[Row]) -> Table | None:
         return None
     lines = []
     for row in rows:
-        if succeeded(row) and number(row.get("predicted_s")) is not None:
+        if succeeded(row) and finite(row.get("predicted_s")) is not None:
             measured_s, predicted_s = row["median_s"], row["predicted_s"]
-            seconds = shown(measured_s, 1e3), shown(predicted_s, 1e3)
-            lines.append([row["variant"], row["case"]["id"], *seconds, times(predicted_s / measured_s)])
+            seconds = fmt(measured_s, 1e3), fmt(predicted_s, 1e3)
+            lines.append([row["variant"], row["case"]["id"], *seconds, fmt_ratio(predicted_s / measured_s)])
     worst, wrong = accuracy["worst"], accuracy["wrong_order"]
     caption = (
-        f"median error {shown(accuracy['median_error'], 1e2, ' %')} over {accuracy['variants']} rows, worst "
-        f"{times(worst['ratio'])} ({worst['variant']}, {worst['case']}); order wrong in {len(wrong)} of "
+        f"median error {fmt(accuracy['median_error'], 1e2, ' %')} over {accuracy['variants']} rows, worst "
+        f"{fmt_ratio(worst['ratio'])} ({worst['variant']}, {worst['case']}); order wrong in {len(wrong)} of "
         f"{accuracy['pairs']} pairs that differ by over 10 %"
     )
     return _table(("variant", "case", "measured ms", "predicted ms", "ratio"), lines, left=2, caption=caption)
@@ -314,7 +314,7 @@ def _table(
     columns: Sequence[str], lines: Sequence[Sequence[str]], left: int, styles: Sequence[str] = (), title: str = "",
     caption: str = "",
 ) -> Table:  # fmt: skip
-    """The first ``left`` columns hold text, the others numbers. A narrow terminal does not shorten the first column."""
+    """The first ``left`` columns hold text, the others numbers. The first column is never shortened."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     result.title, result.caption = Text(title) if title else None, Text(caption) if caption else None
     for n, name in enumerate(columns):
@@ -329,16 +329,16 @@ def _table(
 
 
 def _ratios(torus: Mapping[str, Row], key: str) -> dict[str, Any]:
-    found: list[dict[str, Any]] = [
-        {"case": case, "ratio": ratio} for case, row in torus.items() if (ratio := number(row.get(key)))
+    ratios: list[dict[str, Any]] = [
+        {"case": case, "ratio": ratio} for case, row in torus.items() if (ratio := finite(row.get(key)))
     ]
-    found.sort(key=lambda item: float(item["ratio"]))
+    ratios.sort(key=lambda item: float(item["ratio"]))
     return {
-        "cases": len(found),
-        "geometric_mean": statistics.geometric_mean(item["ratio"] for item in found) if found else None,
-        "best": found[-1] if found else None,
-        "worst": found[0] if found else None,
-        "slower": [item for item in found if item["ratio"] < 1],
+        "cases": len(ratios),
+        "geometric_mean": statistics.geometric_mean(item["ratio"] for item in ratios) if ratios else None,
+        "best": ratios[-1] if ratios else None,
+        "worst": ratios[0] if ratios else None,
+        "slower": [item for item in ratios if item["ratio"] < 1],
     }
 
 
@@ -351,5 +351,5 @@ def _largest_peak_ratio(torus: Mapping[str, Row], others: Mapping[str, Row | Non
     return max(ratios, key=lambda item: item["ratio"], default=None)
 
 
-def _at(item: Mapping[str, Any] | None) -> str:
-    return DASH if item is None else f"{times(item['ratio'])} ({item['case']})"
+def _fmt_case(item: Mapping[str, Any] | None) -> str:
+    return DASH if item is None else f"{fmt_ratio(item['ratio'])} ({item['case']})"

@@ -1,4 +1,4 @@
-"""Timelines of one call: split into rows that do not overlap, compared, and written and read as Chrome traces.
+"""Timelines of one call: splits them into rows without overlap, compares them, and writes and reads Chrome traces.
 
 A timeline is plain data: ``case``, ``variant``, ``duration_s`` and ``ranks``, each with ``rank``, ``machine`` and
 ``spans`` (``link``, ``name``, ``start_s``, ``end_s``, ``bytes``).
@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sf_xfuser.bench.deprecated import upgraded
+from sf_xfuser.bench.deprecated import upgrade
 
 Span = Mapping[str, Any]
 
 
 def without_overlap(spans: Iterable[Span]) -> list[list[Span]]:
-    """The spans in as few lists as possible, so that no two spans of a list overlap."""
+    """Split the spans into as few lists as possible without overlapping spans in a list."""
     rows: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: (span["start_s"], span["end_s"])):
         free = next((row for row in rows if row[-1]["end_s"] <= span["start_s"]), None)
@@ -35,27 +35,27 @@ def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     pid = 0
 
-    def name(kind: str, pid: int, tid: int, text: str) -> None:
+    def add_name(kind: str, pid: int, tid: int, text: str) -> None:
         events.append({"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": text}})
         order = {"sort_index": tid if kind == "thread" else pid}
         events.append({"ph": "M", "name": f"{kind}_sort_index", "pid": pid, "tid": tid, "args": order})
 
-    for timeline in upgraded(document).get("timelines") or ():
+    for timeline in upgrade(document).get("timelines") or ():
         for machine in sorted({rank["machine"] for rank in timeline["ranks"]}):
             pid, tid = pid + 1, 0
-            name("process", pid, tid, f"{timeline['variant']} machine {machine}: {timeline['case']}")
+            add_name("process", pid, tid, f"{timeline['variant']} machine {machine}: {timeline['case']}")
             for rank in (rank for rank in timeline["ranks"] if rank["machine"] == machine):
                 for link in dict.fromkeys(span["link"] for span in rank["spans"]):
                     rows = without_overlap(span for span in rank["spans"] if span["link"] == link)
                     for n, spans in enumerate(rows):
                         tid += 1
-                        name("thread", pid, tid, f"rank {rank['rank']} {link}" + (f" {n + 1}" if n else ""))
+                        add_name("thread", pid, tid, f"rank {rank['rank']} {link}" + (f" {n + 1}" if n else ""))
                         events += (_complete_event(span, pid, tid) for span in spans)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _complete_event(span: Span, pid: int, tid: int) -> dict[str, Any]:
-    """In microseconds, rounded to nanoseconds so that rounding makes no span end after the next one starts."""
+    """Times in microseconds. Rounding both ends to nanoseconds keeps consecutive spans from overlapping."""
     start, end = round(span["start_s"] * 1e6, 3), round(span["end_s"] * 1e6, 3)
     event = {"ph": "X", "name": span["name"], "cat": span["link"], "pid": pid, "tid": tid}
     return {**event, "ts": start, "dur": round(end - start, 3), "args": {"bytes": span.get("bytes", 0)}}
@@ -82,12 +82,12 @@ def from_chrome_trace(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def side_by_side(measured: Mapping[str, Any], predicted: Mapping[str, Any]) -> dict[str, Any]:
-    """One timeline with both: the measured ranks, then the predicted ones."""
+    """One timeline of the measured ranks, followed by the predicted ranks."""
     width = len(str(len(predicted["ranks"]) - 1))
     ranks = [
-        {**found, "rank": f"{found['rank']:0{width}} {word}"}
-        for timeline, word in ((measured, "measured"), (predicted, "predicted"))
-        for found in timeline["ranks"]
+        {**rank, "rank": f"{rank['rank']:0{width}} {label}"}
+        for timeline, label in ((measured, "measured"), (predicted, "predicted"))
+        for rank in timeline["ranks"]
     ]
     return {
         "case": measured["case"],

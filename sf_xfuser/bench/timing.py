@@ -1,4 +1,4 @@
-"""Timing and checking of device kernels, for ``bench.gpu``: variants take turns, caches are flushed between them."""
+"""Timing and checking of device kernels, for ``bench.gpu``: variants alternate, and caches are flushed between them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sf_xfuser.kernels.fused import HEAD_SIZES
 Variants = dict[str, Callable[[], object]]
 Row = dict[str, Any]
 
-_ERRORS = 2.0  # allowed error relative to the library's
+_ERROR_FACTOR = 2.0  # allowed error relative to the library's
 _SAMPLED = 64  # rows of each head to compare with float64
 _FLUSH_BYTES = 256 << 20  # more than the last-level cache of any GPU
-_AHEAD_CYCLES = 10_000_000  # the GPU sleeps while the host enqueues, so that it does not wait for the host later
+_SLEEP_CYCLES = 10_000_000  # GPU sleep before each run, so that the host enqueues ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Tokens of all ranks for each part; ``pieces`` combines each number of query tokens with each of key tokens."""
+    """Tokens of all ranks, by part. ``pieces``: numbers of query and of key tokens; every pair is measured."""
 
     chunking: int
     fused: int
@@ -50,8 +50,8 @@ SMOKE = Sizes(
 )  # fmt: skip
 
 
-class Wrong(RuntimeError):
-    """A wrong result, which is not timed."""
+class BadResult(RuntimeError):
+    """A kernel's result is wrong, so it is not timed."""
 
 
 class Bench:
@@ -73,7 +73,7 @@ class Bench:
         return self._alternate(variants, self._device_us)
 
     def host_us(self, variants: Variants) -> dict[str, list[float]]:
-        """Microseconds of the host until everything is enqueued."""
+        """Microseconds until the host has enqueued the run."""
         return self._alternate(variants, self._host_us)
 
     def _alternate(
@@ -92,7 +92,7 @@ class Bench:
             return self._host_us(work)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self._flushed.zero_()
-        torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
@@ -118,29 +118,29 @@ def summary(us: Sequence[float]) -> Row:
 
 def libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
     """PyTorch's attention functions that support these tensors, by xDiT's names."""
-    found: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {}
+    supported: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {}
     for name in ("SDPA_FLASH",) if q.device.type == "cpu" else ("CUDNN", "SDPA_FLASH"):
         work = partial(SDPA[name], q, k, v, None)
         try:
             work()
         except RuntimeError:  # unsupported head size, dtype or GPU
             continue
-        found[name] = work
-    if not found:
-        raise Wrong(f"no attention library supports {tuple(q.shape)} {q.dtype}")
-    return found
+        supported[name] = work
+    if not supported:
+        raise BadResult(f"no attention library supports {tuple(q.shape)} {q.dtype}")
+    return supported
 
 
 def fastest(us: dict[str, list[float]], names: Sequence[str]) -> tuple[str, float]:
     """The name with the lowest median, and its median."""
     medians = {name: statistics.median(us[name]) for name in names}
-    name = min(medians, key=lambda each: medians[each])
+    name = min(medians, key=medians.__getitem__)
     return name, medians[name]
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, PyTorch fills new memory with NaN, which exposes elements that are never written."""
+    """Inside the block, PyTorch fills new memory with NaN, which exposes elements that are never written."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -154,17 +154,17 @@ def require_exact(
 ) -> float:
     """Compare ``got`` [B, H, S, D] with float64 on sampled rows, first and last included.
 
-    Returns the largest error relative to the allowed one. Raises ``Wrong`` above 1 and if an element is not finite.
+    Returns the largest error relative to the allowed one. Raises BadResult above 1 or if an element is not finite.
     """
     if not bool(got.isfinite().all()):
-        raise Wrong(f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite")
+        raise BadResult(f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite")
     rows = torch.randint(q.shape[2], (_SAMPLED,), device=q.device)
     rows[0], rows[1] = 0, q.shape[2] - 1
     scores = q[:, :, rows].double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
     exact = torch.softmax(scores, -1) @ v.double()
     ours, theirs = (float((x[:, :, rows].double() - exact).abs().max()) for x in (got, library))
     floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) / 2  # half a unit in the last place
-    found = ours / (_ERRORS * max(theirs, floor))
-    if found > 1:
-        raise Wrong(f"{what}: error {ours:.3g} against float64; the library has {theirs:.3g}")
-    return found
+    relative = ours / (_ERROR_FACTOR * max(theirs, floor))
+    if relative > 1:
+        raise BadResult(f"{what}: error {ours:.3g} against float64; the library has {theirs:.3g}")
+    return relative

@@ -1,4 +1,4 @@
-"""Tiny diffusion models with random weights: real diffusers pipelines in real model folders, made offline.
+"""Tiny diffusion models with random weights: real diffusers pipelines in real model folders, created offline.
 
 Each family consists of the classes of its published models (transformer, text encoders, tokenizers, VAE, scheduler)
 with few layers, saved with ``DiffusionPipeline.save_pretrained``. Diffusers and xDiT load such a folder like a real
@@ -68,7 +68,7 @@ def save_tiny_model(
     """Save the tiny pipeline of ``family`` (one of ``FAMILIES``) under ``folder`` and return that path.
 
     ``heads * head_dim`` is the width of the transformer, ``layers`` its number of blocks. flux and hunyuanvideo also
-    have ``single_layers`` blocks of one stream, by default as many as ``layers``. The same arguments give the same
+    have ``single_layers`` single-stream blocks, by default as many as ``layers``. The same arguments give the same
     weights; the caller's random state does not change. ``small_input.json`` in the folder contains
     ``SMALL_INPUT[family]``, for programs that know only the folder. Raises ValueError for an unknown family and for
     sizes that xDiT cannot split.
@@ -79,14 +79,14 @@ def save_tiny_model(
         raise ValueError(f"heads={heads}: use an even number, at least 4, so that 2 ranks can split them")
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"head_dim={head_dim}: use a multiple of 16, so that the rotary axes have even sizes")
-    if single_layers is not None and family not in _TWO_KINDS:
-        raise ValueError(f"single_layers={single_layers}: only {' and '.join(_TWO_KINDS)} have blocks of one stream")
+    if single_layers is not None and family not in _HYBRID:
+        raise ValueError(f"single_layers={single_layers}: only {' and '.join(_HYBRID)} have single-stream blocks")
     if min(layers, single_layers or 0) < 0 or layers + (single_layers or 0) < 1:
         raise ValueError(f"layers={layers}, single_layers={single_layers}: use at least 1 block")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         counts = (layers, layers if single_layers is None else single_layers)
-        pipeline = _BUILDERS[family](heads, head_dim, *counts[: 2 if family in _TWO_KINDS else 1])
+        pipeline = _BUILDERS[family](heads, head_dim, *counts[: 2 if family in _HYBRID else 1])
         unit_gain(pipeline.transformer)
     folder = Path(folder)
     pipeline.save_pretrained(folder)
@@ -97,7 +97,7 @@ def save_tiny_model(
 def unit_gain(transformer: torch.nn.Module) -> None:
     """Redraw the weights of linear and convolution layers with unit gain, in place.
 
-    With the default weights (a third of that variance, with such gates as well), the attention of a two-layer model
+    With the default weights (a third of that variance, also in the gates), the attention of a two-layer model
     changes the result by little more than rounding errors, and tests could not detect a wrong attention.
     """
     for module in transformer.modules():
@@ -260,7 +260,7 @@ def _wan(heads: int, head_dim: int, layers: int) -> diffusers.DiffusionPipeline:
     )
 
 
-_TWO_KINDS = ("flux", "hunyuanvideo")  # of block: two streams, then one
+_HYBRID = ("flux", "hunyuanvideo")  # families with single-stream blocks after the double-stream ones
 _BUILDERS: Mapping[str, Callable[..., diffusers.DiffusionPipeline]] = {
     "flux": _flux,
     "sd3": _sd3,
@@ -270,7 +270,7 @@ _BUILDERS: Mapping[str, Callable[..., diffusers.DiffusionPipeline]] = {
 }
 
 
-# ---- parts that several families share -------------------------------------------------------------------------------
+# ---- parts shared by several families -------------------------------------------------------------------------------
 
 
 def _rotary_axes(head_dim: int) -> tuple[int, int, int]:
@@ -402,7 +402,7 @@ def _learn_merges(splitter: Tokenizer, texts: list[str], num_merges: int, mark: 
     """The BPE merges of ``texts``, most frequent first, within the words of ``splitter``, which end in ``mark``.
 
     Ties are broken alphabetically. The trainer of the tokenizers library breaks them differently in every process, so
-    ranks that make their own models would get different tokens.
+    ranks that create their own models would get different tokens.
     """
     words: Counter[tuple[str, ...]] = Counter()
     for text in texts:
@@ -450,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=8, help="attention heads, an even number")
     parser.add_argument("--head-dim", type=int, default=16, help="size of one head, a multiple of 16")
     parser.add_argument("--layers", type=int, default=2, help="transformer blocks")
-    parser.add_argument("--single-layers", type=int, help="blocks of one stream (flux, hunyuanvideo); as --layers")
+    parser.add_argument("--single-layers", type=int, help="single-stream blocks (flux, hunyuanvideo); as --layers")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     options = parser.parse_args(arguments)
     try:

@@ -1,8 +1,8 @@
-"""xDiT's own attention call in any of its layouts, one call after the other in one process group.
+"""Calls xDiT's own attention in any of its layouts, all in one process group.
 
 ``XditGroups`` selects the layout around each call. Every call uses the attention function that xDiT registers for its
 attention backend (on a CPU: PyTorch's flash kernel): once without Ring, once per KV block with it, from PyTorch's ring
-template. ``attention_timer`` measures it there.
+template. ``attention_timer`` measures these calls.
 
 Importing this module needs no xfuser.
 """
@@ -26,7 +26,7 @@ from sf_xfuser.kernels import AttendFunction
 from sf_xfuser.layout.usp_layouts import XditConfig
 
 
-def available() -> str | None:
+def unavailable() -> str | None:
     """Why xDiT's variants cannot run in this installation; None if they can."""
     return plugin.unsupported()
 
@@ -41,8 +41,8 @@ def call_usp(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
 
     kv_repeat = query.shape[1] // key.shape[1]
     compact_kv = {"kv_head_repeat": kv_repeat} if kv_repeat > 1 else {}  # xDiT before 0.7 has no such parameter
-    xdits_own = inspect.unwrap(usp.USP)
-    out: torch.Tensor = xdits_own(query, key, value, dropout_p=0.0, is_causal=False, **compact_kv)
+    xdit_usp = inspect.unwrap(usp.USP)
+    out: torch.Tensor = xdit_usp(query, key, value, dropout_p=0.0, is_causal=False, **compact_kv)
     return out
 
 
@@ -70,7 +70,7 @@ def _start_xdit() -> None:
     if runtime_state.runtime_state_is_initialized():
         return
     init_distributed_environment()  # xDiT's world group, and torch.distributed where needed
-    # With Ring over all ranks, xDiT rejects attention backends whose partial results cannot be merged.
+    # With Ring over all ranks, xDiT rejects attention backends without mergeable partial results.
     args = xFuserArgs(model="none", ring_degree=dist.get_world_size())
     engine_config, _ = args.create_config()
     # Attention needs only the base class; its subclasses need a pipeline.
@@ -92,7 +92,7 @@ def registered_attention() -> AttendFunction:
 
 @contextmanager
 def attention_timer(callback: Callable[[float, float], None]) -> Iterator[None]:
-    """Inside, ``callback(start_s, end_s)`` (``time.perf_counter``) follows each call of xDiT's attention function.
+    """Inside the block, call ``callback(start_s, end_s)`` after each call of xDiT's attention function.
 
     It measures xDiT's USP, and Torus Attention under ``--sp-backend torus``. On an accelerator it measures the launch,
     not the kernel. xDiT must be running.

@@ -1,4 +1,4 @@
-"""The variants of an attention benchmark: every way to compute the call of one case across the same ranks."""
+"""The variants of an attention benchmark: all ways to compute one attention call on the same ranks."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ AUTO = "auto"
 UNSTAGED = "torus-unstaged"
 RELATIVE_ERROR = {"int8": 0.04, "fp8": 0.1}
 COMPRESSED = tuple(name for name in COMPRESSIONS if name != "none")
-_OURS = (("torus-no-overlap", "torus, waits for each transfer at once"), ("torus", "Torus Attention"))
+_OURS = (("torus-no-overlap", "torus, waits for each transfer before it continues"), ("torus", "Torus Attention"))
 
 
-def over(name: str) -> str:
-    """The variant that is torus over a named transport or with a compression format."""
+def torus_name(name: str) -> str:
+    """The name of the variant with this transport or compression format."""
     return f"torus-{name.replace('_', '-')}"
 
 
@@ -45,7 +45,7 @@ NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 NAMES = (
     SINGLE, ALONE, "usp-allgather", "usp-alltoall", "usp-ulysses", "ulysses", "ring-allgather", "ring-alltoall",
     "xdit-uUrR-ROTATION", "mapping", "mapping-allgather", "mapping-alltoall", "torus-no-overlap", "torus", UNSTAGED,
-    AUTO, *map(over, (*NAMED_TRANSPORTS, *COMPRESSED)),
+    AUTO, *map(torus_name, (*NAMED_TRANSPORTS, *COMPRESSED)),
 )  # fmt: skip
 
 
@@ -53,10 +53,10 @@ NAMES = (
 class Variant:
     """``call`` takes and returns this rank's [B,H,S,D]; it is None if the variant cannot run, because of ``reason``.
 
-    ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: sent to other machines by the machine that
-    sends most. ``mesh``: of a variant that can record a trace. ``relative_error``: allowed root mean square error of a
-    variant that compresses; None for rounding errors only. ``replayed``: what the simulator can predict. ``selector``:
-    the autotuner of ``auto``.
+    ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: bytes that the busiest machine sends to
+    others. ``mesh``: set for variants that can record a trace. ``relative_error``: allowed root mean square error of a
+    variant that compresses; None for rounding errors only. ``simulated``: its counterpart in the simulator, if any.
+    ``selector``: the autotuner of ``auto``.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Variant:
     formula_bytes: float | None = None
     mesh: Mesh | None = None
     relative_error: float | None = None
-    replayed: TorusVariant | XditConfig | None = None
+    simulated: TorusVariant | XditConfig | None = None
     selector: Selector | None = None
 
     def described(self) -> tuple[str, str]:
-        """(description, layout); of ``auto`` after its trials, with the selected candidate."""
+        """(description, layout); for ``auto``, with the candidate that its trials selected."""
         if self.selector is None or not self.selector.trials:
             return self.description, self.layout
         trial = next(iter(self.selector.trials.values()))
@@ -93,55 +93,54 @@ def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[s
         mesh = _mesh(case, args)
     except ValueError as error:
         reason = str(error)
-    if usp_variants.available() is None:  # registered_attention needs xDiT even if none of its layouts is legal
+    if usp_variants.unavailable() is None:  # registered_attention needs xDiT even if none of its layouts is legal
         usp_variants.make_groups([], ranks_per_machine=case.ranks_per_machine)
     xdit = _xdit_variants(case, mesh, names)
     if mesh is None:
         ours = [Variant(name=name, description=text, family="ours", reason=reason) for name, text in _OURS]
         return [variant for variant in (single, *xdit, *ours) if names is None or variant.name in names]
-    attend = sdpa_attend if usp_variants.available() else usp_variants.registered_attention()
+    attend = sdpa_attend if usp_variants.unavailable() else usp_variants.registered_attention()
     needs_torus = names is None or any(name in names for name, _ in _OURS)
-    if (
-        needs_torus and not mesh.transport_reason
-    ):  # a first call selects the transport, which torus-no-overlap uses as well
-        mine = case.tokens[mesh.position]
+    if needs_torus and not mesh.transport_reason:
+        # A first call selects the transport, which torus-no-overlap uses as well.
+        rows = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
-        _torus(case, mesh, True, attend)(*(torch.zeros(case.batch, h, mine, case.head_dim, dtype=dtype) for h in heads))
+        _torus(case, mesh, True, attend)(*(torch.zeros(case.batch, h, rows, case.head_dim, dtype=dtype) for h in heads))
     blocking = replace(mesh, links={link: _Blocking(t) for link, t in mesh.links.items()}, calls={}, transports={})
     formula = _torus_egress(case, mesh.layout) * _tensor_bytes(case)
     text = "the same attention on every rank, without communication"
     call = _alone(case, mesh, attend)
     alone = Variant(name=ALONE, description=text, family="reference", layout=str(mesh.layout), call=call)
     variants = [single, alone, *xdit]
-    for (name, text), used in zip(_OURS, (blocking, mesh), strict=True):
-        variants.append(_our_variant(name, text, case, used, attend, formula))
-    variants += _further_variants(case, args, attend, mesh.layout, names or ())
+    for (name, text), variant_mesh in zip(_OURS, (blocking, mesh), strict=True):
+        variants.append(_torus_variant(name, text, case, variant_mesh, attend, formula))
+    variants += _optional_variants(case, args, attend, mesh.layout, names or ())
     if not needs_torus:
         mesh.close()  # attention-alone needs only its layout
     return [variant for variant in variants if names is None or variant.name in (ALONE, *names)]
 
 
-def _further_variants(
+def _optional_variants(
     case: Case, args: TorusArgs, attend: AttendFunction, layout: Layout, names: Sequence[str]
 ) -> Iterator[Variant]:
     """The variants that are measured only on request."""
     formula = _torus_egress(case, layout) * _tensor_bytes(case)
     if UNSTAGED in names:
         text = "torus unstaged: all chunks, then one attention"
-        yield _variant(UNSTAGED, text, case, args, attend, formula)
+        yield _own_mesh_variant(UNSTAGED, text, case, args, attend, formula)
     if AUTO in names:
         yield _auto(case, args, attend)
     for name in NAMED_TRANSPORTS:
-        if over(name) in names:
+        if torus_name(name) in names:
             text = f"Torus Attention over {name}"
-            yield _variant(over(name), text, case, replace(args, transport=name), attend, formula)
+            yield _own_mesh_variant(torus_name(name), text, case, replace(args, transport=name), attend, formula)
     for name in COMPRESSED:
-        if over(name) in names:
+        if torus_name(name) in names:
             text = f"Torus Attention with Q, V and O in {name} between machines"
             packed = (case.head_dim + 4) / (case.head_dim * _itemsize(case))  # a byte per element, a scale per head
             fewer = _torus_egress(case, layout, packed) * _tensor_bytes(case)
-            variant = _variant(over(name), text, case, replace(args, compress=name), attend, fewer)
+            variant = _own_mesh_variant(torus_name(name), text, case, replace(args, compress=name), attend, fewer)
             yield replace(variant, relative_error=RELATIVE_ERROR[name])
 
 
@@ -151,7 +150,7 @@ def _mesh(case: Case, args: TorusArgs) -> Mesh:
     return build_mesh([group], args, heads=heads, kv_heads=kv_heads, max_imbalance=UNEVEN)
 
 
-def _our_variant(
+def _torus_variant(
     name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float
 ) -> Variant:
     unstaged = name == UNSTAGED
@@ -163,7 +162,7 @@ def _our_variant(
         call=_torus(case, mesh, not unstaged, attend),
         formula_bytes=formula,
         mesh=mesh,
-        replayed=TorusVariant(
+        simulated=TorusVariant(
             layout=mesh.layout,
             pattern="message" if mesh.transport == "two_sided" else "put",
             overlap=not any(isinstance(link, _Blocking) for link in mesh.links.values()),
@@ -172,7 +171,7 @@ def _our_variant(
     )
 
 
-def _variant(
+def _own_mesh_variant(
     name: str, description: str, case: Case, args: TorusArgs, attend: AttendFunction, formula: float
 ) -> Variant:
     """Torus in the same layout on its own mesh, with windows of the size that this variant needs."""
@@ -180,7 +179,7 @@ def _variant(
         mesh = _mesh(case, args)
     except (ValueError, TransportError) as error:
         return Variant(name=name, description=description, family="ours", reason=str(error))
-    return _our_variant(name, description, case, mesh, attend, formula)
+    return _torus_variant(name, description, case, mesh, attend, formula)
 
 
 def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
@@ -225,9 +224,9 @@ def _alone(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if not inputs:
-            make = torch.Generator().manual_seed(mesh.position)
+            generator = torch.Generator().manual_seed(mesh.position)
             shape = (case.batch, high - low, case.seq_len, case.head_dim)
-            q, k, v = (torch.randn(shape, generator=make, dtype=torch.float32).to(query) for _ in range(3))
+            q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float32).to(query) for _ in range(3))
             inputs.extend((q[:, :, :tokens].contiguous(), k, v))
         out: torch.Tensor = attend(*inputs)[0]
         return out
@@ -236,7 +235,7 @@ def _alone(case: Case, mesh: Mesh, attend: AttendFunction) -> Call:
 
 
 class _Blocking(Transport):
-    """Waits for each exchange at once, so that nothing overlaps."""
+    """Waits for each exchange before it returns, so that nothing overlaps."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -257,7 +256,7 @@ class _Blocking(Transport):
         self._transport.close()
 
 
-def _xdit_variants(case: Case, mesh: Mesh | None, only: Sequence[str] | None) -> list[Variant]:
+def _xdit_variants(case: Case, mesh: Mesh | None, requested: Sequence[str] | None) -> list[Variant]:
     kv_heads = case.kv_heads or case.heads
     n, m = case.num_machines, case.ranks_per_machine
     own = gcd(m, gcd(case.heads, kv_heads))  # xDiT's default: Ulysses inside a machine as far as the heads allow
@@ -275,7 +274,7 @@ def _xdit_variants(case: Case, mesh: Mesh | None, only: Sequence[str] | None) ->
         reasons["mapping"] = f"with ulysses={degree} it equals xDiT's own placement"
     order = ("usp", "ulysses", "ring", "xdit", "mapping")
     names = sorted({*named, *reasons}, key=lambda name: (order.index(name.split("-")[0]), name))
-    names = [name for name in names if only is None or name in only]
+    names = [name for name in names if requested is None or name in requested]
     if (missing := _no_xdit(case)) is not None:
         return [Variant(name=name, description="xDiT", family=_family(name), reason=missing) for name in names]
     configs = [named[name] for name in names if name in named]
@@ -289,7 +288,7 @@ def _xdit_variants(case: Case, mesh: Mesh | None, only: Sequence[str] | None) ->
         else:
             formula = egress(config, n, m, kv_heads / case.heads) * _tensor_bytes(case)
             call = _usp(groups, config)
-            variants.append(replace(variant, layout=str(config), call=call, formula_bytes=formula, replayed=config))
+            variants.append(replace(variant, layout=str(config), call=call, formula_bytes=formula, simulated=config))
     return variants
 
 
@@ -303,7 +302,7 @@ def _usp(groups: XditGroups, config: XditConfig) -> Call:
 
 def _no_xdit(case: Case) -> str | None:
     """Why xDiT cannot run the case; None if it can."""
-    missing = usp_variants.available()
+    missing = usp_variants.unavailable()
     if missing is None and case.seq_len % case.world_size:
         missing = f"xDiT needs equal token counts; {case.seq_len} tokens cannot be split over {case.world_size} ranks"
     return missing
@@ -327,7 +326,7 @@ def _family(name: str) -> str:
 
 
 def _tensor_bytes(case: Case) -> int:
-    """Of one [B, L, H, D] tensor."""
+    """Bytes of one [B, L, H, D] tensor."""
     return case.batch * case.seq_len * case.heads * case.head_dim * _itemsize(case)
 
 

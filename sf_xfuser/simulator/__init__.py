@@ -1,13 +1,13 @@
-"""Predicts the time of one attention call on a cluster that is only described by numbers. Pure.
+"""Predicts the time of one attention call from a numeric description of a cluster. Pure.
 
-What is simulated: the steps of every rank, in order. Torus Attention runs its own ``layout.schedule``; xDiT's USP, flat
+It simulates the steps of every rank, in order. Torus Attention runs its own ``layout.schedule``; xDiT's USP, flat
 Ulysses and Ring run as in xDiT 0.7 and PyTorch's ring. Transfers queue per link; compute and transfers overlap.
 Inputs: a ``Cluster`` (rates, latencies, overheads), a ``CallShape`` and a variant. Output: a ``Prediction`` (seconds,
-exposed time, bytes, memory) and, on request, a timeline. If all ranks hold equal work, one rank stands for all.
+exposed time, bytes, memory) and, on request, a timeline. If all ranks have equal work, only one is simulated.
 Assumptions: a non-blocking network, no late ranks, constant clocks, and nothing in a step besides attention.
 Accuracy (docs/simulator.md): on the emulated CPU cluster of docs/results, 2 % off at the median and 12 % at worst, with
-the order right in 198 of 198 pairs. The paper's ablation on A100: mean error 0.135 of its 15 speedups, to which six
-figures were fitted. No GPU measurement of ours exists.
+the order right in 198 of 198 pairs. The paper's ablation on A100: mean error 0.135 over its 15 speedups, to which
+six parameters were fitted. We have no GPU measurements of our own.
 """
 
 from __future__ import annotations

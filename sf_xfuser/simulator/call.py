@@ -51,8 +51,8 @@ class CallShape:
 class Prediction:
     """``seconds``: the time of the slowest rank. ``compute_s``: a rank's share of the attention at the full rate.
     ``exposed_s``: the time in which the slowest rank computes nothing (merges and copies count as compute).
-    ``across_bytes``: sent to other machines by the machine with the most; ``inside_bytes``: sent inside a machine by
-    the rank with the most. ``buffer_bytes``: memory of the call besides its inputs and result, windows included.
+    ``across_bytes``: sent to other machines by the busiest machine. ``inside_bytes``: sent inside a machine by the
+    busiest rank. ``buffer_bytes``: memory of the call besides its inputs and result, windows included.
     ``timeline``: in the format of the benchmark's timelines."""
 
     seconds: float
@@ -65,8 +65,8 @@ class Prediction:
 
 
 class ComputeTimes:
-    """Seconds of compute on one rank. If ranks share cores, work that all of them do at the same time takes longer.
-    Without ``overlap``, short work (overheads) finds a free core: chunks arrive at each rank at a different time."""
+    """Seconds of compute on one rank. If ranks share cores, simultaneous work takes longer. Without ``overlap``,
+    short work (overheads) usually finds a free core, because chunks arrive at each rank at a different time."""
 
     def __init__(self, cluster: Cluster, shape: CallShape, *, overlap: bool = True) -> None:
         compute = cluster.compute
@@ -89,11 +89,11 @@ class ComputeTimes:
         return (seconds + merged / self.byte_rate) * self.slowdown + overhead_s
 
     def host_s(self, cost: PatternCost, messages: int) -> float:
-        """Time of the thread that computes to send ``messages``."""
+        """Time that sending ``messages`` takes on the compute thread."""
         return cost.host_us * 1e-6 * messages * self.overhead_slowdown
 
     def copy_s(self, nbytes: float) -> float:
-        """A read and a write."""
+        """Time to read and write ``nbytes``."""
         return 2.0 * nbytes / self.byte_rate * self.slowdown
 
     def occupies_all(self, rows: int, heads: int) -> bool:
@@ -119,12 +119,12 @@ class SimulatedCall(ABC):
     @property
     @abstractmethod
     def is_symmetric(self) -> bool:
-        """Whether all ranks take the same time, so that one replay stands for all."""
+        """Whether all ranks take the same time, so that replaying one rank is enough."""
 
     @property
     @abstractmethod
     def bound_s(self) -> float:
-        """A lower bound, whatever the order of the steps: all the compute, or all the bytes of one link."""
+        """A lower bound for any order of the steps: the total compute, or the total transfers of one link."""
 
     @property
     @abstractmethod
@@ -137,7 +137,7 @@ class SimulatedCall(ABC):
         """Memory of a rank besides inputs and result."""
 
     def sent(self, replay: Replay) -> Traffic:
-        """Bytes of each rank."""
+        """Bytes that each rank sends, by link."""
         copies = self.cluster.world_size // len(replay.ranks)
         inside, across = ([rank.sent.get(link, 0.0) for rank in replay.ranks] * copies for link in ("inside", "across"))
         return Traffic(tuple(inside), tuple(across))

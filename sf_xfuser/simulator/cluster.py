@@ -1,7 +1,7 @@
 """A cluster for the simulator: the compute rates of a rank, and the links inside and between machines. Pure.
 
 Link rates are Gbit/s per direction (links are full duplex), memory rates GB/s, overheads microseconds.
-``Cluster.sources`` names the origin of each figure that we did not measure. ``presets`` has clusters to rent or buy.
+``Cluster.sources`` names the source of each figure that we did not measure. ``presets`` contains available hardware.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PATTERNS = ("put", "message", "exchange", "allgather", "alltoall")
 the hop of a ring."""
 
 _RENAMED = {"ways": "costs", "takes": "compute_share", "queues": "needs_sms", "units": "num_sms"}
-"""Old keys of cluster files. They still load."""
+"""Old -> new keys of cluster files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class PatternCost:
 
     ``efficiency``: fraction of the link's rate that large transfers reach. ``start_us``: delay before a round or
     collective moves data (launch and rendezvous). ``message_us``: idle time of the sender's link per message.
-    ``host_us``: time per message on the thread that computes. ``compute_share``: fraction of the rank's compute that an
+    ``host_us``: time per message on the compute thread. ``compute_share``: fraction of the rank's compute that an
     active transfer uses. ``needs_sms``: the transfer is a kernel, which starts only while an SM is free.
     """
 
@@ -93,7 +93,7 @@ class Compute:
 
     ``num_sms``: each SM processes ``tile_rows`` query rows of one head at a time, so calls with fewer tiles leave SMs
     idle (0: calls of any size run at the full rate). ``attend_us``: overhead of an attention call and its merge.
-    ``slots``: the number of ranks of the cluster that can compute at once (None: all)."""
+    ``slots``: the number of ranks that can compute at the same time (None: all)."""
 
     attention_tflops: tuple[tuple[str, int, float], ...]
     linear_tflops: float
@@ -123,7 +123,7 @@ class Compute:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """``num_machines`` x ``ranks_per_machine`` equal ranks. The schedule cuts chunks for ``device``, ``"cuda"`` or
-    ``"cpu"``. ``sources``: the origin of the figures, one line each."""
+    ``"cpu"``. ``sources``: where the figures come from, one line each."""
 
     name: str
     num_machines: int
@@ -145,7 +145,7 @@ class Cluster:
         return self.num_machines * self.ranks_per_machine
 
     def with_size(self, num_machines: int, ranks_per_machine: int) -> Cluster:
-        """A copy with another number of machines, and of ranks that share the network cards of a machine."""
+        """A copy with this number of machines, and of ranks that share a machine's network cards."""
         return replace(self, num_machines=num_machines, ranks_per_machine=ranks_per_machine)
 
     def with_rates(self, *, across_gbps: float | None = None, inside_gbps: float | None = None) -> Cluster:

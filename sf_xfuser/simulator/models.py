@@ -20,7 +20,7 @@ from sf_xfuser.simulator import CallShape
 class Model:
     """``layers``: attention calls of one forward pass, each over all tokens. ``patch``: (frames, height, width) latents
     per token. ``vae``: (frames, pixels) per latent. ``text_tokens`` are attended with the image or video. ``batch``:
-    sequences per call. ``passes``: forward passes per step (classifier-free guidance doubles one of the two).
+    sequences per call. ``passes``: forward passes per step (classifier-free guidance doubles ``batch`` or ``passes``).
     ``pads_frames``: latent frames are padded to a multiple of the patch."""
 
     name: str
@@ -46,7 +46,7 @@ class Model:
     def tokens(self, height: int, width: int, frames: int | None) -> int:
         """Tokens of the image or video, without text. Raises ValueError for sizes that do not give whole tokens."""
         if self.is_video != (frames is not None):
-            problem = "is a video model: give --frames" if self.is_video else "is an image model: omit --frames"
+            problem = "is a video model: set --frames" if self.is_video else "is an image model: omit --frames"
             raise ValueError(f"{self.name} {problem}")
         sides = []
         for name, pixels, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
@@ -122,11 +122,11 @@ _FAMILIES = {
     "CogVideoXTransformer3DModel": "cogvideox1.5",
     "WanTransformer3DModel": "wan",
 }
-"""The model that supplies what the configuration of a transformer class lacks."""
+"""Transformer class -> model with the defaults for values that are missing in its configuration."""
 
 
 def find_model(name: str) -> Model:
-    """The model called ``name`` in ``MODELS``, or of a ``config.json`` or of a path or repository as in
+    """A model of ``MODELS``, or the model of a ``config.json``, or of a folder or repository as in
     ``files.transformer_configs``. Raises ValueError."""
     if name in MODELS:
         return MODELS[name]
@@ -147,16 +147,16 @@ def _from_config(path: str, config: Any) -> Model:
     if kind not in _FAMILIES:
         raise ValueError(
             f"--model {path} has _class_name={kind!r}; supported: {', '.join(_FAMILIES)}. "
-            f"For other models give --heads, --head-dim and --seq-len"
+            f"For other models use --heads, --head-dim and --seq-len"
         )
     base = MODELS[_FAMILIES[kind]]
     number = partial(_number, path, config)
     patch, vae, text_tokens = base.patch, base.vae, base.text_tokens
     if base.name == "wan":
-        given = config.get("patch_size")
-        if not (isinstance(given, list) and len(given) == 3 and all(isinstance(x, int) and x > 0 for x in given)):
-            raise ValueError(f"--model {path} needs patch_size=[frames, height, width], got {given!r}")
-        patch = (given[0], given[1], given[2])
+        sizes = config.get("patch_size")
+        if not (isinstance(sizes, list) and len(sizes) == 3 and all(isinstance(x, int) and x > 0 for x in sizes)):
+            raise ValueError(f"--model {path} needs patch_size=[frames, height, width], got {sizes!r}")
+        patch = (sizes[0], sizes[1], sizes[2])
     elif base.name != "flux":
         is_cogvideox = base.name == "cogvideox1.5"
         side = number("patch_size")
@@ -184,5 +184,5 @@ def _number(path: str, config: Mapping[str, Any], name: str, default: int | None
     minimum = 0 if name == "num_single_layers" else 1
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         problem = f"lacks {name}" if value is None else f"has {name}={value!r}, not a count"
-        raise ValueError(f"--model {path} {problem}; give the complete config.json of a transformer")
+        raise ValueError(f"--model {path} {problem}; use the complete config.json of a transformer")
     return value

@@ -2,7 +2,7 @@
 
 Up to 64 ranks every layout is replayed. Above, a replay takes milliseconds: all of xDiT's layouts are replayed, and a
 torus layout only if its lower bound (``SimulatedCall.bound_s``) is more than 2 % below the fastest replay so far, or
-10 % after two replays. The other layouts could win by no more than that.
+10 % after two replays. The skipped layouts can be faster by no more than that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ PATTERN_OF = {"two_sided": "message", "one_sided": "put"}
 """The traffic pattern (``cluster.PATTERNS``) of each kind of transport."""
 
 _NEAR = 1.02  # ratios of times or bytes below this count as equal
-_REPLAY_ALL_RANKS, _FIRST_REPLAYS, _CLEARLY = 64, 2, 1.1
+_REPLAY_ALL_RANKS, _FIRST_REPLAYS, _LATER_MARGIN = 64, 2, 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedLayout:
     """``predicted`` is None without a replay, ``bound_s`` and ``across_bytes`` (of the busiest machine, per call) if
-    the layout is illegal. ``paper``: the paper's rule selects it. ``reason``: why it is the best layout, or why not."""
+    the layout is illegal. ``paper``: the paper's rule selects it. ``reason``: why it is or is not the best layout."""
 
     name: str
     layout: str
@@ -53,7 +53,7 @@ class Ranking:
         return self.layouts[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: seconds, bytes; ``step_s`` is the attention of one denoising step."""
+        """JSON data in seconds and bytes. ``step_s`` is the attention time of one denoising step."""
         layouts = []
         for ranked in self.layouts:
             values = asdict(ranked)
@@ -77,7 +77,7 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
     n, m = cluster.num_machines, cluster.ranks_per_machine
     if shape.seq_len < cluster.world_size:
         raise ValueError(
-            f"{shape.seq_len} tokens leave some of {cluster.world_size} ranks without any; give at least "
+            f"{shape.seq_len} tokens cannot be split over {cluster.world_size} ranks; use at least "
             f"{cluster.world_size} tokens, or fewer ranks"
         )
     divisible = gcd(shape.heads, shape.kv_heads)
@@ -108,7 +108,7 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
             across_bytes=call.egress_bytes,
         )
         always = cluster.world_size <= _REPLAY_ALL_RANKS or isinstance(variant, XditConfig)
-        if always or call.bound_s * (_NEAR if len(replayed) < _FIRST_REPLAYS else _CLEARLY) < fastest:
+        if always or call.bound_s * (_NEAR if len(replayed) < _FIRST_REPLAYS else _LATER_MARGIN) < fastest:
             predicted = call.predict()
             fastest = min(fastest, predicted.seconds)
             replayed.append(replace(ranked, predicted=predicted))

@@ -1,8 +1,8 @@
-"""Clusters that can be rented or bought, as ``cluster.Cluster``. ``sources`` names the origin of every figure.
+"""Available hardware as ``cluster.Cluster``. ``sources`` names the source of every figure.
 
-[spec]: the maker's data sheet. [measured]: a published measurement. [fit]: the fit of p4de to the paper's ablation
-(docs/simulator.md, ``python -m sf_xfuser.bench.ablation``). [assumed]: a guess of the order of magnitude; replace it by
-a measurement (``--cluster-file``). We measured none of these figures: no GPU has run this package.
+[spec]: the vendor's data sheet. [measured]: a published measurement. [fit]: the fit of p4de to the paper's ablation
+(docs/simulator.md, ``python -m sf_xfuser.bench.ablation``). [assumed]: an order-of-magnitude guess; replace it with a
+measurement (``--cluster-file``). We measured none of these figures: no GPU has run this package.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from sf_xfuser.simulator.cluster import PATTERNS, Cluster, Compute, LinkSpec, PatternCost
 
-# NCCL kernels need SMs. They wait for the end of an attention call that occupies all: PyTorch gives NCCL's streams no
-# priority, and an event separates the copy from the collective, so attention is queued first.
+# NCCL kernels need SMs. They wait for the end of an attention call that occupies them all: PyTorch gives NCCL's streams
+# no priority, and an event separates the copy from the collective, so attention is queued first.
 _NVLINK_NCCL = PatternCost(efficiency=0.75, start_us=20, compute_share=0.2, needs_sms=True)
 _NVLINK_PUT = PatternCost(efficiency=0.8, start_us=3, message_us=2)
 _PCIE_NCCL = PatternCost(efficiency=0.7, start_us=25, compute_share=0.1, needs_sms=True)

@@ -1,4 +1,4 @@
-"""The engine of the simulator: programs of ranks, each with a clock and a queue of transfer rounds per link. Pure.
+"""The engine of the simulator: each rank has a program, a clock, and a queue of transfer rounds per link. Pure.
 
 The rounds of a link start in the order in which a rank posted them:
 
@@ -21,11 +21,11 @@ RoundKey = tuple[str, int]
 """A link and the index of a round on it."""
 
 Dependency = tuple[tuple[int, ...], RoundKey]
-"""Ranks, and the round that has to arrive from each of them."""
+"""The round to wait for from each of these ranks."""
 
 Program = Generator[Dependency | None, float, None]
-"""One rank. It yields a dependency and receives its arrival time. It yields None to let ranks with an earlier clock run
-first."""
+"""The steps of one rank. It yields a dependency and receives its arrival time, or yields None to let ranks with an
+earlier clock run first."""
 
 
 @dataclass(slots=True)
@@ -63,8 +63,8 @@ class Rank:
 
 
 class Replay:
-    """Runs the programs of ``num_ranks`` ranks, or of rank 0 only if they are ``symmetric``: the rounds of its peers
-    then have the times of its own."""
+    """Runs the programs of ``num_ranks`` ranks, or of rank 0 only if they are ``symmetric``, because its
+    peers' rounds then have the same times."""
 
     def __init__(self, num_ranks: int, *, symmetric: bool, record_spans: bool) -> None:
         self.ranks = [Rank() for _ in range(1 if symmetric else num_ranks)]
@@ -72,7 +72,7 @@ class Replay:
         self.record_spans = record_spans
 
     def run(self, programs: Sequence[Program]) -> None:
-        """Run all programs to their end, the rank with the earliest clock first. Raises RuntimeError on a deadlock."""
+        """Run all programs, always the rank with the earliest clock first. Raises RuntimeError on a deadlock."""
         waiting: dict[int, Dependency] = {}
         turns = itertools.count()
         ready: list[tuple[float, int, int, float | None]] = [(0.0, next(turns), n, None) for n in range(len(programs))]
@@ -94,7 +94,7 @@ class Replay:
                     del waiting[number]
                     heapq.heappush(ready, (max(arrival_s, self.ranks[number].now_s), next(turns), number, arrival_s))
         if waiting:
-            raise RuntimeError(f"deadlock: ranks wait for rounds that nobody posts: {list(waiting.items())[:4]}")
+            raise RuntimeError(f"deadlock: ranks wait for rounds that no rank posts: {list(waiting.items())[:4]}")
 
     # -- actions of programs ------------------------------------------------------------------------------------------
 
@@ -175,26 +175,26 @@ class Replay:
         """Set the times of rounds up to ``index`` that start ``before``. False if round ``index`` has none yet."""
         rank = self._rank(number)
         rounds = rank.rounds.get(link, [])
-        for at in range(rank.num_scheduled.get(link, 0), min(index + 1, len(rounds))):
-            round = rounds[at]
-            start = self._earliest_start(number, link, at, before)
+        for i in range(rank.num_scheduled.get(link, 0), min(index + 1, len(rounds))):
+            round = rounds[i]
+            start = self._earliest_start(number, link, i, before)
             if start is None or start >= before:
                 return False
             if round.needs_sms and rank.occupied[0] <= start < rank.occupied[1]:
                 start = rank.occupied[1]
             round.start_s, round.end_s = start, start + round.seconds
-            rank.num_scheduled[link] = at + 1
+            rank.num_scheduled[link] = i + 1
         return rank.num_scheduled.get(link, 0) > index
 
-    def _earliest_start(self, number: int, link: str, at: int, before: float) -> float | None:
+    def _earliest_start(self, number: int, link: str, i: int, before: float) -> float | None:
         """The time at which a round is posted and its predecessor has ended; at both ends if it is matched."""
         rounds = self._rank(number).rounds[link]
-        start = max(rounds[at].posted_s, rounds[at - 1].end_s if at else 0.0)
-        if self.symmetric or not rounds[at].matched:
+        start = max(rounds[i].posted_s, rounds[i - 1].end_s if i else 0.0)
+        if self.symmetric or not rounds[i].matched:
             return start
-        for peer in {*rounds[at].receivers, *rounds[at].senders}:
+        for peer in {*rounds[i].receivers, *rounds[i].senders}:
             others = self._rank(peer).rounds.get(link, [])
-            if at >= len(others) or (at and not self._schedule(peer, link, at - 1, before)):
+            if i >= len(others) or (i and not self._schedule(peer, link, i - 1, before)):
                 return None
-            start = max(start, others[at].posted_s, others[at - 1].end_s if at else 0.0)
+            start = max(start, others[i].posted_s, others[i - 1].end_s if i else 0.0)
         return start

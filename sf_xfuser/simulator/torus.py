@@ -1,4 +1,4 @@
-"""The replay of Torus Attention from its schedule."""
+"""Replays Torus Attention from its schedule."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MERGE_BYTES = 18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusVariant:
     """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives).
-    ``overlap`` False: wait for each transfer at once. ``unstaged``: attend everything in one call."""
+    Without ``overlap``, it waits for each transfer. ``unstaged``: one attention call over all chunks."""
 
     layout: Layout
     pattern: str = "put"
@@ -53,7 +53,7 @@ class TorusCall(SimulatedCall):
             raise ValueError(f"{self.layout} does not fit {grid[0]} x {grid[1]} ranks")
         self._head_group = cache(self.layout.head_group)
         num_groups = self.layout.ulysses_degree
-        # Equal token counts on all ranks: a remainder of one token changes nothing.
+        # Equal token counts on all ranks; one token more or less does not matter.
         tokens = (math.ceil(shape.seq_len / cluster.world_size),) * cluster.world_size
         q_heads, kv_heads = head_ranges(shape.heads, shape.kv_heads, num_groups)
         self.sizes = Sizes(
@@ -74,7 +74,7 @@ class TorusCall(SimulatedCall):
             self.layout, self.tokens, cluster.device, overlap=not variant.unstaged
         )
         self.costs = {name: link.cost(variant.pattern) for name, link in self.links.items()}
-        # While all ranks of a machine send equal numbers of bytes.
+        # Rates when all ranks of a machine send the same number of bytes.
         equal = [1.0] * cluster.ranks_per_machine
         self.seconds_per_byte = {
             name: link.transfer_s(equal, len(equal), self.costs[name]) for name, link in self.links.items()
@@ -90,7 +90,7 @@ class TorusCall(SimulatedCall):
 
     @cached_property
     def bound_s(self) -> float:
-        """Each chunk of Q and O and each slab is a round between machines, each further block of a slab one inside."""
+        """Each chunk of Q and O and each slab is a round across machines; a slab's further blocks are rounds inside."""
         layout = self.layout
         slabs = layout.num_machines
         ulysses = 3 * (layout.torus - 1)  # rounds of Q, KV and O, of U messages each
@@ -102,7 +102,7 @@ class TorusCall(SimulatedCall):
         hops = slabs * (layout.ring_inside - 1)
         inside_s = hops * ((inside.start_us + inside.message_us) * 1e-6 + block * self.seconds_per_byte["inside"])
         busy_s, small_s = self._busy_s()
-        # The least slowdown by transfers: they overlap first the calls that leave SMs idle, then each other.
+        # Minimum slowdown: transfers overlap first with calls that leave SMs idle, then with each other.
         slowdown_s = (
             across.compute_share * max(0.0, across_s - small_s),
             inside.compute_share * max(0.0, inside_s - small_s),
@@ -111,7 +111,7 @@ class TorusCall(SimulatedCall):
         return max(busy_s + sum(slowdown_s) - both_s, across_s, inside_s)
 
     def _busy_s(self) -> tuple[float, float]:
-        """(the least time in attention calls and merges, without joint keys; the most of it that may leave SMs idle)"""
+        """(minimum time in attention calls and merges, without joint keys; maximum part of it that leaves SMs idle)"""
         layout, cut, heads = self.layout, self.chunking, self.heads
         own, blocks = self.tokens * layout.ulysses, layout.ring_inside
         others, last = own * (layout.torus - 1), own // cut.last_kv_parts
@@ -155,7 +155,7 @@ class TorusCall(SimulatedCall):
         q_low, q_high = self.sizes.q_heads[group]
         arriving: dict[str, dict[Piece, Dependency]] = {"q": {}, "kv": {}}
         outputs: list[Dependency] = []
-        begun: set[Piece] = set()
+        started: set[Piece] = set()
         dependency: Dependency | None
         for step in schedule.steps:
             if isinstance(step, Exchange):
@@ -182,16 +182,13 @@ class TorusCall(SimulatedCall):
                     if dependency := arriving[tensor].pop(piece, None):
                         replay.wait(number, (yield dependency), name)
             rows, keys = self._tokens(step.queries), self._tokens(step.keys)
-            merge = MERGE_BYTES if not begun.isdisjoint(step.queries) else 4 + self.times.itemsize
-            if len(begun) < len(schedule.queries):
-                begun.update(step.queries)
+            merge = MERGE_BYTES if not started.isdisjoint(step.queries) else 4 + self.times.itemsize
+            if len(started) < len(schedule.queries):
+                started.update(step.queries)
             if rows and keys:
                 heads = q_high - q_low
-                seconds, occupies_all = (
-                    self.times.attention_s(rows, keys, heads, merge),
-                    self.times.occupies_all(rows, heads),
-                )
-                replay.compute(number, seconds, name, occupies_all)
+                seconds = self.times.attention_s(rows, keys, heads, merge)
+                replay.compute(number, seconds, name, self.times.occupies_all(rows, heads))
                 if not replay.symmetric:
                     yield None
         for dependency in outputs:
@@ -255,7 +252,7 @@ def _round_name(step: Exchange) -> str:
 
 def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
     """Peak memory of a rank during a call besides its inputs and result: fp32 accumulators, queries, KV slabs and
-    outputs of other ranks. ``in_windows``: peers write into a window, which holds all of these twice, since calls
+    outputs of other ranks. ``in_windows``: peers write into a window, which holds all of these twice because calls
     alternate between its halves."""
     layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
     places = MemoryMap(schedule, sizes, ("inside", "across") if in_windows else ())
@@ -266,7 +263,7 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
     row = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
     if in_windows:
         return accumulator + 2 * places.window_bytes
-    held = most = places.queries.total * row["q"]
+    held = peak = places.queries.total * row["q"]
     slabs: set[int] = set()
     for step in schedule.steps:
         if isinstance(step, Exchange):
@@ -281,7 +278,7 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
             if step.slab not in slabs:
                 slabs.add(step.slab)
                 held += places.slabs[step.slab].total * row["kv"]
-            most = max(most, held)
+            peak = max(peak, held)
             if step.keys_last:
                 held -= places.slabs[step.slab].total * row["kv"]
-    return accumulator + max(most, held)
+    return accumulator + max(peak, held)

@@ -1,4 +1,4 @@
-"""The replay of xDiT's USP, flat Ulysses and Ring, as xDiT and PyTorch run them."""
+"""Replays xDiT's USP, flat Ulysses and Ring as xDiT and PyTorch run them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RING_MERGE_BYTES = 38  # per element in PyTorch's ring (_SDPAMerger): six eleme
 
 
 class UspCall(SimulatedCall):
-    """All-to-all of Q, of K and of V, with a wait after each; the ring, block by block; all-to-all of O. PyTorch's ring
+    """All-to-alls of Q, K and V, each followed by a wait; the ring, block by block; all-to-all of O. PyTorch's ring
     gathers all KV during the first block, or forwards each block while it attends the previous one."""
 
     is_symmetric = True  # a collective takes the time of its slowest rank
@@ -91,7 +91,7 @@ class UspCall(SimulatedCall):
             merge = _RING_MERGE_BYTES if block else 4 + times.itemsize if ring > 1 else 0
             seconds, occupies_all = times.attention_s(rows, keys, heads, merge), times.occupies_all(rows, heads)
             if block == 2 and config.rotation == "allgather" and not replay.record_spans:
-                # All blocks have arrived: one step for the rest.
+                # All blocks have arrived, so one step computes the rest.
                 replay.compute(number, seconds * (ring - block), occupies_all=occupies_all)
                 break
             replay.compute(number, seconds, f"block {block}", occupies_all)
@@ -99,7 +99,7 @@ class UspCall(SimulatedCall):
             yield from exchange("o", shape.nbytes)
 
     def _post(self, replay: Replay, number: int, name: str, pattern: str, nbytes: float) -> list[RoundKey]:
-        """Post a collective on both links: ``nbytes`` over all ranks."""
+        """Post a collective of ``nbytes`` over all ranks on both links."""
         traffic, group_size, hops = self._collective(pattern)
         messages = group_size - 1 if pattern == "exchange" else hops
         keys = []
@@ -123,7 +123,7 @@ class UspCall(SimulatedCall):
         return self.hop, self.config.ring_degree, self.config.ring_degree - 1 if pattern == "allgather" else 1
 
     def _seconds_per_byte(self, link: str, pattern: str) -> float:
-        """Time of a collective over its bytes, without latency and overheads."""
+        """Seconds per byte of a collective, without latency and overheads."""
         traffic, group_size, _ = self._collective(pattern)
         parts = traffic.across if link == "across" else traffic.inside
         spec = self.links[link]

@@ -117,7 +117,7 @@ def test_launches_group_cases_of_one_cluster():
         ('[[case]]\ncluster = "2x2"\ninter_rate = 100\n', "--inter-rate must be a number with kbit.*got '100'"),
         ('[[case]]\ncluster = "2x2"\nseq_len = "many"\n', "seq_len must be a positive whole number, got 'many'"),
         ('[[case]]\ncluster = "2x2"\nseq_len = true\n', "seq_len must be a positive whole number, got True"),
-        ('[[case]]\ncluster = "2x2"\nseq_len = 3\n', "seq_len=3 leaves some of 4 ranks without a token"),
+        ('[[case]]\ncluster = "2x2"\nseq_len = 3\n', "seq_len must be at least the number of ranks, 4, got 3"),
         ('[[case]]\ncluster = "2x2"\nheads = 8\nkv_heads = 3\n', "kv_heads must divide 8 heads, got 3"),
         ('[[case]]\ncluster = "2x2"\ndtype = "float64"\n', "dtype must be one of float32, bfloat16, float16"),
         ('[[case]]\ncluster = "2x2"\nseq_len = []\n', "seq_len"),
@@ -169,7 +169,7 @@ def refuse(capsys, *arguments: object) -> str:
         ("--cluster 2x1 --inter-delay 5", ["--inter-delay", "for instance 0.2ms", "'5'"]),
         ("--cluster 2x1 --heads 0", ["heads must be a positive whole number, got 0"]),
         ("--cluster 2x1 --heads 8 --kv-heads 3", ["kv_heads must divide 8 heads, got 3"]),
-        ("--cluster 2x2 --seq-len 3", ["leaves some of 4 ranks without a token"]),
+        ("--cluster 2x2 --seq-len 3", ["must be at least the number of ranks, 4, got 3"]),
         ("--cluster 2x1 --plan best", ["best"]),
         ("--cluster 2x1 --variants torus,warp", ["unknown variant 'warp'", "usp-allgather", "torus-no-overlap"]),
         ("--cluster 2x1 --repeat 0", ["--repeat", "at least 1"]),
@@ -196,7 +196,7 @@ def test_under_torchrun_the_cluster_is_torchruns(unlaunched, capsys, tmp_path, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     file = grid(tmp_path, '[[case]]\ncluster = "2x1"\n')
     for arguments in ("--cluster 2x1", "--inter-rate 1gbit", f"--grid {file}"):
-        assert "cannot be used under torchrun; give --topology" in refuse(capsys, *arguments.split())
+        assert "cannot be used under torchrun; use --topology" in refuse(capsys, *arguments.split())
 
 
 def test_a_refusal_of_the_installed_command():
@@ -277,7 +277,7 @@ def test_every_variant_is_measured_or_has_a_reason(one_run):
     assert list(status) == ["single", "attention-alone", *xdit, "torus-no-overlap", "torus"]
     for row in one_run.document["rows"]:
         assert (row["family"] == "xdit") == (row["variant"] in ("usp-allgather", "usp-alltoall", "ulysses"))
-        if row["variant"] == "mapping" or (row["family"] == "xdit" and usp_variants.available()):
+        if row["variant"] == "mapping" or (row["family"] == "xdit" and usp_variants.unavailable()):
             assert row["status"] == "skipped" and row["reason"] and row["median_s"] is None, row
         else:
             assert row["status"] == "ok" and not row["reason"], row
@@ -332,7 +332,7 @@ def test_efficiency_is_the_bound_over_the_median(one_run):
         assert row["efficiency"] == pytest.approx(row["bound_s"] / row["median_s"])
 
 
-@pytest.mark.skipif(usp_variants.available() is not None, reason=usp_variants.available() or "")
+@pytest.mark.skipif(usp_variants.unavailable() is not None, reason=usp_variants.unavailable() or "")
 def test_ratios_are_to_the_faster_variant(one_run):
     median = {row["variant"]: row["median_s"] for row in ok_rows(one_run)}
     usp = min(median["usp-allgather"], median["usp-alltoall"])
@@ -452,7 +452,7 @@ def test_uneven_tokens_leave_xdit_out(grid_run):
     for row in uneven:
         if row["family"] == "xdit":
             assert row["status"] == "skipped"
-            assert usp_variants.available() or "1023 tokens cannot be split over 2 ranks" in row["reason"]
+            assert usp_variants.unavailable() or "1023 tokens cannot be split over 2 ranks" in row["reason"]
         else:
             assert row["status"] == "ok" and len(row["times_s"]) == 2
             assert 0 < row["attention_s"] <= row["max_s"], "attention is timed also where no variant of xDiT runs"
@@ -469,7 +469,7 @@ def test_the_rate_changes_between_cases(grid_run):
     assert torus["min_s"] > 0.6 * torus["bound_wire_s"] > 0.06
 
 
-@pytest.mark.skipif(REASON is not None or usp_variants.available() is not None, reason=REASON or "xDiT is missing")
+@pytest.mark.skipif(REASON is not None or usp_variants.unavailable() is not None, reason=REASON or "xDiT is missing")
 def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
     """At 20 Mbit/s between machines either way to send 512 x 8 x 16 floats takes much longer than on the host."""
     shape = ("--seq-len", 512, "--heads", 8, "--head-dim", 16, "--variants", "usp-allgather,torus,auto")
@@ -506,7 +506,7 @@ def test_a_wrong_variant_fails_and_the_others_are_measured(wrong_run):
     assert "error 1.00e-02, allowed 0.0001" in torus["reason"] and torus["times_s"] == []
     assert "not all elements are finite" in blocking["reason"] and blocking["max_abs_error"] is None
     assert wrong_run.row("attention-alone")["status"] == "ok"
-    if usp_variants.available() is None:
+    if usp_variants.unavailable() is None:
         usp = wrong_run.row("usp-alltoall")
         assert usp["status"] == "ok" and len(usp["times_s"]) == 2
         assert torus["ratio_to_usp"] is None and torus["efficiency"] is None

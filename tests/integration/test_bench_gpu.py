@@ -60,7 +60,7 @@ def test_statistics():
     assert gpu.fastest({"a": [1.0, 9.0, 9.0], "b": [8.0, 8.0, 8.0], "c": [0.1]}, ["a", "b"]) == ("b", 8.0)
 
 
-def test_variants_take_turns_and_warm_up_runs_are_not_counted():
+def test_variants_alternate_and_warm_up_runs_are_not_counted():
     bench = gpu.Bench(CPU, gpu.SMOKE, repeat=2, warmup=1)
     ran = []
     us = bench.us({name: lambda name=name: ran.append(name) for name in "ab"})
@@ -70,7 +70,7 @@ def test_variants_take_turns_and_warm_up_runs_are_not_counted():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--parts", "chunking,nothing"], "--parts nothing: give some of chunking"),
+        (["--parts", "chunking,nothing"], "--parts nothing: choose from chunking"),
         (["--repeat", "0"], "--repeat must be at least 1"),
     ],
 )
@@ -87,11 +87,11 @@ def test_wrong_results_are_found(fault):
     assert gpu.require_exact("right", out.clone(), out, q, k, v) <= 1
     wrong = out.clone()
     wrong[:, :, -1] = math.nan if "not" in fault else wrong[:, :, -1] * 2
-    with pytest.raises(gpu.Wrong, match="not finite" if "not" in fault else "against float64"):
+    with pytest.raises(gpu.BadResult, match="not finite" if "not" in fault else "against float64"):
         gpu.require_exact("wrong", wrong, out, q, k, v)
 
 
-def test_new_memory_is_poisoned_only_inside_the_block():
+def test_new_memory_is_filled_with_nan_only_inside_the_block():
     with gpu.poisoned():
         assert torch.empty(1000).isnan().all() and torch.zeros(2).new_empty(1000).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -122,7 +122,7 @@ def test_one_rank_computes_what_the_whole_group_would(degrees, kernel):
 
 
 def test_tokens_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="10 tokens cannot be spread evenly over 4 ranks"):
+    with pytest.raises(ValueError, match="10 tokens cannot be split evenly over 4 ranks"):
         OneRank(
             Layout(torus=4, ulysses=1, ring_across=1, ring_inside=1), *[torch.zeros(1, 4, 10, 64)] * 3, Loopback(CPU)
         )

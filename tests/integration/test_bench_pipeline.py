@@ -64,7 +64,7 @@ def test_rows_and_tables_contain_the_psnr():
     assert [row["family"] for row in rows] == ["reference", "ours", "xdit", "ours", "ours"]
     assert [row["psnr_db"] for row in rows] == [None, None, None, 51.26, 39.9]
     assert [row["status"] for row in rows] == ["ok"] * 4 + ["failed"]
-    assert "39.9 dB, below 40 dB" in rows[-1]["reason"]
+    assert "39.9 dB, required 40 dB" in rows[-1]["reason"]
     assert "2.0e-02 (51.3 dB)" in report.cells(rows[3])
     assert "2.0e-02 (51.3 dB)" in page.html({"rows": rows, "timelines": []})
 

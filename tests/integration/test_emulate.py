@@ -232,7 +232,7 @@ def test_counters_outside_a_cluster():
 
 
 def test_a_command_is_needed():
-    with pytest.raises(ValueError, match="needs a command"):
+    with pytest.raises(ValueError, match="no command to run"):
         emulate.run(spec(), [])
 
 

@@ -170,8 +170,8 @@ def test_bytes_and_numbers():
     row = a_row(case, "torus", 1.0, wire_bytes=[[5, 1, 2], [3, 5, 4], [0, 0, 9]])
     assert report.bytes_out(row) == 7, "machine 1, without bytes to itself"
     assert ["from 0", "7.00e-06", "1.00", "1.00"] in printed(report.matrix_table(a_row(case, "torus", 1.0)))
-    assert [report.shown(x, 1e3) for x in (0.0123456, 1.2345, 0.0099, 0.00001)] == ["12.3", "1,234", "9.90", "0.0100"]
-    assert [report.shown(x) for x in (None, math.nan, math.inf, "?")] == ["–"] * 4
+    assert [report.fmt(x, 1e3) for x in (0.0123456, 1.2345, 0.0099, 0.00001)] == ["12.3", "1,234", "9.90", "0.0100"]
+    assert [report.fmt(x) for x in (None, math.nan, math.inf, "?")] == ["–"] * 4
 
 
 def test_predictions_are_compared_by_hand():

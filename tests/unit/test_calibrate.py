@@ -63,7 +63,7 @@ def test_fit_recovers_the_cost_of_puts(slots, efficiency, host_us):
     assert fitted.compute_share == pytest.approx(true.compute_share, abs=0.02)
 
 
-def test_pace_scales_the_compute_rates_only():
+def test_sampled_speed_scales_the_compute_rates_only():
     """Attention is three times slower than calibrated: compute rates fall to a third, links and cores do not change."""
     cluster = make_cluster(PatternCost(efficiency=0.9), 2.0)
     x = torch.zeros(1, 8, 8, 64)
@@ -73,15 +73,15 @@ def test_pace_scales_the_compute_rates_only():
         time.sleep(3 * settings.flop(q.shape[2]) / 0.065e12 * 8 / 2)  # eight ranks on two cores
 
     settings = replace(SETTINGS, attend=attend, heads=1)
-    pace = calibrate.Pace(cluster, mesh, settings, lambda value: [value] * 8)
+    sampler = calibrate.SpeedSampler(cluster, mesh, settings, lambda value: [value] * 8)
     for _ in range(3):
-        pace.sample()
-    scaled = pace.cluster()
+        sampler.sample()
+    scaled = sampler.cluster()
     assert scaled.compute.attention_rate("float32", 64) == pytest.approx(0.065e12 / 3, rel=0.05)
     assert scaled.compute.attend_us == pytest.approx(60.0, rel=0.05)
     assert scaled.compute.memory_gbs == pytest.approx(10.0, rel=0.05)
     assert scaled.compute.slots == 2.0 and (scaled.inside, scaled.across) == (cluster.inside, cluster.across)
-    assert "0.33x of that speed" in scaled.sources[-1]
+    assert "0.33x of the calibrated speed" in scaled.sources[-1]
 
 
 def test_each_collective_is_measured_on_the_link_that_it_uses(monkeypatch):

@@ -267,7 +267,7 @@ def test_illegal_layouts_are_not_counted(capsys):
     ranked_layouts = json.loads(capsys.readouterr().out)["candidates"]
     legal = sum(ranked["bound_s"] is not None for ranked in ranked_layouts)
     assert legal < len(ranked_layouts) and main(flags) == 0
-    assert f"{legal} of {legal} replayed" in capsys.readouterr().out
+    assert f"replayed {legal} of {legal} legal layouts" in capsys.readouterr().out
 
 
 def test_plan_as_json_and_as_a_table(capsys, tmp_path):
@@ -283,7 +283,7 @@ def test_plan_as_json_and_as_a_table(capsys, tmp_path):
     out = capsys.readouterr().out
     replayed = sum("seconds" in ranked for ranked in document["candidates"])
     legal = sum(ranked["bound_s"] is not None for ranked in document["candidates"])
-    assert re.search(rf"ranked in \d+ ms, {replayed} of {legal} replayed", out)
+    assert re.search(rf"ranked in \d+ ms, replayed {replayed} of {legal} legal layouts", out)
     assert "launch with: " + document["candidates"][0]["flags"] in out and "(paper's rule)" in out
 
 
@@ -326,11 +326,11 @@ def test_plots_and_timelines(capsys, tmp_path):
     [
         (["--model", "flax", "--height", "64", "--width", "64"], r"one of flux, hunyuanvideo, cogvideox.*config"),
         ([*BY_HAND, "--preset", "p6"], "unknown preset 'p6'; use one of p4de, p5, p5en"),
-        (["--heads", "8", "--head-dim", "64", "--seq-len", "16"], "16 tokens leave some of 32 ranks without any.*32"),
+        (["--heads", "8", "--head-dim", "64", "--seq-len", "16"], "16 tokens cannot be split over 32 ranks.*32"),
         (["--model", "flux", "--height", "1000", "--width", "1024"], "multiple of 16 .* use 992 or 1008"),
-        (["--model", "wan", "--height", "480", "--width", "832"], "video model: give --frames"),
-        (["--model", "flux", "--height", "64", "--width", "64", "--heads", "3"], "leave --heads"),
-        (["--heads", "8"], "give --model with --height and --width, or --head-dim and --seq-len"),
+        (["--model", "wan", "--height", "480", "--width", "832"], "video model: set --frames"),
+        (["--model", "flux", "--height", "64", "--width", "64", "--heads", "3"], "remove --heads"),
+        (["--heads", "8"], "use --model with --height and --width, or --head-dim and --seq-len"),
         (["--heads", "8", "--kv-heads", "3", "--head-dim", "64", "--seq-len", "4096"], "one of 1, 2, 4, 8.*got 3"),
         ([*BY_HAND, "--across-gbps", "nan"], "rate between machines must be a finite number above 0, got nan"),
         ([*BY_HAND, "--inside-gbps", "-3"], "rate inside machines must be a finite number above 0, got -3"),
