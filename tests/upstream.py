@@ -221,7 +221,7 @@ def without_the_plugin(
 def report(found: dict[str, dict[str, Result]]) -> str:
     """Markdown: how many passed by file and by program, then each that cannot run and why."""
     lines = ["# xDiT's and yunchang's own tests with the plugin installed", ""]
-    lines += ["Made by `make test-upstream` (CONTRIBUTING.md); CPU ranks over gloo.", ""]
+    lines += ["Made by `make test-upstream` (docs/developing.md); CPU ranks over gloo.", ""]
     for owner, results in found.items():
         lines += [f"## {owner} {version({'xDiT': 'xfuser'}.get(owner, owner))}", ""]
         files: dict[str, list[Result]] = {}

@@ -3,10 +3,10 @@
 One call, seen from one rank:
 
 1. The rank holds Q, K and V of its own tokens, and computes one head group: Q of T*U ranks against KV of all ranks.
-2. It receives Q and KV from the ranks of its machine (local), and starts to receive Q from other machines (remote).
+2. It starts to receive Q from other machines (remote), then receives Q and KV from the ranks of its machine (local).
 3. It attends each Q to the local KV while the remote KV arrives, and merges partial results by log-sum-exp.
 4. It attends the remote Q to the remote KV next, and sends each remote output (O) back as soon as it is final.
-5. It attends the local Q to the remote KV last, while the outputs are sent.
+5. It attends the local Q to the last remote KV at the end, while the outputs are sent.
 
 Example: 2 machines x 2 ranks, T=2, U=2. Ranks 0 and 1 are on machine 0. ``Q2`` is Q of rank 2's tokens, for the heads
 of the rank that attends it. KV between machines comes in two parts, ``a`` and ``b``.
@@ -21,9 +21,9 @@ of the rank that attends it. KV between machines comes in two parts, ``a`` and `
     7       Q1 x KV2 KV3          Q3 x KV0 KV1          across: O2 O3 to machine 1, O0 O1 to machine 0
     8       Q0 x KV2 KV3          Q2 x KV0 KV1          inside: O1 to rank 1, O3 to rank 3, and back
 
-Rank (t, u, r_x, r_i) of ``plan.Layout`` receives KV in *slabs*, one per machine. Slab (i, j_x) comes from machine
-(t-i, r_x-j_x), in parts. Each part has R_i *blocks*, one per step of the ring inside the machine. Part p of block j_i
-holds part p of ranks (t-i, u', r_x-j_x, r_i-j_i) for all u', own u first.
+``layout/plan.py`` defines the coordinates (t, u, r_x, r_i) of a rank. It receives KV in *slabs*, one per machine. Slab
+(i, j_x) comes from machine (t-i, r_x-j_x), in parts. Each part has R_i *blocks*, one per step of the ring inside the
+machine. Part p of block j_i holds part p of ranks (t-i, u', r_x-j_x, r_i-j_i) for all u', own u first.
 
 Rules:
 

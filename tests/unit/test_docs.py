@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -97,3 +99,11 @@ def test_the_picture_of_traffic_shows_the_bytes_of_the_plan():
     ):
         across = [sent for (sender, receiver), sent in traffic.items() if sender < 2 <= receiver]
         assert sum(size for sent in across for _, size in sent) == pytest.approx(float(expected))
+
+
+def test_architecture_shows_the_output_of_the_example():
+    page = (ROOT / "docs/architecture.md").read_text()
+    command, expected = re.search(r"```\n\$ python (.*?)\n(.*?)```", page, flags=re.S).groups()
+    assert (
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True).stdout == expected
+    )
