@@ -158,10 +158,10 @@ class OneRank:
 
     def fill(self, out: torch.Tensor) -> None:
         """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
-        places = self._call.memory_maps[0]
-        for window in (places.window_bytes and self.link.windows()) or []:
+        memory_map = self._call.memory_maps[0]
+        for window in (memory_map.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
-                offset, pitch = places.destination(message)
+                offset, pitch = memory_map.destination(message)
                 chunk = self._chunk(message, out)
                 window_view(window, offset, chunk.shape, chunk.dtype, pitch).copy_(chunk)
 

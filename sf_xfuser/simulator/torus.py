@@ -255,15 +255,15 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
     outputs of other ranks. ``in_windows``: peers write into a window, which holds all of these twice because calls
     alternate between its halves."""
     layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
-    places = MemoryMap(schedule, sizes, ("inside", "across") if in_windows else ())
+    memory_map = MemoryMap(schedule, sizes, ("inside", "across") if in_windows else ())
     low, high = sizes.q_heads[group]
-    accumulator = places.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
+    accumulator = memory_map.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
     if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # no merge: the output of the only call
-        accumulator = places.queries.total * sizes.row_bytes("o", group)
+        accumulator = memory_map.queries.total * sizes.row_bytes("o", group)
     row = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
     if in_windows:
-        return accumulator + 2 * places.window_bytes
-    held = peak = places.queries.total * row["q"]
+        return accumulator + 2 * memory_map.window_bytes
+    held = peak = memory_map.queries.total * row["q"]
     slabs: set[int] = set()
     for step in schedule.steps:
         if isinstance(step, Exchange):
@@ -271,14 +271,14 @@ def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
                 if message.tensor == "o":
                     tokens = sum(h - w for w, h in (p.span(sizes.q_tokens[p.source]) for p in message.pieces))
                     held += tokens * sizes.row_bytes("o", layout.head_group(message.peer))
-                elif message.tensor == "kv" and (slab := places.slab_of[message.pieces[0]]) not in slabs:
+                elif message.tensor == "kv" and (slab := memory_map.slab_of[message.pieces[0]]) not in slabs:
                     slabs.add(slab)
-                    held += places.slabs[slab].total * row["kv"]
+                    held += memory_map.slabs[slab].total * row["kv"]
         else:
             if step.slab not in slabs:
                 slabs.add(step.slab)
-                held += places.slabs[step.slab].total * row["kv"]
+                held += memory_map.slabs[step.slab].total * row["kv"]
             peak = max(peak, held)
             if step.keys_last:
-                held -= places.slabs[step.slab].total * row["kv"]
+                held -= memory_map.slabs[step.slab].total * row["kv"]
     return accumulator + max(peak, held)
