@@ -560,7 +560,7 @@ class Driver:
 
     def in_second_case(self) -> bool:
         assert self.process.poll() is None, self.process.communicate()
-        return any(self.folder.glob("*/order.rows"))  # ranks write them after each case
+        return any(self.folder.glob("*/job.rows"))  # ranks write them after each case
 
     def finish(self, below: set[int], seconds: float) -> tuple[str, str]:
         out, err = self.process.communicate(timeout=seconds)

@@ -80,7 +80,7 @@ def test_models_have_the_heads_of_the_published_ones(tmp_path):
     assert read_model_facts(str(folder)).heads == 24
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert (config["num_layers"], config["num_single_layers"]) == (0, 1)
-    with pytest.raises(ValueError, match="only flux and hunyuanvideo have blocks of one stream"):
+    with pytest.raises(ValueError, match="only flux and hunyuanvideo have single-stream blocks"):
         save_tiny_model("wan", tmp_path / "wan", single_layers=1)
     with pytest.raises(ValueError, match="use at least 1 block"):
         save_tiny_model("flux", tmp_path / "none", layers=0, single_layers=0)

@@ -39,7 +39,7 @@ def main() -> None:
     try:
         measure(PipelineOptions(model=model, topology="2x2"))
     except RuntimeError as error:
-        assert "set up in this process already" in str(error), error
+        assert "already initialized in this process" in str(error), error
     else:
         raise AssertionError("a second measurement used the groups of the first")
     dist.barrier()

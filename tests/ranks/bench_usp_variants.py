@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import report
 
-from sf_xfuser.bench.usp_variants import attention_timer, available, call_usp, make_groups
+from sf_xfuser.bench.usp_variants import attention_timer, call_usp, make_groups, unavailable
 from sf_xfuser.layout.usp_layouts import legal_configs
 
 B, S, D = 2, 24, 16
@@ -18,7 +18,7 @@ SHAPES = ((8, 8), (6, 6), (8, 4))  # query heads, KV heads
 
 
 def main() -> None:
-    assert available() is None, available()
+    assert unavailable() is None, unavailable()
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     by_shape = {
