@@ -85,6 +85,26 @@ class Case(ClusterSpec):
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """The attention calls to measure.
+
+    ``variants``: names; None for the default variants. Each makes ``warmup`` untimed calls, then ``repeat`` timed ones.
+    ``emulated``: the cluster is emulated, so ranks set the rate of links and count bytes. ``predict``: also calibrate
+    the simulator and predict each variant's time.
+    """
+
+    cases: tuple[Case, ...]
+    variants: tuple[str, ...] | None = None
+    repeat: int = 7
+    warmup: int = 2
+    seed: int = 0
+    topology: str = "auto"
+    timeout_s: float = 300.0
+    emulated: bool = False
+    predict: bool = False
+
+
 def make_case(values: Mapping[str, Any]) -> Case:
     """A case from fields of ``Case`` and the texts ``cluster``, ``inter_rate`` and ``inter_delay``."""
     unknown = sorted(set(values) - {*_CLUSTER_KEYS, *_SHAPE_KEYS})

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from sf_xfuser.bench import emulate, report
-from sf_xfuser.bench.case import DTYPES, Case, launches, make_case, read_grid
+from sf_xfuser.bench.case import DTYPES, AttentionOptions, Case, launches, make_case, read_grid
 from sf_xfuser.bench.deprecated import DeprecatedFlag, current_variants
 from sf_xfuser.bench.document import check_output_paths, new_document, write_json
 from sf_xfuser.bench.pipeline import MODELS, PipelineOptions
-from sf_xfuser.bench.rank import AttentionOptions, run, run_pipeline
+from sf_xfuser.bench.rank import run, run_pipeline
 from sf_xfuser.bench.timelines import chrome_trace
 from sf_xfuser.bench.variants import COMPRESSED, NAMES, torus_name
 from sf_xfuser.config import TorusArgs, launch_environment, set_defaults

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sf_xfuser.bench import calibrate, emulate, usp_variants
-from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.case import AttentionOptions, Case
 from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows
 from sf_xfuser.bench.variants import ALONE, SINGLE, Variant, open_variants
@@ -25,9 +25,6 @@ from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.simulator import CallShape, predict
 from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.torus.trace import Trace
-
-if TYPE_CHECKING:
-    from sf_xfuser.bench.rank import AttentionOptions
 
 
 class Measurement:

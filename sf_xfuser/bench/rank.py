@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,12 @@ import torch
 import torch.distributed as dist
 
 from sf_xfuser.bench import usp_variants
-from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.case import AttentionOptions, Case
 from sf_xfuser.bench.measurement import Measurement
 from sf_xfuser.bench.pipeline import MODELS, PipelineOptions, measure
 from sf_xfuser.bench.rows import pipeline_rows
 from sf_xfuser.config import launch_environment
 from sf_xfuser.integrations.xdit import plugin
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionOptions:
-    """The attention calls to measure.
-
-    ``variants``: names; None for the default variants. Each makes ``warmup`` untimed calls, then ``repeat`` timed ones.
-    ``emulated``: the cluster is emulated, so ranks set the rate of links and count bytes. ``predict``: also calibrate
-    the simulator and predict each variant's time.
-    """
-
-    cases: tuple[Case, ...]
-    variants: tuple[str, ...] | None = None
-    repeat: int = 7
-    warmup: int = 2
-    seed: int = 0
-    topology: str = "auto"
-    timeout_s: float = 300.0
-    emulated: bool = False
-    predict: bool = False
 
 
 def run(options: AttentionOptions, on_results: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> None:
