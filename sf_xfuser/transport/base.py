@@ -1,15 +1,13 @@
-"""The interface between the schedule and the transports."""
+"""The interface between the programs of calls and the transports."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-
-from sf_xfuser.kernels import pack_unchecked
 
 
 class TransportError(RuntimeError):
@@ -37,44 +35,21 @@ def raise_if_unavailable(name: str, members: Sequence[int], reasons: Sequence[st
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A chunk to send to, or to receive from, ``peer`` (a position).
+    """A chunk to send to, or to receive from, ``peer`` (a position). ``slot`` numbers the parcels of one round between
+    two ranks. Both ends use the same number, size and order.
 
-    Send: ``parts`` are views of equal shape [S, ...] with any strides. The chunk stores them as ``dtype``. Several
-    parts are stored as [S, parts, ...]. Receive: one contiguous part, the destination.
+    ``data``: contiguous, or any strides for ``Transport.exchange``. A one-sided transport writes it into the receiver's
+    window at byte ``offset``, and ignores it in a receive. None in a send: the data is in the receiver's window already
+    (see ``OneSided.peer_window``)."""
 
-    ``slot`` numbers the parcels of one round between two ranks. Both ends use the same number. A one-sided transport
-    writes the chunk into the receiver's window at byte ``offset``. ``pitch``: see ``window_view``; only shared memory
-    has chunks that are not contiguous.
-    """
-
-    parts: tuple[torch.Tensor, ...]
-    dtype: torch.dtype
+    data: torch.Tensor | None
     peer: int
     slot: int
     offset: int = 0
-    pitch: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first = self.parts[0].shape
-        return tuple(first) if len(self.parts) == 1 else (first[0], len(self.parts), *first[1:])
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() for part in self.parts) * self.dtype.itemsize
-
-    def write(self, into: torch.Tensor) -> None:
-        """Copy the parts into a tensor of ``shape``."""
-        pack_unchecked(self.parts, into)
-
-    def packed(self) -> torch.Tensor:
-        """The chunk as one contiguous tensor. A single contiguous part is returned without a copy."""
-        first = self.parts[0]
-        if len(self.parts) == 1 and first.dtype == self.dtype and first.is_contiguous():
-            return first
-        into = first.new_empty(self.shape, dtype=self.dtype)
-        self.write(into)
-        return into
+        return 0 if self.data is None else self.data.nbytes
 
 
 def window_view(
@@ -91,15 +66,23 @@ def window_view(
     return window.view(dtype).as_strided(shape, (head_size, *strides, 1), start)
 
 
-class Ticket(ABC):
-    """An exchange that has started. ``arrived_s``: when its last receive completed (``time.perf_counter``), for traces;
-    None if the transport does not measure it."""
+class Transfer(ABC):
+    """A recorded exchange: a round of sends and receives. Each call posts it once.
+
+    ``arrived_s``: when the last receive of the last post completed (``time.perf_counter``), for traces; None if the
+    transport does not measure it."""
 
     arrived_s: float | None = None
 
     @abstractmethod
+    def post(self) -> None:
+        """Start to send and receive; return at once. The tensors of receives are undefined until ``wait`` returns.
+        Those of sends must not change until ``drain`` returns."""
+
+    @abstractmethod
     def wait(self) -> None:
-        """Wait until all receives are usable on the current stream. Bounded; raises TransportError. Idempotent."""
+        """Wait until all receives are usable on the current stream. Bounded; raises TransportError. Idempotent after a
+        post."""
 
 
 class Transport(ABC):
@@ -120,24 +103,46 @@ class Transport(ABC):
     """Whether waits are enqueued on a GPU, so that a call may fail after its host has returned."""
 
     @abstractmethod
-    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        """Start to send and receive; return at once.
+    def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        """Prepare an exchange with everything bound that stays the same in later calls. Moves nothing. Local.
 
-        The k-th exchange of a call on one rank matches the k-th on every peer, with chunks of equal size on both ends.
-        Do not use the tensors of ``receives`` before the ticket's wait returns. Do not change those of ``sends`` before
-        ``drain`` returns.
-        """
+        A call posts transfers in the order in which they were recorded. The k-th transfer of a call on one rank matches
+        the k-th on every peer, with chunks of equal size on both ends. Record the transfers of one program in one call,
+        after ``begin_call`` and, for a window, ``begin``. Later calls may post them in place of recording: with a
+        window, those calls that use the same half."""
+
+    def record_wait(self, transfers: Sequence[Transfer]) -> Callable[[], None]:
+        """A function that waits for all of these transfers of this transport, in one operation where possible."""
+        if len(transfers) == 1:
+            return transfers[0].wait
+
+        def wait() -> None:
+            for transfer in transfers:
+                transfer.wait()
+
+        return wait
+
+    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        """``record`` and ``post`` one exchange that is used once. Sends may have any strides."""
+        packed = [p if p.data is None else replace(p, data=p.data.contiguous()) for p in sends]
+        transfer = self.record(round, packed, receives)
+        transfer.post()
+        return transfer
+
+    def record_end(self) -> Callable[[torch.Tensor | None], None]:
+        """A function that ends each call which posts the transfers recorded since ``begin_call``. It waits until every
+        send has completed, so that no transfer outlives its call; on a GPU it makes the current stream wait. Bounded.
+        It turns its argument, the result of the call (floating point, any strides), into NaN if data of the call was
+        lost or belongs to another call, where the host did not raise."""
+        return lambda result: self.drain()
 
     @abstractmethod
     def drain(self) -> None:
-        """Wait until every send of this call has completed, so that no transfer outlives its call. Bounded."""
+        """Wait until every send of this call has completed. Bounded."""
 
-    def poison(self, result: torch.Tensor) -> None:  # noqa: B027  (a transport that waits on the host raises instead)
-        """Turn ``result`` into NaN, on the current stream, if data of this call was lost or belongs to another call.
-
-        For transports that enqueue their waits. ``result``: floating point, any shape. Call it after ``drain`` for the
-        tensor that the call returns, and earlier for a tensor that is sent on over another transport, since its
-        receivers are not notified of the failure."""
+    def poison(self, chunk: torch.Tensor) -> None:  # noqa: B027  (a transport that waits on the host raises instead)
+        """Turn ``chunk`` into NaN, on the current stream, if data of this call was lost. For a chunk that is sent on
+        over another transport before the call ends, since its receivers are not notified of the failure."""
 
     def close(self) -> None:  # noqa: B027  (not every transport owns resources)
         """Release all resources. Idempotent. Local. No exchange may follow."""
@@ -164,14 +169,23 @@ class OneSided(Transport):
         """Size of this rank's window, which stays allocated between calls."""
 
     @abstractmethod
-    def reserve(self, nbytes: int) -> None:
-        """Grow the window to at least ``nbytes`` per call, equal on all ranks. Collective over the group, between
-        calls. Raises TransportError on every rank if one of them cannot."""
+    def reserve(self, nbytes: int, scratch_bytes: int) -> None:
+        """Grow the window to at least ``nbytes`` per call, and the scratch memory, both equal on all ranks. Collective
+        over the group, between calls. Raises TransportError on every rank if one of them cannot."""
 
     @abstractmethod
     def begin(self) -> torch.Tensor:
         """Start the call of the last ``begin_call``. Returns this rank's window as bytes [nbytes], valid until the next
-        call."""
+        call. Always the same tensor for the same half."""
+
+    @property
+    def scratch(self) -> torch.Tensor | None:
+        """Bytes for data that this rank sends and for its partial results. None if any memory can be sent from."""
+        return None
+
+    def peer_window(self, peer: int) -> torch.Tensor | None:
+        """The window of ``peer`` in this call, as bytes, if this process can write to it without the transport."""
+        return None
 
     def unavailable_reason(self) -> str | None:
         """Why this transport cannot start a call now, or None. Equal on all ranks. Local."""
