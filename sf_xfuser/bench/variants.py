@@ -22,7 +22,7 @@ from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.base import OneSided, Parcel, Transfer, Transport, TransportError
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -244,16 +244,29 @@ class _Blocking(Transport):
     def one_sided(self) -> OneSided | None:
         return self._transport.one_sided
 
-    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        ticket = self._transport.exchange(round, sends, receives)
-        ticket.wait()
-        return ticket
+    def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        return _BlockingTransfer(self._transport.record(round, sends, receives))
+
+    def record_end(self) -> Callable[[torch.Tensor | None], None]:
+        return self._transport.record_end()
 
     def drain(self) -> None:
         self._transport.drain()
 
     def close(self) -> None:
         self._transport.close()
+
+
+class _BlockingTransfer(Transfer):
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+
+    def post(self) -> None:
+        self._transfer.post()
+        self._transfer.wait()
+
+    def wait(self) -> None:
+        pass
 
 
 def _xdit_variants(case: Case, mesh: Mesh | None, requested: Sequence[str] | None) -> list[Variant]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from sf_xfuser.layout.schedule import JOINT, Exchange, Link, Message, Piece, Schedule
 
-_ALIGNMENT = 64  # bytes; alignment of a buffer in a window
+ALIGNMENT = 64  # bytes; alignment of a buffer in a window
 
 HeadRange = tuple[int, int]
 
@@ -34,8 +34,8 @@ class Sizes:
     kv_heads: tuple[HeadRange, ...]
 
     def row_bytes(self, tensor: str, head_group: int) -> int:
-        """Bytes of one token of ``"q"``, ``"kv"`` (K and V together) or ``"o"``, for the heads of a group."""
-        low, high = (self.kv_heads if tensor == "kv" else self.q_heads)[head_group]
+        """Bytes of one token of ``"q"``, ``"k"``, ``"v"``, ``"kv"`` (K and V) or ``"o"``, for the heads of a group."""
+        low, high = (self.kv_heads if tensor in ("k", "v", "kv") else self.q_heads)[head_group]
         return (2 if tensor == "kv" else 1) * self.batch * (high - low) * self.head_size * self.itemsize
 
 
@@ -52,8 +52,8 @@ class Rows:
 
 
 class Buffer(NamedTuple):
-    """``"q"``: ``number`` is 0 for queries of the local machine, 1 for those of other machines. ``"kv"``: ``number`` is
-    the slab. ``"o"``: ``number`` is the position of the rank that sends the output, ``part`` its part."""
+    """``"q"``: ``number`` is 0 for queries of the local machine, 1 for those of other machines. ``"k"``, ``"v"``:
+    ``number`` is the slab. ``"o"``: ``number`` is the position of the rank that sends the output, ``part`` its part."""
 
     tensor: str
     number: int
@@ -61,7 +61,8 @@ class Buffer(NamedTuple):
 
 
 class MemoryMap:
-    """The buffers of one rank. ``schedule.remote`` queries have a buffer of their own, which is released earlier."""
+    """The buffers of one rank. ``schedule.remote`` queries have a buffer of their own. K and V of a slab are separate
+    buffers, so that attention reads them in place."""
 
     def __init__(
         self,
@@ -71,10 +72,11 @@ class MemoryMap:
         *,
         head_major: bool = False,
     ) -> None:
-        """``window_links``: the links on which peers write into the window. ``head_major``: in the window, Q is
-        [B, H, S, D] and KV [2, B, H, S, D], which CPU attention reads fastest; chunks are then not contiguous."""
+        """``window_links``: the links on which peers write into the window. ``head_major``: in the window, Q, K and V
+        are [B, H, S, D], which CPU attention reads fastest; chunks are then not contiguous. Else [S, B, H, D]."""
         layout = schedule.layout
-        group = layout.head_group(schedule.position)
+        self._group = layout.head_group(schedule.position)
+        self._sizes, self._head_major = sizes, head_major
         self.queries = Rows(schedule.queries, sizes.q_tokens.__getitem__)
         self.remote_from = self.queries[schedule.remote].start if schedule.remote else self.queries.total
         self._remote = set(schedule.remote)
@@ -83,53 +85,63 @@ class MemoryMap:
             Rows(slab, lambda source: sizes.joint_tokens if source == JOINT else sizes.kv_tokens[source])
             for slab in schedule.slabs
         ]
-        self._row_bytes = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
-        self._head_size, self._itemsize, self._head_major = sizes.head_size, sizes.itemsize, head_major
         self.offset: dict[Buffer, int] = {}
         """In bytes from the start of the window, for each buffer in it."""
         self.window_bytes = 0
         for step in schedule.steps:
             for message in step.receives if isinstance(step, Exchange) and step.link in window_links else ():
-                buffer = self.buffer(message)
-                if buffer in self.offset:
-                    continue
-                self.offset[buffer] = self.window_bytes
-                if buffer.tensor == "o":
-                    low, high = message.pieces[0].span(sizes.q_tokens[schedule.position])
-                    size = (high - low) * sizes.row_bytes("o", layout.head_group(message.peer))
-                else:
-                    size = self.tokens(buffer) * self._row_bytes[buffer.tensor]
-                self.window_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+                for buffer in self.buffers(message):
+                    if buffer in self.offset:
+                        continue
+                    self.offset[buffer] = self.window_bytes
+                    if buffer.tensor == "o":
+                        low, high = message.pieces[0].span(sizes.q_tokens[schedule.position])
+                        size = (high - low) * sizes.row_bytes("o", layout.head_group(message.peer))
+                    else:
+                        size = self.tokens(buffer) * sizes.row_bytes(buffer.tensor, self._group)
+                    self.window_bytes += -(-size // ALIGNMENT) * ALIGNMENT
 
     def tokens(self, buffer: Buffer) -> int:
-        """The rows of a ``"q"`` or ``"kv"`` buffer."""
-        if buffer.tensor == "kv":
+        """The rows of a ``"q"``, ``"k"`` or ``"v"`` buffer."""
+        if buffer.tensor != "q":
             return self.slabs[buffer.number].total
         return self.queries.total - self.remote_from if buffer.number else self.remote_from
 
-    def pitch(self, buffer: Buffer) -> int | None:
-        """Elements between two heads of a head-major buffer in the window, else None."""
-        if not self._head_major or buffer.tensor == "o":
-            return None
-        return self.tokens(buffer) * self._head_size
+    def strides(self, buffer: Buffer) -> tuple[int, int, int]:
+        """Elements between two tokens, batch items and heads of a ``"q"``, ``"k"`` or ``"v"`` buffer."""
+        low, high = (self._sizes.q_heads if buffer.tensor == "q" else self._sizes.kv_heads)[self._group]
+        D, heads = self._sizes.head_size, high - low
+        if self._head_major and buffer in self.offset:
+            return D, heads * self.tokens(buffer) * D, self.tokens(buffer) * D
+        return self._sizes.batch * heads * D, heads * D, D
 
-    def buffer(self, message: Message) -> Buffer:
-        """The buffer that receives the message."""
+    def buffers(self, message: Message) -> tuple[Buffer, ...]:
+        """The buffers that receive the message: one, or those of K and V."""
         first = message.pieces[0]
         if message.tensor == "q":
-            return Buffer("q", int(first in self._remote))
-        return Buffer("kv", self.slab_of[first]) if message.tensor == "kv" else Buffer("o", message.peer, first.part)
+            return (Buffer("q", int(first in self._remote)),)
+        if message.tensor == "kv":
+            return Buffer("k", self.slab_of[first]), Buffer("v", self.slab_of[first])
+        return (Buffer("o", message.peer, first.part),)
 
-    def destination(self, message: Message) -> tuple[int, int | None]:
-        """The ``Parcel.offset`` and ``Parcel.pitch`` at which the window receives the message."""
-        buffer = self.buffer(message)
-        if buffer.tensor == "o":
-            return self.offset[buffer], None
-        row: int
-        if buffer.tensor == "q":
-            row = self.queries[message.pieces].start - (self.remote_from if buffer.number else 0)
-        else:
-            row = self.slabs[buffer.number][message.pieces].start
-        pitch = self.pitch(buffer)
-        row_bytes = self._row_bytes[buffer.tensor] if pitch is None else self._head_size * self._itemsize
-        return self.offset[buffer] + row * row_bytes, pitch
+    def rows(self, tensor: str, pieces: Sequence[Piece]) -> slice:
+        """The rows of pieces of ``"q"`` or ``"kv"`` in their buffers."""
+        if tensor == "kv":
+            return self.slabs[self.slab_of[pieces[0]]][pieces]
+        rows = self.queries[pieces]
+        first = self.remote_from if rows.start >= self.remote_from and pieces[0] in self._remote else 0
+        return slice(rows.start - first, rows.stop - first)
+
+    def destinations(self, message: Message) -> tuple[tuple[int, tuple[int, int, int] | None], ...]:
+        """For each buffer of the message, the byte offset in the window at which it arrives, and the strides of its
+        tokens, batch items and heads in elements; None: contiguous."""
+        found: list[tuple[int, tuple[int, int, int] | None]] = []
+        for buffer in self.buffers(message):
+            if buffer.tensor == "o":
+                found.append((self.offset[buffer], None))
+                continue
+            strides = self.strides(buffer)
+            row = self.rows(message.tensor, message.pieces).start
+            at = self.offset[buffer] + row * strides[0] * self._sizes.itemsize
+            found.append((at, strides if self._head_major else None))
+        return tuple(found)

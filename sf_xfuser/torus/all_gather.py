@@ -48,7 +48,7 @@ def _lengths(part: torch.Tensor, dim: int, mesh: Mesh, uneven: bool) -> list[int
         )
     lengths = [report[-1] for report in reports]
     rest = part.numel() // max(1, length)
-    mesh.reserve(len(lengths) * max(lengths) * rest * part.element_size())
+    mesh.reserve(len(lengths) * max(lengths) * rest * part.element_size(), 0, part.device)
     if not uneven:
         mesh.cache_call(known, True)
     return lengths
@@ -79,20 +79,20 @@ def _run(part: torch.Tensor, dim: int, lengths: list[int], mesh: Mesh) -> torch.
                 parts = table[first : first + count].flatten(0, 1)
                 if with_ring and mesh.window is not None and transport.one_sided is None:
                     mesh.window.poison(parts)  # so that a lost chunk reaches the receiver as NaN
-                sends.append(Parcel((parts,), table.dtype, peer, slot=0, offset=first * slot_bytes))
+                sends.append(Parcel(parts, peer, slot=0, offset=first * slot_bytes))
                 first = ring_index[peer] * degree if with_ring else slot[peer]
                 into = table[first : first + count].flatten(0, 1)
                 if transport.one_sided is not None and window is not None:
                     buffers[peer] = window_view(window, first * slot_bytes, into.shape, into.dtype), into
                 else:
                     buffers[peer] = into, into
-            receives = [Parcel((buffer,), table.dtype, peer, slot=0) for peer, (buffer, _) in buffers.items()]
+            receives = [Parcel(buffer, peer, slot=0) for peer, (buffer, _) in buffers.items()]
             pending.append((transport.exchange(round, sends, receives), buffers))
-        for ticket, buffers in pending:
-            ticket.wait()
+        for transfer, buffers in pending:
+            transfer.wait()
             for buffer, into in buffers.values():
                 if buffer is not into:
                     into.copy_(buffer)
-    mesh.end(mesh.links, table)
+    mesh.end(mesh.record_ends(), table)
     by_rank = sorted(range(layout.world_size), key=mesh.members.__getitem__)
     return torch.cat([table[slot[w], : lengths[w]] for w in by_rank])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import head_ranges
-from sf_xfuser.layout.schedule import Message, Schedule, build_schedule, choose_chunking
+from sf_xfuser.layout.schedule import Schedule, build_schedule, choose_chunking
 from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.torus.program import Placement, record
+from sf_xfuser.torus.run import BoundProgram
 
+_MAX_PROGRAMS = 8  # of a call: two halves of a window, and a few strides
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,26 +40,52 @@ class Call:
     """Everything that calls of one shape have in common; cached in ``Mesh.calls``.
 
     ``digest``: the call as text, equal on all ranks. ``memory_maps[w]``: the map of the rank at position ``w``; of all
-    ranks with a one-sided transport, else only of this rank. ``head_groups[w]``: the head group of that rank.
-    ``views``: cached views of the window, by its address."""
+    ranks with a one-sided transport, else only of this rank. ``programs``: recorded and bound programs, by what they
+    depend on besides the shape."""
 
     digest: str
     schedule: Schedule
     sizes: Sizes
     memory_maps: Mapping[int, MemoryMap]
-    head_groups: Sequence[int]
     kv_of_q: torch.Tensor | None  # local KV head of each local query head; None if equal
     grouped: bool  # regular GQA: each local KV head belongs to the same number of consecutive query heads
-    views: dict[int, dict[Any, Any]] = field(default_factory=dict)
-    _destinations: dict[Message, tuple[int, int | None]] = field(default_factory=dict)
+    placement: Placement  # without strides and attention
+    programs: dict[Any, BoundProgram] = field(default_factory=dict)
 
-    def destination(self, message: Message) -> tuple[int, int | None]:
-        """Offset and pitch of a sent message in the window of its receiver."""
-        found = self._destinations.get(message)
+    def bound_program(
+        self, mesh: Mesh, tensors: Sequence[torch.Tensor], window: torch.Tensor | None, fused: bool
+    ) -> BoundProgram:
+        """The program for tensors of these strides in this half of the window, recorded at its first use. Local."""
+        strides = tuple([x.stride() for x in tensors])
+        key = strides, fused, mesh.scratch.data_ptr(), 0 if window is None else window.data_ptr()
+        found = self.programs.get(key)
         if found is None:
-            received = Message(message.tensor, message.pieces, self.schedule.position)
-            found = self._destinations[message] = self.memory_maps[message.peer].destination(received)
+            while len(self.programs) >= _MAX_PROGRAMS:
+                del self.programs[next(iter(self.programs))]
+            placement = replace(self.placement, strides=strides, fused=fused)
+            program = record(self.schedule, self.sizes, placement)
+            kv_of_q = None if fused and self.grouped else self.kv_of_q
+            memories = _memories(mesh, tensors[0], window, placement)
+            found = self.programs[key] = BoundProgram(program, mesh, memories, tensors[0], kv_of_q, fused)
         return found
+
+
+def _memories(
+    mesh: Mesh, query: torch.Tensor, window: torch.Tensor | None, placement: Placement
+) -> dict[str | int, torch.Tensor]:
+    """The fixed memories of a program, in the dtypes of their views."""
+    scratch = mesh.scratch
+    found: dict[str | int, torch.Tensor] = {
+        "scratch": scratch.view(query.dtype),
+        "sums": scratch.view(torch.promote_types(query.dtype, torch.float32)),
+        "bytes": scratch,
+    }
+    if window is not None:
+        found["window"] = window.view(query.dtype)
+        for peer in placement.memory_maps if placement.host_links else ():
+            if mesh.window is not None and (memory := mesh.window.peer_window(peer)) is not None:
+                found[peer] = memory.view(query.dtype)
+    return found
 
 
 def negotiate_call(
@@ -157,8 +186,7 @@ def _make_call(
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     q_heads, kv_ranges = head_ranges(heads, kv_heads, mesh.layout.ulysses_degree)
-    head_groups = [mesh.layout.head_group(w) for w in range(mesh.layout.world_size)]
-    group = head_groups[mesh.position]
+    group = mesh.layout.head_group(mesh.position)
     kv_of_q = [head // repeat - kv_ranges[group][0] for head in range(*q_heads[group])]
     each, left = divmod(len(kv_of_q), kv_ranges[group][1] - kv_ranges[group][0])
     sizes = Sizes(
@@ -171,12 +199,23 @@ def _make_call(
         q_heads=q_heads,
         kv_heads=kv_ranges,
     )
-    one_cpu_host = mesh.one_host and query.device.type == "cpu"  # transfers are too fast to overlap
+    on_cpu = query.device.type == "cpu"
+    one_cpu_host = mesh.one_host and on_cpu  # transfers are too fast to overlap
     chunking = choose_chunking(mesh.layout, max(counts[1]), query.device.type, overlap=overlap and not one_cpu_host)
     positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, chunking) for w in positions}
     memory_maps = {w: MemoryMap(s, sizes, mesh.window_links, head_major=one_cpu_host) for w, s in schedules.items()}
-    mesh.reserve(max(memory_map.window_bytes for memory_map in memory_maps.values()))
+    placement = Placement(
+        memory_maps=memory_maps,
+        strides=((0, 0, 0, 1),) * 5,
+        window_links=tuple(mesh.window_links),
+        host_links=tuple(mesh.window_links) if mesh.window is not None and mesh.window.host_writes else (),
+        compressed="none" if mesh.compression is None else mesh.compression.format,
+        max_rows=_max_rows(memory_maps[mesh.position].queries.total) if on_cpu else None,
+        sum_itemsize=torch.promote_types(query.dtype, torch.float32).itemsize,
+    )
+    scratch_bytes = max(record(s, sizes, replace(placement, fused=True)).scratch_bytes for s in schedules.values())
+    mesh.reserve(max(memory_map.window_bytes for memory_map in memory_maps.values()), scratch_bytes, query.device)
     joint = f", {sizes.joint_tokens} joint tokens in {joint_strategy}" if joint_strategy else ""
     return Call(
         digest=f"attention of {heads} heads ({kv_heads} of keys) of size {sizes.head_size}, batch {sizes.batch}, "
@@ -185,10 +224,16 @@ def _make_call(
         schedule=schedules[mesh.position],
         sizes=sizes,
         memory_maps=memory_maps,
-        head_groups=head_groups,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
         grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
+        placement=placement,
     )
+
+
+def _max_rows(queries: int) -> int:
+    """On a CPU, queries are attended in blocks of rows, to keep partial results small. PyTorch's kernel is slower on
+    blocks of fewer than 768 rows, and not faster on blocks of more than 1024."""
+    return max(768, min(1024, queries // 4))
 
 
 def _format_counts(tokens: Sequence[int]) -> str:

@@ -65,6 +65,7 @@ class Mesh:
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
     layer: str = ""
     guard: CallGuard = field(init=False)
+    _scratch: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.guard = CallGuard(self)
@@ -96,20 +97,36 @@ class Mesh:
             return "a CUDA graph is being captured, and no transport has been selected yet"
         return None if self.window is None else self.window.unavailable_reason()
 
-    def reserve(self, nbytes: int) -> None:
-        """Make the window, if there is one, at least ``nbytes`` large for each call; the same on every rank. Collective
-        between calls. A new window clears the cache of calls, which refers to the old one."""
+    @property
+    def scratch(self) -> torch.Tensor:
+        """Memory of this rank for a call, as bytes: what it sends, and its partial results. Kept between calls."""
         window = self.window
+        memory = None if window is None else window.scratch
+        memory = self._scratch if memory is None else memory
+        assert memory is not None
+        return memory
+
+    def reserve(self, window_bytes: int, scratch_bytes: int, device: torch.device) -> None:
+        """Make the window, if there is one, and the scratch memory at least this large for each call; the same on every
+        rank. Collective between calls. New memory clears the cache of calls, which refers to the old one."""
+        window = self.window
+        in_window = window is not None and window.scratch is not None
         if window is not None:
-            if window.window_bytes < window.halves * nbytes:
+            if in_window:  # a single exchange may send as much as it receives
+                scratch_bytes = max(scratch_bytes, window_bytes)
+            if window.window_bytes < window.halves * window_bytes or _size(window.scratch) < scratch_bytes:
                 self.calls.clear()
                 self.guard.dirty = True  # until all ranks have the new window
             try:
-                window.reserve(nbytes)
+                window.reserve(window_bytes, scratch_bytes)
             except TransportUnavailable:  # no rank has a new window
                 self.guard.dirty = False
                 raise
             self.guard.dirty = False
+        if not in_window and (self._scratch is None or self._scratch.nbytes < scratch_bytes or self._scratch.device != device):
+            self.calls.clear()
+            with torch.inference_mode(False):  # calls in any mode write to it
+                self._scratch = torch.empty(-(-scratch_bytes // 64) * 64, dtype=torch.uint8, device=device)
 
     def cache_call(self, key: Any, call: Any) -> None:
         """Cache a negotiated call; evicts the oldest one, in the same order on every rank."""
@@ -182,19 +199,23 @@ class Mesh:
         if window.halves == 1 and call is not window.last_call:
             for name in self.window_links:
                 peers = links.link_peers(self.layout, self.position)[name]
-                empty = [Parcel((torch.empty(0),), torch.float32, peer, slot=0) for peer in peers]
+                empty = [Parcel(None, peer, slot=0) for peer in peers]
                 self.links[name].exchange(0, empty, empty).wait()
         window.last_call = call
         return window_bytes
 
-    def end(self, used: Links, result: torch.Tensor) -> None:
-        """End a call that used these links. Nothing stays posted. If the host did not wait for a chunk that was lost,
-        ``result`` becomes NaN."""
-        for link in used.values():
-            link.drain()
-        for link in dict.fromkeys(self.links.values()):
-            link.poison(result)
+    def end(self, ends: Sequence[Callable[[torch.Tensor | None], None]], result: torch.Tensor) -> None:
+        """End a call with the functions of ``Transport.record_end``, one for each transport. Nothing stays posted. If
+        the host did not wait for a chunk that was lost, ``result`` becomes NaN."""
+        for end in ends:
+            end(result)
+        if self.compression is not None:
+            self.compression.end_call()
         self.guard.started = self.guard.dirty = False
+
+    def record_ends(self) -> list[Callable[[torch.Tensor | None], None]]:
+        """``Transport.record_end`` of each transport."""
+        return [transport.record_end() for transport in dict.fromkeys(self.links.values())]
 
     # -- transports ----------------------------------------------------------------------------------------------------
 
@@ -290,3 +311,7 @@ class Mesh:
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text
+
+
+def _size(memory: torch.Tensor | None) -> int:
+    return 0 if memory is None else memory.nbytes

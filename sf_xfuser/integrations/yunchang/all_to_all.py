@@ -15,7 +15,7 @@ from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.layout.schedule import Link
 from sf_xfuser.torus.links import link_peers
 from sf_xfuser.torus.mesh import Mesh
-from sf_xfuser.transport.base import Parcel, Ticket, window_view
+from sf_xfuser.transport.base import Parcel, Transfer, window_view
 
 _TOKENS, _HEADS = 1, 2  # dimensions of [B, S, H, D]
 _LINKS: tuple[Link, ...] = ("across", "inside")  # the slower link first
@@ -56,7 +56,7 @@ def _require_same_call(mesh: Mesh, input: torch.Tensor, scatter_dim: int, gather
             f"ranks disagree on an all-to-all; give all ranks of a sequence-parallel group the same shape and dtype: "
             f"{per_rank} (shape, dtype, device, scattered dimension, gathered dimension)"
         )
-    mesh.reserve(input.numel() * input.element_size())
+    mesh.reserve(input.numel() * input.element_size(), 0, input.device)
     mesh.cache_call(call, True)
 
 
@@ -85,23 +85,21 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     # Ring neighbours write into each other's windows in attention calls, so they get an empty chunk. Its arrival proves
     # that the sender has finished its previous call, which one-sided links rely on (transport/cpu/shm.py).
     empty = input.new_empty(0)
-    pending: list[tuple[Ticket, dict[int, torch.Tensor]]] = []
+    pending: list[tuple[Transfer, dict[int, torch.Tensor]]] = []
     peers = link_peers(layout, own)
     for link in _LINKS:
         transport = mesh.links[link]
         buffers = {peer: buffer(peer, transport.one_sided is not None) for peer in peers[link] if peer in slot}
-        sends = [
-            Parcel((outgoing.get(peer, empty),), input.dtype, peer, slot=0, offset=slot[own]) for peer in peers[link]
-        ]
-        receives = [Parcel((buffers.get(peer, empty),), input.dtype, peer, slot=0) for peer in peers[link]]
+        sends = [Parcel(outgoing.get(peer, empty), peer, slot=0, offset=slot[own]) for peer in peers[link]]
+        receives = [Parcel(buffers.get(peer, empty), peer, slot=0) for peer in peers[link]]
         pending.append((transport.exchange(0, sends, receives), buffers))
     incoming[own].copy_(outgoing[own])
-    for ticket, buffers in pending:
-        ticket.wait()
+    for transfer, buffers in pending:
+        transfer.wait()
         for peer, chunk in buffers.items():
             if chunk is not incoming[peer]:
                 incoming[peer].copy_(chunk)
-    mesh.end(mesh.links, out)
+    mesh.end(mesh.record_ends(), out)
     return out
 
 

@@ -37,17 +37,19 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from sf_xfuser.layout.topology import host_id
 from sf_xfuser.transport.base import (
+    CALL_TIMEOUT_FACTOR,
     CallMismatch,
     OneSided,
     Parcel,
-    Ticket,
+    Transfer,
     TransportError,
     raise_if_unavailable,
     window_view,
@@ -63,7 +65,6 @@ from sf_xfuser.transport.cpu.segment import (
 )
 from sf_xfuser.transport.gpu.block import round_up_window
 
-_MAX_VIEWS = 4096  # cached views of the peers' windows, for about 64 call shapes
 _POLL_S = 0.1  # interval at which a waiting rank checks whether its peers are alive
 
 
@@ -79,6 +80,7 @@ class Shm(OneSided):
     ``pause(where)`` is called between any two accesses to shared memory, so that a test can replace it with a delay.
     """
 
+    host_writes = True
     pause: Callable[[Literal["put", "flag", "wait", "read"]], object] = staticmethod(lambda where: None)
 
     def __init__(
@@ -101,19 +103,18 @@ class Shm(OneSided):
         self._own: Segment | None = None
         self._segments: dict[int, Segment] = {}  # of the peers
         self._epoch = 0  # of the current or last call
-        self._views: dict[Any, list[torch.Tensor]] = {}
         self._sent: dict[int, int] = {}  # flag value after the last send to each peer
         self._expected: dict[int, int] = {}  # flag value after the last receive from each peer
         self._error: TransportError | None = None
-        self.reserve(1)
+        self.reserve(1, 0)
 
     @property
     def window_bytes(self) -> int:
         """As ``OneSided.window_bytes``."""
         return self.halves * self._half_bytes
 
-    def reserve(self, nbytes: int) -> None:
-        """As ``OneSided.reserve``. Creates new segments only if the halves of the current ones are too small."""
+    def reserve(self, nbytes: int, scratch_bytes: int) -> None:
+        """As ``OneSided.reserve``, without scratch memory. Creates new segments only if the halves of the current ones are too small."""
         self._check_usable()
         if nbytes <= self._half_bytes:
             return
@@ -166,37 +167,34 @@ class Shm(OneSided):
         self._expected = dict(self._sent)
         return self._own.half(self._epoch)
 
-    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
+    def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        copies = []
+        for parcel in sends:
+            if parcel.data is not None and parcel.data.numel():
+                window = self.peer_window(parcel.peer)
+                copies.append((window_view(window, parcel.offset, parcel.data.shape, parcel.data.dtype), parcel.data))
+        return _ShmTransfer(self, round, copies, _counts(sends), _counts(receives))
+
+    def post(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], sent: Mapping[int, int]) -> None:
         """Send in this thread: all chunks are written and all flags raised when this returns."""
         self._check_usable()
-        for index, parcel in enumerate(sends):
-            peer = parcel.peer
+        for view, data in copies:
             self.pause("put")
-            if parcel.parts[0].numel():
-                for part, view in zip(parcel.parts, self._peer_views(parcel), strict=True):
-                    view.copy_(part)
-            self._sent[peer] += 1
-            if index + 1 == len(sends) or sends[index + 1].peer != peer:  # a receiver waits for whole rounds
-                self.pause("flag")
-                self._segments[peer].raise_flag(self._position, self._sent[peer], self._identity)
-        for parcel in receives:
-            self._expected[parcel.peer] += 1
-        return _Exchange(self, round, {parcel.peer: self._expected[parcel.peer] for parcel in receives})
+            view.copy_(data)
+        for peer, chunks in sent.items():  # a receiver waits for whole rounds
+            self.pause("flag")
+            self._sent[peer] += chunks
+            self._segments[peer].raise_flag(self._position, self._sent[peer], self._identity)
 
-    def _peer_views(self, parcel: Parcel) -> Sequence[torch.Tensor]:
-        """The destination of each part in the peer's window. Cached: calls of the same shapes use the same offsets."""
-        first = parcel.parts[0]
-        parts = len(parcel.parts)
-        key = parcel.peer, self._epoch % self.halves, parcel.offset, parcel.pitch, parts, first.shape, parcel.dtype
-        views = self._views.get(key)
-        if views is None:
-            if len(self._views) == _MAX_VIEWS:
-                self._views.clear()
-            half = self._segments[parcel.peer].half(self._epoch)
-            with torch.inference_mode(False):  # calls in any mode write into these views
-                chunk = window_view(half, parcel.offset, parcel.shape, parcel.dtype, parcel.pitch)
-                views = self._views[key] = [chunk] if parts == 1 else list(chunk.unbind(1))
-        return views
+    def expect(self, received: Mapping[int, int]) -> dict[int, int]:
+        """The flag to wait for, by peer, after these numbers of further chunks."""
+        for peer, chunks in received.items():
+            self._expected[peer] += chunks
+        return {peer: self._expected[peer] for peer in received}
+
+    def peer_window(self, peer: int) -> torch.Tensor:
+        """As ``OneSided.peer_window``."""
+        return self._segments[peer].half(self._epoch)
 
     def drain(self) -> None:
         """Sends are complete when ``exchange`` returns."""
@@ -230,9 +228,11 @@ class Shm(OneSided):
                 self._fail(round, peer, expected, f"its process is gone; waited {waited:.1f} s")
             if (reason := self._control.abort_reason()) is not None:
                 self._fail(round, peer, expected, reason)
-            if waited >= self._timeout_s:
+            # A peer that has sent nothing in this call yet may still be busy with other work.
+            limit_s = self._timeout_s * (1 if flag > expected // CHUNKS * CHUNKS else CALL_TIMEOUT_FACTOR)
+            if waited >= limit_s:
                 self._fail(round, peer, expected, f"waited {waited:.1f} s")
-            self._own.sleep(peer, flag, min(_POLL_S, self._timeout_s - waited))
+            self._own.sleep(peer, flag, min(_POLL_S, limit_s - waited))
             gone = self._segments[peer].owner_is_gone()  # its flag is read once more before this fails
 
     def close(self) -> None:
@@ -271,16 +271,31 @@ class Shm(OneSided):
         for segment in (*self._segments.values(), *([self._own] if self._own else [])):
             segment.close()
         self._own, self._segments = None, {}
-        self._views.clear()
 
 
-class _Exchange(Ticket):
-    """``expected``: the flag value to wait for, by peer."""
+def _counts(parcels: Sequence[Parcel]) -> dict[int, int]:
+    """The number of chunks, by peer."""
+    return dict(Counter(parcel.peer for parcel in parcels))
 
-    def __init__(self, transport: Shm, round: int, expected: dict[int, int]) -> None:
-        self._transport = transport
-        self._round = round
-        self._expected = expected
+
+class _ShmTransfer(Transfer):
+    """``copies``: (in a peer's window, data). ``sent``, ``received``: numbers of chunks, by peer."""
+
+    def __init__(
+        self,
+        transport: Shm,
+        round: int,
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        sent: Mapping[int, int],
+        received: Mapping[int, int],
+    ) -> None:
+        self._transport, self._round = transport, round
+        self._copies, self._sent, self._received = copies, sent, received
+        self._expected: dict[int, int] = {}  # flag values to wait for, by peer
+
+    def post(self) -> None:
+        self._transport.post(self._copies, self._sent)
+        self._expected = self._transport.expect(self._received)
 
     def wait(self) -> None:
         while self._expected:

@@ -1,0 +1,283 @@
+"""Runs the program of a call on the memory and the links of a mesh.
+
+``BoundProgram`` turns each operation of a ``Program`` into a function, once. A call fills in its tensors, then calls
+the functions in order. Shapes are in names: B batch, H heads, S tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sf_xfuser.kernels import (
+    Attention,
+    Chunks,
+    attend_unchecked,
+    fix_fully_masked_lse,
+    merge_partial,
+    pack_compressed,
+    unpack_compressed,
+)
+from sf_xfuser.kernels.copies import Copies, Side
+from sf_xfuser.kernels.copies import Copy as KernelCopy
+from sf_xfuser.torus.program import INPUTS, AttendOp, Compress, Copy, Measure, Poison, Post, Program, View, Wait
+from sf_xfuser.transport.base import Parcel, Transfer, Transport
+
+if TYPE_CHECKING:
+    from sf_xfuser.torus.mesh import Mesh
+
+Slots = list[Any]  # the tensors of a call: its inputs, its result, and views of them and of fixed memory
+_RESULT, _ATTENTION, _OUTPUT = len(INPUTS), len(INPUTS) + 1, len(INPUTS) + 2
+_BASES = {name: index for index, name in enumerate((*INPUTS, "result", "", "output"))}
+
+
+class BoundProgram:
+    """A program for the current half of the window of ``mesh``. ``memories``: the fixed memory of each ``View``.
+    ``kv_of_q``: the KV head of each query head, if they differ. ``fused``: attend with the fused kernel."""
+
+    def __init__(
+        self,
+        program: Program,
+        mesh: Mesh,
+        memories: Mapping[str | int, torch.Tensor],
+        example: torch.Tensor,
+        kv_of_q: torch.Tensor | None,
+        fused: bool,
+    ) -> None:
+        self.program = program
+        self._mesh, self._memories, self._kv_of_q, self._fused = mesh, memories, kv_of_q, fused
+        self._device, self._dtype = example.device, example.dtype
+        self._slots: Slots = [None] * (_OUTPUT + 1)
+        self._index: dict[Any, int] = {}  # slot of each fixed memory and view
+        self._late: list[tuple[int, int, tuple[int, ...], tuple[int, ...], int]] = []  # views of inputs and the result
+        transports: list[Transport] = list(dict.fromkeys(mesh.links.values()))
+        with torch.inference_mode(False):
+            self._transfers = [self._record(number) for number in range(len(program.transfers))]
+            self._calls = [self._bind(op) for op in program.ops]
+            self.ends = [transport.record_end() for transport in transports]
+
+    def run(self, inputs: Sequence[torch.Tensor], attention: Attention, result: torch.Tensor) -> None:
+        """Fill ``result`` [B, S, H, D], up to what ``ends`` do."""
+        slots = self._slots.copy()
+        slots[: len(inputs)] = inputs
+        slots[_RESULT], slots[_ATTENTION] = result, attention
+        for index, base, shape, strides, offset in self._late:
+            memory = slots[base]
+            slots[index] = memory.as_strided(shape, strides, memory.storage_offset() + offset)
+        if self._mesh.trace is not None:
+            return self._run_traced(slots)
+        for call in self._calls:
+            call(slots)
+
+    def _run_traced(self, slots: Slots) -> None:
+        trace, posted = self._mesh.trace, {}
+        assert trace is not None
+        for op, call in zip(self.program.ops, self._calls, strict=True):
+            if isinstance(op, Post):
+                posted[op.transfer] = time.perf_counter()
+            if isinstance(op, Wait | AttendOp):
+                with trace.span("wait" if isinstance(op, Wait) else "compute", op.name, self._device):
+                    call(slots)
+            else:
+                call(slots)
+        for number, started_s in posted.items():
+            spec, arrived_s = self.program.transfers[number], self._transfers[number].arrived_s
+            if arrived_s is not None and spec.nbytes:
+                trace.add(spec.link, spec.received, started_s, arrived_s, spec.nbytes)
+
+    # -- binding ------------------------------------------------------------------------------------------------------
+
+    def _record(self, number: int) -> Transfer:
+        spec = self.program.transfers[number]
+        sends, receives = (
+            [
+                Parcel(None if view is None else self._tensor(view), peer, slot, offset)
+                for peer, slot, view, offset in chunks
+            ]
+            for chunks in (spec.sends, spec.receives)
+        )
+        return self._mesh.links[spec.link].record(spec.round, sends, receives)
+
+    def _bind(self, op: Any) -> Callable[[Slots], object]:
+        if isinstance(op, AttendOp):
+            return self._bind_attend(op)
+        if isinstance(op, Copy):
+            return self._bind_copy(op)
+        if isinstance(op, Post):
+            post = self._transfers[op.transfer].post
+            return lambda slots: post()
+        if isinstance(op, Wait):
+            return self._bind_wait(op)
+        if isinstance(op, Compress | Measure):
+            return self._bind_compress(op)
+        assert isinstance(op, Poison)
+        chunks, window = [self._tensor(view) for view in op.views], self._mesh.window
+        assert window is not None
+        return lambda slots: [window.poison(chunk) for chunk in chunks]
+
+    def _bind_wait(self, op: Wait) -> Callable[[Slots], object]:
+        by_transport: dict[Transport, list[Transfer]] = {}
+        for number in op.transfers:
+            transport = self._mesh.links[self.program.transfers[number].link]
+            by_transport.setdefault(transport, []).append(self._transfers[number])
+        waits = [transport.record_wait(transfers) for transport, transfers in by_transport.items()]
+        if len(waits) == 1:
+            (wait,) = waits
+            return lambda slots: wait()
+        return lambda slots: [wait() for wait in waits]
+
+    def _bind_copy(self, op: Copy) -> Callable[[Slots], object]:
+        if op.copies[0][0].memory == "output":
+            return self._bind_output_copy(op)
+        return self._copies(op.copies)
+
+    def _bind_output_copy(self, op: Copy) -> Callable[[Slots], object]:
+        known: dict[tuple[int, ...], Callable[[Slots], object]] = {}  # by the strides of the output
+
+        def copy(slots: Slots) -> None:
+            b, h, s, _ = strides = slots[_OUTPUT].stride()
+            if strides not in known:
+                known[strides] = self._copies(
+                    [
+                        (source._replace(offset=source.offset * s, strides=(s, b, h)), target)
+                        for source, target in op.copies
+                    ]
+                )
+            known[strides](slots)
+
+        return copy
+
+    def _copies(self, copies: Sequence[tuple[View, View]]) -> Callable[[Slots], object]:
+        bases: dict[int, int] = {}
+
+        def side(view: View) -> Side:
+            slot = self._base(view.memory)
+            return Side(bases.setdefault(slot, len(bases)), view.offset, view.strides)
+
+        kernel = Copies(
+            [KernelCopy(side(source), side(target), source.shape) for source, target in copies],  # type: ignore[arg-type]
+            self._dtype,
+            self._device,
+        )
+        slots_of = tuple(bases)
+        run = kernel.run
+        return lambda slots: run([slots[slot] for slot in slots_of])
+
+    def _bind_compress(self, op: Compress | Measure) -> Callable[[Slots], object]:
+        chunk = self._tensor(op.chunk)
+        parts = [self._slot(view) for view in op.parts]
+        if isinstance(op, Measure):
+            compression = self._mesh.compression
+            assert compression is not None
+            return lambda slots: compression.measure(chunk, [slots[part] for part in parts], op.formats)
+        if op.restore:
+            return lambda slots: unpack_compressed(chunk, [slots[part] for part in parts], op.formats)
+        return lambda slots: pack_compressed([slots[part] for part in parts], chunk, op.formats)
+
+    def _bind_attend(self, op: AttendOp) -> Callable[[Slots], object]:
+        outputs = [
+            (
+                output.start,
+                output.stop,
+                self._slot(output.sums, heads_first=True),
+                self._tensor(output.lse),
+                None if output.result is None else self._slot(output.result, heads_first=True),
+            )
+            for output in op.outputs
+        ]
+        if op.keys is None or op.values is None:
+            finals = [(sums, result) for _, _, sums, _, result in outputs if result is not None]
+            return lambda slots: [slots[result].copy_(slots[sums]) for sums, result in finals]
+        q, k, v = (self._slot(view, heads_first=True) for view in (op.queries, op.keys, op.values))
+        first, repeat, on_cpu = op.first, self._kv_of_q, self._device.type == "cpu"
+        if self._fused and outputs:
+            return self._bind_fused(q, k, v, outputs, first)
+        whole = len(outputs) == 1
+
+        def attend(slots: Slots) -> None:
+            queries, keys, values = slots[q], slots[k], slots[v]
+            if repeat is not None:
+                keys, values = keys.index_select(1, repeat), values.index_select(1, repeat)
+            out, lse = slots[_ATTENTION](queries, keys, values)
+            if not outputs:
+                slots[_OUTPUT] = out if out.stride(3) == 1 else out.contiguous()
+                return
+            if on_cpu:
+                lse = fix_fully_masked_lse(queries, keys, out, lse)
+            for start, stop, sums, sums_lse, result in outputs:
+                if not whole:
+                    merge_partial(
+                        slots[sums], sums_lse, out[:, :, start:stop], lse[:, :, start:stop],
+                        None if result is None else slots[result], first,
+                    )  # fmt: skip
+                else:
+                    merge_partial(slots[sums], sums_lse, out, lse, None if result is None else slots[result], first)
+
+        return attend
+
+    def _bind_fused(
+        self, q: int, k: int, v: int, outputs: Sequence[tuple[int, int, int, torch.Tensor, int | None]], first: bool
+    ) -> Callable[[Slots], object]:
+        repeat = self._kv_of_q
+
+        def attend(slots: Slots) -> None:
+            keys, values = slots[k], slots[v]
+            if repeat is not None:
+                keys, values = keys.index_select(1, repeat), values.index_select(1, repeat)
+            queries = slots[q]
+            lses = [lse for *_, lse, _ in outputs]
+            for lse in lses if first else ():
+                lse.fill_(float("-inf"))
+            attend_unchecked(
+                Chunks(
+                    [queries[:, :, start:stop] for start, stop, *_ in outputs],
+                    [keys],
+                    [values],
+                    [slots[sums] for _, _, sums, _, _ in outputs],
+                    lses,
+                    [slots[result] for *_, result in outputs if result is not None],
+                )
+            )
+
+        return attend
+
+    # -- views --------------------------------------------------------------------------------------------------------
+
+    def _base(self, memory: str | int) -> int:
+        """The slot of a memory."""
+        if memory in _BASES:
+            return _BASES[memory]  # type: ignore[index]
+        if memory not in self._index:
+            self._index[memory] = len(self._slots)
+            self._slots.append(self._memories[memory])
+        return self._index[memory]
+
+    def _slot(self, view: View, *, heads_first: bool = False) -> int:
+        """The slot of a view, [S, B, H, D], or with ``heads_first`` [B, H, S, D]."""
+        if (view, heads_first) not in self._index:
+            self._index[view, heads_first] = len(self._slots)
+            if view.memory in _BASES:
+                shape, strides = _geometry(view, heads_first)
+                self._late.append((len(self._slots), _BASES[view.memory], shape, strides, view.offset))  # type: ignore[index]
+                self._slots.append(None)
+            else:
+                self._slots.append(self._tensor(view, heads_first=heads_first))
+        return self._index[view, heads_first]
+
+    def _tensor(self, view: View, *, heads_first: bool = False) -> torch.Tensor:
+        """A view of fixed memory. Sums of log-sum-exps are [B, H, S], bytes [n]."""
+        memory = self._memories[view.memory]
+        shape, strides = _geometry(view, heads_first)
+        return memory.as_strided(shape, strides, memory.storage_offset() + view.offset)
+
+
+def _geometry(view: View, heads_first: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if len(view.shape) == 1:
+        return view.shape, (1,)
+    if len(view.shape) == 3:
+        return view.shape, view.strides
+    (S, B, H, D), (s, b, h) = view.shape, view.strides
+    return ((B, H, S, D), (b, h, s, 1)) if heads_first else ((S, B, H, D), (s, b, h, 1))
