@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from sf_xfuser.kernels.checks import uses_triton
+from sf_xfuser.kernels.copies import Copies, Copy, Side
 from sf_xfuser.kernels.fused import attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.merge import merge_, merge_into
 from sf_xfuser.kernels.packing import CompressedLayout, Format, pack, pack_compressed, unpack, unpack_compressed
@@ -42,4 +43,8 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
             chunk = torch.empty(layout.nbytes, device=device, dtype=torch.uint8)
             pack_compressed(values, chunk, formats)
             unpack_compressed(chunk, values, formats)
+    source, target = torch.zeros(D + 16, device=device, dtype=dtype), torch.empty(D, device=device, dtype=dtype)
+    for offset in (1, 2, 4, 8):  # copies specialize the width of loads
+        copy = Copy(Side(0, offset, (D, D, D)), Side(1, 0, (D, D, D)), (1, 1, 1, D))
+        Copies([copy], dtype, device).run((source, target))
     torch.cuda.synchronize(device)
