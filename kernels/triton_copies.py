@@ -54,7 +54,9 @@ def _pointer(
 
 @triton.jit(do_not_specialize=_BASES)
 def copy_kernel(
-    base0, base1, base2, base3, base4, base5, base6, base7,  # addresses
+    # Addresses. An empty tensor has address 0, which without annotation would be of another type than all others.
+    base0: tl.int64, base1: tl.int64, base2: tl.int64, base3: tl.int64,
+    base4: tl.int64, base5: tl.int64, base6: tl.int64, base7: tl.int64,
     table,
     TYPE: tl.constexpr,  # an integer of the size of an element
     STEP: tl.constexpr,  # elements; divides the alignment of the tensors, and all offsets, strides and D
