@@ -211,13 +211,7 @@ class _Run:
             for at, result in self.buffers.outputs(block) if last else [(block, None)]:
                 total_out, total_lse = self.buffers.accumulator(at)
                 part = slice(at.start - start, at.stop - start)
-                if not first:
-                    merge_partial(total_out, total_lse, out[:, :, part], lse[:, :, part], result)
-                elif result is not None:
-                    result.copy_(out[:, :, part])
-                else:
-                    total_out.copy_(out)
-                    total_lse.copy_(lse)
+                merge_partial(total_out, total_lse, out[:, :, part], lse[:, :, part], result, first)
             del out, lse  # free the memory before the next block
 
     def _attend_fused(self, rows: slice, k: torch.Tensor, v: torch.Tensor, first: bool, last: bool) -> None:
