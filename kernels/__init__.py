@@ -2,6 +2,7 @@
 PyTorch, which CPUs use."""
 
 from sf_xfuser.kernels.attend import AttendFunction, Attention, fix_fully_masked_lse, sdpa_attend
+from sf_xfuser.kernels.copies import Copies, Copy, Side
 from sf_xfuser.kernels.fused import (
     Chunks,
     attend_chunks_,
@@ -26,6 +27,9 @@ __all__ = [
     "Attention",
     "Chunks",
     "CompressedLayout",
+    "Copies",
+    "Copy",
+    "Side",
     "attend_chunks_",
     "attend_chunks_into",
     "attend_unchecked",

@@ -31,13 +31,14 @@ def sdpa_attend(
 
 
 def fix_fully_masked_lse(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The ``lse`` [B,H,Sq] of ``attend(q, k, v)``, with -inf for fully masked rows (all scores -inf).
+    """The ``lse`` [B,H,Sq] of ``attend(q, k, v)`` on a CPU, with -inf for fully masked rows (all scores -inf). On a GPU
+    ``lse`` itself, since ``merge_partial`` does the same there.
 
     For such a row, attention libraries return values that a merge would treat as a weight: 0 from PyTorch's CPU kernel,
-    +inf from flash attention on GPUs (also for a NaN score, which becomes NaN here), and NaN from softmax.
+    NaN from softmax, and +inf from flash attention on GPUs.
     """
-    if lse.device.type != "cpu":  # inspecting rows would synchronize. Output 0 - inf is -inf, NaN - inf is NaN
-        return torch.where(lse == float("inf"), out[..., 0] - float("inf"), lse)
+    if lse.device.type != "cpu":  # inspecting rows would synchronize
+        return lse
     ambiguous = ~((lse < float("inf")) & (lse != 0))  # 0 may also be the log of a true sum of 1
     if not ambiguous.any():
         return lse

@@ -1,8 +1,8 @@
 """Log-sum-exp merge of a partial attention result into an accumulator. Shapes: B batch, H heads, S tokens, D head size.
 
 ``merge_`` accumulates in place. ``merge_into`` is the last merge of a row: it writes the result, in the result's dtype,
-to its final tensor, which saves a pass over it. Each is one launch on a GPU with Triton (``triton_merge``), else a
-reference in plain PyTorch.
+to its final tensor, which saves a pass over it. ``merge_partial`` is every merge of a call of Torus Attention. Each is
+one launch on a GPU with Triton (``triton_merge``), else a reference in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -52,14 +52,56 @@ def merge_into(
 
 
 def merge_partial(
-    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor, result: torch.Tensor | None
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    result: torch.Tensor | None,
+    first: bool = False,
 ) -> None:
     """``merge_``, or ``merge_into`` with a ``result``, for valid ``out``, ``lse`` and ``result``. Checks only shapes,
-    dtypes and the last stride of ``new_out`` and ``new_lse``: 1 us instead of 18."""
+    dtypes and the last stride of ``new_out`` and ``new_lse``: 1 us instead of 18.
+
+    ``first``: the accumulator is undefined. So ``new_out`` and ``new_lse`` become the accumulator, or with a ``result``
+    only ``new_out`` is stored, there. On a GPU, the log-sum-exp of fully masked rows may be as flash attention returns
+    it, see ``fix_flash_lse``.
+    """
     valid = new_lse.dtype is lse.dtype and new_out.shape == out.shape and new_lse.shape == lse.shape
     if not valid or new_out.stride(3) != 1:
         check(out, lse, new_out, new_lse, result)
-    _run(out, lse, new_out, new_lse, result)
+    if uses_triton(out):
+        from sf_xfuser.kernels.triton_merge import launch
+
+        launch(out, lse, new_out, new_lse, result, first=first, flash_lse=True)
+    else:
+        merge_partial_reference(out, lse, new_out, new_lse, result, first)
+
+
+def merge_partial_reference(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    result: torch.Tensor | None,
+    first: bool,
+) -> None:
+    """``merge_partial`` in plain PyTorch."""
+    if new_lse.device.type != "cpu":
+        new_lse = fix_flash_lse(new_out, new_lse)
+    if not first:
+        merge_reference(out, lse, new_out, new_lse, result)
+    elif result is not None:
+        result.copy_(new_out)
+    else:
+        out.copy_(new_out)
+        lse.copy_(new_lse)
+
+
+def fix_flash_lse(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The ``lse`` [B,H,S] of flash attention on a GPU, with -inf for fully masked rows (all scores -inf).
+
+    Flash attention returns +inf if the softmax denominator is 0 (output 0) or NaN (output NaN, and lse becomes NaN)."""
+    return torch.where(lse == float("inf"), out[..., 0] - float("inf"), lse)
 
 
 def merge_reference(

@@ -7,8 +7,9 @@ from functools import cache
 import torch
 
 from sf_xfuser.kernels.checks import uses_triton
+from sf_xfuser.kernels.copies import Copies, Copy, Side
 from sf_xfuser.kernels.fused import attend_chunks_, attend_chunks_into
-from sf_xfuser.kernels.merge import merge_, merge_into
+from sf_xfuser.kernels.merge import merge_partial
 from sf_xfuser.kernels.packing import CompressedLayout, Format, pack, pack_compressed, unpack, unpack_compressed
 
 
@@ -25,10 +26,11 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
         if not uses_triton(x):
             return
         part, result = x.transpose(1, 2), torch.empty_like(x).transpose(1, 2)
-        out, lse = torch.zeros(1, heads, 1, D, device=device), torch.zeros(1, heads, 1, device=device)
-        merge_(out, lse, part, lse.clone())
-        for target in {dtype: result, torch.float32: out}.values():
-            merge_into(target, out, lse, part, lse.clone())
+        total_dtype = torch.promote_types(dtype, torch.float32)
+        out, lse = (torch.zeros(1, heads, 1, *size, device=device, dtype=total_dtype) for size in ((D,), ()))
+        for target in (None, result):
+            for first in (True, False):
+                merge_partial(out, lse, part, lse.clone(), target, first)
         for parts in ((x,), (x, x.clone())):
             chunk = torch.empty(x.shape if len(parts) == 1 else (1, 2, 1, heads, D), device=device, dtype=dtype)
             pack(parts, chunk)
@@ -42,4 +44,8 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
             chunk = torch.empty(layout.nbytes, device=device, dtype=torch.uint8)
             pack_compressed(values, chunk, formats)
             unpack_compressed(chunk, values, formats)
+    source, target = torch.zeros(D + 16, device=device, dtype=dtype), torch.empty(D, device=device, dtype=dtype)
+    for offset in (1, 2, 4, 8):  # copies specialize the width of loads
+        copy = Copy(Side(0, offset, (D, D, D)), Side(1, 0, (D, D, D)), (1, 1, 1, D))
+        Copies([copy], dtype, device).run((source, target))
     torch.cuda.synchronize(device)

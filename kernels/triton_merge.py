@@ -27,7 +27,9 @@ def merge_kernel(
     new_out_b, new_out_h, new_out_s,
     new_lse_b, new_lse_h, new_lse_s,
     result_b, result_h, result_s,
+    starts: tl.constexpr,  # the accumulator is undefined: store the partial result
     final: tl.constexpr,  # write ``result`` instead of the accumulator
+    flash_lse: tl.constexpr,  # a log-sum-exp of +inf is that of a fully masked row, see ``merge.fix_flash_lse``
     step: tl.constexpr,  # elements; the unit of the strides of out, new_out and result
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -53,27 +55,37 @@ def merge_kernel(
     valid = s < num_tokens - first
     mask = valid[:, None] & (d < D)
 
-    old_lse = tl.load(lse + s * lse_s, mask=valid, other=0.0)
     part_lse = tl.load(new_lse + s * new_lse_s, mask=valid, other=0.0)
-    use_part = part_lse != float("-inf")
-    use_old = (old_lse != float("-inf")) | (part_lse == float("-inf"))  # an empty accumulator may hold any output
-    old = tl.load(out + s[:, None] * out_s + d, mask=mask & use_old[:, None], other=0.0)
-    part = tl.load(new_out + s[:, None] * new_out_s + d, mask=mask & use_part[:, None], other=0.0).to(old.dtype)
-
-    ratio = tl.exp(-tl.abs(part_lse - old_lse))
-    smaller = tl.where(use_part, ratio / (1.0 + ratio), 0.0)
-    part_is_larger = part_lse > old_lse
-    part_weight = tl.where(part_is_larger, 1.0 - smaller, smaller)
-    old_weight = tl.where(part_is_larger, smaller, 1.0 - smaller)
-    merged = old_weight[:, None] * old + part_weight[:, None] * part
-    if final:
-        tl.store(result + s[:, None] * result_s + d, merged.to(result.dtype.element_ty), mask=mask)
+    if flash_lse:
+        unknown = part_lse == float("inf")
+        element = tl.load(new_out + s * new_out_s, mask=valid & unknown, other=0.0).to(part_lse.dtype)
+        part_lse = tl.where(unknown, element - float("inf"), part_lse)
+    new_out += s[:, None] * new_out_s + d
+    if starts:
+        merged = tl.load(new_out, mask=mask, other=0.0)
+        merged_lse = part_lse
     else:
-        tl.store(out + s[:, None] * out_s + d, merged, mask=mask)
+        old_lse = tl.load(lse + s * lse_s, mask=valid, other=0.0)
+        use_part = part_lse != float("-inf")
+        use_old = (old_lse != float("-inf")) | (part_lse == float("-inf"))  # an empty accumulator may hold any output
+        old = tl.load(out + s[:, None] * out_s + d, mask=mask & use_old[:, None], other=0.0)
+        part = tl.load(new_out, mask=mask & use_part[:, None], other=0.0).to(old.dtype)
+
+        ratio = tl.exp(-tl.abs(part_lse - old_lse))
+        smaller = tl.where(use_part, ratio / (1.0 + ratio), 0.0)
+        part_is_larger = part_lse > old_lse
+        part_weight = tl.where(part_is_larger, 1.0 - smaller, smaller)
+        old_weight = tl.where(part_is_larger, smaller, 1.0 - smaller)
+        merged = old_weight[:, None] * old + part_weight[:, None] * part
         max_lse = tl.maximum(old_lse, part_lse, propagate_nan=tl.PropagateNan.ALL)
         min_lse = tl.minimum(old_lse, part_lse)
         increase = tl.where(min_lse == float("-inf"), 0.0, tl.log(1.0 + tl.exp(min_lse - max_lse)))
-        tl.store(lse + s * lse_s, max_lse + increase, mask=valid)
+        merged_lse = max_lse + increase
+    if final:
+        tl.store(result + s[:, None] * result_s + d, merged.to(result.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out + s[:, None] * out_s + d, merged.to(out.dtype.element_ty), mask=mask)
+        tl.store(lse + s * lse_s, merged_lse, mask=valid)
 
 
 def launch(
@@ -82,8 +94,12 @@ def launch(
     new_out: torch.Tensor,
     new_lse: torch.Tensor,
     result: torch.Tensor | None,
+    *,
+    first: bool = False,
+    flash_lse: bool = False,
 ) -> None:
-    """``merge_reference`` for checked tensors. Enqueues one kernel on the current stream."""
+    """``merge_reference``, or with ``flash_lse`` ``merge_partial``, for checked tensors. Enqueues one kernel on the
+    current stream."""
     B, H, S, D = out.shape
     if out.numel() == 0:
         return
@@ -97,7 +113,7 @@ def launch(
     ]
     merge_kernel[(triton.cdiv(S, block_s) * B * H,)](
         *(out, lse, new_out, new_lse, target, S, H, B * H, *strides),
-        *(result is not None, step, D, block_d, block_s),
+        *(first, result is not None, flash_lse, step, D, block_d, block_s),
     )
 
 
@@ -113,24 +129,23 @@ def common_step(*tensors: torch.Tensor) -> int:
 
 
 def shipped() -> list[ShippedConfig]:
-    """The merge of a bf16 partial result, into the accumulator and into the final result."""
+    """The merge of a bf16 partial result: the first, the next and the last one of a row."""
     configs = []
     for D in (64, 72, 128, 256):
         block_s, block_d = block_shape(D, _BLOCK_ELEMENTS)
-        for final in (False, True):
+        constants = {"flash_lse": True, "step": math.gcd(D, _MAX_STEP), "D": D, "BLOCK_D": block_d, "BLOCK_S": block_s}
+        for label, first, final in (
+            ("merge", False, False),
+            ("merge (first)", True, False),
+            ("merge (last)", False, True),
+        ):
             configs.append(
                 ShippedConfig(
-                    label=f"merge{' (last)' if final else ''} D={D}",
+                    label=f"{label} D={D}",
                     kernel=merge_kernel,
                     types={"out": "*fp32", "lse": "*fp32", "new_out": "*bf16", "new_lse": "*fp32"}
                     | {"result": "*bf16" if final else "*fp32"},
-                    constants={
-                        "final": final,
-                        "step": math.gcd(D, _MAX_STEP),
-                        "D": D,
-                        "BLOCK_D": block_d,
-                        "BLOCK_S": block_s,
-                    },
+                    constants={"starts": first, "final": final} | constants,
                 )
             )
     return configs

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sf_xfuser.kernels import fix_fully_masked_lse, merge_, merge_into, merge_partial, sdpa_attend
-from sf_xfuser.kernels.merge import merge_reference
+from sf_xfuser.kernels.merge import fix_flash_lse, merge_partial_reference, merge_reference
 from tests.kernel_cases import ADVERSARIAL, attention64, mutated, padded, padding_is_intact, sdpa_error
 
 triton_merge = pytest.importorskip("sf_xfuser.kernels.triton_merge", reason="Triton is not installed")
@@ -157,13 +157,55 @@ def test_lse_of_fully_masked_rows():
     assert (found[0, 0] == -INF).all() and found[0, 1, 0] == 1.0 and found[0, 1, 1:].isnan().all()
 
 
-def test_lse_of_flash_attention_on_a_gpu(monkeypatch):
+def test_lse_of_flash_attention():
     """It is +inf if the weights sum to 0 (output 0) or to NaN (output NaN)."""
     out, lse = torch.zeros(1, 1, 3, 16), torch.tensor([[[INF, INF, 1.0]]])
     out[0, 0, 1] = NAN
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
-    found = fix_fully_masked_lse(out, out, out, lse)[0, 0].tolist()
+    found = fix_flash_lse(out, lse)[0, 0].tolist()
     assert found[0] == -INF and math.isnan(found[1]) and found[2] == 1.0
+
+
+def test_only_a_cpu_inspects_the_scores_of_masked_rows(monkeypatch):
+    lse = torch.tensor([[[INF]]])
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+    assert fix_fully_masked_lse(lse, lse, lse, lse) is lse
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_one_launch_merges_what_flash_attention_returns(last, first, dtype, monkeypatch):
+    """In the interpreter, with the CPU treated as a GPU. The first partial result starts the accumulator, whatever it
+    holds. Rows 5 and 6 are fully masked and NaN."""
+    launched, launch = [], triton_merge.launch
+    monkeypatch.setattr(
+        triton_merge, "launch", lambda *args, **kwargs: launched.append(args) or launch(*args, **kwargs)
+    )
+    S, D, total_dtype = 37, 72, torch.promote_types(dtype, torch.float32)
+    out, lse = (x.to(total_dtype) for x in accumulator(B, H, S, D))
+    if first:
+        out, lse = torch.full_like(out, NAN), torch.full_like(lse, NAN)
+    new_out, new_lse = partial(B, H, S, D, dtype, "BSHD", 27)
+    new_lse = new_lse.to(total_dtype)
+    new_lse[0, :, 5:7], new_out[0, :, 5], new_out[0, :, 6] = INF, 0.0, NAN
+    expected, got = padded(out, lse), padded(out, lse)
+    results = padded(*[torch.full((B, H, S, D), 7.0, dtype=dtype)] * 2) if last else [None, None]
+    fixed = fix_flash_lse(new_out, new_lse)
+    merge_partial_reference(*expected, new_out, fixed, results[0], first)
+    monkeypatch.setattr(sys.modules["sf_xfuser.kernels.merge"], "uses_triton", lambda x: True)
+    merge_partial(*got, new_out, new_lse, results[1], first)
+    assert len(launched) == 1
+    tolerance = {"rtol": 0, "atol": 0} if first else {"rtol": 2e-6, "atol": torch.finfo(dtype).eps * 4}
+    if last:
+        torch.testing.assert_close(results[1], results[0], equal_nan=True, **tolerance)
+        torch.testing.assert_close(got, padded(out, lse), equal_nan=True, rtol=0, atol=0)
+        written = results[1]
+    else:
+        torch.testing.assert_close(got, expected, equal_nan=True, **tolerance)
+        written = got[0]
+        assert (got[1][0, :, 5] == -INF).all() if first else torch.equal(got[1][0, :, 5], lse[0, :, 5])
+    assert written[0, :, 6].isnan().all() and padding_is_intact(written)
+    assert (written[0, :, 5] == 0).all() if first else written[0, :, 5].isfinite().all()
 
 
 FAULTS = {
@@ -178,6 +220,10 @@ FAULTS = {
     "no bounds check": ("valid = s < num_tokens - first", "valid = s < BLOCK_S"),
     "an empty accumulator counts": ("mask=mask & use_old[:, None]", "mask=mask"),
     "rows without keys count": ('use_part = part_lse != float("-inf")', "use_part = part_lse == part_lse"),
+    "first merge reads the accumulator": ("    if starts:", "    if False:"),
+    "first merge leaves the lse": ("merged_lse = part_lse", "merged_lse = tl.load(lse + s * lse_s, mask=valid)"),
+    "masked rows count": ("element - float(", "element + float("),
+    "NaN rows are masked": ('element - float("inf")', 'float("-inf")'),
     "heads mixed up": ("h = (sequence % num_heads)", "h = (sequence // num_heads)"),
     "last merge misplaced": ("result += b * result_b + h * result_h", "result += b * result_b"),
 }
@@ -191,6 +237,9 @@ def test_a_mutated_kernel_fails(fault, monkeypatch):
     with pytest.raises(AssertionError):
         for layout in (("BHSD", 0), ("BSHD", 27)):
             test_matches_the_reference(64, torch.float32, *layout)
+        for first in (True, False):
+            monkeypatch.setitem(sys.modules, "sf_xfuser.kernels.triton_merge", faulty)
+            test_one_launch_merges_what_flash_attention_returns(False, first, torch.float32, monkeypatch)
 
 
 BAD = {
@@ -248,6 +297,9 @@ def test_merge_partial_matches_the_checked_functions(dtype):
     merge_into(results[0], *padded(out, lse), *new)
     merge_partial(*padded(out, lse), *new, results[1])
     assert torch.equal(*results) and results[0].isfinite().all()
+    merge_partial(*got, *new, None, first=True)
+    merge_partial(*padded(out, lse), *new, results[1], first=True)
+    assert torch.equal(got[0], new[0].float()) and torch.equal(got[1], new[1]) and torch.equal(results[1], new[0])
 
 
 @pytest.mark.parametrize("name", ["head sizes", "batch", "layout of lse", "dtype of lse", "strided D"])
@@ -284,12 +336,12 @@ def test_prepare_runs_every_kernel(dtype, D, format, fused, monkeypatch):
     """In the interpreter, with the CPU treated as a GPU."""
     prepare = sys.modules["sf_xfuser.kernels.prepare"]
     launched, synchronized = [], []
-    for name in ("prepare", "merge", "packing", "fused"):
+    for name in ("prepare", "merge", "copies", "packing", "fused"):
         module = sys.modules[f"sf_xfuser.kernels.{name}"]
         monkeypatch.setattr(module, "uses_triton", lambda x, name=name: launched.append(name) or True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     prepare.prepare.__wrapped__(torch.device("cpu"), dtype, D, format, fused)
-    assert {"merge", "packing"} <= set(launched) and ("fused" in launched) == fused
+    assert {"merge", "copies", "packing"} <= set(launched) and ("fused" in launched) == fused
     # Per number of heads: pack and unpack of one and two parts; compressed Q, and K with compressed V.
     assert launched.count("packing") == 2 * (4 + 4 * (format != "none"))
     assert synchronized == [torch.device("cpu")]
