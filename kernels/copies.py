@@ -21,7 +21,7 @@ import torch
 from sf_xfuser.kernels.checks import uses_triton
 
 MAX_BASES = 8
-"""Tensors that one ``Copies`` may refer to."""
+"""Tensors that one ``Copies`` may refer to on a GPU."""
 
 
 class Side(NamedTuple):
@@ -46,18 +46,19 @@ class Copies:
     target. Copies without elements are dropped.
 
     ``launches``: kernels per ``run`` on a GPU with Triton, else the number of copies. Local. Making one uploads a table
-    to the GPU. Raises ValueError for more than ``MAX_BASES`` tensors.
+    to the GPU. Raises ValueError for more than ``MAX_BASES`` tensors on a GPU.
     """
 
     def __init__(self, copies: Sequence[Copy], dtype: torch.dtype, device: torch.device) -> None:
         copies = [copy for copy in copies if prod(copy.shape)]
         num_bases = 1 + max((side.tensor for copy in copies for side in copy[:2]), default=-1)
-        if num_bases > MAX_BASES:
-            raise ValueError(f"copies between {num_bases} tensors: use at most {MAX_BASES}")
         self.launches = len(copies)
         self._launch = None
         if copies and uses_triton(torch.empty(0, device=device)):
             from sf_xfuser.kernels.triton_copies import record
+
+            if num_bases > MAX_BASES:
+                raise ValueError(f"copies between {num_bases} tensors: use at most {MAX_BASES}")
 
             self.launches = 1
             self._launch = record(copies, dtype, device)

@@ -29,6 +29,7 @@ import torch
 from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.mesh import Mesh
@@ -69,10 +70,11 @@ def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
 
 
 class Candidate(NamedTuple):
-    """Torus Attention on ``mesh``, unstaged if not ``overlap``; or xDiT's USP in ``degrees`` (None: the launch's)."""
+    """Torus Attention on ``mesh`` in ``granularity`` (None: chosen by the call); or xDiT's USP in ``degrees`` (None:
+    the launch's)."""
 
     mesh: Mesh | None = None
-    overlap: bool = True
+    granularity: Granularity | None = None
     degrees: XditConfig | None = None
 
 
@@ -96,7 +98,7 @@ class Selector:
         self.own, self.use_degrees, self.meshes, self.log = own, use_degrees, tuple(meshes), log
         torus = {f"torus ({mesh.layout})": Candidate(mesh) for mesh in meshes}
         if torch.cuda.is_available() or not self.mesh.one_host:  # else torus is always unstaged
-            torus[f"torus unstaged ({self.mesh.layout})"] = Candidate(self.mesh, overlap=False)
+            torus[f"torus unstaged ({self.mesh.layout})"] = Candidate(self.mesh, "unstaged")
         others = {f"xDiT's USP ({degrees})": Candidate(degrees=degrees) for degrees in other_degrees}
         self.torus_first = torus_first(self.mesh.layout, own, kv_ratio)
         usp = {OWN: Candidate()}
@@ -118,7 +120,7 @@ class Selector:
         key: torch.Tensor,
         joint_key: torch.Tensor | None,
         kind: Hashable,
-        torus: Callable[[Mesh, bool], torch.Tensor],
+        torus: Callable[[Mesh, Granularity | None], torch.Tensor],
         usp: Callable[[], torch.Tensor],
     ) -> tuple[Candidate, torch.Tensor]:
         """Run one attention call: (the candidate that ran it, its result).
@@ -131,7 +133,7 @@ class Selector:
 
         def call(candidate: Candidate) -> torch.Tensor:
             if candidate.mesh is not None:
-                return torus(candidate.mesh, not candidate.overlap)
+                return torus(candidate.mesh, candidate.granularity)
             if candidate.degrees is None:
                 return usp()
             with self.use_degrees(candidate.degrees):

@@ -154,7 +154,7 @@ class OneRank:
 
     @property
     def _call(self) -> Call:
-        return negotiate_call(self.mesh, self.own, None, Tokens(self.counts, self.counts), overlap=True)
+        return negotiate_call(self.mesh, self.own, None, Tokens(self.counts, self.counts), None)
 
     def fill(self, out: torch.Tensor) -> None:
         """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""

@@ -38,7 +38,7 @@ def usp_traffic(config: XditConfig) -> Traffic:
 
 def torus_traffic(layout: Layout) -> Traffic:
     """One call of Torus Attention: the messages in the schedule of each rank."""
-    cut = choose_chunking(layout, TOKENS_PER_RANK, "cuda", overlap=True)
+    cut = choose_chunking(layout, TOKENS_PER_RANK, "cuda", "block")
     share = 1 / (layout.world_size * layout.ulysses_degree)
     traffic: Traffic = {}
     for rank in range(layout.world_size):

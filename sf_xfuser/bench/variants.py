@@ -16,6 +16,7 @@ from sf_xfuser.config import COMPRESSIONS, TRANSPORTS, TorusArgs
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.layout.plan import UNEVEN, Layout, head_ranges
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, egress, legal_configs, variant_name
 from sf_xfuser.simulator import TorusVariant
 from sf_xfuser.torus.attention import torus_attention
@@ -106,7 +107,7 @@ def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[s
         rows = case.tokens[mesh.position]
         heads = (case.heads, kv_heads, kv_heads)
         dtype = getattr(torch, case.dtype)
-        _torus(case, mesh, True, attend)(*(torch.zeros(case.batch, h, rows, case.head_dim, dtype=dtype) for h in heads))
+        _torus(case, mesh, None, attend)(*(torch.zeros(case.batch, h, rows, case.head_dim, dtype=dtype) for h in heads))
     blocking = replace(mesh, links={link: _Blocking(t) for link, t in mesh.links.items()}, calls={}, transports={})
     formula = _torus_egress(case, mesh.layout) * _tensor_bytes(case)
     text = "the same attention on every rank, without communication"
@@ -153,20 +154,20 @@ def _mesh(case: Case, args: TorusArgs) -> Mesh:
 def _torus_variant(
     name: str, description: str, case: Case, mesh: Mesh, attend: AttendFunction, formula: float
 ) -> Variant:
-    unstaged = name == UNSTAGED
+    granularity: Granularity | None = "unstaged" if name == UNSTAGED else None
     return Variant(
         name=name,
         description=description,
         family="ours",
         layout=str(mesh.layout),
-        call=_torus(case, mesh, not unstaged, attend),
+        call=_torus(case, mesh, granularity, attend),
         formula_bytes=formula,
         mesh=mesh,
         simulated=TorusVariant(
             layout=mesh.layout,
             pattern="message" if mesh.transport == "two_sided" else "put",
             overlap=not any(isinstance(link, _Blocking) for link in mesh.links.values()),
-            unstaged=unstaged,
+            granularity=granularity or "block",
         ),
     )
 
@@ -197,8 +198,8 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         tensors = query, key, value
 
-        def torus(mesh: Mesh, overlap: bool) -> torch.Tensor:
-            return _torus(case, mesh, overlap, attend)(*tensors)
+        def torus(mesh: Mesh, granularity: Granularity | None) -> torch.Tensor:
+            return _torus(case, mesh, granularity, attend)(*tensors)
 
         with groups.use(own):
             return selector.run(query, key, None, "registered attention", torus, lambda: call_usp(*tensors))[1]
@@ -206,10 +207,10 @@ def _auto(case: Case, args: TorusArgs, attend: AttendFunction) -> Variant:
     return Variant(name=AUTO, description=text, family="ours", call=call, selector=selector)
 
 
-def _torus(case: Case, mesh: Mesh, overlap: bool, attend: AttendFunction) -> Call:
+def _torus(case: Case, mesh: Mesh, granularity: Granularity | None, attend: AttendFunction) -> Call:
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         tokens = Tokens(case.tokens, case.tokens)
-        return torus_attention(query, key, value, mesh=mesh, attention=attend, tokens=tokens, overlap=overlap)
+        return torus_attention(query, key, value, mesh=mesh, attention=attend, tokens=tokens, granularity=granularity)
 
     return call
 

@@ -37,16 +37,22 @@ Rules:
   idles from then until the first O is final (step 6). Smaller parts shorten that gap.
 - The local Q attends the last ``DEFERRED_SLABS`` slabs at the end. No other machine waits for this attention, so it
   covers the O transfers.
-- ``Chunking.overlap=False`` exchanges all inputs, attends everything in one call with the keys in sequence order, then
-  exchanges all outputs. This suits ranks of one host, where chunks arrive at once.
+- ``Chunking.granularity`` is how much one attention call attends. Small calls hide more of the transfers, but each call
+  costs a launch, a merge, and a GPU that is not full:
+
+    ``"block"``     each block as it arrives (the example). The ring forwards blocks from rank to rank.
+    ``"slab"``      a part of a slab at once: the ring inside the machine is one round, in which each rank sends its
+                    first block to all others.
+    ``"unstaged"``  everything at once, with the keys in sequence order: all inputs, one attention call, all outputs.
+                    For short calls, and for ranks of one host, where chunks arrive at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Literal, NamedTuple, TypeVar
+from itertools import chain, groupby, zip_longest
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from sf_xfuser.layout.plan import Layout
 
@@ -63,6 +69,7 @@ more KV in memory."""
 
 _T = TypeVar("_T")
 Link = Literal["inside", "across"]
+Granularity = Literal["block", "slab", "unstaged"]
 Tensor = Literal["q", "kv", "o"]
 JointEnd = Literal["front", "rear"]
 _INPUTS: tuple[Tensor, ...] = ("q", "kv")
@@ -83,15 +90,17 @@ class Piece(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunking:
     """Number of parts per slab of KV from other machines (``kv_parts``) and of the last machine (``last_kv_parts``).
-    ``overlap=False``: one attention call after all inputs have arrived; KV is not split."""
+    ``granularity``: how much one attention call attends (the module's rules). ``"unstaged"`` does not split KV."""
 
     kv_parts: int = 1
     last_kv_parts: int = 1
-    overlap: bool = True
+    granularity: Granularity = "block"
 
     def __post_init__(self) -> None:
-        if not self.overlap and (self.kv_parts, self.last_kv_parts) != (1, 1):
-            raise ValueError(f"{self}: overlap=False needs kv_parts=1 and last_kv_parts=1")
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {self.granularity!r}")
+        if self.granularity == "unstaged" and (self.kv_parts, self.last_kv_parts) != (1, 1):
+            raise ValueError(f"{self}: unstaged needs kv_parts=1 and last_kv_parts=1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +141,7 @@ Step = Exchange | Attend
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """The steps of one rank. ``queries`` and each slab list their pieces in buffer order. ``remote``: the queries of
-    other machines, at the end of ``queries``; empty without overlap, where one step attends all queries."""
+    other machines, at the end of ``queries``; empty if unstaged, where one step attends all queries."""
 
     layout: Layout
     position: int
@@ -140,6 +149,19 @@ class Schedule:
     remote: tuple[Piece, ...]
     slabs: tuple[tuple[Piece, ...], ...]
     steps: tuple[Step, ...]
+
+    @property
+    def num_launches(self) -> int:
+        """Operations that a GPU starts for one call: an attention call and a merge per ``Attend``; a copy, a flag and a
+        wait per ``Exchange``, each batched over its messages, and a pack if it sends tokens of this rank."""
+        launches = 0
+        for step in self.steps:
+            if isinstance(step, Attend):
+                launches += 2
+            else:
+                sent = {piece.source for m in step.sends if m.tensor != "o" for piece in m.pieces}
+                launches += 3 + (self.position in sent)
+        return launches
 
 
 def build_schedule(
@@ -154,23 +176,20 @@ def build_schedule(
 _TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
 
 
-def choose_chunking(layout: Layout, kv_tokens: int, device: str, *, overlap: bool) -> Chunking:
+def choose_chunking(layout: Layout, kv_tokens: int, device: str, granularity: Granularity) -> Chunking:
     """The number of KV parts for a call (measured rows: docs/performance.md).
 
-    Two machines: up to 4 parts, because there is only one remote slab. More machines: up to 2 parts on a GPU, 1 on a
-    CPU, where the extra attention calls and merges cost more than they hide. ``kv_tokens``: of the rank with the most
-    tokens. ``device``: ``"cpu"`` or ``"cuda"``. The result does not depend on the transport, so all transports give the
-    same bits."""
-    if not overlap:
-        return Chunking(overlap=False)
+    ``"block"``: two machines: up to 4 parts, because there is only one remote slab. More machines: up to 2 parts on a
+    GPU, 1 on a CPU, where the extra attention calls and merges cost more than they hide. ``kv_tokens``: of the rank
+    with the most tokens. ``device``: ``"cpu"`` or ``"cuda"``. The result does not depend on the transport, so all
+    transports give the same bits."""
+    if granularity != "block":
+        return Chunking(granularity=granularity)
     max_parts = max(1, layout.ulysses * kv_tokens // _TOKENS_PER_PART.get(device, 2048))
     if layout.num_machines == 2:
         return Chunking(last_kv_parts=min(4, max_parts))
     parts = 1 if device == "cpu" else min(2, max_parts)
     return Chunking(kv_parts=parts, last_kv_parts=parts)
-
-
-_At = tuple[int, int] | None  # (part, block) of a slab; None: all of it
 
 
 class _Builder:
@@ -179,7 +198,7 @@ class _Builder:
         self.t, self.u, self.r_x, self.r_i = layout.coordinates(position)
         self.steps: list[Step] = []
         self.rounds: dict[Link, int] = {"inside": 0, "across": 0}
-        self.overlap = chunking.overlap
+        self.granularity = chunking.granularity
         # By machine offset. KV of the local machine is not split.
         kv_parts = ([1] + [chunking.kv_parts] * (layout.torus - 2) + [chunking.last_kv_parts])[: layout.torus]
         # queries[i] and slabs[k][part][block] are the U pieces of one arrival.
@@ -205,39 +224,42 @@ class _Builder:
         )
 
     def _block(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
-        """``_pieces`` in slab order: without overlap, sequence order."""
+        """``_pieces`` in slab order: if unstaged, sequence order."""
         pieces = self._pieces(i, j_x, j_i, part, parts)
-        return pieces if self.overlap else tuple(sorted(pieces))
+        return tuple(sorted(pieces)) if self.granularity == "unstaged" else pieces
 
     def build(self) -> Schedule:
         slabs: tuple[tuple[Piece, ...], ...]
-        if self.overlap:
-            self._add_stages()
-            slabs = tuple(self._keys(k) for k in range(len(self.slabs)))
-        else:
+        if self.granularity == "unstaged":
             slabs = (self._add_unstaged(),)
+        else:
+            self._add_stages()
+            slabs = tuple(self._with_joint(self._slab(k)) for k in range(len(self.slabs)))
         return Schedule(
             layout=self.layout,
             position=self.position,
             queries=_flatten(self.queries),
-            remote=self.remote if self.overlap else (),
+            remote=() if self.granularity == "unstaged" else self.remote,
             slabs=slabs,
             steps=tuple(self._mark_last()),
         )
 
     def _add_unstaged(self) -> tuple[Piece, ...]:
         """All inputs, one attention call, all outputs. Returns the keys, in sequence order."""
+        others = range(1, self.layout.torus)
+        if others:
+            self._pull_chunks([(tensor, i, 0) for i in others for tensor in _INPUTS])
         if self.layout.ulysses > 1:
             self._post_local_inputs()
-        self._post_across(arriving=len(self.arrivals))
-        for k in range(len(self.slabs)):
-            for block in range(self.layout.ring_inside):
-                self._post_ring_inside(k, 0, block)
-        keys = tuple(sorted(_flatten(self._keys(k) for k in range(len(self.slabs)))))  # JOINT sorts first
-        keys = (*keys[1:], keys[0]) if self.joint == "rear" else keys
+        if self.layout.ring_across > 1:
+            self._gather_across()
+        if self.layout.ring_inside > 1:
+            self._gather_inside([blocks for parts in self.slabs for blocks in parts])
+        keys = tuple(sorted(_flatten(self._with_joint(self._slab(k)) for k in range(len(self.slabs)))))
+        keys = (*keys[1:], keys[0]) if self.joint == "rear" else keys  # JOINT sorts first
         self.steps.append(Attend(_flatten(self.queries), keys, 0))
-        for i in range(1, self.layout.torus):
-            self._push_across(i)
+        if others:
+            self._push_across(others)
         if self.layout.ulysses > 1:
             self._push_inside()
         return keys
@@ -246,7 +268,7 @@ class _Builder:
         self._attend_local_slab()
         for i in range(1, self.layout.torus):
             self._post_across(arriving=i - 1)
-            self._attend(self.queries[i], 0)
+            self._attend(self.queries[i], 0, self._slab(0))
         if self.layout.torus == 1:
             self._pull_kv_for_local_queries()
         else:
@@ -255,80 +277,79 @@ class _Builder:
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def _attend_local_slab(self) -> None:
-        """Attend the rank's own chunk at once, then the other chunks of the machine as they arrive."""
+        """``"block"``: attend the rank's own chunk at once, then the other chunks of the machine as they arrive."""
         own, others = self.queries[0][:1], self.queries[0][1:]
-        only = len(self.slabs) == 1
+        arrivals = self._ring_inside(0, 0)
         self._post_across(arriving=-1)
-        final = only and self.layout.ring_inside == 1
         if others:
             self._post_local_inputs()
-            self._attend(own, 0, (0, 0), slice(0, 1))
+            if self.granularity == "block":
+                self._attend(own, 0, self.slabs[0][0][0][:1])
             self._post_across(arriving=-1)
-            self._post_ring_inside(0, 0, 0)
-            self._attend(others, 0, (0, 0))
-            if final:
-                self._push_inside()
-            self._attend(own, 0, (0, 0), slice(1, None))
-        else:
-            self._post_ring_inside(0, 0, 0)
-            self._attend(own, 0, (0, 0))
-        for block in range(1, self.layout.ring_inside):
-            self._post_ring_inside(0, 0, block)
-            self._attend_local_queries(0, (0, block), final=only and block == self.layout.ring_inside - 1)
+            if self.granularity == "block":
+                first = next(arrivals)
+                self._attend(others, 0, first)
+                if self._is_last(first):
+                    self._push_inside()
+                self._attend(own, 0, first[1:])
+        for keys in arrivals:
+            self._attend_local_queries(0, keys)
 
     def _pull_kv_for_local_queries(self) -> None:
         """T=1: a ring across machines. There is no remote Q and no O between machines."""
         for k in range(1, len(self.slabs)):
             self._post_across(arriving=k - 1)
-            for block in range(self.layout.ring_inside):
-                self._post_ring_inside(k, 0, block)
-                final = (k, block) == (len(self.slabs) - 1, self.layout.ring_inside - 1)
-                self._attend_local_queries(k, (0, block), final=final)
+            for keys in self._ring_inside(k, 0):
+                self._attend_local_queries(k, keys)
 
-    def _attend_local_queries(self, k: int, at: _At = None, *, final: bool) -> None:
+    def _attend_local_queries(self, k: int, keys: tuple[Piece, ...]) -> None:
         """If these are the last keys, attend the queries of other ranks first, so that their outputs leave early."""
         own, others = self.queries[0][:1], self.queries[0][1:]
-        if final and others:
-            self._attend(others, k, at)
+        if others and self._is_last(keys):
+            self._attend(others, k, keys)
             self._push_inside()
-            self._attend(own, k, at)
+            self._attend(own, k, keys)
         else:
-            self._attend(self.queries[0], k, at)
+            self._attend(self.queries[0], k, keys)
 
     def _pull_kv(self) -> None:
         last_slab = len(self.slabs) - 1
         deferred = range(max(1, last_slab - DEFERRED_SLABS + 1), last_slab + 1)
         arriving = self.layout.torus - 2
         for k in range(1, len(self.slabs)):
-            for part, blocks in enumerate(self.slabs[k]):
+            for part in range(len(self.slabs[k])):
                 arriving += 1
                 self._post_across(arriving)
-                for block in range(len(blocks)):
-                    self._post_ring_inside(k, part, block)
-                    if (k, part, block) == (last_slab, len(self.slabs[k]) - 1, len(blocks) - 1):
-                        self._push_remote_outputs(k, part, block)
+                for keys in self._ring_inside(k, part):
+                    if self._is_last(keys):
+                        self._push_remote_outputs(k, keys)
                     else:
-                        self._attend(self.remote, k, (part, block))
+                        self._attend(self.remote, k, keys)
             if k not in deferred:
-                self._attend_local_queries(k, final=False)
+                self._attend_local_queries(k, self._slab(k))
         for k in deferred:
-            self._attend_local_queries(k, final=k == last_slab)
+            self._attend_local_queries(k, self._slab(k))
 
-    def _push_remote_outputs(self, k: int, part: int, block: int) -> None:
+    def _push_remote_outputs(self, k: int, keys: tuple[Piece, ...]) -> None:
         """Attend the last keys machine by machine, and send each O chunk as soon as it is final."""
         for i in range(1, self.layout.torus):
-            self._attend(self.queries[i], k, (part, block))
-            self._push_across(i)
+            self._attend(self.queries[i], k, keys)
+            self._push_across([i])
 
-    def _attend(self, queries: tuple[Piece, ...], k: int, at: _At = None, which: slice = slice(None)) -> None:
-        self.steps.append(Attend(queries, self._keys(k, at, which), k))
+    def _attend(self, queries: tuple[Piece, ...], k: int, keys: tuple[Piece, ...]) -> None:
+        self.steps.append(Attend(queries, self._with_joint(keys), k))
 
-    def _keys(self, k: int, at: _At = None, which: slice = slice(None)) -> tuple[Piece, ...]:
-        """The pieces of a slab, or of one block (``which`` selects among them), with the joint keys."""
-        keys = self.slabs[k][at[0]][at[1]][which] if at else _flatten(_flatten(self.slabs[k]))
+    def _slab(self, k: int) -> tuple[Piece, ...]:
+        return _flatten(_flatten(self.slabs[k]))
+
+    def _is_last(self, keys: tuple[Piece, ...]) -> bool:
+        return keys[-1] == self.slabs[-1][-1][-1][-1]
+
+    def _with_joint(self, keys: tuple[Piece, ...]) -> tuple[Piece, ...]:
+        """The joint keys go before the first or after the last keys."""
         if self.joint == "front" and keys[0] == self.slabs[0][0][0][0]:
             return (Piece(JOINT), *keys)
-        if self.joint == "rear" and keys[-1] == self.slabs[-1][-1][-1][-1]:
+        if self.joint == "rear" and self._is_last(keys):
             return (*keys, Piece(JOINT))
         return keys
 
@@ -365,7 +386,7 @@ class _Builder:
             kind, index, part = self.arrivals[self.posted]
             i, j_x = (index, 0) if kind == "q" else divmod(index, self.layout.ring_across)
             if j_x == 0:
-                self._pull_chunks(kind, i, part)
+                self._pull_chunks([(kind, i, part)])
             elif self._can_forward(index - 1, part, arriving):
                 self._forward_slab(index, part)
             else:
@@ -378,15 +399,19 @@ class _Builder:
             return self.layout.ulysses == 1 or self.rounds["inside"] > 0
         return self.arrivals.index(("kv", k, part)) <= arriving
 
-    def _pull_chunks(self, tensor: Tensor, i: int, part: int) -> None:
-        """Ulysses across machines: send own chunks to machine t+i, receive chunks of machine t-i."""
-        arriving = self.queries[i] if tensor == "q" else self.slabs[i * self.layout.ring_across][part][0]
-        own = Piece(self.position, part, arriving[0].parts)
-        self._exchange(
-            "across",
-            (Message(tensor, (own,), peer) for peer in self._ranks_of_machine(i)),
-            (Message(tensor, (piece,), piece.source) for piece in arriving),
-        )
+    def _pull_chunks(self, arrivals: Sequence[tuple[Tensor, int, int]]) -> None:
+        """Ulysses across machines: for each (tensor, i, part), send own chunks to machine t+i, receive those of t-i."""
+        sends: list[Message] = []
+        receives: list[Message] = []
+        for i, of_machine in groupby(arrivals, key=lambda arrival: arrival[1]):
+            chunks = [
+                (tensor, self.queries[i] if tensor == "q" else self.slabs[i * self.layout.ring_across][part][0])
+                for tensor, _, part in of_machine
+            ]
+            own = [(tensor, pieces[0]._replace(source=self.position)) for tensor, pieces in chunks]
+            sends += (Message(tensor, (piece,), peer) for peer in self._ranks_of_machine(i) for tensor, piece in own)
+            receives += (Message(tensor, (piece,), piece.source) for tensor, pieces in chunks for piece in pieces)
+        self._exchange("across", sends, receives)
 
     def _ranks_of_machine(self, i: int) -> list[int]:
         """The U ranks of machine t+i with the same ring coordinates."""
@@ -402,24 +427,56 @@ class _Builder:
             (Message("kv", self.slabs[k][part][0], before),),
         )
 
-    def _post_ring_inside(self, k: int, part: int, block: int) -> None:
-        """Ring inside the machine: forward this block, receive the next one of the part."""
-        if block + 1 == self.layout.ring_inside:
+    def _ring_inside(self, k: int, part: int) -> Iterator[tuple[Piece, ...]]:
+        """Post the ring inside the machine for a part of a slab. Yields the keys to attend next."""
+        blocks = self.slabs[k][part]
+        if self.granularity == "slab":
+            if len(blocks) > 1:
+                self._gather_inside([blocks])
+            yield _flatten(blocks)
             return
         after = self.layout.position(self.t, self.u, self.r_x, self.r_i + 1)
         before = self.layout.position(self.t, self.u, self.r_x, self.r_i - 1)
+        for block, following in zip_longest(blocks, blocks[1:]):
+            if following:
+                self._exchange("inside", [Message("kv", block, after)], [Message("kv", following, before)])
+            yield block
+
+    def _gather_inside(self, slabs: Sequence[Sequence[tuple[Piece, ...]]]) -> None:
+        """Ring inside the machine in one round: send the first block of each slab to all ranks of the ring, receive
+        theirs."""
+        shifts = range(1, self.layout.ring_inside)
+        after, before = (
+            [self.layout.position(self.t, self.u, self.r_x, self.r_i + sign * j_i) for j_i in shifts]
+            for sign in (1, -1)
+        )
         self._exchange(
             "inside",
-            (Message("kv", self.slabs[k][part][block], after),),
-            (Message("kv", self.slabs[k][part][block + 1], before),),
+            (Message("kv", blocks[0], peer) for peer in after for blocks in slabs),
+            (Message("kv", blocks[j_i], peer) for j_i, peer in zip(shifts, before, strict=True) for blocks in slabs),
         )
 
-    def _push_across(self, i: int) -> None:
-        """Send a final O chunk to machine t-i, receive one from machine t+i."""
+    def _gather_across(self) -> None:
+        """Ring across machines in one round: send the first block of each slab that came from its own rank to all ranks
+        of the ring, receive theirs."""
+        ring = self.layout.ring_across
+        firsts = [parts[0][0] for parts in self.slabs]
+        after, before = (
+            [self.layout.position(self.t, self.u, self.r_x + sign * j_x, self.r_i) for j_x in range(1, ring)]
+            for sign in (1, -1)
+        )
         self._exchange(
             "across",
-            (Message("o", (piece,), piece.source) for piece in self.queries[i]),
-            (Message("o", (Piece(self.position),), peer) for peer in self._ranks_of_machine(i)),
+            (Message("kv", block, peer) for peer in after for block in firsts[::ring]),
+            (Message("kv", block, peer) for j_x, peer in enumerate(before, 1) for block in firsts[j_x::ring]),
+        )
+
+    def _push_across(self, machines: Sequence[int]) -> None:
+        """For each i, send a final O chunk to machine t-i, receive one from machine t+i."""
+        self._exchange(
+            "across",
+            (Message("o", (piece,), piece.source) for i in machines for piece in self.queries[i]),
+            (Message("o", (Piece(self.position),), peer) for i in machines for peer in self._ranks_of_machine(i)),
         )
 
     def _push_inside(self) -> None:

@@ -16,6 +16,7 @@ from sf_xfuser.layout.schedule import (
     Attend,
     Chunking,
     Exchange,
+    Granularity,
     Message,
     Piece,
     Schedule,
@@ -33,15 +34,15 @@ MERGE_BYTES = 18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusVariant:
     """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives).
-    Without ``overlap``, it waits for each transfer. ``unstaged``: one attention call over all chunks."""
+    Without ``overlap``, it waits for each transfer. ``granularity``: how much one attention call attends."""
 
     layout: Layout
     pattern: str = "put"
     overlap: bool = True
-    unstaged: bool = False
+    granularity: Granularity = "block"
 
     def __str__(self) -> str:
-        return f"{self.layout}{'' if self.overlap else ', no overlap'}{', unstaged' if self.unstaged else ''}"
+        return f"{self.layout}, {self.granularity}{'' if self.overlap else ', no overlap'}"
 
 
 class TorusCall(SimulatedCall):
@@ -70,9 +71,7 @@ class TorusCall(SimulatedCall):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(num_groups)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.chunking: Chunking = choose_chunking(
-            self.layout, self.tokens, cluster.device, overlap=not variant.unstaged
-        )
+        self.chunking: Chunking = choose_chunking(self.layout, self.tokens, cluster.device, variant.granularity)
         self.costs = {name: link.cost(variant.pattern) for name, link in self.links.items()}
         # Rates when all ranks of a machine send the same number of bytes.
         equal = [1.0] * cluster.ranks_per_machine
@@ -90,17 +89,21 @@ class TorusCall(SimulatedCall):
 
     @cached_property
     def bound_s(self) -> float:
-        """Each chunk of Q and O and each slab is a round across machines; a slab's further blocks are rounds inside."""
-        layout = self.layout
+        """Chunks of Q, KV and O and the ring's blocks between machines; the ring's blocks inside a machine."""
+        layout, granularity = self.layout, self.variant.granularity
         slabs = layout.num_machines
-        ulysses = 3 * (layout.torus - 1)  # rounds of Q, KV and O, of U messages each
+        ulysses = 3 * (layout.torus - 1)  # chunks of Q, KV and O, of U messages each
         ring = slabs - layout.torus
+        hops = slabs * (layout.ring_inside - 1)
+        rounds, rounds_inside = ulysses + ring, hops if granularity == "block" else slabs * (hops > 0)
+        if granularity == "unstaged":
+            rounds, rounds_inside = 2 * (ulysses > 0) + (ring > 0), int(hops > 0)
         across, inside = self.costs["across"], self.costs["inside"]
-        across_s = (across.start_us * (ulysses + ring) + across.message_us * (ulysses * layout.ulysses + ring)) * 1e-6
+        across_s = (across.start_us * rounds + across.message_us * (ulysses * layout.ulysses + ring)) * 1e-6
         across_s += self.egress_bytes / layout.ranks_per_machine * self.seconds_per_byte["across"]
         block = 2 * self.shape.nbytes * self.shape.kv_heads / self.shape.heads / layout.world_size / layout.torus
-        hops = slabs * (layout.ring_inside - 1)
-        inside_s = hops * ((inside.start_us + inside.message_us) * 1e-6 + block * self.seconds_per_byte["inside"])
+        inside_s = (inside.start_us * rounds_inside + inside.message_us * hops) * 1e-6
+        inside_s += hops * block * self.seconds_per_byte["inside"]
         busy_s, small_s = self._busy_s()
         # Minimum slowdown: transfers overlap first with calls that leave SMs idle, then with each other.
         slowdown_s = (
@@ -113,21 +116,22 @@ class TorusCall(SimulatedCall):
     def _busy_s(self) -> tuple[float, float]:
         """(minimum time in attention calls and merges, without joint keys; maximum part of it that leaves SMs idle)"""
         layout, cut, heads = self.layout, self.chunking, self.heads
-        own, blocks = self.tokens * layout.ulysses, layout.ring_inside
-        others, last = own * (layout.torus - 1), own // cut.last_kv_parts
-        calls = [(own, own, 0, blocks)]  # queries, keys, bytes of a merge, number of calls
-        if not cut.overlap:
-            calls = [(own * layout.torus, own * blocks * layout.num_machines, 0, 1)]
+        own, slab = self.tokens * layout.ulysses, self.tokens * layout.ranks_per_machine
+        blocks, keys = (layout.ring_inside, own) if cut.granularity == "block" else (1, slab)  # attended at once
+        others, last = own * (layout.torus - 1), keys // cut.last_kv_parts
+        calls = [(own, keys, 0, blocks)]  # queries, keys, bytes of a merge, number of calls
+        if cut.granularity == "unstaged":
+            calls = [(own * layout.torus, slab * layout.num_machines, 0, 1)]
         elif not others:
-            calls += [(own, own, MERGE_BYTES, blocks * (layout.num_machines - 1))]
+            calls += [(own, keys, MERGE_BYTES, blocks * (layout.num_machines - 1))]
         else:
             calls += [
-                (own, own * blocks, 0, layout.torus - 1),
-                (own, own * blocks, MERGE_BYTES, layout.num_machines - 1),
-                (others, own, MERGE_BYTES, blocks * (layout.ring_across - 1)),
+                (own, slab, 0, layout.torus - 1),
+                (own, slab, MERGE_BYTES, layout.num_machines - 1),
+                (others, keys, MERGE_BYTES, blocks * (layout.ring_across - 1)),
                 (
                     others,
-                    own // cut.kv_parts,
+                    keys // cut.kv_parts,
                     MERGE_BYTES,
                     blocks * layout.ring_across * (layout.torus - 2) * cut.kv_parts,
                 ),

@@ -8,6 +8,7 @@ from operator import index
 import torch
 
 from sf_xfuser.kernels import Attention, fused_unsupported_reason, prepare, sdpa_attend
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.call import Joint, Tokens, negotiate_call
 from sf_xfuser.torus.mesh import Mesh
 
@@ -28,7 +29,7 @@ def torus_attention(
     attention: Attention = sdpa_attend,
     joint: Joint | None = None,
     tokens: Tokens | tuple[Sequence[int], Sequence[int]] | None = None,
-    overlap: bool = True,
+    granularity: Granularity | None = None,
 ) -> torch.Tensor:
     """Dense, non-causal attention over the tokens of all ranks of ``mesh``. Collective over the group. Source: Torus
     Attention of StreamFusion, arXiv 2601.20273.
@@ -43,8 +44,9 @@ def torus_attention(
     ``joint``: tokens that every rank holds. They are attended once, with the first or the last KV.
     ``tokens``: S_q and S_kv of every rank, by position in ``mesh``. With it, the ranks exchange shapes only when a call
     shape is new. Without it, they exchange them in every call.
-    ``overlap=False`` (on every rank) exchanges all chunks first, then attends everything in one call. This is faster
-    for short calls. CPU ranks of one host always do this.
+    ``granularity`` (equal on every rank): how much one attention call attends (``layout.schedule``). ``"unstaged"``
+    exchanges all chunks first, then attends everything in one call; CPU ranks of one host always do this. None:
+    chosen by ``choose_granularity``.
 
     On CUDA the work is on the current stream. No transfer is pending afterwards. Inference only. Raises TypeError if an
     argument is not a dense tensor or a list of counts; ValueError if autograd records the call, and on every rank if
@@ -72,7 +74,7 @@ def torus_attention(
     with mesh.call(inputs) as (tensors, counts):  # an error on one rank fails the call on all ranks
 
         def run(attention: Attention) -> torch.Tensor:
-            call = negotiate_call(mesh, tensors, joint.strategy if joint else None, counts, overlap)
+            call = negotiate_call(mesh, tensors, joint.strategy if joint else None, counts, granularity)
             compressed = "none" if mesh.compression is None else mesh.compression.format
             prepare(query.device, query.dtype, query.shape[3], compressed, attention == "fused")
             window = mesh.begin(call, call.digest)

@@ -10,7 +10,7 @@ import torch
 
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import head_ranges
-from sf_xfuser.layout.schedule import Schedule, build_schedule, choose_chunking
+from sf_xfuser.layout.schedule import Granularity, Schedule, build_schedule, choose_chunking
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.torus.program import Placement, record
 from sf_xfuser.torus.run import BoundProgram
@@ -89,12 +89,16 @@ def _memories(
 
 
 def negotiate_call(
-    mesh: Mesh, tensors: Sequence[torch.Tensor], joint_strategy: str | None, counts: Tokens | None, overlap: bool
+    mesh: Mesh,
+    tensors: Sequence[torch.Tensor],
+    joint_strategy: str | None,
+    counts: Tokens | None,
+    granularity: Granularity | None,
 ) -> Call:
     """The call that all ranks make. ``tensors``: query, key and value of this rank, then key and value of the joint
     tokens, if any. Collective, except for a cached shape with ``counts``. Raises ValueError on every rank if ranks
     disagree or the call is not possible."""
-    options = joint_strategy, overlap
+    options = joint_strategy, granularity
     shapes = (*((x.shape, x.dtype, x.device.type) for x in tensors), options)
     cached: Call | None = mesh.calls.get((shapes, counts))
     if cached is not None:
@@ -170,10 +174,10 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
         return f"tokens must be the same on all ranks (or left out on all), got {seen}"
     if any(without_counts(r) != without_counts(reports[0]) for r in reports):
         seen = "; ".join(
-            f"rank {mesh.members[w]}: {r['tensors']} joint {r['options'][0]}, overlap {r['options'][1]}"
+            f"rank {mesh.members[w]}: {r['tensors']} joint {r['options'][0]}, granularity {r['options'][1]}"
             for w, r in enumerate(reports)
         )
-        return f"ranks disagree on shape, dtype, joint tokens or overlap (only token counts may differ): {seen}"
+        return f"ranks disagree on shape, dtype, joint tokens or granularity (only token counts may differ): {seen}"
     if not sum(r["tensors"][1][0][2] for r in reports) + sum(x[0][2] for x in reports[0]["tensors"][3:]):
         return "no rank holds any key; at least one rank must"
     return None
@@ -182,7 +186,7 @@ def _refusal(mesh: Mesh, reports: list[dict[str, Any]]) -> str | None:
 def _make_call(
     mesh: Mesh, reports: list[dict[str, Any]], counts: tuple[tuple[int, ...], tuple[int, ...]], query: torch.Tensor
 ) -> Call:
-    joint_strategy, overlap = reports[0]["options"]
+    joint_strategy, requested = reports[0]["options"]
     heads, kv_heads = reports[0]["tensors"][0][0][1], reports[0]["tensors"][1][0][1]
     repeat = heads // kv_heads
     q_heads, kv_ranges = head_ranges(heads, kv_heads, mesh.layout.ulysses_degree)
@@ -201,7 +205,8 @@ def _make_call(
     )
     on_cpu = query.device.type == "cpu"
     one_cpu_host = mesh.one_host and on_cpu  # transfers are too fast to overlap
-    chunking = choose_chunking(mesh.layout, max(counts[1]), query.device.type, overlap=overlap and not one_cpu_host)
+    granularity: Granularity = "unstaged" if one_cpu_host else requested or "block"
+    chunking = choose_chunking(mesh.layout, max(counts[1]), query.device.type, granularity)
     positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, chunking) for w in positions}
     memory_maps = {w: MemoryMap(s, sizes, mesh.window_links, head_major=one_cpu_host) for w, s in schedules.items()}

@@ -123,7 +123,9 @@ class Mesh:
                 self.guard.dirty = False
                 raise
             self.guard.dirty = False
-        if not in_window and (self._scratch is None or self._scratch.nbytes < scratch_bytes or self._scratch.device != device):
+        if not in_window and (
+            self._scratch is None or self._scratch.nbytes < scratch_bytes or self._scratch.device != device
+        ):
             self.calls.clear()
             with torch.inference_mode(False):  # calls in any mode write to it
                 self._scratch = torch.empty(-(-scratch_bytes // 64) * 64, dtype=torch.uint8, device=device)

@@ -208,13 +208,9 @@ class BoundProgram:
             if on_cpu:
                 lse = fix_fully_masked_lse(queries, keys, out, lse)
             for start, stop, sums, sums_lse, result in outputs:
-                if not whole:
-                    merge_partial(
-                        slots[sums], sums_lse, out[:, :, start:stop], lse[:, :, start:stop],
-                        None if result is None else slots[result], first,
-                    )  # fmt: skip
-                else:
-                    merge_partial(slots[sums], sums_lse, out, lse, None if result is None else slots[result], first)
+                part, part_lse = (out, lse) if whole else (out[:, :, start:stop], lse[:, :, start:stop])
+                final = None if result is None else slots[result]
+                merge_partial(slots[sums], sums_lse, part, part_lse, final, first)
 
         return attend
 

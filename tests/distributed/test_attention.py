@@ -11,16 +11,17 @@ from tests.launch import check, reports, torchrun
 
 @pytest.mark.parametrize(("nproc", "sizes"), [(4, "1,2,4"), (6, "3,6"), (8, "8")])
 def test_error_is_within_twice_single_process_sdpa(nproc, sizes):
-    """Every (T, U, R) with T, U, R in 1..4 and W <= 8, every placement of the ring; uneven heads and tokens, batch 2,
-    GQA, joint tokens, fp32 and bf16. A repeated call gives the same bits."""
+    """Every (T, U, R) with T, U, R in 1..4 and W <= 8, every placement of the ring; every granularity; uneven heads and
+    tokens, batch 2, GQA, joint tokens, fp32 and bf16. A repeated call gives the same bits."""
     finished = torchrun("attention_accuracy.py", sizes, nproc=nproc)
     assert "worst error" in finished.output
 
 
-@pytest.mark.parametrize("transport", ["tcp", "two_sided"])
-def test_error_over_other_transports(transport):
-    finished = torchrun("attention_accuracy.py", "4", transport, nproc=4)
-    assert "worst error" in finished.output
+def test_every_transport_gives_the_same_bits():
+    """In every layout, case and granularity, each rank gets the same result over shared memory, TCP and gloo."""
+    outputs = [torchrun("attention_accuracy.py", "4", name, nproc=4).output for name in ("shm", "tcp", "two_sided")]
+    bits = [re.search(r"worst error .*, bits (\[.*\])", output)[1] for output in outputs]
+    assert bits[0] == bits[1] == bits[2]
 
 
 def test_error_of_the_fused_kernel():
@@ -49,7 +50,7 @@ def numbers() -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("case", NUMBERS)
 def test_extreme_numbers_match_one_process(case, numbers):
-    """With and without overlap, with and without a ring, against float64 or SDPA on one process."""
+    """In every granularity, with and without a ring, against float64 or SDPA on one process."""
     assert numbers[case] == dict.fromkeys("0123", "nothing was raised")
 
 

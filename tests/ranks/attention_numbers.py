@@ -1,9 +1,10 @@
 """Rank side of test_attention.py: extreme numbers, dtypes and views against one process. Runs over TCP between two
-machines, with and without overlap."""
+machines, in each granularity."""
 
 from __future__ import annotations
 
 import sys
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from cases import run_cases
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout import schedule
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.mesh import Mesh
@@ -42,13 +44,13 @@ def attend_by_softmax(q, k, v):
 
 
 def compare(q, k, v, expected, rounding, **kwargs):
-    """Compare this rank's rows, with and without overlap. Returns the differences as text."""
+    """Compare this rank's rows, in each granularity. Returns the differences as text."""
     wrong, local, expected = "", [own(x) for x in (q, k, v)], own(expected).double()
     for mesh in meshes:
-        for overlap in (True, False):
-            out = torus_attention(*local, mesh=mesh, overlap=overlap, **kwargs).double()
+        for granularity in get_args(Granularity):
+            out = torus_attention(*local, mesh=mesh, granularity=granularity, **kwargs).double()
             if not torch.allclose(out, expected, rtol=rounding, atol=rounding, equal_nan=True):
-                wrong += f"{mesh.layout} {overlap=}: off by {(out - expected).abs().max():.2g}\n"
+                wrong += f"{mesh.layout} {granularity=}: off by {(out - expected).abs().max():.2g}\n"
     return wrong
 
 
@@ -119,7 +121,7 @@ def main() -> None:
     for plan in ("torus=2,ulysses=2,ring=1", "torus=2,ulysses=1,ring=2", "torus=1,ulysses=1,ring=4"):
         args = TorusArgs(backend="torus", plan=plan, topology="2x2", transport=sys.argv[1])
         meshes.append(build_mesh([list(range(4))], args))
-        meshes[-1].one_host = False  # with overlap
+        meshes[-1].one_host = False  # on one host all granularities are unstaged
     run_cases(globals(), sys.argv[2:], AssertionError)
     dist.destroy_process_group()
 

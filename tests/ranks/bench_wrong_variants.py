@@ -15,8 +15,8 @@ from sf_xfuser.bench import variants
 def main() -> int:
     right = variants._torus
 
-    def wrong(case, mesh, overlap, attend):
-        call = right(case, mesh, overlap, attend)
+    def wrong(case, mesh, granularity, attend):
+        call = right(case, mesh, granularity, attend)
         blocking = any(isinstance(link, variants._Blocking) for link in mesh.links.values())
 
         def changed(query, key, value):

@@ -491,8 +491,8 @@ def case_usp_trial_fails(rank):
             k, v = (torch.cat(x, 2) for x in list(zip(*(qkv(r, seed) for r in range(4)), strict=True))[1:])
             return F.scaled_dot_product_attention(q, k, v)
 
-        def run_on(mesh, overlap, torus=torus):
-            return torus(mesh=mesh, overlap=overlap)
+        def run_on(mesh, granularity, torus=torus):
+            return torus(mesh=mesh, granularity=granularity)
 
         try:
             results.append(compare(selector.run(q, k, None, "kind", run_on, xdits)[1], rank, seed))

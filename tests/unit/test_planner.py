@@ -7,9 +7,9 @@ import os
 import re
 import statistics
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -17,6 +17,7 @@ from sf_xfuser.bench import ablation, report
 from sf_xfuser.cli import main
 from sf_xfuser.files import MAX_CHARACTERS
 from sf_xfuser.layout.plan import Layout, legal_layouts, paper_layout
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs, variant_name
 from sf_xfuser.simulator import CallShape, TorusVariant, predict, simulated_call
 from sf_xfuser.simulator.cluster import PATTERNS, Cluster, LinkSpec, PatternCost
@@ -108,9 +109,9 @@ def test_one_symmetric_rank_predicts_the_same_as_all_ranks(grid, pattern, kv_hea
     shape = CallShape(seq_len=3 * 4096, heads=24, kv_heads=kv_heads, head_dim=64, joint_tokens=joint_tokens)
     cluster = preset("p4de").with_size(*grid)
     variants: list[TorusVariant | XditConfig] = [
-        TorusVariant(layout=layout, pattern=pattern, overlap=overlap, unstaged=unstaged)
+        TorusVariant(layout=layout, pattern=pattern, overlap=overlap, granularity=granularity)
         for layout in legal_layouts(*grid, kv_heads)
-        for overlap, unstaged in ((True, False), (False, False), (True, True))
+        for overlap, granularity in ((True, "block"), (False, "block"), (True, "slab"), (True, "unstaged"))
     ]
     variants += legal_configs(cluster.world_size, grid[1], 24, kv_heads)
     for variant in variants:
@@ -128,8 +129,8 @@ def test_no_replay_beats_the_bound(name, grid, heads, kv_heads, seq_len):
     cluster = preset(name).with_size(*grid)
     shape = CallShape(seq_len=seq_len, heads=heads, kv_heads=kv_heads, head_dim=128)
     for layout in legal_layouts(*grid, kv_heads):
-        for pattern in ("put", "message"):
-            variant = TorusVariant(layout=layout, pattern=pattern)
+        for pattern, granularity in product(("put", "message"), get_args(Granularity)):
+            variant = TorusVariant(layout=layout, pattern=pattern, granularity=granularity)
             call = simulated_call(cluster, shape, variant)
             assert call.bound_s <= call.predict().seconds * (1 + 1e-9), variant
 
@@ -186,8 +187,8 @@ def test_predicted_times_match_the_emulated_cluster(name):
             n, m = cluster.num_machines, cluster.ranks_per_machine
             torus, ulysses = map(int, re.match(r"torus=(\d+) ulysses=(\d+)", row["layout"]).groups())
             layout = Layout(torus=torus, ulysses=ulysses, ring_across=n // torus, ring_inside=m // ulysses)
-            overlap, unstaged = row["variant"] != "torus-no-overlap", row["variant"] == "torus-together"
-            variant = TorusVariant(layout=layout, overlap=overlap, unstaged=unstaged)
+            granularity: Granularity = "unstaged" if row["variant"] == "torus-together" else "block"
+            variant = TorusVariant(layout=layout, overlap=row["variant"] != "torus-no-overlap", granularity=granularity)
         else:
             ulysses, ring = map(int, re.match(r"ulysses=(\d+) ring=(\d+)", row["layout"]).groups())
             rotation = "alltoall" if "alltoall" in row["layout"] else "allgather"

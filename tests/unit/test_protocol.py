@@ -254,8 +254,11 @@ GROUPS = {
         Chunking(kv_parts=2, last_kv_parts=2),
     ),
     "ulysses and ring": (Layout(torus=1, ulysses=2, ring_across=1, ring_inside=2), Chunking()),
-    "two machines unstaged": (Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1), Chunking(overlap=False)),
-    "ring unstaged": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Chunking(overlap=False)),
+    "two machines unstaged": (
+        Layout(torus=2, ulysses=1, ring_across=1, ring_inside=1),
+        Chunking(granularity="unstaged"),
+    ),
+    "ring unstaged": (Layout(torus=1, ulysses=1, ring_across=1, ring_inside=3), Chunking(granularity="unstaged")),
 }
 
 
@@ -284,7 +287,7 @@ def inside_a_machine(layout, chunking=Chunking(kv_parts=2, last_kv_parts=2), **f
 @pytest.mark.parametrize("torus", [2, 3, 4])
 @pytest.mark.parametrize("ulysses", [2, 3])
 @pytest.mark.parametrize(
-    "chunking", [Chunking(kv_parts=2, last_kv_parts=2), Chunking(overlap=False)], ids=["staged", "unstaged"]
+    "chunking", [Chunking(kv_parts=2, last_kv_parts=2), Chunking(granularity="unstaged")], ids=["staged", "unstaged"]
 )
 def test_one_half_is_enough_inside_machines_without_a_ring(torus, ulysses, chunking):
     layout = Layout(torus=torus, ulysses=ulysses, ring_across=1, ring_inside=1)
@@ -299,7 +302,7 @@ def test_one_half_is_not_enough_on_a_single_machine():
 @pytest.mark.parametrize("ulysses", [2, 3])
 @pytest.mark.parametrize("other", ["mixed", "changing"])
 @pytest.mark.parametrize(
-    "chunking", [Chunking(kv_parts=2, last_kv_parts=2), Chunking(overlap=False)], ids=["staged", "unstaged"]
+    "chunking", [Chunking(kv_parts=2, last_kv_parts=2), Chunking(granularity="unstaged")], ids=["staged", "unstaged"]
 )
 def test_with_one_half_ranks_synchronize_before_a_call_of_another_kind(ulysses, other, chunking):
     layout = Layout(torus=2, ulysses=ulysses, ring_across=1, ring_inside=1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,8 @@ from sf_xfuser.layout.schedule import (
 
 SMALL = [layout for n in range(1, 9) for m in range(1, 9) if n * m <= 16 for layout in legal_layouts(n, m, heads=None)]
 CHUNKINGS = [Chunking(kv_parts=kv, last_kv_parts=last_kv) for kv, last_kv in product((1, 2, 3), repeat=2)]
-CHUNKINGS += [Chunking(overlap=False)]
+CHUNKINGS += [replace(chunking, granularity="slab") for chunking in CHUNKINGS]
+CHUNKINGS += [Chunking(granularity="unstaged")]
 
 layouts = st.builds(
     Layout,
@@ -160,20 +162,25 @@ def check(layout: Layout, joint, chunking: Chunking) -> None:
         check_deferred(s)
 
 
+def between(messages: Sequence[Message], peer: int) -> list[tuple[str, tuple[Piece, ...]]]:
+    """The messages to or from ``peer``, in order."""
+    return [(m.tensor, m.pieces) for m in messages if m.peer == peer]
+
+
 def match_messages(all_schedules: list[Schedule]) -> None:
-    """In each round, the messages w sends to p equal those p receives from w. No chunk arrives twice."""
+    """In each round, the messages w sends to p equal those p receives from w, in order. No chunk arrives twice."""
     layout = all_schedules[0].layout
     rounds = {(w, step.link, step.round): step for w, s in enumerate(all_schedules) for step in exchanges(s)}
     arrived = Counter()
     for (w, link, k), step in rounds.items():
+        peers = [peer for peer, _ in groupby(m.peer for m in step.sends)]
+        assert len(peers) == len(set(peers)), "messages to one peer are adjacent: shm raises a flag after the last"
         for m in step.sends:
-            mirror = [r for r in rounds[m.peer, link, k].receives if r.peer == w and r.tensor == m.tensor]
-            assert [r.pieces for r in mirror] == [m.pieces]
+            assert between(step.sends, m.peer) == between(rounds[m.peer, link, k].receives, w)
             same_machine = layout.machine(w) == layout.machine(m.peer)
             assert same_machine == (link == "inside"), "a message is on the wrong link"
         for m in step.receives:
-            mirror = [s for s in rounds[m.peer, link, k].sends if s.peer == w and s.tensor == m.tensor]
-            assert [s.pieces for s in mirror] == [m.pieces]
+            assert between(step.receives, m.peer) == between(rounds[m.peer, link, k].sends, w)
             arrived.update((w, m.tensor, piece, m.peer if m.tensor == "o" else None) for piece in m.pieces)
             assert m.tensor == "o" or w not in {piece.source for piece in m.pieces}
     assert set(arrived.values()) <= {1}
@@ -338,9 +345,7 @@ def test_every_small_layout(joint):
 @pytest.mark.parametrize(
     "chunking",
     CHUNKINGS,
-    ids=lambda chunking: (
-        f"kv{chunking.kv_parts} last{chunking.last_kv_parts} {'' if chunking.overlap else 'no overlap'}"
-    ),
+    ids=lambda chunking: f"{chunking.granularity} kv{chunking.kv_parts} last{chunking.last_kv_parts}",
 )
 def test_every_chunking(chunking):
     """Three machines that split heads, and a ring across machines: slabs of every kind."""
@@ -350,9 +355,9 @@ def test_every_chunking(chunking):
 
 
 @pytest.mark.parametrize("joint", [None, "front", "rear"])
-def test_without_overlap_there_is_one_attention(joint):
+def test_unstaged_there_is_one_attention(joint):
     for layout in SMALL:
-        s = build_schedule(layout, layout.world_size - 1, joint, Chunking(overlap=False))
+        s = build_schedule(layout, layout.world_size - 1, joint, Chunking(granularity="unstaged"))
         (attend,) = (step for step in s.steps if isinstance(step, Attend))
         assert attend.queries == s.queries and (attend.keys,) == s.slabs and s.remote == ()
         assert attend.keys_last and attend.queries_last
@@ -361,9 +366,11 @@ def test_without_overlap_there_is_one_attention(joint):
         assert list(attend.keys) == front + sources + rear
 
 
-def test_keys_are_not_split_without_overlap():
-    with pytest.raises(ValueError, match="overlap=False needs kv_parts=1"):
-        Chunking(kv_parts=2, overlap=False)
+def test_invalid_chunkings_are_refused():
+    with pytest.raises(ValueError, match="unstaged needs kv_parts=1"):
+        Chunking(kv_parts=2, granularity="unstaged")
+    with pytest.raises(ValueError, match=r"granularity must be one of .*, got 'staged'"):
+        Chunking(granularity="staged")
 
 
 @settings(max_examples=25)
@@ -425,6 +432,39 @@ def test_the_paper_example_pulls_in_rotation():
         pushes = [step for step in across if step.sends[0].tensor == "o"]
         assert [{layout.machine(m.peer) for m in step.sends} for step in pushes] == [{0}, {3}, {2}]
         assert [{layout.machine(m.peer) for m in step.receives} for step in pushes] == [{2}, {3}, {0}]
+
+
+COUNTS = {  # (T, U, R_i): granularity -> attends, rounds inside, rounds across, launches
+    (4, 2, 4): {"block": (27, 14, 9, 131), "slab": (13, 6, 9, 79), "unstaged": (1, 3, 2, 20)},
+    (4, 8, 1): {"block": (15, 2, 9, 70), "slab": (13, 2, 9, 66), "unstaged": (1, 2, 2, 16)},
+    (2, 1, 8): {"block": (18, 14, 3, 90), "slab": (4, 2, 3, 26), "unstaged": (1, 1, 2, 13)},
+    (1, 2, 4): {"block": (7, 5, 0, 31), "slab": (2, 3, 0, 15), "unstaged": (1, 3, 0, 13)},
+}
+
+
+@pytest.mark.parametrize("degrees", COUNTS)
+def test_attends_rounds_and_launches(degrees):
+    torus, ulysses, ring_inside = degrees
+    layout = Layout(torus=torus, ulysses=ulysses, ring_across=1, ring_inside=ring_inside)
+    for granularity, expected in COUNTS[degrees].items():
+        for w in range(layout.world_size):
+            s = build_schedule(layout, w, chunking=Chunking(granularity=granularity))
+            rounds = len(exchanges(s, "inside")), len(exchanges(s, "across"))
+            assert (len(attends(s)), *rounds, s.num_launches) == expected, granularity
+
+
+def test_slabs_are_attended_whole():
+    """Every Attend covers all blocks of a slab, or of one part. One round sends a block to all ranks of the ring."""
+    layout = Layout(torus=3, ulysses=2, ring_across=1, ring_inside=3)
+    for chunking in (Chunking(granularity="slab"), Chunking(kv_parts=2, last_kv_parts=3, granularity="slab")):
+        s = build_schedule(layout, 7, chunking=chunking)
+        for step in attends(s):
+            assert len({piece.source for piece in step.keys}) == layout.ranks_per_machine
+        for step in exchanges(s, "inside"):
+            if step.sends[0].tensor == "kv":
+                assert {m.peer for m in step.sends} == {m.peer for m in step.receives}
+                assert {*layout.ring_group(7)} - {7} == {m.peer for m in step.sends}
+                assert len({m.pieces for m in step.sends}) == 1
 
 
 @pytest.mark.parametrize("chunking", [Chunking(), Chunking(kv_parts=2, last_kv_parts=3)], ids=["whole", "split"])

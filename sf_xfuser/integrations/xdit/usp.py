@@ -13,6 +13,7 @@ import torch
 from sf_xfuser.autotune.selector import Selector
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, XditState, as_attend_function
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
 from sf_xfuser.torus.call import Joint, Tokens
 from sf_xfuser.torus.compression import EPS
@@ -137,9 +138,9 @@ class TorusUSP(DropIn):
         backend: str,
         valid_kv_len: int | None = None,
         mesh: Mesh | None = None,
-        overlap: bool = True,
+        granularity: Granularity | None = None,
     ) -> torch.Tensor:
-        """Torus Attention over ``mesh`` (None: ``self.mesh``). ``overlap`` as in ``torus_attention``.
+        """Torus Attention over ``mesh`` (None: ``self.mesh``). ``granularity`` as in ``torus_attention``.
         ``valid_kv_len``: the first keys of the whole sequence, in rank order, that are not padding."""
         mesh = mesh or self.mesh
         world_size = mesh.layout.world_size
@@ -157,7 +158,7 @@ class TorusUSP(DropIn):
             attention=self.attention(as_attend_function(self.host.registered_attention(backend)), None, query.shape[3]),
             joint=None if joint_key is None or joint_value is None else Joint(joint_key, joint_value, joint_strategy),
             tokens=Tokens((query.shape[2],) * world_size, kv_tokens),
-            overlap=overlap,
+            granularity=granularity,
         )
 
     def _matches(self, shape: Any, out: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -114,7 +114,7 @@ class Shm(OneSided):
         return self.halves * self._half_bytes
 
     def reserve(self, nbytes: int, scratch_bytes: int) -> None:
-        """As ``OneSided.reserve``, without scratch memory. Creates new segments only if the halves of the current ones are too small."""
+        """As ``OneSided.reserve``, without scratch memory. New segments only if the halves are too small."""
         self._check_usable()
         if nbytes <= self._half_bytes:
             return
