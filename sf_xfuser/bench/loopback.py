@@ -16,7 +16,7 @@ from sf_xfuser.layout.schedule import Exchange, Message, Piece
 from sf_xfuser.layout.topology import Topology
 from sf_xfuser.torus.call import Call, Tokens, negotiate_call
 from sf_xfuser.torus.mesh import Mesh
-from sf_xfuser.transport.base import OneSided, Parcel, Ticket, window_view
+from sf_xfuser.transport.base import OneSided, Parcel, Transfer, window_view
 from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
@@ -42,11 +42,6 @@ class SoleRank:
         pass
 
 
-class _Arrived(Ticket):
-    def wait(self) -> None:
-        pass
-
-
 class Loopback(OneSided):
     """Sends nothing and waits for nothing. ``sent``: the parcels of the last call, in the order of the schedule."""
 
@@ -60,7 +55,7 @@ class Loopback(OneSided):
     def window_bytes(self) -> int:
         return self._window.nbytes
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, nbytes: int, scratch_bytes: int) -> None:
         if nbytes > self._window.nbytes:
             self._window = self._window.new_empty(nbytes)
 
@@ -68,9 +63,8 @@ class Loopback(OneSided):
         self.sent = []
         return self._window
 
-    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        self.sent += sends
-        return _Arrived()
+    def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        return _LoopbackTransfer(self, sends)
 
     def drain(self) -> None:
         pass
@@ -78,6 +72,17 @@ class Loopback(OneSided):
     def windows(self) -> list[torch.Tensor]:
         """The parts of the window that a call may use."""
         return [self._window]
+
+
+class _LoopbackTransfer(Transfer):
+    def __init__(self, transport: Loopback, sends: Sequence[Parcel]) -> None:
+        self._transport, self._sends = transport, sends
+
+    def post(self) -> None:
+        self._transport.sent += self._sends
+
+    def wait(self) -> None:
+        pass
 
 
 class StreamLoopback(SymmMem):
@@ -93,8 +98,8 @@ class StreamLoopback(SymmMem):
         control: Any = SoleRank(ranks)
         DeviceWindow.__init__(self, control, range(ranks), position, peers, 60.0)
 
-    def reserve(self, nbytes: int) -> None:
-        super().reserve(nbytes)
+    def reserve(self, nbytes: int, scratch_bytes: int) -> None:
+        super().reserve(nbytes, scratch_bytes)
         assert self._block is not None and self._memory is not None
         self._raised = self._memory[self._block.flags : self._block.flags + 8].view(torch.int64).fill_(1)
 
@@ -161,32 +166,36 @@ class OneRank:
         memory_map = self._call.memory_maps[0]
         for window in (memory_map.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
-                offset, pitch = memory_map.destination(message)
-                chunk = self._chunk(message, out)
-                window_view(window, offset, chunk.shape, chunk.dtype, pitch).copy_(chunk)
+                for (offset, _), chunk in zip(
+                    memory_map.destinations(message), self._chunks(message, out), strict=True
+                ):
+                    window_view(window, offset, chunk.shape, chunk.dtype).copy_(chunk)
 
-    def _chunk(self, message: Message, out: torch.Tensor) -> torch.Tensor:
-        """The peer's chunk: [S, B, H, D], or K and V as [S, 2, B, H, D]."""
+    def _chunks(self, message: Message, out: torch.Tensor) -> list[torch.Tensor]:
+        """The peer's chunks [S, B, H, D]: Q, K and V, or O."""
         layout, sizes = self.mesh.layout, self._call.sizes
         if message.tensor == "o":
             low, high = sizes.q_heads[layout.head_group(message.peer)]
             first, end = message.pieces[0].span(self.tokens)
-            return out[:, low:high, first:end].permute(2, 0, 1, 3).contiguous()
+            return [out[:, low:high, first:end].permute(2, 0, 1, 3)]
         low, high = (sizes.q_heads if message.tensor == "q" else sizes.kv_heads)[layout.head_group(0)]
-        parts = [
+        return [
             torch.cat([x[:, low:high, self._rows(piece)] for piece in message.pieces], 2).permute(2, 0, 1, 3)
             for x in self._all[message.tensor]
         ]
-        return parts[0].contiguous() if len(parts) == 1 else torch.stack(parts, 1)
 
     def outputs(self, result: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """The outputs of the last call as (rows among all tokens, [B, H, S, D]): its own from ``result``, the others as
         sent over a ``Loopback``."""
         assert isinstance(self.link, Loopback)
         yield slice(0, self.tokens), result[:, self.heads]
-        for message, parcel in zip(self._messages("sends"), self.link.sent, strict=True):
+        sent = iter(self.link.sent)
+        for message in self._messages("sends"):
+            for _ in range(2 if message.tensor == "kv" else 1):
+                parcel = next(sent)
             if message.tensor == "o":
-                yield self._rows(message.pieces[0]), parcel.parts[0].permute(1, 2, 0, 3)
+                assert parcel.data is not None
+                yield self._rows(message.pieces[0]), parcel.data.permute(1, 2, 0, 3)
 
     def _messages(self, side: str) -> Iterator[Message]:
         for step in self._call.schedule.steps:

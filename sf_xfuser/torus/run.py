@@ -116,7 +116,12 @@ class BoundProgram:
         assert isinstance(op, Poison)
         chunks, window = [self._tensor(view) for view in op.views], self._mesh.window
         assert window is not None
-        return lambda slots: [window.poison(chunk) for chunk in chunks]
+
+        def poison(slots: Slots) -> None:
+            for chunk in chunks:
+                window.poison(chunk)
+
+        return poison
 
     def _bind_wait(self, op: Wait) -> Callable[[Slots], object]:
         by_transport: dict[Transport, list[Transfer]] = {}
@@ -158,7 +163,7 @@ class BoundProgram:
             return Side(bases.setdefault(slot, len(bases)), view.offset, view.strides)
 
         kernel = Copies(
-            [KernelCopy(side(source), side(target), source.shape) for source, target in copies],  # type: ignore[arg-type]
+            [KernelCopy(side(source), side(target), source.shape) for source, target in copies],
             self._dtype,
             self._device,
         )
@@ -245,7 +250,7 @@ class BoundProgram:
     def _base(self, memory: str | int) -> int:
         """The slot of a memory."""
         if memory in _BASES:
-            return _BASES[memory]  # type: ignore[index]
+            return _BASES[memory]
         if memory not in self._index:
             self._index[memory] = len(self._slots)
             self._slots.append(self._memories[memory])
@@ -257,7 +262,7 @@ class BoundProgram:
             self._index[view, heads_first] = len(self._slots)
             if view.memory in _BASES:
                 shape, strides = _geometry(view, heads_first)
-                self._late.append((len(self._slots), _BASES[view.memory], shape, strides, view.offset))  # type: ignore[index]
+                self._late.append((len(self._slots), _BASES[view.memory], shape, strides, view.offset))
                 self._slots.append(None)
             else:
                 self._slots.append(self._tensor(view, heads_first=heads_first))
