@@ -331,8 +331,9 @@ class _Recorder:
         receives, nbytes = self._receives(step, index, compressed)
         launches = 2 if any(chunk.view is not None and chunk.view.numel for chunk in sends) else 1
         self.ops.append(Post(index, f"{step.link} {step.round}: {_describe(step.sends)}", launches))
-        received = f"{step.receives[0].tensor} from {'+'.join(str(m.peer) for m in step.receives)}"
-        self.transfers.append(TransferSpec(step.link, step.round, tuple(sends), tuple(receives), nbytes, received))
+        arriving = "" if not step.receives else step.receives[0].tensor
+        name = f"{arriving} from {'+'.join(str(m.peer) for m in step.receives)}"
+        self.transfers.append(TransferSpec(step.link, step.round, tuple(sends), tuple(receives), nbytes, name))
         self.ops += measurements
 
     def _receives(self, step: Exchange, index: int, compressed: Format) -> tuple[list[Chunk], int]:
@@ -464,7 +465,9 @@ class _Recorder:
         peer's window."""
         row = self.B * self.H * self.D
         for step in self.schedule.steps:
-            for message in step.sends if isinstance(step, Exchange) else ():
+            if not isinstance(step, Exchange):
+                continue
+            for message in step.sends:
                 if message.tensor != "o":
                     continue
                 (piece,) = message.pieces

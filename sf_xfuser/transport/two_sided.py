@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.transport.base import CallMismatch, Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.base import CallMismatch, Parcel, Transport, TransportError
+Ticket = object
 from sf_xfuser.transport.control_plane import ControlPlane
 
 _POLL_S = 0.05  # interval at which a waiting rank checks whether the call has failed elsewhere

@@ -171,7 +171,7 @@ class Shm(OneSided):
         copies = []
         for parcel in sends:
             if parcel.data is not None and parcel.data.numel():
-                window = self.peer_window(parcel.peer)
+                window = self._segments[parcel.peer].half(self._epoch)
                 copies.append((window_view(window, parcel.offset, parcel.data.shape, parcel.data.dtype), parcel.data))
         return _ShmTransfer(self, round, copies, _counts(sends), _counts(receives))
 
@@ -192,9 +192,9 @@ class Shm(OneSided):
             self._expected[peer] += chunks
         return {peer: self._expected[peer] for peer in received}
 
-    def peer_window(self, peer: int) -> torch.Tensor:
+    def peer_window(self, peer: int) -> torch.Tensor | None:
         """As ``OneSided.peer_window``."""
-        return self._segments[peer].half(self._epoch)
+        return self._segments[peer].half(self._epoch) if peer in self._segments else None
 
     def drain(self) -> None:
         """Sends are complete when ``exchange`` returns."""

@@ -22,7 +22,8 @@ from typing import TypeVar
 
 import torch
 
-from sf_xfuser.transport.base import CallMismatch, Parcel, Ticket, Transport, TransportError
+from sf_xfuser.transport.base import CallMismatch, Parcel, Transport, TransportError
+Ticket = object
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.sockets import TOKEN_BYTES, Acceptor, close_on_fork, shut_down
 
