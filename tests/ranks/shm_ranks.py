@@ -157,7 +157,7 @@ def transport(timeout_s=20.0):
 
 
 def byte(peer, value=0, offset=0):
-    return Parcel((torch.full((1,), value, dtype=torch.uint8),), torch.uint8, peer, 0, offset)
+    return Parcel(torch.full((1,), value, dtype=torch.uint8), peer, 0, offset)
 
 
 def case_file_mode(rank):
@@ -226,7 +226,7 @@ def case_timeout(rank):
 
 def case_peer_aborts(rank):
     """Rank 0 times out on rank 3. The others wait for rank 0 and fail long before their own timeout."""
-    link = transport(timeout_s=1.0 if rank == 0 else 30.0)
+    link = transport(timeout_s=0.5 if rank == 0 else 30.0)
     link.begin()
     started = time.monotonic()
     if rank == 3:
@@ -303,14 +303,14 @@ def case_use_after_close(rank):
 
 def case_different_windows(rank):
     link = transport()
-    link.reserve(1 << 20 if rank == 2 else 1 << 22)
+    link.reserve(1 << 20 if rank == 2 else 1 << 22, 0)
     return "no error"
 
 
 def case_too_little_memory(rank):
     link = transport()
     free = os.statvfs("/dev/shm")
-    link.reserve(free.f_bavail * free.f_frsize)
+    link.reserve(free.f_bavail * free.f_frsize, 0)
     return "no error"
 
 
