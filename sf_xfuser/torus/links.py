@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.schedule import Link
+from sf_xfuser.transport import two_sided
 from sf_xfuser.transport.base import Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import shm, tcp
@@ -23,7 +24,6 @@ from sf_xfuser.transport.gpu.memory import free_closed_windows
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
-from sf_xfuser.transport.two_sided import TwoSided
 
 CALL_TIMEOUT_FACTOR = 5
 """Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first.
@@ -231,7 +231,9 @@ def _connect_groups(
     members, position, timeout_s = rank_info.members, rank_info.position, rank_info.timeout_s
     groups = {name: group.open(control) for name, group in group_of.items()}
     made: Links = {
-        name: TwoSided(groups[name], members, name, timeout_s, control) for name in group_of if name not in shared
+        name: two_sided.connect(groups[name], members, name, timeout_s, control)
+        for name in group_of
+        if name not in shared
     }
     if shared:
         peers = link_peers(rank_info.layout, position)

@@ -11,6 +11,7 @@ from tests.launch import check, reports, torchrun
 # case -> what each rank prints
 CASES = {
     "all_data_arrives": ("all equal",) * 3,
+    "recorded": ("all equal",) * 3,
     "sends_keep_their_order": (r"after [1-9]\.", r"after [1-9]\.", r"after [1-9]\."),
     "call_mismatch": (
         r"TransportError: rank 0 on .*: receiving round \d of exchange 0 from rank 1 failed",

@@ -29,7 +29,7 @@ def connect(timeout_s=20.0):
 
 
 def parcel_of(tensor, peer, slot):
-    return Parcel((tensor,), tensor.dtype, peer, slot)
+    return Parcel(tensor, peer, slot)
 
 
 def content(sender, receiver, round, slot):
@@ -51,14 +51,47 @@ def case_all_data_arrives(rank):
         receives = [parcel_of(torch.zeros_like(x), peer, slot) for peer, x, slot in wanted]
         open_rounds.append((link.exchange(round, sends, receives), wanted, receives))
         if len(open_rounds) == 3 or round == 59:
-            for ticket, wanted, receives in open_rounds:
-                ticket.wait()
+            for transfer, wanted, receives in open_rounds:
+                transfer.wait()
                 for (_, x, _), parcel in zip(wanted, receives, strict=True):
-                    assert torch.equal(x, parcel.parts[0])
+                    assert torch.equal(x, parcel.data)
             link.drain()
             open_rounds = []
     link.close()
     link.close()
+    return "all equal"
+
+
+def case_recorded(rank):
+    return recorded_calls(rank, connect())
+
+
+def recorded_calls(rank, link):
+    """Two rounds, recorded in the first call and posted in each: two chunks to each peer, then one of them is passed on
+    to the next rank."""
+    before, after = (rank - 1) % 3, (rank + 1) % 3
+    own = [torch.empty(70_000), torch.empty(3, dtype=torch.bfloat16)]
+    theirs = {peer: [torch.empty_like(x) for x in own] for peer in PEERS[rank]}
+    passed = torch.empty_like(own[0])
+    for call in range(5):
+        link.begin_call(1000 + call)
+        if call == 0:
+            sends = [parcel_of(x, peer, slot) for peer in PEERS[rank] for slot, x in enumerate(own)]
+            receives = [parcel_of(x, peer, slot) for peer in PEERS[rank] for slot, x in enumerate(theirs[peer])]
+            first = link.record(0, sends, receives)
+            second = link.record(1, [parcel_of(theirs[before][0], after, 0)], [parcel_of(passed, before, 0)])
+            wait, end = link.record_wait([first, second]), link.record_end()
+        for slot, x in enumerate(own):
+            x.fill_(100 * call + 10 * rank + slot)
+        first.post()
+        first.wait()
+        second.post()
+        wait()
+        for peer in PEERS[rank]:
+            for slot, x in enumerate(theirs[peer]):
+                assert (x == 100 * call + 10 * peer + slot).all()
+        assert (passed == 100 * call + 10 * after).all()
+        end(None)
     return "all equal"
 
 
@@ -168,7 +201,7 @@ def case_strangers(rank):
     assert time.monotonic() - started < 3
     wanted = [parcel_of(torch.zeros(4), peer, 0) for peer in PEERS[rank]]
     link.exchange(0, [parcel_of(torch.full((4,), float(rank)), peer, 0) for peer in PEERS[rank]], wanted).wait()
-    return "from " + " ".join(str(int(parcel.parts[0].sum()) // 4) for parcel in wanted)
+    return "from " + " ".join(str(int(parcel.data.sum()) // 4) for parcel in wanted)
 
 
 def main() -> None:

@@ -15,15 +15,15 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
-from sf_xfuser.transport.base import CallMismatch, Parcel, Transport, TransportError
-Ticket = object
+from sf_xfuser.transport.base import CallMismatch, Parcel, Transfer, Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.sockets import TOKEN_BYTES, Acceptor, close_on_fork, shut_down
 
@@ -31,6 +31,7 @@ _Link = TypeVar("_Link", bound=str)
 _HANDSHAKE = struct.Struct(f"!{TOKEN_BYTES}sII")  # the acceptor's token, link number, position
 _HEADER = struct.Struct("!IQIIQ")  # call identity, exchange number on the link, round, slot, bytes
 _UNSENT_BYTES = 128 << 10  # a send returns when at most this much of its chunk is unsent in the kernel
+_MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # of one sendmsg
 _POLL_S = 0.1  # interval at which a waiting rank checks for failures elsewhere
 
 
@@ -118,10 +119,10 @@ class Tcp(Transport):
         self._last_received = dict.fromkeys(connections, "nothing yet")  # by peer
         self._lock = threading.Lock()  # guards the next two
         self._error: TransportError | None = None
-        self._pending: set[_Pending] = set()
-        self._sends: SimpleQueue[tuple[bytes, torch.Tensor, int, int] | _Pending | None] = SimpleQueue()
-        self._receives: dict[int, SimpleQueue[tuple[bytes, Parcel, _Pending] | None]] = {}
-        self._sent: deque[torch.Tensor] = deque()
+        self._pending: set[_Exchange] = set()
+        self._drained = _Exchange(self, 0, [], [])
+        self._sends: SimpleQueue[tuple[int, int, list[_Frame]] | _Exchange | None] = SimpleQueue()
+        self._receives: dict[int, SimpleQueue[tuple[_Exchange, list[_Frame]] | None]] = {}
         self._threads = [threading.Thread(target=self._run_sends, name="sf-xfuser tcp", daemon=True)]
         for peer in connections:
             self._receives[peer] = SimpleQueue()
@@ -130,25 +131,24 @@ class Tcp(Transport):
         for thread in self._threads:
             thread.start()
 
-    def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
-        self._sent.clear()
-        receives = [parcel for parcel in receives if parcel.nbytes]
-        pending = self._new_pending(receives, round)
-        if not receives:
-            self._complete(pending, None)
-        for parcel in receives:
-            self._receives[parcel.peer].put((self._header(parcel, round), parcel, pending))
-        for parcel in sends:
-            if parcel.nbytes:
-                self._sends.put((self._header(parcel, round), parcel.packed(), parcel.peer, round))
+    def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        return _Exchange(self, round, sends, receives)
+
+    def post(self, exchange: _Exchange) -> None:
+        call = self._identity, self._num_exchanges, exchange.round
+        self._start(exchange, f"round {exchange.round} of exchange {self._num_exchanges}")
         self._num_exchanges += 1
-        return pending
+        for peer, chunks in exchange.receives:
+            self._receives[peer].put((exchange, _framed(call, chunks)))
+        for peer, chunks in exchange.sends:
+            self._sends.put((peer, exchange.round, _framed(call, chunks)))
+        if not exchange.receives:
+            self._complete(exchange, None)
 
     def drain(self) -> None:
-        drained = self._new_pending([])
-        self._sends.put(drained)
-        drained.wait()
-        self._sent.clear()
+        self._start(self._drained, "a drain")
+        self._sends.put(self._drained)
+        self._drained.wait()
 
     def close(self) -> None:
         with self._lock:
@@ -162,110 +162,115 @@ class Tcp(Transport):
         for connection in self._connections.values():
             connection.close()
 
-    def wait(self, pending: _Pending) -> None:
-        self._sent.clear()
-        if not pending.event.is_set():
+    def wait(self, exchange: _Exchange) -> None:
+        if not exchange.event.is_set():
             started = time.monotonic()
             with self._control.waiting():
-                while not pending.event.wait(min(_POLL_S, self._timeout_s)):
+                while not exchange.event.wait(min(_POLL_S, self._timeout_s)):
                     waited = time.monotonic() - started
                     if (reason := self._control.abort_reason()) is not None:
-                        self._fail(f"{self._missing_text(pending)} after {waited:.1f} s: {reason}")
+                        self._fail(f"{self._missing_text(exchange)} after {waited:.1f} s: {reason}")
                     elif waited >= self._timeout_s:
-                        self._fail(f"{self._missing_text(pending)} within {self._timeout_s:g} s")
-        if not pending.complete and self._error is not None:
+                        self._fail(f"{self._missing_text(exchange)} within {self._timeout_s:g} s")
+        if not exchange.complete and self._error is not None:
             raise self._error
 
-    def _new_pending(self, receives: Sequence[Parcel], round: int = 0) -> _Pending:
-        pending = _Pending(self, receives, f"round {round} of exchange {self._num_exchanges}")
+    def _start(self, exchange: _Exchange, name: str) -> None:
+        exchange.start(name)
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._pending.add(pending)
-        return pending
+            self._pending.add(exchange)
 
     def _text(self, text: str) -> str:
         return f"rank {self._members[self._position]} on {socket.gethostname()}: {text} (link {self._link}, tcp)"
 
-    def _missing_text(self, pending: _Pending) -> str:
-        peers = sorted({parcel.peer for parcel in pending.missing})
+    def _missing_text(self, exchange: _Exchange) -> str:
+        peers = sorted(set(exchange.missing))
         if not peers:
             return "a peer did not receive the chunks sent to it"
         last = ", ".join(f"rank {self._members[peer]}'s last: {self._last_received[peer]}" for peer in peers)
-        return f"no data from rank(s) {[self._members[peer] for peer in peers]} for {pending.name} ({last})"
+        return f"no data from rank(s) {[self._members[peer] for peer in peers]} for {exchange.name} ({last})"
 
     # -- threads ------------------------------------------------------------------------------------------------------
 
     def _run_sends(self) -> None:
         while (item := self._sends.get()) is not None:
-            if isinstance(item, _Pending):
+            if isinstance(item, _Exchange):
                 self._complete(item, None)
                 continue
-            header, chunk, peer, round = item
+            peer, round, frames = item
             try:
-                _send_all(self._connections[peer], header, _bytes_of(chunk))
+                _send_all(self._connections[peer], frames)
             except Exception as error:  # any error: the thread has no caller to raise it to
                 return self._fail(f"sending round {round} to rank {self._members[peer]} failed: {error}")
-            self._sent.append(chunk)  # freed by the thread that allocated it
-            del item, chunk
+            del item, frames  # they keep memory alive
 
     def _run_receives(self, peer: int) -> None:
         _use_batch_scheduling()
         connection, queue = self._connections[peer], self._receives[peer]
         while (item := queue.get()) is not None:
-            header, parcel, pending = item
+            exchange, frames = item
             try:
-                received = _receive_exactly(connection, _HEADER.size)
-                if received != header:
-                    return self._fail(
-                        f"expected (call identity, exchange, round, slot, bytes) {_HEADER.unpack(header)} from rank "
-                        f"{self._members[peer]}, got {_HEADER.unpack(received)}",
-                        CallMismatch,
-                    )
-                _receive_into(connection, _bytes_of(parcel.packed()))
+                for header, body in frames:
+                    received = _receive_exactly(connection, _HEADER.size)
+                    if received != header:
+                        return self._fail(
+                            f"expected (call identity, exchange, round, slot, bytes) {_HEADER.unpack(header)} from "
+                            f"rank {self._members[peer]}, got {_HEADER.unpack(received)}",
+                            CallMismatch,
+                        )
+                    _receive_into(connection, body)
             except Exception as error:  # any error: the thread has no caller to raise it to
-                return self._fail(f"receiving {pending.name} from rank {self._members[peer]} failed: {error}")
-            self._last_received[peer] = pending.name
-            self._complete(pending, parcel)
-            del item, parcel, pending
+                return self._fail(f"receiving {exchange.name} from rank {self._members[peer]} failed: {error}")
+            self._last_received[peer] = exchange.name
+            self._complete(exchange, peer)
+            del item, exchange, frames
 
-    def _complete(self, pending: _Pending, parcel: Parcel | None) -> None:
-        """Mark a parcel as received. None: no receive is pending, or all sends before a drain are done."""
+    def _complete(self, exchange: _Exchange, peer: int | None) -> None:
+        """Mark a batch of ``peer`` as received. None: no receive is pending, or all sends before a drain are done."""
         with self._lock:
-            pending.missing = [p for p in pending.missing if p is not parcel]
-            pending.complete = not pending.missing
-            if pending.complete:
-                self._pending.discard(pending)
-        if pending.complete:
-            pending.arrived_s = time.perf_counter()
-            pending.event.set()
+            if peer is not None:
+                exchange.missing.remove(peer)
+            exchange.complete = not exchange.missing
+            if exchange.complete:
+                self._pending.discard(exchange)
+        if exchange.complete:
+            exchange.arrived_s = time.perf_counter()
+            exchange.event.set()
 
     def _fail(self, text: str, kind: type[TransportError] = TransportError) -> None:
         """Fail all waits of this link, and close its connections, so that the peers fail too."""
         with self._lock:
             self._error = self._error or kind(self._text(text))
             failed, self._pending = self._pending, set()
-        for pending in failed:
-            pending.event.set()
+        for exchange in failed:
+            exchange.event.set()
         self._shut_down()
 
     def _shut_down(self) -> None:
         for connection in self._connections.values():
             shut_down(connection)
 
-    def _header(self, parcel: Parcel, round: int) -> bytes:
-        return _HEADER.pack(self._identity, self._num_exchanges, round, parcel.slot, parcel.nbytes)
 
+class _Exchange(Transfer):
+    """A recorded exchange, or a drain. ``missing``: the peers of batches that have not arrived since the last post;
+    ``name``: of that post, for errors."""
 
-class _Pending(Ticket):
-    """The receives of an exchange, or a drain. ``missing``: parcels not yet received; ``name``: for errors."""
-
-    def __init__(self, transport: Tcp, missing: Sequence[Parcel], name: str) -> None:
+    def __init__(self, transport: Tcp, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         self._transport = transport
-        self.missing = list(missing)
-        self.name = name
-        self.complete = False
+        self.round = round
+        self.sends, self.receives = _batches(sends), _batches(receives)
         self.event = threading.Event()
+
+    def start(self, name: str) -> None:
+        self.name = name
+        self.missing = [peer for peer, _ in self.receives]
+        self.complete = False
+        self.event.clear()
+
+    def post(self) -> None:
+        self._transport.post(self)
 
     def wait(self) -> None:
         self._transport.wait(self)
@@ -282,17 +287,35 @@ def _use_batch_scheduling() -> None:
 # -- sockets ----------------------------------------------------------------------------------------------------------
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+_Frame = tuple[bytes, memoryview]  # header, chunk
+_Chunks = list[tuple[int, memoryview]]  # slot, bytes
 
 
-def _send_all(connection: socket.socket, header: bytes, body: memoryview) -> None:
-    sent = connection.sendmsg([header, body]) - len(header)
-    if sent < 0:
-        connection.sendall(header[sent:])
-        sent = 0
-    if sent < len(body):
-        connection.sendall(body[sent:])
+def _batches(parcels: Iterable[Parcel]) -> list[tuple[int, _Chunks]]:
+    """(peer, chunks) of consecutive parcels of one peer, without empty parcels."""
+    groups = groupby((parcel for parcel in parcels if parcel.nbytes), attrgetter("peer"))
+    return [(peer, [(parcel.slot, _bytes_of(parcel.data)) for parcel in group]) for peer, group in groups]
+
+
+def _bytes_of(tensor: torch.Tensor | None) -> memoryview:
+    assert tensor is not None
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _framed(call: tuple[int, int, int], chunks: _Chunks) -> list[_Frame]:
+    """``call``: identity, exchange number, round."""
+    return [(_HEADER.pack(*call, slot, len(body)), body) for slot, body in chunks]
+
+
+def _send_all(connection: socket.socket, frames: list[_Frame]) -> None:
+    """Send headers and chunks with one system call, if the kernel accepts all of them at once."""
+    buffers = [part for header, body in frames for part in (memoryview(header), body)]
+    while buffers:
+        sent = connection.sendmsg(buffers[:_MAX_BUFFERS])
+        while buffers and sent >= len(buffers[0]):
+            sent -= len(buffers.pop(0))
+        if sent:
+            buffers[0] = buffers[0][sent:]
 
 
 def _receive_exactly(connection: socket.socket, count: int) -> bytes:
