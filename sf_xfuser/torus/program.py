@@ -269,8 +269,7 @@ class _Recorder:
             else:
                 self._attend(step)
         self._wait(self.outputs, "outputs")
-        if self.stores:
-            self.ops.append(Copy("result", tuple(self.stores)))
+        self._copy("result", self.stores)
         return Program(
             ops=tuple(self.ops),
             transfers=tuple(self.transfers),
@@ -308,7 +307,7 @@ class _Recorder:
                 slot = _SLOT[buffer]
                 if step.link in self.placement.host_links:
                     target = View(message.peer, offset // self.sizes.itemsize, source.shape, strides or _packed(source))
-                    if target != source and source.numel:
+                    if target != source:
                         copies.append((source, target))
                     sends.append(Chunk(message.peer, slot, None, offset))
                 elif source.memory in INPUTS:
@@ -317,8 +316,7 @@ class _Recorder:
                     sends.append(Chunk(message.peer, slot, target, offset))
                 else:
                     sends.append(Chunk(message.peer, slot, source, offset))
-        if copies:
-            self.ops.append(Copy(f"pack {_describe(step.sends)}", tuple(copies)))
+        self._copy(f"pack {_describe(step.sends)}", copies)
         if self.placement.window_links and step.link not in self.placement.window_links and leaving:
             self.ops.append(Poison(tuple(leaving)))
         self.ops += compressions
@@ -411,6 +409,8 @@ class _Recorder:
         key_rows = self.map.rows("kv", step.keys)
         keys, values = self._views("kv", step.keys)
         rows = self.map.queries[step.queries]
+        if rows.start == rows.stop:
+            return
         queries = self._views("q", step.queries)[0]
         first, last = self.started.isdisjoint(step.queries), step.queries_last
         if key_rows.start == key_rows.stop:
@@ -422,7 +422,7 @@ class _Recorder:
             self.ops.append(AttendOp(queries, keys, values, (), True, name))
             self._store_output()
             return
-        size = self.placement.max_rows or max(1, rows.stop - rows.start)
+        size = self.placement.max_rows or rows.stop - rows.start
         for start in range(rows.start, rows.stop, size):
             stop = min(start + size, rows.stop)
             block = queries.rows(start - rows.start, stop - rows.start)
@@ -504,7 +504,7 @@ class _Recorder:
             elif at.stop > at.start:
                 runs.append((at.start, view))
         copies += [(View("output", start, view.shape), view) for start, view in runs]
-        self.ops.append(Copy("outputs", tuple(copies)))
+        self._copy("outputs", copies)
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -519,9 +519,12 @@ class _Recorder:
                     transfers.append(found)
             elif found is not None:
                 copies += found
-        if copies:
-            self.ops.append(Copy("own tokens", tuple(copies)))
+        self._copy("own tokens", copies)
         self._wait(transfers, name)
+
+    def _copy(self, name: str, copies: Sequence[tuple[View, View]]) -> None:
+        if copies := [copy for copy in copies if copy[0].numel]:
+            self.ops.append(Copy(name, tuple(copies)))
 
     def _wait(self, transfers: Sequence[int], name: str) -> None:
         transfers = [index for index in transfers if self.transfers[index].receives]

@@ -141,6 +141,8 @@ class BoundProgram:
 
     def _bind_output_copy(self, op: Copy) -> Callable[[Slots], object]:
         known: dict[tuple[int, ...], Callable[[Slots], object]] = {}  # by the strides of the output
+        for _, target in op.copies:
+            self._base(target.memory)  # a call copies the slots before it knows the strides
 
         def copy(slots: Slots) -> None:
             b, h, s, _ = strides = slots[_OUTPUT].stride()

@@ -45,6 +45,7 @@ import torch
 
 from sf_xfuser.config import QUEUES_VARIABLE, environment
 from sf_xfuser.transport.base import Parcel, TransportError, window_view
+
 Ticket = object
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import MAX_CHUNKS
