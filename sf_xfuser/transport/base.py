@@ -9,6 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+CALL_TIMEOUT_FACTOR = 5
+"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart: they load a model first, and may
+write a long video between two requests. A wait for a peer from which nothing has arrived in this call is limited to
+this many ``--sp-timeout``. Each later chunk must arrive within one."""
+
 
 class TransportError(RuntimeError):
     """A transfer timed out or a peer is lost. The transport cannot be used any more."""
