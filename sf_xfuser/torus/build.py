@@ -18,9 +18,9 @@ from sf_xfuser.layout.schedule import Link
 from sf_xfuser.layout.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.torus import links
 from sf_xfuser.torus.compression import Compression
-from sf_xfuser.torus.links import CALL_TIMEOUT_FACTOR, Group, RankInfo
+from sf_xfuser.torus.links import Group, RankInfo
 from sf_xfuser.torus.mesh import Mesh
-from sf_xfuser.transport.base import TransportError, TransportUnavailable
+from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError, TransportUnavailable
 from sf_xfuser.transport.control_plane import ControlPlane, GroupError
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
 

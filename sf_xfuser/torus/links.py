@@ -25,10 +25,6 @@ from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
 
-CALL_TIMEOUT_FACTOR = 5
-"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first.
-During a call, each chunk must arrive within one ``--sp-timeout``."""
-
 Links = dict[Link, Transport]
 Connect = Callable[[ControlPlane], Links]
 """Connects the links of one rank. Collective over its group."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 CALL_TIMEOUT_FACTOR = 5
-"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first, or
-write a video between two calls. During a call, each chunk must arrive within one ``--sp-timeout``."""
+"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart: they load a model first, and may
+write a long video between two requests. A wait for a peer from which nothing has arrived in this call is limited to
+this many ``--sp-timeout``. Each later chunk must arrive within one."""
 
 
 class TransportError(RuntimeError):
@@ -164,9 +165,6 @@ class OneSided(Transport):
     """Number of buffers in a window, which calls use in turn: 1 or 2. With 1, a rank may write to a peer as soon as it
     has received the peer's last chunk of an attention call; ``Mesh.begin`` synchronizes ranks if that is too early."""
 
-    host_writes = False
-    """Whether the host of a rank writes to the windows of its peers itself: see ``peer_window``."""
-
     last_call: object = None
     """The last argument of ``Mesh.begin``, which compares it with the next one."""
 
@@ -191,7 +189,7 @@ class OneSided(Transport):
         return None
 
     def peer_window(self, peer: int) -> torch.Tensor | None:
-        """The window of ``peer`` in this call, as bytes. None without ``host_writes``, and for other ranks."""
+        """The window of ``peer`` in this call, as bytes, if this process can write to it without the transport."""
         return None
 
     def unavailable_reason(self) -> str | None:

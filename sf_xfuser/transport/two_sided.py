@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from sf_xfuser.transport.base import CallMismatch, Parcel, Transfer, Transport, TransportError
+from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, CallMismatch, Parcel, Transfer, Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.patience import Patience
 
+_RECEIVE, _SEND = "receive from", "send to"  # in errors
 _POLL_S = 0.05  # interval at which a waiting rank checks whether the call has failed elsewhere
 
 
@@ -80,17 +83,22 @@ class Gloo(TwoSided):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
+        self._patience = Patience(self._timeout_s)
         self._posted: list[_GlooExchange] = []
         self._waiter: threading.Thread | None = None
         self._wait_requests: queue.SimpleQueue[dist.Work | None] = queue.SimpleQueue()
         self._wait_results: queue.SimpleQueue[RuntimeError | None] = queue.SimpleQueue()
+
+    def begin_call(self, identity: int) -> None:
+        super().begin_call(identity)
+        self._patience.begin_call()
 
     def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> _GlooExchange:
         return _GlooExchange(self, round, sends, receives)
 
     def operation(self, name: str, parcel: Parcel) -> _Operation:
         assert parcel.data is not None
-        function = self._group.recv if name == "receive from" else self._group.send
+        function = self._group.recv if name == _RECEIVE else self._group.send
         return _Operation(partial(function, [parcel.data], self._index[parcel.peer]), parcel, name)
 
     def post(self, exchange: _GlooExchange) -> None:
@@ -109,12 +117,14 @@ class Gloo(TwoSided):
             parcel = operation.parcel
             try:
                 with self._control.waiting():
-                    self._wait_for(work)
+                    self._wait_for(work, parcel.peer)
             except RuntimeError as error:
                 details = f"(round {round}, slot {parcel.slot}, {parcel.nbytes} bytes)"
                 raise self._error(
                     f"{operation.name} rank {self._members[parcel.peer]} failed {details}", error
                 ) from error
+            if operation.name == _RECEIVE:
+                self._patience.arrived(parcel.peer)
             del started[0]
 
     def drain(self) -> None:
@@ -128,11 +138,13 @@ class Gloo(TwoSided):
         self._posted.clear()
         self._wait_requests.put(None)
 
-    def _wait_for(self, work: dist.Work) -> None:
-        """Wait in another thread: a gloo wait ends only by its timeout, and this thread has to notice a failure."""
+    def _wait_for(self, work: dist.Work, peer: int) -> None:
+        """Wait in another thread: a gloo wait ends only by its timeout, and this thread has to notice a failure, and to
+        end the wait before gloo does."""
         if self._waiter is None:
             self._waiter = threading.Thread(target=self._run_waits, name="sf-xfuser gloo", daemon=True)
             self._waiter.start()
+        started_at = time.monotonic()
         self._wait_requests.put(work)
         while True:
             try:
@@ -140,6 +152,8 @@ class Gloo(TwoSided):
             except queue.Empty:
                 if (reason := self._control.abort_reason()) is not None:
                     raise RuntimeError(reason) from None
+                if (limit := self._patience.exceeded([peer], started_at)) is not None:
+                    raise RuntimeError(f"not within {limit}") from None
                 continue
             if error is not None:
                 raise error
@@ -149,7 +163,7 @@ class Gloo(TwoSided):
         while (work := self._wait_requests.get()) is not None:
             error: RuntimeError | None = None
             try:
-                work.wait(timedelta(seconds=self._timeout_s))
+                work.wait(timedelta(seconds=2 * CALL_TIMEOUT_FACTOR * self._timeout_s))
             except RuntimeError as raised:
                 error = raised
             del work
@@ -171,8 +185,8 @@ class _GlooExchange(_Exchange):
     def __init__(self, transport: Gloo, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         super().__init__(round, sends, receives)
         self._transport = transport
-        self.to_receive = [transport.operation("receive from", parcel) for parcel in self.receives]
-        self.to_send = [transport.operation("send to", parcel) for parcel in self.sends]
+        self.to_receive = [transport.operation(_RECEIVE, parcel) for parcel in self.receives]
+        self.to_send = [transport.operation(_SEND, parcel) for parcel in self.sends]
         self.received: list[_Started] = []  # since the last post, and not waited for
         self.sent: list[_Started] = []
 

@@ -18,14 +18,21 @@ CASES = {
         r"CallMismatch: .*expected \(call identity, .*\) \(0, 0, 2, 0, 32\) from rank 0, got \(0, 0, 1, 0, 32\)",
         "no transfer",
     ),
-    "receive_timeout": (
+    "late_start": ("from 1 2", "from 0 2", "from 0 1"),
+    "stops": (
+        r"TransportError: .*no data from rank\(s\) \[1\] for round 1 of exchange 1 \(rank 1's last: round 0 of "
+        r"exchange 0\) within 0.5 s \(link across, tcp\)",
+        "not waiting",
+        "not waiting",
+    ),
+    "never_starts": (
         r"TransportError: .*no data from rank\(s\) \[1\] for round 7 of exchange 0 \(rank 1's last: nothing yet\) "
-        r"within 2 s \(link across, tcp\)",
+        r"within 2 s, 5 x --sp-timeout, since nothing of this call had arrived \(link across, tcp\)",
         "not waiting",
         "not waiting",
     ),
     "send_timeout": (
-        r"TransportError: .*a peer did not receive the chunks sent to it within 2 s",
+        r"TransportError: .*rank 1 did not receive the chunks sent to it within 2 s, 5 x --sp-timeout",
         "no receive",
         "no receive",
     ),

@@ -127,18 +127,54 @@ def case_call_mismatch(rank):
     return "no error" if rank != 2 else "no transfer"
 
 
-def case_receive_timeout(rank):
-    link = connect(timeout_s=2.0)
+def case_late_start(rank):
+    return late_start(rank, connect(timeout_s=0.5))
+
+
+def late_start(rank, link):
+    """Rank 1 starts its call two timeouts after the others."""
+    link.begin_call(1)
+    if rank == 1:
+        time.sleep(1.0)
+    sends = [parcel_of(torch.full((8,), float(rank)), peer, 0) for peer in PEERS[rank]]
+    receives = [parcel_of(torch.empty(8), peer, 0) for peer in PEERS[rank]]
+    link.exchange(0, sends, receives).wait()
+    link.drain()
+    return "from " + " ".join(str(int(parcel.data.sum()) // 8) for parcel in receives)
+
+
+def case_stops(rank):
+    return stops(rank, connect(timeout_s=0.5))
+
+
+def stops(rank, link):
+    """Rank 1 sends the first of two chunks."""
+    link.begin_call(1)
     if rank == 0:
-        link.exchange(7, [], [parcel_of(torch.ones(8), 1, 0), parcel_of(torch.ones(8), 2, 1)]).wait()
-        return "no error"
-    link.exchange(7, [parcel_of(torch.ones(8), 0, 1)] if rank == 2 else [], [])
-    time.sleep(3.0)
+        link.exchange(0, [], [parcel_of(torch.empty(8), 1, 0)]).wait()
+        link.exchange(1, [], [parcel_of(torch.empty(8), 1, 0)]).wait()
+    elif rank == 1:
+        link.exchange(0, [parcel_of(torch.ones(8), 0, 0)], [])
+        time.sleep(2.0)
+    return "not waiting"
+
+
+def case_never_starts(rank):
+    return never_starts(rank, connect(timeout_s=0.4))
+
+
+def never_starts(rank, link):
+    link.begin_call(1)
+    if rank == 0:
+        link.exchange(7, [], [parcel_of(torch.empty(8), 1, 0), parcel_of(torch.empty(8), 2, 1)]).wait()
+    elif rank == 2:
+        link.exchange(7, [parcel_of(torch.ones(8), 0, 1)], [])
+    time.sleep(2.5)
     return "not waiting"
 
 
 def case_send_timeout(rank):
-    link = connect(timeout_s=2.0)
+    link = connect(timeout_s=0.4)
     if rank == 0:
         link.exchange(0, [parcel_of(torch.ones(256 << 20, dtype=torch.uint8), 1, 0)], [])
         link.drain()

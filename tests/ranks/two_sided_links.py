@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 from cases import run_cases
-from tcp_links import parcel_of, recorded_calls
+from tcp_links import late_start, never_starts, parcel_of, recorded_calls, stops
 
 from sf_xfuser.transport import two_sided
 from sf_xfuser.transport.base import TransportError
@@ -25,15 +25,27 @@ def case_recorded(rank):
     return recorded_calls(rank, connect())
 
 
+def case_late_start(rank):
+    return late_start(rank, connect(timeout_s=0.5))
+
+
+def case_stops(rank):
+    return stops(rank, connect(timeout_s=0.5))
+
+
+def case_never_starts(rank):
+    return never_starts(rank, connect(timeout_s=0.4))
+
+
 def case_another_call(rank):
     """Ranks 0 and 1 make different calls: neither receives the other's chunk."""
-    link = connect(timeout_s=1.0)
+    link = connect(timeout_s=0.4)
     link.begin_call(rank)
     if rank != 2:
         peer = 1 - rank
         link.exchange(0, [parcel_of(torch.ones(8), peer, 0)], [parcel_of(torch.ones(8), peer, 0)]).wait()
         return "no error"
-    time.sleep(1.5)
+    time.sleep(2.5)
     return "no transfer"
 
 

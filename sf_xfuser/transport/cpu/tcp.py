@@ -25,6 +25,7 @@ import torch
 
 from sf_xfuser.transport.base import CallMismatch, Parcel, Transfer, Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.patience import Patience
 from sf_xfuser.transport.sockets import TOKEN_BYTES, Acceptor, close_on_fork, shut_down
 
 _Link = TypeVar("_Link", bound=str)
@@ -116,7 +117,9 @@ class Tcp(Transport):
         self._timeout_s = timeout_s
         self._control = control
         self._num_exchanges = 0
+        self._patience = Patience(timeout_s)
         self._last_received = dict.fromkeys(connections, "nothing yet")  # by peer
+        self._sending: tuple[int, float] | None = None  # the peer to which a batch is being sent, since when
         self._lock = threading.Lock()  # guards the next two
         self._error: TransportError | None = None
         self._pending: set[_Exchange] = set()
@@ -130,6 +133,10 @@ class Tcp(Transport):
             self._threads.append(thread)
         for thread in self._threads:
             thread.start()
+
+    def begin_call(self, identity: int) -> None:
+        super().begin_call(identity)
+        self._patience.begin_call()
 
     def record(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
         return _Exchange(self, round, sends, receives)
@@ -164,14 +171,14 @@ class Tcp(Transport):
 
     def wait(self, exchange: _Exchange) -> None:
         if not exchange.event.is_set():
-            started = time.monotonic()
+            started_at = time.monotonic()
             with self._control.waiting():
                 while not exchange.event.wait(min(_POLL_S, self._timeout_s)):
-                    waited = time.monotonic() - started
                     if (reason := self._control.abort_reason()) is not None:
-                        self._fail(f"{self._missing_text(exchange)} after {waited:.1f} s: {reason}")
-                    elif waited >= self._timeout_s:
-                        self._fail(f"{self._missing_text(exchange)} within {self._timeout_s:g} s")
+                        waited_s = time.monotonic() - started_at
+                        self._fail(f"{self._missing_text(exchange)} after {waited_s:.1f} s: {reason}")
+                    elif (limit := self._exceeded(exchange, started_at)) is not None:
+                        self._fail(f"{self._missing_text(exchange)} within {limit}")
         if not exchange.complete and self._error is not None:
             raise self._error
 
@@ -182,13 +189,23 @@ class Tcp(Transport):
                 raise self._error
             self._pending.add(exchange)
 
+    def _exceeded(self, exchange: _Exchange, started_at: float) -> str | None:
+        """The limit that a wait has exceeded, or None."""
+        if exchange is not self._drained:
+            return self._patience.exceeded(tuple(exchange.missing), started_at)
+        if (sending := self._sending) is None:
+            return None
+        peer, since = sending
+        return self._patience.exceeded([peer], max(started_at, since))
+
     def _text(self, text: str) -> str:
         return f"rank {self._members[self._position]} on {socket.gethostname()}: {text} (link {self._link}, tcp)"
 
     def _missing_text(self, exchange: _Exchange) -> str:
+        if exchange is self._drained:
+            receiver = f"rank {self._members[self._sending[0]]}" if self._sending else "a peer"
+            return f"{receiver} did not receive the chunks sent to it"
         peers = sorted(set(exchange.missing))
-        if not peers:
-            return "a peer did not receive the chunks sent to it"
         last = ", ".join(f"rank {self._members[peer]}'s last: {self._last_received[peer]}" for peer in peers)
         return f"no data from rank(s) {[self._members[peer] for peer in peers]} for {exchange.name} ({last})"
 
@@ -200,10 +217,12 @@ class Tcp(Transport):
                 self._complete(item, None)
                 continue
             peer, round, frames = item
+            self._sending = peer, time.monotonic()
             try:
                 _send_all(self._connections[peer], frames)
             except Exception as error:  # any error: the thread has no caller to raise it to
                 return self._fail(f"sending round {round} to rank {self._members[peer]} failed: {error}")
+            self._sending = None
             del item, frames  # they keep memory alive
 
     def _run_receives(self, peer: int) -> None:
@@ -224,6 +243,7 @@ class Tcp(Transport):
             except Exception as error:  # any error: the thread has no caller to raise it to
                 return self._fail(f"receiving {exchange.name} from rank {self._members[peer]} failed: {error}")
             self._last_received[peer] = exchange.name
+            self._patience.arrived(peer)
             self._complete(exchange, peer)
             del item, exchange, frames
 
