@@ -1,4 +1,4 @@
-"""The selection of a transport: one rank, with a clock of its own."""
+"""The selection of a transport, on one rank with a clock of its own; the process groups of links."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sf_xfuser.layout.plan import make_plan
 from sf_xfuser.layout.topology import Topology
 from sf_xfuser.torus import mesh as mesh_module
+from sf_xfuser.torus.links import Group
 from sf_xfuser.transport.base import TransportError, TransportUnavailable
 from tests.virtual import ThreadControl, ThreadGroup
 
@@ -84,3 +86,32 @@ def test_a_transport_that_fails_while_it_is_timed_is_not_used(monkeypatch):
     clock.mesh.transports["nvshmem"] = refuse
     with pytest.raises(TransportError, match="no transport is available: no driver"):
         clock.select()
+
+
+class Options:
+    """Stands for ``ProcessGroupNCCL.Options`` in a build without NCCL."""
+
+    def __init__(self, is_high_priority_stream):
+        self.is_high_priority_stream = is_high_priority_stream
+
+
+@pytest.mark.parametrize(("backend", "built"), [("nccl", True), ("cpu:gloo,cuda:nccl", True), ("nccl", False)])
+def test_nccl_groups_get_streams_of_high_priority(backend, built, monkeypatch):
+    """As far as PyTorch's own function, which checks the options and makes the group."""
+    made, world = [], dist.distributed_c10d._World()
+    monkeypatch.setattr(dist.distributed_c10d, "_world", world)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: None)
+    monkeypatch.setattr(
+        dist.distributed_c10d,
+        "_new_process_group_helper",
+        lambda *arguments, timeout: made.append((arguments[6], timeout)) or (object(), None),
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: built)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    Group("across", [1, 3], {0: 0, 1: 1}, backend, 30.0).open(SimpleNamespace(session="s"))
+    ((options, timeout),) = made
+    assert timeout.total_seconds() == 30
+    assert (options is not None) == built
+    if built:
+        assert options.is_high_priority_stream and options._timeout == timeout
