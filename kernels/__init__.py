@@ -3,6 +3,7 @@ PyTorch, which CPUs use."""
 
 from sf_xfuser.kernels.attend import AttendFunction, Attention, fix_fully_masked_lse, sdpa_attend
 from sf_xfuser.kernels.copies import Copies, Copy, Side
+from sf_xfuser.kernels.flags import check_flags, poison_result
 from sf_xfuser.kernels.fused import (
     Chunks,
     attend_chunks_,
@@ -33,6 +34,7 @@ __all__ = [
     "attend_chunks_",
     "attend_chunks_into",
     "attend_unchecked",
+    "check_flags",
     "fix_fully_masked_lse",
     "fused_unsupported_reason",
     "merge_",
@@ -41,6 +43,7 @@ __all__ = [
     "pack",
     "pack_compressed",
     "pack_unchecked",
+    "poison_result",
     "prepare",
     "sdpa_attend",
     "unpack",

@@ -23,11 +23,14 @@ ScaledAttendFunction = Callable[
 """An ``AttendFunction`` with an explicit scale. None: 1/sqrt(D)."""
 
 
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
 def sdpa_attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PyTorch's fused attention by ``sdpa_backend``. ``scale`` replaces 1/sqrt(D)."""
-    return SDPA[sdpa_backend(q.device, q.dtype)](q, k, v, scale)
+    return SDPA[sdpa_backend(q, k)](q, k, v, scale)
 
 
 def fix_fully_masked_lse(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -51,15 +54,40 @@ def fix_fully_masked_lse(q: torch.Tensor, k: torch.Tensor, out: torch.Tensor, ls
     return lse
 
 
-@cache
-def sdpa_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The entry of ``SDPA`` that ``sdpa_attend`` uses: flash on CPUs; on GPUs the efficient kernel for fp32,
-    cuDNN from sm_90 on, else flash."""
-    if device.type == "cpu":
+def sdpa_backend(q: torch.Tensor, k: torch.Tensor) -> str:
+    """The entry of ``SDPA`` that ``sdpa_attend`` uses: flash on CPUs; on GPUs the efficient kernel for fp32 and fp64,
+    else cuDNN or flash by ``uses_cudnn``."""
+    if q.device.type == "cpu":
         return "SDPA_FLASH"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in _LOW_PRECISION:
         return "SDPA_EFFICIENT"
-    return "CUDNN" if torch.cuda.get_device_capability(device) >= (9, 0) else "SDPA_FLASH"
+    cudnn = uses_cudnn(*_gpu(q.device), q.dtype, q.shape[3], q.shape[2], k.shape[2])
+    return "CUDNN" if cudnn else "SDPA_FLASH"
+
+
+def uses_cudnn(
+    capability: tuple[int, int], cudnn_version: int, dtype: torch.dtype, D: int, num_queries: int, num_keys: int
+) -> bool:
+    """Whether cuDNN attends, else flash. ``cudnn_version``: 91002 is 9.10.2. Pure.
+
+    These are the conditions of PyTorch 2.8 to 2.13 (``check_prefer_cudnn_attention``, ``can_use_cudnn_attention`` and
+    ``check_cudnn_tensor_shapes`` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), the strictest where versions
+    differ. A direct call of the operator, as in ``SDPA``, skips them.
+    """
+    if capability[0] not in (9, 10) or cudnn_version < 90000 or dtype not in _LOW_PRECISION:
+        return False
+    if cudnn_version <= 91500 and (num_queries % 128 or num_keys % 128):  # accesses out of bounds: pytorch issue 169849
+        return False
+    hopper_256 = capability == (9, 0) and 91000 <= cudnn_version < 91100  # 9.11 to 9.22 fail for some head sizes
+    later_256 = capability in ((9, 0), (10, 0), (10, 3)) and cudnn_version > 92200
+    max_head_size = 256 if hopper_256 or later_256 else 128
+    return D % 8 == 0 and max_head_size >= D and num_queries > 1 and num_keys > 1
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """(compute capability, cuDNN version or 0)."""
+    return torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
 
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:

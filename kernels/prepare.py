@@ -8,6 +8,7 @@ import torch
 
 from sf_xfuser.kernels.checks import uses_triton
 from sf_xfuser.kernels.copies import Copies, Copy, Side
+from sf_xfuser.kernels.flags import check_flags, poison_result
 from sf_xfuser.kernels.fused import attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.merge import merge_partial
 from sf_xfuser.kernels.packing import CompressedLayout, Format, pack, pack_compressed, unpack, unpack_compressed
@@ -48,4 +49,7 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
     for offset in (1, 2, 4, 8):  # copies specialize the width of loads
         copy = Copy(Side(0, offset, (D, D, D)), Side(1, 0, (D, D, D)), (1, 1, 1, D))
         Copies([copy], dtype, device).run((source, target))
+    words, poison = torch.zeros(3, device=device, dtype=torch.int64), torch.ones((), device=device)
+    check_flags(words[:1], words[:1], words[1], poison, words[2])
+    poison_result(target, poison)
     torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MODULES = ("triton_merge", "triton_copies", "triton_packing", "triton_fused")
+MODULES = ("triton_merge", "triton_copies", "triton_packing", "triton_flags", "triton_fused")
 ARCHITECTURES = (80, 90, 100)
 """Compute capabilities times 10: A100, H100, B200."""
 

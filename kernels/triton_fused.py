@@ -194,8 +194,8 @@ class Config:
     num_stages: int
 
 
-# The block shapes of Triton's and PyTorch's attention kernels, reduced until nothing spills and, for 80, until they fit
-# the 99 KB of shared memory of compute capability 8.6, 8.9 and 12.0. Not yet timed on a GPU.
+# The block shapes of Triton's and PyTorch's attention kernels, reduced until nothing spills with Triton 3.7 to 3.9 and,
+# for 80, until they fit the 99 KB of shared memory of compute capability 8.6, 8.9 and 12.0. Not yet timed on a GPU.
 CONFIGS: dict[tuple[int, int], Config] = {
     (80, 64): Config(128, 64, 4, 3),
     (80, 72): Config(128, 64, 8, 3),

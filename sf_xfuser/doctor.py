@@ -159,8 +159,8 @@ def _transports() -> Iterator[Finding]:
 def _topology() -> Iterator[Finding]:
     facts = topology.probe()
     yield Finding("topology", "this machine", "ok", f"machine {facts.machine}")
-    domain = facts.nvlink_domain or "none reported; each host is one machine"
-    yield Finding("topology", "NVLink domain", "info", domain)
+    domain = facts.nvlink_domain or facts.nvlink_unknown or "none reported; each host is one machine"
+    yield Finding("topology", "NVLink domain", "warn" if facts.nvlink_unknown else "info", domain)
     launched = config.launch_environment()
     world = f"{launched.world_size} ranks" if launched.world_size else "none; no launcher started this process"
     yield Finding("topology", "launcher", "info", world)

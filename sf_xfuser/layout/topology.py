@@ -19,13 +19,15 @@ from sf_xfuser.config import launch_environment, parse_grid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """Location of one rank. Ranks have equal ``machine`` if and only if a fast link connects them."""
+    """Location of one rank. Ranks have equal ``machine`` if and only if a fast link connects them. ``nvlink_unknown``:
+    why the probe cannot tell the NVLink domain; empty if it can."""
 
     machine: str
     host: str
     local_rank: int | None = None
     accelerator: str = "cpu"
     nvlink_domain: str | None = None
+    nvlink_unknown: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,10 @@ class Topology:
             machines.setdefault(fact.machine, []).append(rank)
         domains = any(fact.nvlink_domain for fact in facts)
         source = "NVLink domains and hosts" if domains else "hosts"
-        return cls(machines=tuple(tuple(ranks) for ranks in machines.values()), source=f"{source} of the ranks")
+        unknown = "".join(f" ({reason})" for reason in sorted({fact.nvlink_unknown for fact in facts} - {""}))
+        return cls(
+            machines=tuple(tuple(ranks) for ranks in machines.values()), source=f"{source} of the ranks{unknown}"
+        )
 
     def fold(self, ranks: Sequence[int]) -> MachineGrid:
         """One sequence-parallel group (``ranks``, global, ascending) as a full N x M grid.
@@ -118,13 +123,14 @@ def probe() -> RankFacts:
     """Location of this process. Local. Never raises: unknown fields keep their defaults."""
     launched = launch_environment()
     host = host_id()
-    accelerator, domain = _probe_gpu(launched.local_rank or 0)
+    accelerator, domain, unknown = _probe_gpu(launched.local_rank or 0)
     return RankFacts(
         machine=launched.machine or domain or host,
         host=host,
         local_rank=launched.local_rank,
         accelerator=accelerator,
         nvlink_domain=domain,
+        nvlink_unknown=unknown,
     )
 
 
@@ -140,21 +146,24 @@ def boot_id() -> str:
         return "unknown"
 
 
-def _probe_gpu(local_rank: int) -> tuple[str, str | None]:
-    """(name of this rank's accelerator, its NVLink domain). The domain is None unless the driver reports a multi-node
-    NVLink fabric, as on GB200 NVL72 (NVML ``nvmlDeviceGetGpuFabricInfo``: cluster uuid and clique)."""
+def _probe_gpu(local_rank: int) -> tuple[str, str | None, str]:
+    """(name of this rank's accelerator, its NVLink domain, why the domain is unknown). The domain is None unless the
+    driver reports a multi-node NVLink fabric, as on GB200 NVL72 (NVML ``nvmlDeviceGetGpuFabricInfo``: cluster uuid and
+    clique)."""
     try:
         import torch
 
         if not torch.cuda.is_available():
-            return "cpu", None
+            return "cpu", None, ""
         device = local_rank % torch.cuda.device_count()
         name = torch.cuda.get_device_name(device)
     except Exception:  # a broken driver must not break the probe
-        return "cpu", None
+        return "cpu", None, ""
     try:
         import pynvml
-
+    except ImportError:
+        return name, None, "NVLink domains that span hosts are unknown: pip install nvidia-ml-py"
+    try:
         pynvml.nvmlInit()
         try:
             uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -163,9 +172,9 @@ def _probe_gpu(local_rank: int) -> tuple[str, str | None]:
             pynvml.nvmlDeviceGetGpuFabricInfo(handle, pynvml.byref(fabric))
             cluster = bytes(fabric.clusterUuid).hex()
             if fabric.state == pynvml.NVML_GPU_FABRIC_STATE_COMPLETED and cluster.strip("0"):
-                return name, f"nvlink:{cluster}:{fabric.cliqueId}"
+                return name, f"nvlink:{cluster}:{fabric.cliqueId}", ""
         finally:
             pynvml.nvmlShutdown()
     except Exception:  # no NVML, an older driver, or no fabric: the host counts as the machine
         pass
-    return name, None
+    return name, None, ""

@@ -50,6 +50,7 @@ class Group:
             c10d = dist.distributed_c10d
             # ``new_group`` could reuse the name of an earlier group, which has left keys in the store.
             name: Any = f"sf_xfuser/{control.session}/{self.name}/{self.ranks[0]}"
+            timeout = timedelta(seconds=self.timeout_s)
 
             def make() -> dist.ProcessGroup:
                 group, _ = c10d._new_process_group_helper(
@@ -59,7 +60,8 @@ class Group:
                     c10d.Backend(self.backend),
                     c10d._get_default_store(),
                     name,
-                    timeout=timedelta(seconds=self.timeout_s),
+                    _options(self.backend, timeout),
+                    timeout=timeout,
                 )
                 c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(self.ranks)}
                 return group  # type: ignore[no-any-return]
@@ -80,6 +82,16 @@ class Group:
         handle, self.handle = self.handle, None
         if handle is not None:
             destroy_group(handle)
+
+
+def _options(backend: str, timeout: timedelta) -> Any:
+    """For NCCL, streams of high priority: the kernel of a round that becomes ready during attention runs before the
+    remaining blocks of the attention kernel."""
+    if "nccl" not in backend or not dist.is_nccl_available():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # otherwise PyTorch warns that it differs
+    return options
 
 
 def destroy_group(handle: dist.ProcessGroup) -> None:

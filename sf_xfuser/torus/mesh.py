@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.memory import is_capturing
 
 _MAX_CACHED_CALLS = 64
-_PROBE_CALLS, _MAX_PROBE_S = 2, 0.5  # calls per transport, of which the last one counts; one call if it takes longer
+_PROBE_CALLS, _MAX_PROBE_S = 5, 0.5  # timed calls per transport: no further one after this time
 
 _T = TypeVar("_T")
 
@@ -233,20 +234,19 @@ class Mesh:
             self.guard.dirty = False
 
     def select_transport(self, probe: Callable[[], object], device: torch.device) -> None:
-        """Time ``probe`` with each transport, use the fastest, and release the others. Collective between calls."""
+        """Time ``probe`` with each transport, use the fastest, and release the others. The time of a transport is the
+        median of a few calls. Its first call does not count: it sets up windows and connections, and the first of all
+        compiles kernels. Collective between calls."""
         seconds: dict[str, float] = {}
         refusals: list[str] = []
         for name in self.transports:
             try:
                 self.use_transport(name)
-                for _ in range(_PROBE_CALLS):  # the first one sets up windows and connections
-                    started_s = time.perf_counter()
-                    probe()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-                    seconds[name] = max(self.control.gather("transport probe", time.perf_counter() - started_s))
-                    if seconds[name] > _MAX_PROBE_S:
-                        break
+                self._time_probe(probe, device)
+                timed: list[float] = []
+                while len(timed) < _PROBE_CALLS and sum(timed) < _MAX_PROBE_S:
+                    timed.append(self._time_probe(probe, device))
+                seconds[name] = median(timed)
             except TransportUnavailable as refusal:
                 refusals.append(str(refusal))
         if not seconds:
@@ -256,6 +256,14 @@ class Mesh:
         times = ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in seconds.items())
         self.transport_reason = "; ".join([f"the fastest of {times}, for the chunks of the first call", *refusals])
         self.log(f"--sp-transport auto: {self.transport}, {self.transport_reason}")
+
+    def _time_probe(self, probe: Callable[[], object], device: torch.device) -> float:
+        """The seconds that one call takes on the slowest rank. Collective."""
+        started_s = time.perf_counter()
+        probe()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return float(max(self.control.gather("transport probe", time.perf_counter() - started_s)))
 
     def reconnect_links(self, states: Sequence[Sequence[Any]], dirty: bool) -> None:
         """Bring the links of all ranks to one state after a failed call. ``states``: (transport, transport_reason,

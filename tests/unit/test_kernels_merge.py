@@ -336,12 +336,12 @@ def test_prepare_runs_every_kernel(dtype, D, format, fused, monkeypatch):
     """In the interpreter, with the CPU treated as a GPU."""
     prepare = sys.modules["sf_xfuser.kernels.prepare"]
     launched, synchronized = [], []
-    for name in ("prepare", "merge", "copies", "packing", "fused"):
+    for name in ("prepare", "merge", "copies", "packing", "flags", "fused"):
         module = sys.modules[f"sf_xfuser.kernels.{name}"]
         monkeypatch.setattr(module, "uses_triton", lambda x, name=name: launched.append(name) or True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     prepare.prepare.__wrapped__(torch.device("cpu"), dtype, D, format, fused)
-    assert {"merge", "copies", "packing"} <= set(launched) and ("fused" in launched) == fused
+    assert {"merge", "copies", "packing", "flags"} <= set(launched) and ("fused" in launched) == fused
     # Per number of heads: pack and unpack of one and two parts; compressed Q, and K with compressed V.
     assert launched.count("packing") == 2 * (4 + 4 * (format != "none"))
     assert synchronized == [torch.device("cpu")]

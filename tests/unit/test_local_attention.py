@@ -13,6 +13,7 @@ import torch
 
 from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, as_attend_function
 from sf_xfuser.kernels import merge_
+from sf_xfuser.kernels.attend import uses_cudnn
 from tests.kernel_cases import attention64
 
 B, H, S, D = 2, 3, 50, 16
@@ -86,6 +87,43 @@ def test_a_base_2_logarithm_gives_a_wrong_result():
     base_2 = torch.log(torch.tensor(2.0)).item()
     attend = as_attend_function(lambda q, k, v, **_: exact(q, k, v, base_2))
     assert (in_two_parts(attend, q, k, v) - attention64(q, k, v)).abs().max() > 1e-2
+
+
+H100, B200, B300, RTX_5090, A100 = (9, 0), (10, 0), (10, 3), (12, 0), (8, 0)
+bf16 = torch.bfloat16
+# capability, cuDNN version, dtype, D, queries, keys -> whether cuDNN attends
+CUDNN = {
+    "the usual call": (H100, 91900, bf16, 128, 4096, 1000, True),
+    "fp16": (B300, 91900, torch.float16, 64, 4096, 1000, True),
+    "fp32": (H100, 91900, torch.float32, 128, 4096, 1000, False),
+    "A100: flash is as fast": (A100, 91900, bf16, 128, 4096, 1000, False),
+    "consumer GPU": (RTX_5090, 91900, bf16, 128, 4096, 1000, False),
+    "no cuDNN": (H100, 0, bf16, 128, 4096, 1024, False),
+    "cuDNN 8": (H100, 8907, bf16, 128, 4096, 1024, False),
+    "cuDNN 9.10, whole blocks": (H100, 91002, bf16, 128, 4096, 1024, True),
+    "cuDNN 9.10, odd queries": (H100, 91002, bf16, 128, 4095, 1024, False),
+    "cuDNN 9.15.0, odd keys": (H100, 91500, bf16, 128, 4096, 1023, False),
+    "cuDNN 9.15.1, odd keys": (H100, 91501, bf16, 128, 4096, 1023, True),
+    "D of 8 n": (H100, 91900, bf16, 72, 4096, 1000, True),
+    "other D": (H100, 91900, bf16, 76, 4096, 1000, False),
+    "D = 136": (H100, 91900, bf16, 136, 4096, 1000, False),
+    "D = 256, cuDNN 9.10, Hopper": (H100, 91002, bf16, 256, 4096, 1024, True),
+    "D = 256, cuDNN 9.10, Blackwell": (B200, 91002, bf16, 256, 4096, 1024, False),
+    "D = 256, cuDNN 9.11": (H100, 91100, bf16, 256, 4096, 1024, False),
+    "D = 256, cuDNN 9.22.0": (B200, 92200, bf16, 256, 4096, 1000, False),
+    "D = 256, cuDNN 9.23": (B200, 92300, bf16, 256, 4096, 1000, True),
+    "D = 264, cuDNN 9.23": (B200, 92300, bf16, 264, 4096, 1000, False),
+    "D = 256, a later GPU": ((10, 7), 92300, bf16, 256, 4096, 1000, False),
+    "one key": (H100, 91900, bf16, 128, 4096, 1, False),
+    "one query": (H100, 91900, bf16, 128, 1, 1000, False),
+    "no query": (H100, 91900, bf16, 128, 0, 1000, False),
+}
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_cudnn_attends_where_pytorch_would_use_it(name):
+    *call, expected = CUDNN[name]
+    assert uses_cudnn(*call) == expected
 
 
 @pytest.mark.skipif(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 from math import gcd
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +179,56 @@ def test_probe_returns_this_host_or_the_override(monkeypatch):
     assert here.machine == here.host and "/" in here.host
     monkeypatch.setenv("SF_XFUSER_MACHINE", "rack7")
     assert probe().machine == "rack7"
+
+
+@pytest.fixture
+def gb200(monkeypatch):
+    """A process that sees four GPUs of a GB200 NVL72."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GB200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"00-{device}"))
+
+
+def test_a_missing_nvml_is_reported(gb200, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    found = probe()
+    assert (found.accelerator, found.machine, found.nvlink_domain) == ("NVIDIA GB200", found.host, None)
+    topology = Topology.from_facts([found, *facts("b")])
+    assert topology.source == (
+        "hosts of the ranks (NVLink domains that span hosts are unknown: pip install nvidia-ml-py)"
+    )
+    assert Topology.from_facts(facts("a", "b")).source == "hosts of the ranks"
+
+
+@pytest.mark.parametrize("state", [2, 3])  # in progress, completed
+def test_hosts_of_one_nvlink_domain_are_one_machine(gb200, state, monkeypatch):
+    """With the structures of the real NVML bindings, and the answers that a driver would give."""
+    pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    asked = []
+
+    def fabric_info(handle, reference):
+        fabric = reference._obj
+        fabric.clusterUuid[0], fabric.cliqueId, fabric.state = 0xAB, 7, state
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: asked.append("init"))
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: asked.append("shutdown"))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", asked.append)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetGpuFabricInfo", fabric_info)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    found = probe()
+    assert asked == ["init", b"GPU-00-2", "shutdown"]
+    domain = f"nvlink:ab{'0' * 30}:7"
+    assert (found.nvlink_domain, found.machine) == ((domain, domain) if state == 3 else (None, found.host))
+    source = "NVLink domains and hosts" if state == 3 else "hosts"
+    assert Topology.from_facts([found]).source == f"{source} of the ranks"
+
+
+def test_without_a_driver_the_host_is_the_machine(gb200):
+    """The real NVML bindings do not find the driver's library here, or no GPU with this name."""
+    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    found = probe()
+    assert (found.machine, found.nvlink_domain, found.nvlink_unknown) == (found.host, None, "")
 
 
 def test_head_groups_cover_all_heads_and_share_kv_heads_if_needed():
