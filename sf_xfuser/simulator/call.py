@@ -9,7 +9,7 @@ from typing import Any
 
 from sf_xfuser.layout.usp_layouts import Traffic
 from sf_xfuser.simulator.cluster import Cluster, LinkSpec, PatternCost, require_count
-from sf_xfuser.simulator.replay import Program, Replay
+from sf_xfuser.simulator.replay import Replay, Steps
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -49,8 +49,9 @@ class CallShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """``seconds``: the time of the slowest rank. ``compute_s``: a rank's share of the attention at the full rate.
-    ``exposed_s``: the time in which the slowest rank computes nothing (merges and copies count as compute).
+    """``seconds``: the time of the slowest rank, at least that of its host. ``compute_s``: a rank's share of the
+    attention at the full rate. ``exposed_s``: the time in which the slowest rank computes nothing (merges and copies
+    count as compute). ``launches``: operations that the host of a rank starts.
     ``across_bytes``: sent to other machines by the busiest machine. ``inside_bytes``: sent inside a machine by the
     busiest rank. ``buffer_bytes``: memory of the call besides its inputs and result, windows included.
     ``timeline``: in the format of the benchmark's timelines."""
@@ -58,6 +59,7 @@ class Prediction:
     seconds: float
     compute_s: float
     exposed_s: float
+    launches: int
     across_bytes: float
     inside_bytes: float
     buffer_bytes: float
@@ -83,7 +85,8 @@ class ComputeTimes:
         shape, compute = self.shape, self.compute
         seconds = 4.0 * shape.batch * rows * keys * heads * shape.head_dim / self.flop_rate
         if compute.num_sms:
-            seconds *= max(1.0, compute.num_sms / self._num_tiles(rows, heads))
+            waves = math.ceil(self._num_tiles(rows, heads) / compute.num_sms)
+            seconds = waves * 4.0 * compute.num_sms * compute.tile_rows * keys * shape.head_dim / self.flop_rate
         merged = rows * heads * shape.batch * shape.head_dim * merge_bytes
         overhead_s = compute.attend_us * 1e-6 * self.overhead_slowdown
         return (seconds + merged / self.byte_rate) * self.slowdown + overhead_s
@@ -113,7 +116,7 @@ class SimulatedCall(ABC):
         self.links: dict[str, LinkSpec] = {"inside": cluster.inside, "across": cluster.across}
 
     @abstractmethod
-    def program(self, replay: Replay, number: int) -> Program:
+    def steps(self, replay: Replay, number: int) -> Steps:
         """The steps of one rank."""
 
     @property
@@ -125,6 +128,11 @@ class SimulatedCall(ABC):
     @abstractmethod
     def bound_s(self) -> float:
         """A lower bound for any order of the steps: the total compute, or the total transfers of one link."""
+
+    @property
+    @abstractmethod
+    def num_launches(self) -> int:
+        """Operations that the host of a rank starts."""
 
     @property
     @abstractmethod
@@ -145,17 +153,19 @@ class SimulatedCall(ABC):
     def predict(self, *, every_rank: bool = False) -> Prediction:
         symmetric = self.is_symmetric and not every_rank
         replay = Replay(self.cluster.world_size, symmetric=symmetric, record_spans=every_rank)
-        replay.run([self.program(replay, number) for number in range(len(replay.ranks))])
+        replay.run([self.steps(replay, number) for number in range(len(replay.ranks))])
         slowest = max(replay.ranks, key=lambda rank: rank.now_s)
+        seconds = max(slowest.now_s, self.num_launches * self.cluster.compute.launch_us * 1e-6)
         sent = self.sent(replay)
         return Prediction(
-            seconds=slowest.now_s,
+            seconds=seconds,
             compute_s=self.times.total_s,
-            exposed_s=slowest.now_s - slowest.computed_s,
+            exposed_s=seconds - slowest.computed_s,
+            launches=self.num_launches,
             across_bytes=sent.egress(self.cluster.ranks_per_machine),
             inside_bytes=max(sent.inside),
             buffer_bytes=self.buffer_bytes,
-            timeline=self._timeline(replay, slowest.now_s) if every_rank else None,
+            timeline=self._timeline(replay, seconds) if every_rank else None,
         )
 
     def _timeline(self, replay: Replay, seconds: float) -> dict[str, Any]:

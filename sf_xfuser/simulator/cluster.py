@@ -91,14 +91,16 @@ class Compute:
     """The compute rates of one rank. ``attention_tflops``: (dtype, head size, TFLOP/s of a large attention call); other
     head sizes use the nearest entry. ``linear_tflops``: matrix products. ``memory_gbs``: reads or writes.
 
-    ``num_sms``: each SM processes ``tile_rows`` query rows of one head at a time, so calls with fewer tiles leave SMs
-    idle (0: calls of any size run at the full rate). ``attend_us``: overhead of an attention call and its merge.
-    ``slots``: the number of ranks that can compute at the same time (None: all)."""
+    ``num_sms``: each SM processes ``tile_rows`` query rows of one head at a time, so a call takes whole *waves* of
+    ``num_sms`` tiles (0: calls of any size run at the full rate). ``attend_us``: overhead of an attention call and its
+    merge. ``launch_us``: host time to start one operation (0 for a call that is replayed as a CUDA graph). ``slots``:
+    the number of ranks that can compute at the same time (None: all)."""
 
     attention_tflops: tuple[tuple[str, int, float], ...]
     linear_tflops: float
     memory_gbs: float
     attend_us: float
+    launch_us: float = 0.0
     num_sms: int = 0
     tile_rows: int = 128
     slots: float | None = None
@@ -111,7 +113,7 @@ class Compute:
             _require_positive("a rate of attention_tflops", rate)
         for name in ("linear_tflops", "memory_gbs", "tile_rows", "slots"):
             _require_positive(name, getattr(self, name))
-        for name in ("attend_us", "num_sms"):
+        for name in ("attend_us", "launch_us", "num_sms"):
             _require_non_negative(name, getattr(self, name))
 
     def attention_rate(self, dtype: str, head_dim: int) -> float:

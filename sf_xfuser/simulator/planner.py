@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from math import gcd
-from typing import Any
+from typing import Any, get_args
 
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, paper_layout
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs, variant_name
 from sf_xfuser.simulator import CallShape, Prediction, TorusVariant, simulated_call
 from sf_xfuser.simulator.cluster import Cluster
@@ -84,7 +85,9 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
     paper = paper_layout(n, m, divisible)
     legal = list(legal_layouts(n, m, divisible, UNEVEN))
     variants: list[tuple[str, TorusVariant | XditConfig]] = [
-        ("torus", TorusVariant(layout=layout, pattern=PATTERN_OF[transport])) for layout in legal
+        ("torus", TorusVariant(layout=layout, pattern=PATTERN_OF[transport], granularity=granularity))
+        for layout in legal
+        for granularity in get_args(Granularity)
     ]
     variants += [
         (variant_name(config, gcd(m, divisible)), config)

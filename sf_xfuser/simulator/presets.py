@@ -34,6 +34,7 @@ _A100 = Compute(
     linear_tflops=200.0,
     memory_gbs=1300.0,
     attend_us=10.0,
+    launch_us=10.0,
     num_sms=108,
 )
 _H100 = Compute(
@@ -41,6 +42,7 @@ _H100 = Compute(
     linear_tflops=600.0,
     memory_gbs=2800.0,
     attend_us=10.0,
+    launch_us=10.0,
     num_sms=132,
 )
 _B200 = Compute(
@@ -48,6 +50,7 @@ _B200 = Compute(
     linear_tflops=1500.0,
     memory_gbs=6500.0,
     attend_us=10.0,
+    launch_us=10.0,
     num_sms=148,
 )
 _L40S = Compute(
@@ -55,6 +58,7 @@ _L40S = Compute(
     linear_tflops=220.0,
     memory_gbs=720.0,
     attend_us=10.0,
+    launch_us=10.0,
     num_sms=142,
 )
 
@@ -68,7 +72,7 @@ _FA3 = (
 )
 _COMMON = (
     "matrix products: about 65 % of the data sheet's dense bf16 peak; memory: about 85 % of the data sheet [assumed]",
-    "attend_us, NVLink's efficiency and start, NCCL's share of SMs inside machines [assumed]",
+    "attend_us, launch_us, NVLink's efficiency and start, NCCL's share of SMs inside machines [assumed]",
 )
 _EFA = "EFA: NCCL's and NVSHMEM's efficiency, start, cost per message, share of SMs [fit]"
 

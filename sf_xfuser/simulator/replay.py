@@ -1,4 +1,4 @@
-"""The engine of the simulator: each rank has a program, a clock, and a queue of transfer rounds per link. Pure.
+"""The engine of the simulator: each rank has steps, a clock, and a queue of transfer rounds per link. Pure.
 
 The rounds of a link start in the order in which a rank posted them:
 
@@ -23,7 +23,7 @@ RoundKey = tuple[str, int]
 Dependency = tuple[tuple[int, ...], RoundKey]
 """The round to wait for from each of these ranks."""
 
-Program = Generator[Dependency | None, float, None]
+Steps = Generator[Dependency | None, float, None]
 """The steps of one rank. It yields a dependency and receives its arrival time, or yields None to let ranks with an
 earlier clock run first."""
 
@@ -63,7 +63,7 @@ class Rank:
 
 
 class Replay:
-    """Runs the programs of ``num_ranks`` ranks, or of rank 0 only if they are ``symmetric``, because its
+    """Runs the steps of ``num_ranks`` ranks, or of rank 0 only if they are ``symmetric``, because its
     peers' rounds then have the same times."""
 
     def __init__(self, num_ranks: int, *, symmetric: bool, record_spans: bool) -> None:
@@ -71,16 +71,16 @@ class Replay:
         self.symmetric = symmetric
         self.record_spans = record_spans
 
-    def run(self, programs: Sequence[Program]) -> None:
-        """Run all programs, always the rank with the earliest clock first. Raises RuntimeError on a deadlock."""
+    def run(self, ranks: Sequence[Steps]) -> None:
+        """Run the steps of all ranks, the earliest clock first. Raises RuntimeError on a deadlock."""
         waiting: dict[int, Dependency] = {}
         turns = itertools.count()
-        ready: list[tuple[float, int, int, float | None]] = [(0.0, next(turns), n, None) for n in range(len(programs))]
+        ready: list[tuple[float, int, int, float | None]] = [(0.0, next(turns), n, None) for n in range(len(ranks))]
         while ready:
             _, _, number, arrival_s = heapq.heappop(ready)
-            program = programs[number]
+            steps = ranks[number]
             try:
-                dependency = next(program) if arrival_s is None else program.send(arrival_s)
+                dependency = next(steps) if arrival_s is None else steps.send(arrival_s)
             except StopIteration:
                 pass
             else:
@@ -96,7 +96,7 @@ class Replay:
         if waiting:
             raise RuntimeError(f"deadlock: ranks wait for rounds that no rank posts: {list(waiting.items())[:4]}")
 
-    # -- actions of programs ------------------------------------------------------------------------------------------
+    # -- actions of steps ---------------------------------------------------------------------------------------------
 
     def post(self, number: int, link: str, round: Round) -> RoundKey:
         rank = self.ranks[number]

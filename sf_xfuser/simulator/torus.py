@@ -25,7 +25,7 @@ from sf_xfuser.layout.schedule import (
 )
 from sf_xfuser.simulator.call import ITEMSIZE, CallShape, SimulatedCall
 from sf_xfuser.simulator.cluster import Cluster
-from sf_xfuser.simulator.replay import Dependency, Program, Replay, Round, RoundKey
+from sf_xfuser.simulator.replay import Dependency, Replay, Round, RoundKey, Steps
 
 MERGE_BYTES = 18
 """Bytes that ``kernels.merge`` reads and writes per element of a partial result: to fp32, then one lerp."""
@@ -146,6 +146,10 @@ class TorusCall(SimulatedCall):
                 small_s += seconds
         return busy_s, small_s
 
+    @property
+    def num_launches(self) -> int:
+        return self.first_schedule.num_launches
+
     @cached_property
     def first_schedule(self) -> Schedule:
         return self._schedule(0)
@@ -153,7 +157,7 @@ class TorusCall(SimulatedCall):
     def _schedule(self, position: int) -> Schedule:
         return build_schedule(self.layout, position, self.joint, self.chunking)
 
-    def program(self, replay: Replay, number: int) -> Program:
+    def steps(self, replay: Replay, number: int) -> Steps:
         schedule = self._schedule(number) if number else self.first_schedule
         group = self.layout.head_group(number)
         q_low, q_high = self.sizes.q_heads[group]

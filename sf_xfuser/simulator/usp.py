@@ -8,9 +8,9 @@ from functools import cache
 from sf_xfuser.layout.usp_layouts import Traffic, XditConfig, call_traffic, ring_hop_traffic, ulysses_traffic
 from sf_xfuser.simulator.call import CallShape, SimulatedCall
 from sf_xfuser.simulator.cluster import Cluster
-from sf_xfuser.simulator.replay import Program, Replay, Round, RoundKey
+from sf_xfuser.simulator.replay import Replay, Round, RoundKey, Steps
 
-_RING_MERGE_BYTES = 38  # per element in PyTorch's ring (_SDPAMerger): six elementwise steps in fp32
+_RING_MERGE_BYTES, _RING_MERGE_STEPS = 38, 6  # per element, and elementwise steps in fp32, of PyTorch's _SDPAMerger
 
 
 class UspCall(SimulatedCall):
@@ -39,6 +39,15 @@ class UspCall(SimulatedCall):
         return self.traffic.egress(self.cluster.ranks_per_machine) * self.shape.nbytes
 
     @property
+    def num_launches(self) -> int:
+        """Per collective a copy before it, the collective, and a wait; after an all-to-all another copy. Per block of
+        the ring an attention call and the elementwise steps of its merge."""
+        blocks = self.config.ring_degree
+        exchanges = 4 * (self.config.ulysses_degree > 1)
+        hops = (blocks > 1) if self.config.rotation == "allgather" else blocks - 1
+        return 4 * exchanges + 3 * hops + blocks + _RING_MERGE_STEPS * (blocks - 1)
+
+    @property
     def bound_s(self) -> float:
         exchanged = 2 * self.shape.nbytes + 2 * self.kv_bytes
         across_s = self._byte_s("across", "exchange") * exchanged
@@ -57,14 +66,14 @@ class UspCall(SimulatedCall):
             held += 2 * rank
         return held + rank
 
-    def program(self, replay: Replay, number: int) -> Program:
+    def steps(self, replay: Replay, number: int) -> Steps:
         config, shape, times = self.config, self.shape, self.times
         world_size, ring = self.cluster.world_size, config.ring_degree
 
         def copy(nbytes: float) -> None:
             replay.compute(number, times.copy_s(nbytes / world_size), "copy", occupies_all=False)
 
-        def exchange(name: str, nbytes: float) -> Program:
+        def exchange(name: str, nbytes: float) -> Steps:
             copy(nbytes)
             for key in self._post(replay, number, name, "exchange", nbytes):
                 replay.wait(number, (yield (number,), key), name)

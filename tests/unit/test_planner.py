@@ -24,7 +24,7 @@ from sf_xfuser.simulator.cluster import PATTERNS, Cluster, LinkSpec, PatternCost
 from sf_xfuser.simulator.models import MODELS, find_model
 from sf_xfuser.simulator.planner import rank
 from sf_xfuser.simulator.presets import PRESETS, preset
-from sf_xfuser.simulator.replay import Program, Replay, Round
+from sf_xfuser.simulator.replay import Replay, Round, Steps
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
@@ -140,13 +140,13 @@ def test_a_transfer_that_needs_sms_starts_between_two_attention_calls():
     replay = Replay(1, symmetric=True, record_spans=False)
     sent = Round(seconds=1.0, compute_share=0.5, needs_sms=True)
 
-    def program() -> Program:
+    def steps() -> Steps:
         replay.post(0, "across", sent)
         for _ in range(3):
             replay.compute(0, 1.0)
         replay.wait(0, (yield (0,), ("across", 0)), "")
 
-    replay.run([program()])
+    replay.run([steps()])
     assert (sent.start_s, sent.end_s) == (1.0, 2.0)
     assert replay.ranks[0].now_s == 3.5
 
