@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import inspect
 import json
 import statistics
 import subprocess
@@ -54,7 +55,9 @@ from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
-GRANULARITIES: dict[str, dict[str, Any]] = {"block": {"overlap": True}, "unstaged": {"overlap": False}}
+_TAKES_GRANULARITY = "granularity" in inspect.signature(torus_attention).parameters
+GRANULARITIES = ("block", "slab", "unstaged") if _TAKES_GRANULARITY else ("block", "unstaged")
+_STAGED = GRANULARITIES[-2]  # with fewer launches than "block", if there is such a granularity
 LAYOUTS = {"T4U2R4": (4, 2, 1, 4), "T4U8R1": (4, 8, 1, 1), "T4U1R1": (4, 1, 1, 1), "T8U1R8": (8, 1, 1, 8)}
 """Torus, Ulysses, ring across and inside."""
 
@@ -89,6 +92,15 @@ def accuracy(bench: Bench) -> None:
             bench.row("merge of 4 pieces", what, ratio, "x SDPA's error", "error")
         with bench.attempt(f"packing, {what}"):
             _check_packing(bench, what, k, v)
+        if find_spec("sf_xfuser.kernels.copies"):
+            with bench.attempt(f"copies, {what}"):
+                kv = [x[:, ::2].permute(2, 0, 1, 3) for x in (k, v)]
+                work, chunk = _copies(kv)
+                work()
+                bench.row("copies", what, int((chunk != torch.stack(kv, 1)).sum()), "elements", "exact")
+    if find_spec("sf_xfuser.kernels.flags"):
+        with bench.attempt("flags"):
+            _check_flags(bench)
 
 
 def _merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -126,6 +138,39 @@ def _check_packing(bench: Bench, what: str, k: torch.Tensor, v: torch.Tensor) ->
         bench.row(
             f"{format} round trip", what, float(((back[0] - exact).abs() / bound).max()), "x the step", "rounding"
         )
+
+
+def _copies(kv: Sequence[torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+    """One launch that copies strided K and V [S, B, H, D] to the chunk [S, 2, B, H, D], and the chunk."""
+    from sf_xfuser.kernels.copies import Copies, Copy, Side
+
+    S, B, H, D = kv[0].shape
+    chunk = torch.full((S, 2, B, H, D), float("nan"), dtype=kv[0].dtype, device=kv[0].device)
+    targets = [Side(2, i * B * H * D, (2 * B * H * D, H * D, D)) for i in range(2)]
+    copies = [Copy(Side(i, 0, x.stride()[:3]), targets[i], (S, B, H, D)) for i, x in enumerate(kv)]
+    return partial(Copies(copies, chunk.dtype, chunk.device).run, (*kv, chunk)), chunk
+
+
+def _check_flags(bench: Bench) -> None:
+    """Calls whose flags are right, and one with a wrong flag: only that one poisons its result."""
+    from sf_xfuser.kernels.flags import check_flags, poison_result
+
+    def tensor(value: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(value, dtype=dtype, device=bench.device)
+
+    for wrong in (None, 6, 0):
+        flags, index = torch.full((1000,), 7, device=bench.device), torch.arange(0, 1000, 3, device=bench.device)
+        expected_flags = flags.clone()
+        expected_flags[index] = 0
+        if wrong is not None:
+            flags[999] = wrong
+        poison, ended, result = tensor(1.0, torch.float32), tensor(3), torch.ones(5, 2000, device=bench.device)
+        check_flags(flags, index, tensor(7), poison, ended)
+        poison_result(result, poison)
+        differing = int((flags != expected_flags).sum()) + int(ended != 4)
+        differing += int((result != 1).sum() if wrong is None else (~result.isnan()).sum())
+        what = "right flags" if wrong is None else f"flag {wrong} instead of 7"
+        bench.row("flags and poison", what, differing, "elements", "exact")
 
 
 def accuracy_fused(bench: Bench) -> None:
@@ -167,13 +212,13 @@ def host(bench: Bench) -> None:
 def launches(bench: Bench) -> None:
     """Host time and launches of one rank's call over the transport between GPUs, without peers."""
     for layout_name in bench.cases(LAYOUTS):
-        for granularity in GRANULARITIES if layout_name == "T4U2R4" else ("block",):
+        for granularity in GRANULARITIES if layout_name == "T4U2R4" else (_STAGED,):
             name = f"{layout_name}, {granularity}"
             with bench.attempt(name):
                 rank, work, _ = _one_rank(bench, LAYOUTS[layout_name], granularity, bench.sizes.per_rank)
-                staged = granularity != "unstaged" and bench.on_gpu
                 us = bench.host_us({name: work})[name]
-                goal = f"enqueue {layout_name}" if staged and layout_name in ("T4U2R4", "T4U8R1") else None
+                has_goal = bench.on_gpu and granularity == _STAGED and layout_name in ("T4U2R4", "T4U8R1")
+                goal = f"enqueue {layout_name}" if has_goal else None
                 bench.row(f"{name}, host", "", statistics.median(us), "us", goal, **summary(us))
                 if bench.on_gpu:
                     goal = goal and goal.replace("enqueue", "launches")
@@ -207,9 +252,10 @@ def _one_rank(
 
 
 def call(rank: OneRank, attention: Attention, granularity: str = "block") -> torch.Tensor:
-    return torus_attention(
-        *rank.own, mesh=rank.mesh, attention=attention, tokens=(rank.counts, rank.counts), **GRANULARITIES[granularity]
-    )
+    options: dict[str, Any] = {"granularity": granularity}
+    if not _TAKES_GRANULARITY:
+        options = {"overlap": granularity != "unstaged"}
+    return torus_attention(*rank.own, mesh=rank.mesh, attention=attention, tokens=(rank.counts, rank.counts), **options)
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
@@ -326,6 +372,8 @@ def _packings(
         "pack K, V": (partial(pack, kv, chunk), 2 * chunk.nbytes),
         "unpack K, V": (partial(unpack, chunk, [torch.empty_like(x) for x in kv]), 2 * chunk.nbytes),
     }
+    if find_spec("sf_xfuser.kernels.copies"):
+        calls["copies of K, V"] = (_copies(kv)[0], 2 * chunk.nbytes)
     own = q[:, half].permute(2, 0, 1, 3)
     formats: tuple[Format, ...] = ("fp8", "int8")
     for format in formats:
@@ -393,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not on_gpu:
         torch.set_num_threads(1)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    torch.manual_seed(0)
     repeat, warmup = (2, 1) if options.smoke else (21, 5)
     with torch.no_grad():
         PARTS[options.part](Bench(device, SMOKE if options.smoke else REAL, repeat, warmup, options.seconds))

@@ -63,7 +63,7 @@ def test_goals_are_judged_by_their_worst_row(smoke):
     document, output = smoke
     (line,) = (line for line in output.splitlines() if line.startswith("error "))
     worst = max(row["value"] for row in document["rows"] if row.get("goal") == "error")
-    assert f"{worst:.4g}" in line and " met " in line
+    assert f"{worst:.4g}" in line
     assert {row["goal"] for row in document["rows"] if row.get("goal")} >= {"error", "exact", "rounding"}
     rows = [{"part": "a", "name": str(n), "goal": "error", "value": n, "limit": 2.0} for n in (1.0, 3.0)]
     assert any(
