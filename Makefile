@@ -16,7 +16,7 @@ SMOKE := "tests/distributed/test_attention.py::test_error_is_within_twice_single
 VERSIONS := 0.5.0 0.6.0 0.7.0
 VERSION_TESTS := $(addprefix tests/integration/test_,plugin.py usp.py yunchang_all_to_all.py launchers.py pipelines.py)
 
-.PHONY: demo test test-quick test-slow test-all test-versions test-upstream lint bench kernels-table docs pictures clean
+.PHONY: demo test test-quick test-slow test-all test-versions test-upstream lint bench gpu kernels-table docs pictures clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -66,6 +66,12 @@ test-upstream: $(STAMP)
 bench: $(STAMP)
 	mkdir -p out
 	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
+
+# Measures one GPU, in at most 8 minutes and without a network: docs/gpu.md. Installs the package into $(PYTHON), which
+# has PyTorch.
+gpu:
+	mkdir -p out
+	$(PYTHON) -m sf_xfuser.bench.gpu --out out/gpu.json $(GPU_ARGS)
 
 # Registers, shared memory and spills of each kernel, compiled ahead of time; no GPU is needed.
 kernels-table: $(STAMP)

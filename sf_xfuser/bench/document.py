@@ -15,12 +15,21 @@ from typing import Any
 
 from sf_xfuser import __version__
 
+ROW = "@row "
+"""Starts a line of a process's output that is one row, as JSON."""
 
-def new_document(command: str) -> dict[str, Any]:
-    """A document without rows: date, commit, command line, hardware and versions."""
-    import torch
 
-    accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+def print_row(row: dict[str, Any]) -> None:
+    print(ROW + json.dumps(row), flush=True)
+
+
+def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]:
+    """A document without rows: date, commit, command line, hardware and versions. PyTorch is asked for the
+    ``accelerator`` unless it is given."""
+    if accelerator is None:
+        import torch
+
+        accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "schema": 1,

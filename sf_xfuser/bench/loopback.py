@@ -125,7 +125,13 @@ class OneRank:
     """Rank 0 of ``layout``. All ranks hold equally many tokens, in the order of their positions."""
 
     def __init__(
-        self, layout: Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, link: Loopback | StreamLoopback
+        self,
+        layout: Layout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        link: Loopback | StreamLoopback,
+        granularity: str = "block",
     ) -> None:
         """``q``, ``k``, ``v`` [B, H, L, D]: of all ranks."""
         ranks = layout.world_size
@@ -134,7 +140,7 @@ class OneRank:
         topology = Topology.uniform(layout.num_machines, layout.ranks_per_machine)
         no_group: Any = None  # one rank needs no process groups
         control: Any = SoleRank(ranks)
-        self.link = link
+        self.link, self._granularity = link, granularity
         self.mesh = Mesh(
             plan=Plan(layout=layout, even=layout, rule="explicit", reason="one rank", heads=q.shape[1]),
             grid=topology.fold(range(ranks)),
@@ -159,7 +165,7 @@ class OneRank:
 
     @property
     def _call(self) -> Call:
-        return negotiate_call(self.mesh, self.own, None, Tokens(self.counts, self.counts), None)
+        return negotiate_call(self.mesh, self.own, None, Tokens(self.counts, self.counts), self._granularity)
 
     def fill(self, out: torch.Tensor) -> None:
         """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""

@@ -4,49 +4,49 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from sf_xfuser.bench.document import print_row
 from sf_xfuser.kernels.attend import SDPA
-from sf_xfuser.kernels.fused import HEAD_SIZES
 
 Variants = dict[str, Callable[[], object]]
-Row = dict[str, Any]
+_T = TypeVar("_T")
 
-_ERROR_FACTOR = 2.0  # allowed error relative to the library's
+ERROR_FACTOR = 2.0
+"""Largest error of a kernel, relative to the library's."""
+
 _SAMPLED = 64  # rows of each head to compare with float64
 _FLUSH_BYTES = 256 << 20  # more than the last-level cache of any GPU
-_SLEEP_CYCLES = 10_000_000  # GPU sleep before each run, so that the host enqueues ahead
+_SLEEP_CYCLES = 20_000_000  # GPU sleep before each run, so that the host enqueues ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Tokens of all ranks, by part. ``pieces``: numbers of query and of key tokens; every pair is measured."""
+    """Tokens of all ranks, by part. ``models``: one attention call of 32 ranks, by model. ``per_rank``: tokens of each
+    rank where only the host's time counts."""
 
-    chunking: int
+    accuracy: int
+    models: dict[str, int]
+    per_rank: int
     fused: int
     bandwidth: int
-    enqueue: int
     heads: int
     head_sizes: tuple[int, ...]
-    pieces: tuple[int, ...]
-    piece_heads: int
-    piece_head_sizes: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
 
 
 REAL = Sizes(
-    chunking=32768, fused=16384, bandwidth=8192, enqueue=32768, heads=24, head_sizes=(128, 64),
-    pieces=(1024, 4096, 16384), piece_heads=6, piece_head_sizes=HEAD_SIZES, dtypes=(torch.bfloat16, torch.float16),
+    accuracy=1024,
+    models={"Flux 2048 px": 16896, "Flux 4096 px": 66048, "HunyuanVideo 720p, 129 frames": 119040},
+    per_rank=1024, fused=16384, bandwidth=8192, heads=24, head_sizes=(128, 64),
 )  # fmt: skip
 SMOKE = Sizes(
-    chunking=96, fused=48, bandwidth=32, enqueue=128, heads=8, head_sizes=(64,), pieces=(8, 24), piece_heads=2,
-    piece_head_sizes=(64, 72), dtypes=(torch.bfloat16,),
+    accuracy=40, models={"tiny": 96}, per_rank=4, fused=48, bandwidth=32, heads=24, head_sizes=(64,)
 )  # fmt: skip
 
 
@@ -55,18 +55,45 @@ class BadResult(RuntimeError):
 
 
 class Bench:
-    """Device, sizes and number of runs; ``rows`` collects the results."""
+    """Device, sizes, number of runs, and rows. ``seconds``: after this time, ``cases`` ends."""
 
-    def __init__(self, device: torch.device, sizes: Sizes, repeat: int, warmup: int) -> None:
+    def __init__(self, device: torch.device, sizes: Sizes, repeat: int, warmup: int, seconds: float) -> None:
         self.device, self.sizes, self.repeat, self.warmup = device, sizes, repeat, warmup
-        self.rows: list[Row] = []
         self.on_gpu = device.type == "cuda"
+        self._deadline_s = time.monotonic() + seconds
         self._flushed = torch.empty(_FLUSH_BYTES if self.on_gpu else 0, dtype=torch.uint8, device=device)
 
     def tokens(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Random [B, H, S, D] as a view of [B, S, H, D], the layout of xDiT's models."""
         B, H, S, D = shape
         return torch.randn(B, S, H, D, device=self.device).to(dtype).transpose(1, 2)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def row(self, name: str, what: str, value: float, unit: str, goal: str | None = None, **more: Any) -> None:
+        """``goal``: a key of ``gpu.GOALS``."""
+        print_row({"name": name, "what": what, "value": value, "unit": unit, "goal": goal, **more})
+
+    def skip(self, name: str, reason: str) -> None:
+        print_row({"name": name, "skipped": reason})
+
+    def cases(self, cases: Iterable[_T]) -> Iterator[_T]:
+        """The cases while there is time; then one row says that the others did not run."""
+        for case in cases:
+            if time.monotonic() > self._deadline_s:
+                print_row({"name": f"{case} and the following", "not_run": "time"})
+                return
+            yield case
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """An error inside becomes a row of that name, and the part goes on."""
+        try:
+            yield
+        except Exception as error:
+            print_row({"name": name, "failed": f"{type(error).__name__}: {error}"})
+
+    # -- times ---------------------------------------------------------------------------------------------------------
 
     def us(self, variants: Variants) -> dict[str, list[float]]:
         """Microseconds on the device of ``repeat`` runs of each variant after ``warmup`` runs."""
@@ -106,11 +133,20 @@ class Bench:
         work()
         return 1e6 * (time.perf_counter() - started_s)
 
-    def add(self, part: str, variant: str, us: Sequence[float], **more: Any) -> None:
-        self.rows.append({"part": part, "variant": variant, **summary(us), **more})
+    def launches(self, work: Callable[[], object]) -> int:
+        """Kernels, copies and fills that one run starts on the GPU, counted by PyTorch's profiler. It does not see
+        stream memory operations (flags and waits)."""
+        from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
+        work()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            torch.cuda.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in profile.events() or [])
 
 
-def summary(us: Sequence[float]) -> Row:
+def summary(us: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles."""
     quartiles = statistics.quantiles(us, n=4, method="inclusive") if len(us) > 1 else [us[0]] * 3
     return {"median_us": statistics.median(us), "quartiles_us": [quartiles[0], quartiles[2]], "repeat": len(us)}
@@ -131,7 +167,7 @@ def libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Ca
     return supported
 
 
-def fastest(us: dict[str, list[float]], names: Sequence[str]) -> tuple[str, float]:
+def fastest(us: dict[str, list[float]], names: Iterable[str]) -> tuple[str, float]:
     """The name with the lowest median, and its median."""
     medians = {name: statistics.median(us[name]) for name in names}
     name = min(medians, key=medians.__getitem__)
@@ -149,22 +185,24 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def require_exact(
-    what: str, got: torch.Tensor, library: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> float:
-    """Compare ``got`` [B, H, S, D] with float64 on sampled rows, first and last included.
-
-    Returns the largest error relative to the allowed one. Raises BadResult above 1 or if an element is not finite.
-    """
+def error_ratio(got: torch.Tensor, library: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """Error of ``got`` [B, H, S, D] against float64 relative to that of ``library``, on sampled rows, first and last
+    included. inf if an element of ``got`` is not finite."""
     if not bool(got.isfinite().all()):
-        raise BadResult(f"{what}: {int((~got.isfinite()).sum())} of {got.numel()} elements are not finite")
+        return float("inf")
     rows = torch.randint(q.shape[2], (_SAMPLED,), device=q.device)
     rows[0], rows[1] = 0, q.shape[2] - 1
     scores = q[:, :, rows].double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
     exact = torch.softmax(scores, -1) @ v.double()
     ours, theirs = (float((x[:, :, rows].double() - exact).abs().max()) for x in (got, library))
     floor = torch.finfo(got.dtype).eps * float(exact.abs().max()) / 2  # half a unit in the last place
-    relative = ours / (_ERROR_FACTOR * max(theirs, floor))
-    if relative > 1:
-        raise BadResult(f"{what}: error {ours:.3g} against float64; the library has {theirs:.3g}")
-    return relative
+    return ours / max(theirs, floor)
+
+
+def require_exact(
+    what: str, got: torch.Tensor, library: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> float:
+    """``error_ratio``. Raises BadResult above ``ERROR_FACTOR``."""
+    if (ratio := error_ratio(got, library, q, k, v)) > ERROR_FACTOR:
+        raise BadResult(f"{what}: the error against float64 is {ratio:.3g} times the library's")
+    return ratio

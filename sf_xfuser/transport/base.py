@@ -165,6 +165,9 @@ class OneSided(Transport):
     """Number of buffers in a window, which calls use in turn: 1 or 2. With 1, a rank may write to a peer as soon as it
     has received the peer's last chunk of an attention call; ``Mesh.begin`` synchronizes ranks if that is too early."""
 
+    host_writes = False
+    """Whether the host of a rank writes to the windows of its peers itself: see ``peer_window``."""
+
     last_call: object = None
     """The last argument of ``Mesh.begin``, which compares it with the next one."""
 
@@ -189,7 +192,7 @@ class OneSided(Transport):
         return None
 
     def peer_window(self, peer: int) -> torch.Tensor | None:
-        """The window of ``peer`` in this call, as bytes, if this process can write to it without the transport."""
+        """The window of ``peer`` in this call, as bytes. None without ``host_writes``, and for other ranks."""
         return None
 
     def unavailable_reason(self) -> str | None:
