@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+CALL_TIMEOUT_FACTOR = 5
+"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first, or
+write a video between two calls. During a call, each chunk must arrive within one ``--sp-timeout``."""
+
 
 class TransportError(RuntimeError):
     """A transfer timed out or a peer is lost. The transport cannot be used any more."""
