@@ -3,10 +3,14 @@ window. On a GPU they use CUDA streams. Without one, ``use_cpu_streams`` replace
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import itertools
 import json
 import queue
 import random
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +19,7 @@ from typing import Any
 
 import torch
 
-from sf_xfuser.layout.plan import make_plan
-from sf_xfuser.layout.topology import Topology
-from sf_xfuser.torus.links import link_peers
-from sf_xfuser.torus.mesh import Mesh
-from sf_xfuser.transport.gpu import device, memory
+from sf_xfuser.transport.gpu import device, driver, memory
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 
 
@@ -64,7 +64,6 @@ class Virtual(SymmMem):
 
     def __init__(self, control, members, position, peers, timeout_s, device_type="cpu"):
         self._device_type = device_type
-        self._flag_sources = {}
         device.DeviceWindow.__init__(self, control, members, position, peers, timeout_s)
 
     def _allocate(self, nbytes):
@@ -78,12 +77,17 @@ class Virtual(SymmMem):
 
 def meshes(machines: int, ranks_per_machine: int, heads: int, timeout_s: float = 30.0, device_type: str = "cpu"):
     """For each rank a function that creates its mesh. Call it in the rank's thread."""
+    from sf_xfuser.layout.plan import make_plan
+    from sf_xfuser.layout.topology import Topology
+    from sf_xfuser.torus.links import link_peers
+    from sf_xfuser.torus.mesh import Mesh
+
     plan = make_plan(machines, ranks_per_machine, heads=heads)
     world = machines * ranks_per_machine
     topology = Topology.uniform(machines, ranks_per_machine)
     group = ThreadGroup(world)
 
-    def mesh(rank: int) -> Mesh:
+    def mesh(rank: int):
         control: Any = ThreadControl(group, rank)
         peers = [peer for link in link_peers(plan.layout, rank).values() for peer in link]
         link = Virtual(control, range(world), rank, peers, timeout_s, device_type)
@@ -133,6 +137,9 @@ def succeeded(results: list[Any]) -> list[Any]:
 
 # -- CUDA streams as threads ------------------------------------------------------------------------------------------
 
+HOST = 0  # the stream of PyTorch's CPU operators: the host itself runs its work
+_local = threading.local()  # of each host thread: ``stream``, its current stream, and ``graph``, which it captures
+
 
 class Stream:
     """Runs its work in order, some of it after a delay of up to ``pause_s``."""
@@ -142,23 +149,14 @@ class Stream:
     by_handle: dict[int, Stream] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
-        self.cuda_stream = len(self.by_handle) + 1
-        self.by_handle[self.cuda_stream] = self
+        self.handle = len(self.by_handle) + 1
+        self.by_handle[self.handle] = self
         self._queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self._random = random.Random(self.cuda_stream)
+        self._random = random.Random(self.handle)
         threading.Thread(target=self._run, daemon=True).start()
 
     def enqueue(self, work: Callable[[], object]) -> None:
         self._queue.put(work)
-
-    def record_event(self) -> Event:
-        event = Event()
-        event.done.clear()
-        self.enqueue(event.done.set)
-        return event
-
-    def wait_event(self, event: Event) -> None:
-        self.enqueue(event.done.wait)
 
     def _run(self) -> None:
         while True:
@@ -168,82 +166,213 @@ class Stream:
             work()
 
 
-class Event:
-    def __init__(self, blocking: bool = False) -> None:
-        self.done = threading.Event()
-        self.done.set()  # as an event that was never recorded
-        self.query, self.synchronize = self.done.is_set, self.done.wait
-
-    def record(self) -> None:
-        """On the host's stream, which has no pending work."""
+def current_stream() -> int:
+    return getattr(_local, "stream", HOST)
 
 
-class HostStream:
-    """The compute stream of a rank. It runs PyTorch's CPU operators, so the host itself waits."""
+@contextlib.contextmanager
+def on_stream(stream: Stream):
+    """``with torch.cuda.stream(...)``."""
+    _local.stream = stream.handle
+    try:
+        yield
+    finally:
+        _local.stream = HOST
 
-    def record_event(self) -> Event:
-        return Event()
 
-    def wait_event(self, event: Event) -> None:
-        event.done.wait()
+def synchronize(stream: Stream) -> None:
+    done = threading.Event()
+    stream.enqueue(done.set)
+    done.wait()
 
 
-class StreamContext:
-    """``with torch.cuda.stream(...)``: waits for the stream's earlier work."""
+def _capture() -> Graph | None:
+    return getattr(_local, "graph", None)
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
 
-    def __enter__(self) -> None:
-        self._stream.record_event().done.wait()
+def _enqueue(stream: int, work: Callable[[], object]) -> None:
+    """Capture the work, or run it in stream order."""
+    graph = _capture()
+    if graph is not None and stream in graph.streams:
+        graph.add(stream, lambda: work)
+    elif stream == HOST:
+        work()
+    else:
+        Stream.by_handle[stream].enqueue(work)
 
-    def __exit__(self, *error: object) -> None:
-        pass
+
+def launch(kernel: Callable[..., object]) -> Callable[..., None]:
+    """A kernel of CPU tensors that runs on the current stream."""
+    return lambda *arguments: _enqueue(current_stream(), lambda: kernel(*arguments))
+
+
+class Graph:
+    """As ``torch.cuda.CUDAGraph``, for work that goes through ``_enqueue`` and ``CpuDriver``. A replay runs on streams
+    of its own, apart from the current one, as the nodes of a graph do."""
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[int, Callable[[], Callable[[], object]]]] = []
+        self._events: dict[int, threading.Event] = {}
+        self._recorded: dict[int, tuple[int, int]] = {}  # event -> stream, operations of it so far
+        self._count: dict[int, int] = {}
+        self._own: dict[int, Stream] = {}
+        self.streams: set[int] = set()  # that capture
+
+    @contextlib.contextmanager
+    def capture(self):
+        """Raises if a stream has not joined the first one at the end, as CUDA does."""
+        self._origin = current_stream()
+        self.streams, self._unjoined = {self._origin}, set()
+        _local.graph = self
+        try:
+            yield
+        finally:
+            _local.graph = None
+        if self._unjoined:
+            raise RuntimeError(f"capture ends with unjoined work on streams {self._unjoined}")
+        self._own = {handle: Stream() for handle in self.streams - {self._origin}}
+
+    def add(self, stream: int, make: Callable[[], Callable[[], object]]) -> None:
+        """``make()`` returns the work of one replay."""
+        self._operations.append((stream, make))
+        self._count[stream] = self._count.get(stream, 0) + 1
+        if stream != self._origin:
+            self._unjoined.add(stream)
+
+    def record(self, event: int, stream: int) -> None:
+        def make() -> Callable[[], object]:
+            self._events[event] = threading.Event()
+            return self._events[event].set
+
+        self._recorded[event] = stream, self._count.get(stream, 0)
+        self._operations.append((stream, make))
+
+    def wait_event(self, stream: int, event: int) -> None:
+        if event not in self._recorded:
+            raise RuntimeError("a capturing stream waits for work outside the graph")
+        self.streams.add(stream)
+        self.add(stream, lambda: self._events[event].wait)
+        if stream == self._origin and self._recorded[event][1] == self._count.get(self._recorded[event][0], 0):
+            self._unjoined.discard(self._recorded[event][0])
+
+    def replay(self) -> None:
+        for stream, make in self._operations:
+            work = make()
+            if stream != self._origin:
+                self._own[stream].enqueue(work)
+            else:
+                _enqueue(current_stream(), work)
 
 
 class CpuDriver:
-    """As ``transport.gpu.driver.Driver``, on ``Stream`` and host memory."""
+    """As ``transport.gpu.driver.Driver``, on ``Stream`` and host memory. ``calls``: names of the driver calls."""
+
+    events: dict[int, threading.Event] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self._batches = False
+
+    def current_stream(self, device):
+        return current_stream()
 
     def new_stream(self):
-        return Stream()
+        return Stream().handle
+
+    def new_event(self):
+        handle = next(_handles)
+        self.events[handle] = threading.Event()
+        self.events[handle].set()  # as an event that was never recorded
+        return handle
 
     def allow_queries_during_capture(self):
         pass
 
+    def record(self, event, stream):
+        graph = _capture()
+        if graph is not None and stream in graph.streams:
+            return graph.record(event, stream)
+        self.events[event] = done = threading.Event()
+        _enqueue(stream, done.set)
+
+    def wait_event(self, stream, event):
+        graph = _capture()
+        if graph is not None and (stream in graph.streams or event in graph._recorded):
+            return graph.wait_event(stream, event)
+        _enqueue(stream, self.events[event].wait)
+
+    def query(self, event):
+        assert _capture() is None, "not permitted while the thread captures"
+        return self.events[event].is_set()
+
+    def synchronize(self, event):
+        assert _capture() is None, "not permitted while the thread captures"
+        self.events[event].wait()
+
+    def try_batches(self, batch, stream):
+        self._batches = True
+        self.copy_all(batch, stream)
+
+    def copy_launches(self, batch):
+        return len(batch.copies) if not self._batches else min(1, len(batch.copies))
+
+    def copy_all(self, batch, stream):
+        """In any order."""
+        graph = _capture()
+        assert graph is None or stream not in graph.streams, "CUDA cannot capture batches"
+        copies = batch.table.T.tolist()
+        if copies:
+            self.calls.append("copies")
+            random.shuffle(copies)
+            _enqueue(stream, lambda: [ctypes.memmove(target, source, size) for target, source, size in copies])
+
     def copy(self, target, source, nbytes, stream):
-        Stream.by_handle[stream].enqueue(lambda: ctypes.memmove(target, source, nbytes))
+        self.calls.append("copy")
+        _enqueue(stream, lambda: ctypes.memmove(target, source, nbytes))
 
     def write_32(self, target, value, stream):
+        self.calls.append("write")
         word = ctypes.c_uint32.from_address(target)
-        Stream.by_handle[stream].enqueue(lambda: setattr(word, "value", value))
+        _enqueue(stream, lambda: setattr(word, "value", value))
 
     def write_64(self, target, value, stream):
+        self.calls.append("write")
         word = ctypes.c_uint64.from_address(target)
-        Stream.by_handle[stream].enqueue(lambda: setattr(word, "value", value))
+        _enqueue(stream, lambda: setattr(word, "value", value))
 
-    def wait_64(self, address, value, stream):
-        word = ctypes.c_uint64.from_address(address)
+    def run(self, batch, stream):
+        """Reads the operations as the driver does, from the addresses of the parts."""
+        for address, count in batch.parts:
+            self.calls.append("batch")
+            assert count <= 255
+            table = ctypes.string_at(address, 48 * count)
+            for start in range(0, len(table), 48):
+                operation, target, value, flags = struct.unpack_from("<IxxxxQQI", table, start)
+                word = ctypes.c_uint64.from_address(target)
+                if operation == 5:
+                    _enqueue(stream, functools.partial(setattr, word, "value", value))
+                else:
+                    assert (operation, flags) == (4, 2)
+                    _enqueue(stream, functools.partial(_wait_for_bits, word, value))
 
-        def wait():
-            while word.value != value:
-                time.sleep(1e-4)
 
-        Stream.by_handle[stream].enqueue(wait)
+def _wait_for_bits(word, mask):
+    while not word.value & mask:
+        time.sleep(1e-4)
 
 
-def use_cpu_streams(monkeypatch, capturing: bool = False) -> None:
+_handles = itertools.count(1)
+
+
+def use_cpu_streams(monkeypatch) -> None:
     """Run ``transport/gpu/device.py`` without a GPU for one test."""
     cuda = SimpleNamespace(
-        Event=Event,
-        Stream=Stream,
         current_device=lambda: 0,
-        current_stream=HostStream,
         empty_cache=lambda: None,
         is_available=lambda: True,
-        is_current_stream_capturing=lambda: capturing,
+        is_current_stream_capturing=lambda: _capture() is not None,
         mem_get_info=lambda: (1 << 40, 1 << 40),
         set_device=lambda index: None,
-        stream=StreamContext,
         synchronize=lambda: None,
     )
     kept: list[Any] = []
@@ -251,6 +380,9 @@ def use_cpu_streams(monkeypatch, capturing: bool = False) -> None:
         monkeypatch.setattr(module, "torch", _Override(torch, cuda=cuda))
         monkeypatch.setattr(module, "closed_windows", kept)
     monkeypatch.setattr(device, "Driver", CpuDriver)
+    for kernel in ("check_flags", "poison_result", "add_one"):
+        monkeypatch.setattr(device, kernel, launch(getattr(device, kernel)))
+    monkeypatch.setattr(driver, "_idle_sets", {})
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 

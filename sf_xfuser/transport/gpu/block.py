@@ -5,61 +5,61 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-MAX_CHUNKS = 1024  # per call and pair of ranks: rings of 64 ranks on 4 machines, with KV in 4 parts, need 1008
+MAX_ROUNDS = 1024  # per call and pair of ranks: rings of 64 ranks on 4 machines, with KV in 4 parts, need 1008
 _ALIGNMENT = 512  # bytes, as CUDA's allocators align
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Layout of one rank's block in a group of ``ranks``: poison, flags, two halves, staging.
+    """Layout of one rank's block in a group of ``ranks``: head (words and flags), two halves, scratch.
 
-    Example: ``Block(ranks=2, half_bytes=2 << 20)`` has its flags at 512, the halves of even and odd epochs at 33280 and
-    2130432, and staging at 4227584. ``flag(1, 3, epoch=7)`` is 512 + 8 * (1024 * (2 * 1 + 1) + 3) = 25112.
+    Example: ``Block(ranks=2, half_bytes=2 << 20, scratch_bytes=2 << 20)`` has its flags at 1024, the halves of even and
+    odd epochs at 33792 and 2130944, and scratch at 4228096. ``flag(1, 3, half=1)`` is number 1024 * (2 * 1 + 1) + 3 =
+    3075, at byte 1024 + 8 * 3075 = 25624.
     """
 
     ranks: int
     half_bytes: int
+    scratch_bytes: int
 
     poison: ClassVar[int] = 0
-    flags: ClassVar[int] = _ALIGNMENT
+    expected: ClassVar[int] = 8
+    begun: ClassVar[int] = 16
+    ended: ClassVar[int] = 24
+    spare: ClassVar[int] = 32
+    _ready: ClassVar[int] = _ALIGNMENT
+
+    def ready(self, writer: int) -> int:
+        return self._ready + 8 * writer
+
+    @property
+    def flags(self) -> int:
+        return self._ready + round_up(8 * self.ranks, _ALIGNMENT)
+
+    @property
+    def num_flags(self) -> int:
+        return 2 * MAX_ROUNDS * self.ranks
 
     @property
     def head_bytes(self) -> int:
-        """Size of poison and flags."""
-        return round_up(self.flags + 8 * 2 * MAX_CHUNKS * self.ranks, _ALIGNMENT)
+        """Size of words and flags."""
+        return round_up(self.flags + 8 * self.num_flags, _ALIGNMENT)
 
-    def flag(self, writer: int, chunk: int, epoch: int) -> int:
-        return self.flags + 8 * (MAX_CHUNKS * (2 * writer + epoch % 2) + chunk)
+    @staticmethod
+    def flag(writer: int, number: int, half: int) -> int:
+        """Index among the flags."""
+        return MAX_ROUNDS * (2 * writer + half) + number
 
-    def half(self, epoch: int) -> int:
-        return self.head_bytes + epoch % 2 * self.half_bytes
+    def half(self, half: int) -> int:
+        return self.head_bytes + half * self.half_bytes
 
     @property
-    def staging(self) -> int:
+    def scratch(self) -> int:
         return self.head_bytes + 2 * self.half_bytes
 
     @property
     def nbytes(self) -> int:
-        return self.staging + self.half_bytes
-
-
-class Staging:
-    """Bump allocator for chunks that are packed before they are sent. It has the size of a half, which holds any chunk.
-    A rank with more tokens than its peers may send more than that; the allocator then wraps around."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._used = 0
-
-    def reset(self) -> None:
-        self._used = 0
-
-    def allocate(self, nbytes: int) -> tuple[int, bool]:
-        """(offset, wrapped). After a wrap, earlier sends must complete before the bytes are written."""
-        wrapped = self._used + nbytes > self._nbytes
-        offset = 0 if wrapped else self._used
-        self._used = offset + round_up(nbytes, _ALIGNMENT)
-        return offset, wrapped
+        return self.scratch + self.scratch_bytes
 
 
 def round_up(nbytes: int, multiple: int) -> int:

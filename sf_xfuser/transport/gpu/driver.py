@@ -1,27 +1,104 @@
-"""CUDA driver calls that PyTorch does not expose, mainly stream memory operations.
+"""CUDA driver calls that PyTorch does not expose, mainly stream memory operations and batches.
 
 PyTorch can write 32 bits in stream order (symmetric memory's ``stream_write_value32``) but cannot wait for a value.
 ``cuda.bindings`` can, but is optional. ctypes calls ``libcuda`` directly, which exists wherever PyTorch sees a GPU, and
-releases the GIL during each call. Streams and addresses are integers.
+releases the GIL during each call. Streams, events and addresses are integers.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from ctypes import c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-_u64 = ctypes.c_uint64  # also for handles and sizes, which have 64 bits on every supported platform
 _NON_BLOCKING = 1
 _HIGH_PRIORITY = -1
-_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+_BLOCKING_SYNC, _NO_TIMING = 1, 2  # CUevent_flags
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _CAN_USE_64_BIT_STREAM_MEM_OPS = 122
-_REQUIRED = ("cuStreamWaitValue64_v2", "cuStreamWriteValue64_v2", "cuStreamWriteValue32_v2")
+_REQUIRED = ("cuStreamBatchMemOp_v2", "cuStreamWriteValue64_v2", "cuStreamWriteValue32_v2")
 _MIN_VERSION = 12050  # older drivers do not support stream memory operations on memory that peers map
+
+_WAIT_64, _WRITE_64 = 4, 5  # CUstreamBatchMemOpType
+_AND = 2  # CU_STREAM_WAIT_VALUE_AND: until (word & value) != 0
+_MAX_BATCH = 255  # operations; the driver takes less than 256
+# CUstreamBatchMemOpParams of waits and writes
+_OPERATION = np.dtype(
+    {
+        "names": ["operation", "address", "value", "flags"],
+        "formats": ["u4", "u8", "u8", "u4"],
+        "offsets": [0, 8, 16, 24],
+        "itemsize": 48,
+    }
+)
+# CUmemcpyAttributes: the source is read in stream order (1), no locations, the copy may overlap with compute (1).
+_COPY_ATTRIBUTES = (c_uint32 * 6)(1, 0, 0, 0, 0, 1)
+_COPY_ATTRIBUTE_INDEX, _FAILED_COPY = c_uint64(), c_uint64()
+_ONE_ATTRIBUTE = (ctypes.addressof(_COPY_ATTRIBUTES), ctypes.addressof(_COPY_ATTRIBUTE_INDEX), 1)
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cuEventCreate": (c_void_p, c_uint32),
+    "cuEventRecord": (c_uint64, c_uint64),
+    "cuEventQuery": (c_uint64,),
+    "cuEventSynchronize": (c_uint64,),
+    "cuStreamCreateWithPriority": (c_void_p, c_uint32, c_int),
+    "cuStreamWaitEvent": (c_uint64, c_uint64, c_uint32),
+    "cuStreamWriteValue32_v2": (c_uint64, c_uint64, c_uint32, c_uint32),
+    "cuStreamWriteValue64_v2": (c_uint64, c_uint64, c_uint64, c_uint32),
+    "cuStreamBatchMemOp_v2": (c_uint64, c_uint32, c_void_p, c_uint32),
+    "cuMemcpyAsync": (c_uint64, c_uint64, c_uint64, c_uint64),
+    # targets, sources, sizes, count, attributes, index of each attribute, their number, stream: CUDA 13
+    "cuMemcpyBatchAsync_v2": (c_void_p, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p, c_uint64, c_uint64),
+    # CUDA 12.8 also takes the address of the index of a failed copy, before the stream.
+    "cuMemcpyBatchAsync": (c_void_p, c_void_p, c_void_p, c_uint64, c_void_p, c_void_p, c_uint64, c_void_p, c_uint64),
+}
+
+
+class WordBatch:
+    """Prebuilt operations on 64-bit words. ``values``: the value of each; for a wait, a mask. ``launches``: driver
+    calls."""
+
+    def __init__(self, operation: int, flags: int, addresses: Sequence[int]) -> None:
+        self.table = np.zeros(len(addresses), _OPERATION)
+        self.table["operation"], self.table["flags"], self.table["address"] = operation, flags, addresses
+        self.values = self.table["value"]
+        self.parts = [
+            (self.table[start:].ctypes.data, min(_MAX_BATCH, len(addresses) - start))
+            for start in range(0, len(addresses), _MAX_BATCH)
+        ]
+        self.launches = len(self.parts)
+
+    @classmethod
+    def writes(cls, addresses: Sequence[int]) -> WordBatch:
+        """Writes with release semantics: earlier work of the stream is visible before each."""
+        return cls(_WRITE_64, 0, addresses)
+
+    @classmethod
+    def waits(cls, addresses: Sequence[int]) -> WordBatch:
+        """Waits until each word is not zero. They occupy no multiprocessor."""
+        batch = cls(_WAIT_64, _AND, addresses)
+        batch.values.fill((1 << 64) - 1)
+        return batch
+
+
+class CopyBatch:
+    """Prebuilt copies, as (target, source, bytes)."""
+
+    def __init__(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.copies = tuple(copies)
+        self.table = np.array(self.copies, np.uint64).reshape(-1, 3).T.copy()
+        self.columns = [column.ctypes.data for column in self.table]
+
+
+def _copy_batch(function: Callable[..., int], extra: tuple[int, ...], batch: CopyBatch, stream: int) -> int:
+    return function(*batch.columns, len(batch.copies), *_ONE_ATTRIBUTE, *extra, stream)
 
 
 class Driver:
@@ -30,11 +107,15 @@ class Driver:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
-        self._call("cuInit", 0)
+        self._call("cuInit", c_uint32(0))
+        for name, types in _SIGNATURES.items():
+            if hasattr(self._library, name):
+                getattr(self._library, name).argtypes = types
+        self._batch_copy: Callable[[CopyBatch, int], int] | None = None
 
     def facts(self) -> dict[str, Any]:
         """The driver's fields of ``DriverFacts``, for device 0."""
-        version, device, supported = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        version, device, supported = c_int(), c_int(), c_int()
         self._call("cuDriverGetVersion", ctypes.byref(version))
         missing = [name for name in _REQUIRED if not hasattr(self._library, name)]
         if not missing:  # older drivers reject the query
@@ -44,38 +125,129 @@ class Driver:
 
     def allow_queries_during_capture(self) -> None:
         """Allow event queries on this thread while another thread captures a CUDA graph."""
-        mode = ctypes.c_int(_RELAXED)
+        mode = c_int(_RELAXED)
         self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def new_stream(self) -> torch.cuda.Stream:
-        """A new high-priority stream in the current context, never destroyed. PyTorch's streams come from a pool of 32
-        that it reuses, and work on a stream shared with a wait would block behind that wait."""
-        handle = ctypes.c_void_p()
-        self._call("cuStreamCreateWithPriority", ctypes.byref(handle), _NON_BLOCKING, ctypes.c_int(_HIGH_PRIORITY))
-        return torch.cuda.ExternalStream(handle.value)  # type: ignore[no-untyped-call]
+    # -- streams and events -------------------------------------------------------------------------------------------
+
+    def current_stream(self, device: int) -> int:
+        """PyTorch's current stream."""
+        stream: int = torch._C._cuda_getCurrentRawStream(device)
+        return stream
+
+    def new_stream(self) -> int:
+        """A new high-priority stream in the current context. PyTorch's streams come from a pool of 32 that it reuses,
+        and work on a stream shared with a wait would block behind that wait."""
+        handle = c_void_p()
+        self._call("cuStreamCreateWithPriority", ctypes.byref(handle), _NON_BLOCKING, _HIGH_PRIORITY)
+        return handle.value or 0
+
+    def new_event(self) -> int:
+        """A new event in the current context. The host waits for it without spinning."""
+        handle = c_void_p()
+        self._call("cuEventCreate", ctypes.byref(handle), _BLOCKING_SYNC | _NO_TIMING)
+        return handle.value or 0
+
+    def record(self, event: int, stream: int) -> None:
+        if status := self._library.cuEventRecord(event, stream):
+            self._fail("cuEventRecord", status)
+
+    def wait_event(self, stream: int, event: int) -> None:
+        if status := self._library.cuStreamWaitEvent(stream, event, 0):
+            self._fail("cuStreamWaitEvent", status)
+
+    def query(self, event: int) -> bool:
+        """Whether the event has completed. True if it was never recorded."""
+        status = self._library.cuEventQuery(event)
+        if status not in (0, _NOT_READY):
+            self._fail("cuEventQuery", status)
+        return bool(status == 0)
+
+    def synchronize(self, event: int) -> None:
+        self._call("cuEventSynchronize", event)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Enqueue a copy on a copy engine."""
-        self._call("cuMemcpyAsync", _u64(target), _u64(source), _u64(nbytes), _u64(stream))
+        if status := self._library.cuMemcpyAsync(target, source, nbytes, stream):
+            self._fail("cuMemcpyAsync", status)
+
+    def copy_all(self, batch: CopyBatch, stream: int) -> None:
+        """Enqueue all copies of a batch, in any order. Not for a stream that captures a graph."""
+        if self._batch_copy is None or len(batch.copies) == 1:
+            for target, source, nbytes in batch.copies:
+                self.copy(target, source, nbytes, stream)
+        elif status := self._batch_copy(batch, stream):
+            self._fail("cuMemcpyBatchAsync", status)
+
+    def copy_launches(self, batch: CopyBatch) -> int:
+        """Driver calls of ``copy_all``."""
+        return len(batch.copies) if self._batch_copy is None else min(1, len(batch.copies))
+
+    def try_batches(self, batch: CopyBatch, stream: int) -> None:
+        """Make ``copy_all`` one driver call, if the driver copies this batch so."""
+        for name, extra in (("cuMemcpyBatchAsync_v2", ()), ("cuMemcpyBatchAsync", (ctypes.addressof(_FAILED_COPY),))):
+            if hasattr(self._library, name):
+                self._batch_copy = partial(_copy_batch, getattr(self._library, name), extra)
+                if self._batch_copy(batch, stream) == 0:
+                    return
+        self._batch_copy = None
 
     def write_32(self, target: int, value: int, stream: int) -> None:
-        """Enqueue a write with release semantics: earlier work of the stream is visible before it."""
-        self._call("cuStreamWriteValue32_v2", _u64(stream), _u64(target), ctypes.c_uint32(value), 0)
+        """As ``write_64``."""
+        self._call("cuStreamWriteValue32_v2", stream, target, value, 0)
 
     def write_64(self, target: int, value: int, stream: int) -> None:
-        """As ``write_32``."""
-        self._call("cuStreamWriteValue64_v2", _u64(stream), _u64(target), _u64(value), 0)
+        """Enqueue a write with release semantics: earlier work of the stream is visible before it."""
+        if status := self._library.cuStreamWriteValue64_v2(stream, target, value, 0):
+            self._fail("cuStreamWriteValue64_v2", status)
 
-    def wait_64(self, address: int, value: int, stream: int) -> None:
-        """Block the stream until the word at ``address`` equals ``value``. Occupies no multiprocessor."""
-        self._call("cuStreamWaitValue64_v2", _u64(stream), _u64(address), _u64(value), _EQUAL)
+    def run(self, batch: WordBatch, stream: int) -> None:
+        """Enqueue the operations of a batch, in order."""
+        for address, count in batch.parts:
+            if status := self._library.cuStreamBatchMemOp_v2(stream, count, address, 0):
+                self._fail("cuStreamBatchMemOp_v2", status)
 
     def _call(self, name: str, *arguments: object) -> None:
-        status = getattr(self._library, name)(*arguments)
-        if status:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorName(status, ctypes.byref(text))
-            raise RuntimeError(f"{name}: {(text.value or b'unknown').decode()} ({status})")
+        if status := getattr(self._library, name)(*arguments):
+            self._fail(name, status)
+
+    def _fail(self, name: str, status: int) -> None:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorName(status, ctypes.byref(text))
+        raise RuntimeError(f"{name}: {(text.value or b'unknown').decode()} ({status})")
+
+
+class StreamSet:
+    """The streams and events of one window.
+
+    ``put``, ``network``: sends to mapped and to other peers. ``wait``: waits for flags. ``rescue``, ``notify``: the
+    watchdog. ``handoff``: orders two streams, on the host's thread. ``call_ends``: of the last calls, by half."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.put, self.network, self.wait, self.rescue, self.notify = (driver.new_stream() for _ in range(5))
+        self.handoff, self.rescued, self.notified, *call_ends = (driver.new_event() for _ in range(5))
+        self.call_ends = tuple(call_ends)
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        return self.put, self.network, self.wait, self.rescue, self.notify
+
+
+_idle_sets: dict[int, list[StreamSet]] = {}
+
+
+def acquire_streams(driver: Driver, device: int) -> StreamSet:
+    """The streams of a window, on the current ``device``: those of an earlier one if possible. CUDA has few hardware
+    queues, and never frees one that a stream used."""
+    idle = _idle_sets.setdefault(device, [])
+    return idle.pop() if idle else StreamSet(driver)
+
+
+def release_streams(streams: StreamSet, device: int) -> None:
+    """Offer the streams to later windows. They must have no pending work."""
+    _idle_sets.setdefault(device, []).append(streams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 
 from sf_xfuser.transport.base import OneSided, TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
-from sf_xfuser.transport.gpu.block import Block, Staging, round_up_window
+from sf_xfuser.transport.gpu.block import Block, round_up_window
+from sf_xfuser.transport.gpu.driver import Driver, StreamSet, release_streams
 from sf_xfuser.transport.gpu.watchdog import Watchdog
 
 _PAGE = 2 << 20  # bytes: CUDA maps memory in pages of this size
@@ -27,18 +28,21 @@ def is_capturing() -> bool:
 
 
 class DeviceMemory(OneSided):
-    """The memory of the rank at ``position`` of ``members``, on the current device. A subclass sets ``_watchdog`` and
-    ``_streams`` before the first ``reserve``."""
+    """The memory of the rank at ``position`` of ``members``, on the current device. A subclass sets ``_watchdog``,
+    ``driver`` and ``streams`` before the first ``reserve``."""
 
     name: ClassVar[str]
     _ranks_on_gpu = 1  # ranks of the group on this GPU, which all allocate at once
     _watchdog: Watchdog
-    _streams: Sequence[torch.cuda.Stream]
+    driver: Driver
+    streams: StreamSet
 
     def __init__(self, control: ControlPlane, members: Sequence[int], position: int, timeout_s: float) -> None:
         self._control, self._members, self._position, self._timeout_s = control, members, position, timeout_s
-        self._device = torch.cuda.current_device()
+        self.device = torch.cuda.current_device()
         self._closed = False
+        self._refusal: str | None = None  # why this rank cannot use the transport
+        self._in_graph = False  # whether a user's CUDA graph refers to the memory
         self._block: Block | None = None
         self._memory: torch.Tensor | None = None  # uint8 [block.nbytes]
 
@@ -47,23 +51,38 @@ class DeviceMemory(OneSided):
         """Size of both halves of this rank's window."""
         return 0 if self._block is None else 2 * self._block.half_bytes
 
-    def reserve(self, nbytes: int) -> None:
-        """As ``OneSided.reserve``. Reallocates only if a half is too small. Synchronizes the GPU. Raises ValueError
-        during a graph capture."""
-        self._require_usable()
-        self._require_no_capture()
-        if self._block is not None and nbytes <= self._block.half_bytes:
+    @property
+    def scratch(self) -> torch.Tensor | None:
+        """As ``OneSided.scratch``. One region for both halves: the sends of a call complete before the next call."""
+        return self._scratch
+
+    def reserve(self, nbytes: int, scratch_bytes: int) -> None:
+        """As ``OneSided.reserve``. Reallocates only if a half or the scratch memory is too small. Synchronizes the GPU
+        then, and raises ValueError during a graph capture."""
+        self.require_usable()
+        old = self._block
+        if old is not None and nbytes <= old.half_bytes and scratch_bytes <= old.scratch_bytes:
             return
-        block = Block(ranks=len(self._members), half_bytes=round_up_window(nbytes, _PAGE))
+        self._require_no_capture()
+        half_bytes, scratch_bytes = round_up_window(nbytes, _PAGE), round_up_window(scratch_bytes, _PAGE)
+        if old is not None:
+            half_bytes, scratch_bytes = max(half_bytes, old.half_bytes), max(scratch_bytes, old.scratch_bytes)
+        block = Block(ranks=len(self._members), half_bytes=half_bytes, scratch_bytes=scratch_bytes)
         earlier = [window for window in closed_windows if window._key == self._key]
         replaced = [window for window in (self, *earlier) if window._memory is not None]
         freed_bytes = sum(window._memory.nbytes for window in replaced if window._memory is not None)
-        problem = self._busy_reason(replaced) or self._out_of_memory_reason(block.nbytes, freed_bytes)
-        answers = self._control.gather(f"{self.name} window", [block.half_bytes, len(replaced), problem])
+        problem = self._refusal or self._busy_reason(replaced) or self._out_of_memory_reason(block.nbytes, freed_bytes)
+        if self._in_graph:
+            problem = "a CUDA graph refers to its window, which is too small now: make the largest calls first"
+        sizes = [block.half_bytes, block.scratch_bytes]
+        answers = self._control.gather(f"{self.name} window", [sizes, len(replaced), problem])
         self._raise_if_unavailable([reason for *_, reason in answers])
-        if len({(size, count) for size, count, _ in answers}) > 1:
+        if any(answer[:2] != answers[0][:2] for answer in answers):
             self._raise_if_unavailable(
-                [f"requests {size} bytes and frees {count} windows, other ranks differ" for size, count, _ in answers]
+                [
+                    f"requests {half} + {scratch} bytes and frees {count} windows, other ranks differ"
+                    for (half, scratch), count, _ in answers
+                ]
             )
         # All ranks have reached this point without a pending transfer, so earlier windows can be freed.
         self._block = None
@@ -73,16 +92,31 @@ class DeviceMemory(OneSided):
         try:
             with torch.inference_mode(False):  # the watchdog and later calls write to it in any mode
                 memory = self._allocate(block.nbytes)
+                self._make_views(block, memory)
                 memory[: block.head_bytes].zero_()
-                self._poison_view(memory).fill_(1)
-                self._host_head = torch.empty(block.head_bytes, dtype=torch.uint8, pin_memory=memory.is_cuda)
+                self._poison.fill_(1)
             torch.cuda.synchronize()
         except Exception as error:
             problem = f"cannot allocate {block.nbytes} bytes that peers can write to: {error}"
         self._raise_if_unavailable(self._control.gather(f"{self.name} memory", problem))
         self._block, self._memory = block, memory
         self._base = memory.data_ptr()
-        self._staging = Staging(block.half_bytes)
+
+    def _make_views(self, block: Block, memory: torch.Tensor) -> None:
+        """Views of the regions of a block, and memory of the host for copies of its head."""
+
+        def word(offset: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return memory[offset : offset + dtype.itemsize].view(dtype)[0]
+
+        self._poison = word(block.poison, torch.float32)
+        self._expected, self._begun = word(block.expected), word(block.begun)
+        self._ended, self._spare = word(block.ended), word(block.spare)
+        self._flags = memory[block.flags : block.flags + 8 * block.num_flags].view(torch.int64)
+        self._halves = [memory[block.half(h) : block.half(h) + block.half_bytes] for h in (0, 1)]
+        self._scratch = memory[block.scratch : block.scratch + block.scratch_bytes]
+        self._host_head = torch.empty(block.head_bytes, dtype=torch.uint8, pin_memory=memory.is_cuda)
+        self._host_poison = torch.ones(1, pin_memory=memory.is_cuda)
+        self._host_poison_value = self._host_poison.numpy()
 
     @abstractmethod
     def _allocate(self, nbytes: int) -> torch.Tensor:
@@ -98,19 +132,15 @@ class DeviceMemory(OneSided):
         """Equal for transports of one kind and group. All ranks create and close these in the same order."""
         return type(self), tuple(self._members), self._position
 
-    @staticmethod
-    def _poison_view(memory: torch.Tensor) -> torch.Tensor:
-        """A float32 scalar."""
-        return memory[Block.poison : Block.poison + 4].view(torch.float32)[0]
-
     def _busy_reason(self, windows: Sequence[DeviceMemory]) -> str | None:
         """Wait until this rank has no transfer pending in ``windows``. Returns why that fails, or None."""
         deadline = time.monotonic() + self._timeout_s
         while not all(window._watchdog.idle for window in windows) and time.monotonic() < deadline:
             time.sleep(1e-3)
-        streams = [torch.cuda.current_stream(), *(stream for window in windows for stream in window._streams)]
-        for event in [stream.record_event() for stream in streams]:
-            if not completes(event, deadline - time.monotonic()):
+        current = self.driver.current_stream(self.device)
+        for stream in [current, *(stream for window in windows for stream in window.streams.all)]:
+            self.driver.record(self.streams.handoff, stream)
+            if not completes(self.driver, self.streams.handoff, deadline - time.monotonic()):
                 return f"its GPU did not finish within {self._timeout_s:g} s"
         return str(self._watchdog.error) if self._watchdog.error else None
 
@@ -125,7 +155,7 @@ class DeviceMemory(OneSided):
         """Bytes by which the memory of this process grows."""
         return nbytes - freed_bytes
 
-    def _require_usable(self) -> None:
+    def require_usable(self) -> None:
         if self._watchdog.error is not None:
             raise self._watchdog.error
         if self._closed:
@@ -134,8 +164,8 @@ class DeviceMemory(OneSided):
     def _require_no_capture(self) -> None:
         if is_capturing():
             raise ValueError(
-                f"attention over {self.name} cannot be captured in a CUDA graph, since its flags count calls; capture "
-                f"without it, or use --sp-transport two_sided"
+                f"the {self.name} transport cannot allocate memory while a CUDA graph is captured: make the same calls "
+                f"once before the capture"
             )
 
     def _raise_if_unavailable(self, reasons: Sequence[str | None]) -> None:
@@ -162,13 +192,15 @@ def _free_windows(windows: Sequence[DeviceMemory]) -> None:
         if window._memory is not None:
             window._memory = None
             window._free()
+        if window._closed:
+            release_streams(window.streams, window.device)
     closed_windows[:] = [window for window in closed_windows if window not in windows]
 
 
-def completes(event: torch.cuda.Event, limit_s: float) -> bool:
+def completes(driver: Driver, event: int, limit_s: float) -> bool:
     """Whether the event completes within the limit."""
     deadline = time.monotonic() + limit_s
-    while not event.query():  # type: ignore[no-untyped-call]
+    while not driver.query(event):
         if time.monotonic() >= deadline:
             return False
         time.sleep(1e-3)

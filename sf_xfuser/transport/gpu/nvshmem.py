@@ -9,9 +9,10 @@ A sequence-parallel group is one NVSHMEM world. A rank's PE is its position. Oth
 process can be in one world only, so nothing else in it may use NVSHMEM (DeepEP, the NVSHMEM backend of PyTorch's
 symmetric memory).
 
-Puts use ``putmem_signal_on_stream``: its flag follows its data on every fabric. A copy engine executes the put if the
-GPU maps the peer's memory. NVSHMEM's proxy thread executes it otherwise, and then only from symmetric memory. Waits for
-mapped peers are stream memory operations. Waits for other peers are NVSHMEM's kernel, which spins in one thread.
+Copy engines and stream memory operations reach peers whose memory the GPU maps, as with ``symm_mem``. NVSHMEM's proxy
+thread reaches the others, from symmetric memory only: ``putmem_signal_on_stream``, whose flag follows its data on every
+fabric. Waits for such peers are NVSHMEM's kernel, which spins in one thread. A put to them holds its stream until the
+peer has the data, so it has a stream of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import round_up
 from sf_xfuser.transport.gpu.device import DeviceWindow
 from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
+from sf_xfuser.transport.gpu.transfer import NetworkPut
 
 _SET = 9  # NVSHMEM_SIGNAL_SET
-_EQUAL = 0  # NVSHMEM_CMP_EQ; a wait with a signal operation in its place returns at once
+_NOT_EQUAL = 1  # NVSHMEM_CMP_NE; a wait with a signal operation in its place returns at once
 _INITIALIZED, _LIMITED = 2, 3  # init_status(); 3: several processes on a GPU, without MPS
 _OLDEST_BINDINGS, _OLDEST_LIBRARY = (0, 3, 1), (3, 3)
 _HEAP_CHUNK = 512 << 20  # bytes by which the symmetric heap grows
@@ -245,8 +247,7 @@ class Nvshmem(DeviceWindow):
         self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
     ) -> None:
         self._require_no_capture()
-        self._status, self._ranks_on_gpu = _start_world(control, members, position)
-        self._is_mapped: dict[int, bool] = {}
+        self._status, self._ranks_on_gpu, self.other_hosts = _start_world(control, members, position)
         self._heap: torch.Tensor | None = None
         from nvshmem import bindings
 
@@ -264,8 +265,9 @@ class Nvshmem(DeviceWindow):
 
         heap: torch.Tensor = core.tensor((nbytes,), dtype=torch.uint8)
         self._heap = heap
-        self._is_mapped = {peer: bool(self._bindings.ptr(heap.data_ptr(), peer)) for peer in self._reachable}
-        unmapped = [self._members[peer] for peer in self._peers if not self._is_mapped[peer]]
+        addresses = {peer: self._bindings.ptr(heap.data_ptr(), peer) for peer in self._reachable}
+        self._address = {peer: address for peer, address in addresses.items() if address}
+        unmapped = [self._members[peer] for peer in self._peers if not self.maps(peer)]
         if self._status == _LIMITED and unmapped:
             raise RuntimeError(f"NVSHMEM cannot wait for ranks {unmapped}: they are not mapped, and ranks share a GPU")
         return heap
@@ -284,33 +286,38 @@ class Nvshmem(DeviceWindow):
     def _reachable(self) -> Sequence[int]:
         return [peer for peer in range(len(self._members)) if peer != self._position]
 
-    def _mapped(self, peer: int) -> bool:
-        return self._is_mapped[peer]
-
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
         self._bindings.putmem_on_stream(self._base + offset, source, nbytes, peer, stream)
 
-    def _put_with_flag(
-        self, peer: int, offset: int, source: int, nbytes: int, flag: int, value: int, stream: int
-    ) -> None:
-        signal = self._base + flag
-        if nbytes:
-            self._bindings.putmem_signal_on_stream(
-                self._base + offset, source, nbytes, signal, value, _SET, peer, stream
-            )
+    def put_round(self, put: NetworkPut, stream: int) -> None:
+        """The flag follows its own chunk on every fabric, and earlier chunks because of the ``quiet``."""
+        bindings, peer, flag = self._bindings, put.peer, self._base + put.flag
+        chunks = put.chunks
+        if self.capturing:  # the value of a signal would be fixed in the graph
+            for chunk in chunks:
+                self._put(peer, *chunk, stream)
+            bindings.quiet_on_stream(stream)
+            bindings.putmem_on_stream(flag, self.expected_address, 8, peer, stream)
+        elif not chunks:
+            bindings.signal_op_on_stream(flag, self.value, _SET, peer, stream)
         else:
-            self._bindings.signal_op_on_stream(signal, value, _SET, peer, stream)
+            for chunk in chunks[:-1]:
+                self._put(peer, *chunk, stream)
+            if len(chunks) > 1:
+                bindings.quiet_on_stream(stream)
+            offset, source, nbytes = chunks[-1]
+            bindings.putmem_signal_on_stream(self._base + offset, source, nbytes, flag, self.value, _SET, peer, stream)
 
-    def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
-        if self._is_mapped[peer]:
-            self._driver.wait_64(address, value, stream)
-        else:
-            self._bindings.signal_wait_until_on_stream(address, _EQUAL, value, stream)
+    def network_launches(self, put: NetworkPut) -> int:
+        return len(put.chunks) + 1 if len(put.chunks) > 1 else 1
+
+    def await_network_flag(self, address: int, stream: int) -> None:
+        self._bindings.signal_wait_until_on_stream(address, _NOT_EQUAL, 0, stream)
 
 
-def _start_world(control: ControlPlane, members: Sequence[int], position: int) -> tuple[int, int]:
-    """Start NVSHMEM with ``members`` as its world, unless started. Returns its status and the number of members on this
-    GPU. Collective; raises TransportError on every rank."""
+def _start_world(control: ControlPlane, members: Sequence[int], position: int) -> tuple[int, int, set[int]]:
+    """Start NVSHMEM with ``members`` as its world, unless started. Returns its status, the number of members on this
+    GPU, and the positions on other hosts. Collective; raises TransportError on every rank."""
     global _world
     facts = asdict(probe())
     if facts["gpus"]:
@@ -343,7 +350,8 @@ def _start_world(control: ControlPlane, members: Sequence[int], position: int) -
             raise TransportError(f"NVSHMEM assigned PE {core.my_pe()} to this rank, not {position}")
         _world = list(members)
     own = ranks[position]
-    return int(core.init_status()), sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
+    on_gpu = sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
+    return int(core.init_status()), on_gpu, {w for w, facts in enumerate(ranks) if facts.host != own.host}
 
 
 def _current_device() -> Any:

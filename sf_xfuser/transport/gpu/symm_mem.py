@@ -1,6 +1,6 @@
 """One-sided transfers between GPUs of one NVLink domain, without extra packages. PyTorch's symmetric memory (its CUDA
-backend) maps the memory of peers, copy engines write into it, and stream memory operations raise the flags. The only
-kernel of a transfer packs a strided chunk. ``device.py`` describes the protocol.
+backend) maps the memory of peers, copy engines write into it, and stream memory operations raise the flags. No kernel
+takes part in a transfer. ``device.py`` describes the protocol.
 
 PyTorch's own signals are not used: they are spinning kernels, and each signal waits until the last one is consumed.
 The PyTorch module is private and changes, so ``probe`` checks for the functions needed here, not for a version.
@@ -9,7 +9,7 @@ The PyTorch module is private and changes, so ``probe`` checks for the functions
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,6 @@ class SymmMem(DeviceWindow):
     """``group``: a process group of this rank and its peers. ``rank_of``: each position's rank in ``group``."""
 
     name = "symm_mem"
-    _other_hosts: Collection[int] = ()  # peers on other hosts of the NVLink domain
 
     def __init__(
         self,
@@ -100,12 +99,11 @@ class SymmMem(DeviceWindow):
         self._rank_of = rank_of
         self._handle: Any = None  # keeps the peers' memory mapped
         self._address: dict[int, int] = {}
-        self._flag_sources: dict[int, torch.Tensor] = {}  # by stream
         problem = unavailable() or _context_problem()
         gpu = None if problem else gpu_name(torch.cuda.current_device())
         answers = control.gather("symm_mem", [problem, socket.gethostname(), gpu])
         raise_if_unavailable(self.name, members, [reason for reason, *_ in answers])
-        self._other_hosts = {peer for peer in peers if answers[peer][1] != answers[position][1]}
+        self.other_hosts = {peer for peer in peers if answers[peer][1] != answers[position][1]}
         self._ranks_on_gpu = answers.count(answers[position])
         super().__init__(control, members, position, peers, timeout_s)
 
@@ -113,7 +111,7 @@ class SymmMem(DeviceWindow):
         import torch.distributed._symmetric_memory as symmetric
 
         # Not ``symmetric.empty``: its memory pool never returns freed memory.
-        device = torch.device("cuda", self._device)
+        device = torch.device("cuda", self.device)
         allocator: Any = symmetric._SymmetricMemory  # type: ignore[attr-defined]
         memory: torch.Tensor = allocator.empty_strided_p2p((nbytes,), [1], torch.uint8, device)
         self._handle = symmetric.rendezvous(memory, self._group)
@@ -129,31 +127,3 @@ class SymmMem(DeviceWindow):
     @property
     def _reachable(self) -> Sequence[int]:
         return [peer for peer in self._address if peer != self._position]
-
-    def _mapped(self, peer: int) -> bool:
-        return True
-
-    def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
-        self._driver.copy(self._address[peer] + offset, source, nbytes, stream)
-
-    def _put_with_flag(
-        self, peer: int, offset: int, source: int, nbytes: int, flag: int, value: int, stream: int
-    ) -> None:
-        if nbytes:
-            self._put(peer, offset, source, nbytes, stream)
-        if peer in self._other_hosts:  # copies reach the memory of another host, stream memory operations do not
-            source = self._flag_source(stream)
-            self._driver.write_64(source, value, stream)
-            self._put(peer, flag, source, 8, stream)
-        else:
-            self._driver.write_64(self._address[peer] + flag, value, stream)
-
-    def _flag_source(self, stream: int) -> int:
-        """Address of a local 64-bit word that only this stream uses."""
-        if stream not in self._flag_sources:
-            assert self._memory is not None
-            self._flag_sources[stream] = torch.empty(1, dtype=torch.int64, device=self._memory.device)
-        return self._flag_sources[stream].data_ptr()
-
-    def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
-        self._driver.wait_64(address, value, stream)

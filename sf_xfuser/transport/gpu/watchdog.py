@@ -1,13 +1,17 @@
-"""Bounds waits that are enqueued on a GPU stream. The host cannot interrupt a stream, so a thread watches the waits.
+"""Bounds waits that are enqueued on a GPU stream. The host cannot interrupt a stream, so a thread watches the calls.
 
-The transport fails when a wait exceeds the timeout, when a peer aborts, or when the control plane reports a failure.
-The thread then acts in this order, so that no peer accepts an invalid chunk:
+The transport fails when a call makes no progress, when a peer aborts, or when the control plane reports a failure. The
+thread then acts in this order, so that no peer accepts an invalid chunk:
 
 1. It notifies the peers, which poisons their results.
 2. It releases the waits, so that the streams continue.
 3. The next call on this rank raises the error.
 
-Work that is already enqueued runs on undefined memory. ``OneSided.poison`` turns its result into NaN.
+Work that is already enqueued runs on undefined memory. The end of its call turns the result into NaN.
+
+A call may make no progress for one timeout. Until every peer has raised a flag in it, ``CALL_TIMEOUT_FACTOR`` timeouts:
+a peer that has raised none may still be loading a model, or writing a video. The host does not see the calls of a
+user's CUDA graph. They count themselves in two words of the block, and are watched from the first capture on.
 """
 
 from __future__ import annotations
@@ -20,44 +24,63 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from sf_xfuser.transport.base import TransportError
+from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError
 
-_POLL_S = 0.01  # interval between checks of the oldest wait
-_FLAGS_POLL_S = 1.0  # interval between reads of the flags while a wait is pending
+_POLL_S = 0.01  # interval between checks of the oldest call
+_HEAD_POLL_S = 1.0  # interval between reads of the block's head
 _RELEASE_LIMIT_S = 30.0  # time limit for released streams to continue
 
 
+class AwaitedFlag(NamedTuple):
+    """Flag ``number`` of ``peer`` in a call. ``word``: its index among this rank's flags."""
+
+    peer: int
+    number: int
+    word: int
+
+
+class RoundWait(NamedTuple):
+    round: int
+    flags: tuple[AwaitedFlag, ...]
+
+
 @dataclass(eq=False)
-class PendingWait:
-    """A wait for ``chunks`` of one round, as (peer, chunk number of this call). Without chunks: the end of a call,
-    including its sends. ``value``: the expected value of each flag, ``epoch << 32 | identity``. ``done`` is set when
-    the wait is enqueued, and returns whether it has completed."""
+class PendingCall:
+    """A call that may not have completed on the GPU. ``value``: of its flags. ``waits``: those enqueued so far; the
+    host appends each before it enqueues it. ``done``: set when the host has ended the call; whether it completed."""
 
     epoch: int
-    round: int = 0
-    chunks: tuple[tuple[int, int], ...] = ()
+    value: int
+    waits: list[RoundWait] = field(default_factory=list)
     done: Callable[[], bool] | None = None
-    value: int = 0
+
+    def completed(self) -> bool:
+        return self.done is not None and self.done()
 
 
 @dataclass(frozen=True, slots=True)
-class FlagSnapshot:
-    """This rank's flags as [writer][epoch % 2][chunk], and whether a peer has aborted."""
+class Head:
+    """The words of this rank's block. ``aborted``: whether poison is NaN. ``begun``, ``ended``: number of calls in CUDA
+    graphs."""
 
-    flags: Sequence[Sequence[Sequence[int]]]
+    flags: Sequence[int]
     aborted: bool
+    begun: int = 0
+    ended: int = 0
 
 
 class Watchdog:
-    """Watches the waits of the rank at ``position`` of ``members``. Thread-safe. Callbacks:
+    """Watches the calls of the rank at ``position`` of ``members``. Thread-safe. Callbacks:
 
     ``abort_reason(peers)``: why a wait for these peers cannot complete, or None.
     ``on_start()``: called first on the watchdog's thread.
-    ``read_flags()``: the current flags, or None if they cannot be read.
+    ``read_head()``: the current words, or None if they cannot be read.
     ``notify_peers(suspects)``: report the failure to the peers, suspects last. Bounded.
-    ``release(waits)``: write the flags that these waits expect. Called repeatedly until they complete.
+    ``release(waits)``: raise the flags of these waits, and of all calls in CUDA graphs. Called repeatedly until the
+    calls complete.
     """
 
     def __init__(
@@ -68,26 +91,34 @@ class Watchdog:
         *,
         abort_reason: Callable[[Collection[int]], str | None],
         on_start: Callable[[], object],
-        read_flags: Callable[[], FlagSnapshot | None],
+        read_head: Callable[[], Head | None],
         notify_peers: Callable[[Sequence[int]], object],
-        release: Callable[[Sequence[PendingWait]], object],
+        release: Callable[[Sequence[RoundWait]], object],
     ) -> None:
         self.error: TransportError | None = None
         self._members, self._timeout_s = members, timeout_s
         self._name = f"rank {members[position]} on {socket.gethostname()}"
-        self._abort_reason, self._on_start, self._read_flags = abort_reason, on_start, read_flags
+        self._others = [peer for peer in range(len(members)) if peer != position]
+        self._abort_reason, self._on_start, self._read_head = abort_reason, on_start, read_head
         self._notify_peers, self._release = notify_peers, release
         self._changed = threading.Condition()
-        self._pending: deque[PendingWait] = deque()
+        self._pending: deque[PendingCall] = deque()
         self._notified = threading.Event()
         self._closed = False
+        self._graphs: _GraphCalls | None = None
         self._thread = threading.Thread(target=self._run, name="sf-xfuser watchdog", daemon=True)
         self._thread.start()
 
-    def watch(self, wait: PendingWait) -> None:
-        """Call before the wait is enqueued, so that a wait enqueued after a failure is released too."""
+    def watch(self, call: PendingCall) -> None:
+        """Call before anything of the call is enqueued, so that waits enqueued after a failure are released too."""
         with self._changed:
-            self._pending.append(wait)
+            self._pending.append(call)
+            self._changed.notify()
+
+    def watch_graphs(self) -> None:
+        """Watch the calls of CUDA graphs from now on."""
+        with self._changed:
+            self._graphs = self._graphs or _GraphCalls()
             self._changed.notify()
 
     def fail(self, error: TransportError, suspects: Sequence[int] = ()) -> None:
@@ -104,11 +135,11 @@ class Watchdog:
 
     @property
     def idle(self) -> bool:
-        """Whether no wait is pending."""
-        return not self._pending
+        """Whether no call is pending."""
+        return not self._pending and (self._graphs is None or self._graphs.idle)
 
     def close(self) -> None:
-        """End the thread once no wait is pending."""
+        """End the thread once no call is pending."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -118,72 +149,122 @@ class Watchdog:
     def _run(self) -> None:
         try:
             self._on_start()
-            while (wait := self._oldest()) is not None:
-                self._watch_one(wait)
-                self._pending.popleft()
+            while not (self._closed and self.idle):
+                if self._pending:
+                    self._watch_one(self._pending[0])
+                    self._pending.popleft()
+                    continue
+                limit_s = None if self._graphs is None else self._graphs.next_check_s()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._pending or self._closed, limit_s)
+                self._watch_graphs()
         except Exception as problem:
             self.fail(TransportError(f"{self._name}: cannot read the GPU's state: {problem}"))
             self._release_all()
+
+    def _waits(self) -> list[RoundWait]:
+        return [wait for call in tuple(self._pending) for wait in tuple(call.waits)]
 
     def _release_all(self) -> None:
         """Release every wait, since no thread watches them any more."""
         deadline = time.monotonic() + _RELEASE_LIMIT_S
         with contextlib.suppress(Exception):  # a failed GPU ends its waits itself
-            while any(wait.done is None or not wait.done() for wait in tuple(self._pending)):
-                self._release(tuple(self._pending))
+            while not all(call.completed() for call in tuple(self._pending)):
+                self._release(self._waits())
                 if time.monotonic() >= deadline:
                     self._exit_process()
                 time.sleep(_POLL_S)
 
-    def _oldest(self) -> PendingWait | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._closed)
-            return self._pending[0] if self._pending else None
-
-    def _watch_one(self, wait: PendingWait) -> None:
-        """Return once the wait has completed. Watching the oldest suffices: waits complete in enqueue order."""
-        started = checked = time.monotonic()
+    def _watch_one(self, call: PendingCall) -> None:
+        """Return once the call has completed. Watching the oldest suffices: calls complete in order."""
+        checked = since = time.monotonic()
+        seen: object = None
         released_at: float | None = None
-        while wait.done is None or not wait.done():
+        while not call.completed():
             now = time.monotonic()
             if self._notified.is_set():
                 released_at = released_at or now
-                self._release(tuple(self._pending))
-                if now - released_at >= _RELEASE_LIMIT_S:
+                self._release(self._waits())
+                # The caller may not have ended the call yet: no stream is stuck then.
+                if call.done is not None and now - released_at >= _RELEASE_LIMIT_S:
                     self._exit_process()
-            elif self.error is None and (now - checked >= _FLAGS_POLL_S or now - started >= self._timeout_s):
+            elif self.error is None and (now - checked >= _HEAD_POLL_S or now - since >= self._timeout_s):
                 checked = now
-                self._fail_if_aborted(wait, now - started)
+                head = self._read_head()
+                late = self._late(call, head)
+                progress = len(late), len(call.waits), call.done is not None
+                if progress != seen:
+                    seen, since = progress, now
+                self._fail_if_aborted(call, head, late, now - since)
+                self._watch_graphs()
             time.sleep(_POLL_S)
 
-    def _fail_if_aborted(self, wait: PendingWait, waited_s: float) -> None:
-        snapshot = self._read_flags()
-        reason = self._abort_reason([peer for peer, _ in wait.chunks])
-        if reason is None and snapshot is not None and snapshot.aborted:
-            reason = "a rank of its group aborted"
-        if reason is None and waited_s >= self._timeout_s:
-            reason = f"waited {waited_s:.1f} s"
-        if reason is None:
-            return
-        late = [
-            (peer, chunk, flag)
-            for peer, chunk in wait.chunks
-            if (flag := None if snapshot is None else snapshot.flags[peer][wait.epoch % 2][chunk]) != wait.value
-        ]
-        self.fail(TransportError(self._message(wait, late, reason)), [peer for peer, _, _ in late])
+    def _late(self, call: PendingCall, head: Head | None) -> list[tuple[int, AwaitedFlag, int | None]]:
+        """The flags that have not arrived, as (round, flag, its value), in the order of the waits."""
+        flags = [(wait.round, flag) for wait in tuple(call.waits) for flag in wait.flags]
+        if head is None:
+            return [(round, flag, None) for round, flag in flags]
+        return [(round, flag, head.flags[flag.word]) for round, flag in flags if not head.flags[flag.word]]
 
-    def _message(self, wait: PendingWait, late: Sequence[tuple[int, int, int | None]], reason: str) -> str:
+    def _fail_if_aborted(
+        self, call: PendingCall, head: Head | None, late: list[tuple[int, AwaitedFlag, int | None]], waited_s: float
+    ) -> None:
+        peers = list(dict.fromkeys(flag.peer for _, flag, _ in late))
+        reason = self._abort_reason(peers)
+        if reason is None and head is not None and head.aborted:
+            reason = "a rank of its group aborted"
+        if reason is None and (call.waits or call.done) and waited_s >= self._limit_s(call, late):
+            time.sleep(_POLL_S)  # the end of a call resets its flags just before it completes
+            reason = f"waited {waited_s:.1f} s"
+        if reason is not None and not call.completed():
+            self.fail(TransportError(self._message(call, late, reason)), peers)
+
+    def _limit_s(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]]) -> float:
+        """How long a call may make no progress. It is longer until every peer has raised a flag."""
+        awaited = {flag.peer for wait in tuple(call.waits) for flag in wait.flags}
+        missing = {(flag.peer, flag.number) for _, flag, _ in late}
+        first = all((peer, 0) not in missing for peer in awaited)
+        return self._timeout_s if first else CALL_TIMEOUT_FACTOR * self._timeout_s
+
+    def _message(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]], reason: str) -> str:
         if not late:
-            stage = f"round {wait.round}" if wait.chunks else "the end"
-            return f"{self._name}: {stage} of call {wait.epoch} did not complete on the GPU: {reason}"
-        peer, chunk, flag = late[0]
-        others = f" (nor from rank(s) {sorted({self._members[p] for p, *_ in late[1:]})})" if late[1:] else ""
+            stage = f"round {call.waits[-1].round}" if call.waits and call.done is None else "the end"
+            return f"{self._name}: {stage} of call {call.epoch} did not complete on the GPU: {reason}"
+        round, first, value = late[0]
+        others = sorted({self._members[flag.peer] for _, flag, _ in late} - {self._members[first.peer]})
         return (
-            f"{self._name}: no data from rank {self._members[peer]}{others} in round {wait.round}: {reason}. "
-            f"Expected flag of chunk {chunk}: {_format_flag(wait.value)}, got: "
-            f"{'unreadable' if flag is None else _format_flag(flag)}. See that rank's log; if it is only slow, raise "
+            f"{self._name}: no data from rank {self._members[first.peer]}"
+            f"{f' (nor from rank(s) {others})' if others else ''} in round {round}: {reason}. Call {call.epoch} "
+            f"(identity {call.value & 0xFFFFFFFF:08x}), flag {first.number}: "
+            f"{'unreadable' if value is None else 'not raised'}. See that rank's log; if it is only slow, raise "
             "--sp-timeout"
         )
+
+    # -- calls in CUDA graphs -----------------------------------------------------------------------------------------
+
+    def _watch_graphs(self) -> None:
+        graphs = self._graphs
+        if graphs is None or graphs.next_check_s() > 0:
+            return
+        head = self._read_head()
+        waited_s = graphs.check(head, hurry=self._notified.is_set())
+        if self._notified.is_set():
+            if not graphs.idle:
+                self._release(self._waits())
+                if waited_s >= _RELEASE_LIMIT_S:
+                    self._exit_process()
+            return
+        reason = None if graphs.idle else self._abort_reason(self._others)
+        if head is not None and head.aborted:
+            reason = reason or "a rank of its group aborted, or made another call"
+        if waited_s >= CALL_TIMEOUT_FACTOR * self._timeout_s:
+            reason = reason or f"waited {waited_s:.1f} s"
+        if reason is not None:
+            counts = f"{graphs.begun} have begun, {graphs.ended} have ended"
+            self.fail(
+                TransportError(f"{self._name}: calls in a CUDA graph did not complete: {reason} ({counts})"),
+                self._others,
+            )
 
     def _exit_process(self) -> None:
         """Synchronizing with a stream that never continues would hang the process."""
@@ -192,5 +273,29 @@ class Watchdog:
         os._exit(70)
 
 
-def _format_flag(flag: int) -> str:
-    return f"call={flag >> 32}, identity={flag & 0xFFFFFFFF:08x}"
+class _GraphCalls:
+    """Progress of the calls in CUDA graphs."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self._seen: object = None
+        self._since = time.monotonic()
+        self._check_at = self._since
+
+    @property
+    def idle(self) -> bool:
+        return self.begun == self.ended
+
+    def next_check_s(self) -> float:
+        return max(0.0, self._check_at - time.monotonic())
+
+    def check(self, head: Head | None, hurry: bool) -> float:
+        """Note the words that were read. Returns for how many seconds nothing has changed during a call."""
+        now = time.monotonic()
+        if head is not None:
+            self.begun, self.ended = head.begun, head.ended
+            seen = head.begun, head.ended, tuple(head.flags)
+            if seen != self._seen or self.idle:
+                self._seen, self._since = seen, now
+        self._check_at = now + (_POLL_S if hurry and not self.idle else _HEAD_POLL_S)
+        return now - self._since

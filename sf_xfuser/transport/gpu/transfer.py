@@ -1,0 +1,145 @@
+"""Recorded transfers of a window: what each round copies, raises and waits for, with all addresses bound.
+
+On the host, a post is an event and two batches, of copies and of flags. A wait is one batch and an event. While a CUDA
+graph is captured, copies are single, since drivers cannot capture batches of them. Flags are copied from the window's
+word ``expected`` then, since their value changes from replay to replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from sf_xfuser.transport.base import Transfer
+from sf_xfuser.transport.gpu.driver import CopyBatch, WordBatch
+from sf_xfuser.transport.gpu.watchdog import RoundWait
+
+if TYPE_CHECKING:
+    import torch
+
+    from sf_xfuser.transport.gpu.device import DeviceWindow
+
+
+class Chunk(NamedTuple):
+    """A copy to byte ``offset`` in a peer's block from the address ``source``."""
+
+    offset: int
+    source: int
+    nbytes: int
+
+
+class NetworkPut(NamedTuple):
+    """Chunks for a peer whose memory is not mapped, then the flag at byte ``flag`` of its block."""
+
+    peer: int
+    chunks: tuple[Chunk, ...]
+    flag: int
+
+
+class DeviceTransfer(Transfer):
+    """A round. ``flags``: for each peer, the byte of the flag in its block that the round raises. ``chunks``: by peer.
+    ``held``: the tensors to send.
+
+    ``post_launches``, ``wait_launches``: driver calls that enqueue copies, flags and waits; a batch counts once, events
+    do not count."""
+
+    def __init__(
+        self,
+        window: DeviceWindow,
+        round: int,
+        chunks: Mapping[int, Sequence[Chunk]],
+        flags: Mapping[int, int],
+        awaited: RoundWait,
+        held: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self._window, self._round, self._held = window, round, held
+        mapped = {peer: window.address_of(peer) for peer in flags if window.maps(peer)}
+        self._copies = CopyBatch(
+            [(start + c.offset, c.source, c.nbytes) for peer, start in mapped.items() for c in chunks.get(peer, ())]
+        )
+        far = window.other_hosts
+        self._flags = WordBatch.writes([start + flags[peer] for peer, start in mapped.items() if peer not in far])
+        self._far_flags = [start + flags[peer] for peer, start in mapped.items() if peer in far]
+        self._all_flags = [start + flags[peer] for peer, start in mapped.items()]
+        self._network = [
+            NetworkPut(peer, tuple(chunks.get(peer, ())), flag) for peer, flag in flags.items() if peer not in mapped
+        ]
+        self.awaited = awaited
+        self._wait = DeviceWait(window, [awaited])
+        self.post_launches = (
+            window.driver.copy_launches(self._copies)
+            + self._flags.launches
+            + len(self._far_flags)
+            + sum(map(window.network_launches, self._network))
+        )
+        self.wait_launches = self._wait.launches
+
+    def post(self) -> None:
+        """As ``Transfer.post``. Starts after the work that is already on the current stream."""
+        window = self._window
+        window.require_usable()
+        try:
+            driver, streams = window.driver, window.streams
+            driver.record(streams.handoff, driver.current_stream(window.device))
+            if self._all_flags:
+                put = streams.put
+                window.sending.add(put)
+                driver.wait_event(put, streams.handoff)
+                if window.capturing:
+                    for target, source, nbytes in self._copies.copies:
+                        driver.copy(target, source, nbytes, put)
+                    copied = self._all_flags
+                else:
+                    driver.copy_all(self._copies, put)
+                    self._flags.values.fill(window.value)
+                    driver.run(self._flags, put)
+                    copied = self._far_flags
+                for target in copied:
+                    driver.copy(target, window.expected_address, 8, put)
+            if self._network:
+                window.sending.add(streams.network)
+                driver.wait_event(streams.network, streams.handoff)
+                for network_put in self._network:
+                    window.put_round(network_put, streams.network)
+        except BaseException as error:
+            window.fail(f"could not post round {self._round}", error)
+
+    def wait(self) -> None:
+        self._wait()
+
+
+class DeviceWait:
+    """Makes the current stream wait for flags. ``words``: more of them, as (peer, address). ``launches``: as in
+    ``DeviceTransfer``."""
+
+    def __init__(self, window: DeviceWindow, waits: Sequence[RoundWait], words: Sequence[tuple[int, int]] = ()) -> None:
+        self._window = window
+        self._waits = [wait for wait in waits if wait.flags]
+        found = [(flag.peer, window.flag_address(flag.word)) for wait in waits for flag in wait.flags] + [*words]
+        self._batch = WordBatch.waits([address for peer, address in found if window.maps(peer)])
+        self._network = [address for peer, address in found if not window.maps(peer)]
+        self.launches = self._batch.launches + len(self._network)
+
+    def __call__(self) -> None:
+        if not self.launches:
+            return
+        window = self._window
+        window.require_usable()
+        window.waits.extend(self._waits)
+        try:
+            driver, streams = window.driver, window.streams
+            current = driver.current_stream(window.device)
+            if window.capturing:  # see "Graphs" in device.py
+                window.join_puts(current)
+                waiting = current
+            else:
+                waiting = streams.wait
+            driver.run(self._batch, waiting)
+            for address in self._network:
+                window.await_network_flag(address, waiting)
+            if waiting != current:
+                driver.record(streams.handoff, waiting)
+                driver.wait_event(current, streams.handoff)
+        except BaseException as error:
+            rounds = [wait.round for wait in self._waits]
+            window.fail(f"could not enqueue the wait of rounds {rounds}", error)
