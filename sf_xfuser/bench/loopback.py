@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sf_xfuser.layout.plan import Layout, Plan
-from sf_xfuser.layout.schedule import Exchange, Message, Piece
+from sf_xfuser.layout.schedule import Exchange, Granularity, Message, Piece
 from sf_xfuser.layout.topology import Topology
 from sf_xfuser.torus.call import Call, Tokens, negotiate_call
 from sf_xfuser.torus.mesh import Mesh
@@ -88,7 +88,7 @@ class _LoopbackTransfer(Transfer):
 class StreamLoopback(SymmMem):
     """The GPU transport with all of its host's work (packing, copies, flags, waits, streams).
 
-    Copies go to unused memory, and all flags are raised in advance.
+    Copies go to unused memory, and each call raises all of its flags itself.
     """
 
     name = "loopback"
@@ -98,16 +98,15 @@ class StreamLoopback(SymmMem):
         control: Any = SoleRank(ranks)
         DeviceWindow.__init__(self, control, range(ranks), position, peers, 60.0)
 
-    def reserve(self, nbytes: int, scratch_bytes: int) -> None:
-        super().reserve(nbytes, scratch_bytes)
-        assert self._block is not None and self._memory is not None
-        self._raised = self._memory[self._block.flags : self._block.flags + 8].view(torch.int64).fill_(1)
+    def begin(self) -> torch.Tensor:
+        half = super().begin()
+        self._flags.fill_(self.value)
+        return half
 
     def windows(self) -> list[torch.Tensor]:
         """The parts of the window that a call may use."""
         assert self._block is not None and self._memory is not None
-        starts = (self._block.half(0), self._block.half(1))
-        return [self._memory[start : start + self._block.half_bytes] for start in starts]
+        return list(self._halves)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         memory, self._unused = (torch.empty(nbytes, dtype=torch.uint8, device=self._memory_device) for _ in range(2))
@@ -116,9 +115,6 @@ class StreamLoopback(SymmMem):
 
     def _free(self) -> None:
         pass
-
-    def _wait(self, peer: int, address: int, value: int, stream: int) -> None:
-        self._driver.wait_64(self._raised.data_ptr(), 1, stream)
 
 
 class OneRank:
@@ -131,7 +127,7 @@ class OneRank:
         k: torch.Tensor,
         v: torch.Tensor,
         link: Loopback | StreamLoopback,
-        granularity: str = "block",
+        granularity: Granularity = "block",
     ) -> None:
         """``q``, ``k``, ``v`` [B, H, L, D]: of all ranks."""
         ranks = layout.world_size

@@ -56,5 +56,5 @@ class Compression:
             return text
         last, worst = float(self._last), float(self._worst)
         measured = -(-self.calls // _MEASURE_EVERY)
-        error = f"{last:.2%} in the last measured call, {worst:.2%} in the worst of {measured}"
+        error = f"{last:.2%} in the last of {measured} measured, {worst:.2%} in the worst"
         return f"{text}; relative RMS error of a chunk: {error}"

@@ -135,43 +135,26 @@ class BoundProgram:
         return lambda slots: [wait() for wait in waits]
 
     def _bind_copy(self, op: Copy) -> Callable[[Slots], object]:
-        if op.copies[0][0].memory == "output":
-            return self._bind_output_copy(op)
-        return self._copies(op.copies)
-
-    def _bind_output_copy(self, op: Copy) -> Callable[[Slots], object]:
+        sides = [tuple((self._base(view.memory), view) for view in copy) for copy in op.copies]
+        dtype, device = self._dtype, self._device
+        if op.copies[0][0].memory != "output":
+            return _copy_function(sides, dtype, device)
         known: dict[tuple[int, ...], Callable[[Slots], object]] = {}  # by the strides of the output
-        for _, target in op.copies:
-            self._base(target.memory)  # a call copies the slots before it knows the strides
 
-        def copy(slots: Slots) -> None:
+        def copy_output(slots: Slots) -> None:
             b, h, s, _ = strides = slots[_OUTPUT].stride()
             if strides not in known:
-                known[strides] = self._copies(
+                known[strides] = _copy_function(
                     [
-                        (source._replace(offset=source.offset * s, strides=(s, b, h)), target)
-                        for source, target in op.copies
-                    ]
+                        ((slot, view._replace(offset=view.offset * s, strides=(s, b, h))), target)
+                        for (slot, view), target in sides
+                    ],
+                    dtype,
+                    device,
                 )
             known[strides](slots)
 
-        return copy
-
-    def _copies(self, copies: Sequence[tuple[View, View]]) -> Callable[[Slots], object]:
-        bases: dict[int, int] = {}
-
-        def side(view: View) -> Side:
-            slot = self._base(view.memory)
-            return Side(bases.setdefault(slot, len(bases)), view.offset, view.strides)
-
-        kernel = Copies(
-            [KernelCopy(side(source), side(target), source.shape) for source, target in copies],
-            self._dtype,
-            self._device,
-        )
-        slots_of = tuple(bases)
-        run = kernel.run
-        return lambda slots: run([slots[slot] for slot in slots_of])
+        return copy_output
 
     def _bind_compress(self, op: Compress | Measure) -> Callable[[Slots], object]:
         chunk = self._tensor(op.chunk)
@@ -275,6 +258,26 @@ class BoundProgram:
         memory = self._memories[view.memory]
         shape, strides = _geometry(view, heads_first)
         return memory.as_strided(shape, strides, memory.storage_offset() + view.offset)
+
+
+def _copy_function(
+    sides: Sequence[Sequence[tuple[int, View]]], dtype: torch.dtype, device: torch.device
+) -> Callable[[Slots], object]:
+    """Copies between (slot, view) pairs, as one launch."""
+    bases: dict[int, int] = {}  # index in the call of the kernel, by slot
+    kernel = Copies(
+        [
+            KernelCopy(
+                *(Side(bases.setdefault(slot, len(bases)), view.offset, view.strides) for slot, view in pair),
+                pair[0][1].shape,
+            )
+            for pair in sides
+        ],
+        dtype,
+        device,
+    )
+    slots_of, run = tuple(bases), kernel.run
+    return lambda slots: run([slots[slot] for slot in slots_of])
 
 
 def _geometry(view: View, heads_first: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
