@@ -71,7 +71,8 @@ def build_mesh(
     position = grid.members.index(rank)
     rank_info = RankInfo(plan.layout, grid.members, position, args.timeout)
     agreement = world.subgroup(index, grid.members)
-    control = ControlPlane(agreement, grid.members, position, agreement.timeout_s)
+    # A rank that waits for a chunk gives up first, since it knows which call it is in.
+    control = ControlPlane(agreement, grid.members, position, agreement.timeout_s + args.timeout)
     link_groups = _link_groups(rank_info, backend) if links.needs_process_groups(requested, backend) else {}
     transports = {} if requested is None else links.candidates(requested, rank_info, shared[index], link_groups)
     if args.compress != "none":

@@ -174,8 +174,9 @@ class Program:
     result_shape: tuple[int, int, int, int]
     itemsize: int
 
-    END_LAUNCHES = 3
-    """Of a call with one-sided transfers on a GPU: its identity, the check of all flags, and of the result."""
+    END_LAUNCHES = 4
+    """Of a call with one-sided transfers on a GPU: its identity, the check of all flags, that of the result, and a copy
+    of the outcome to the host."""
 
     @property
     def launches(self) -> int:
@@ -189,7 +190,7 @@ class Program:
             kind = {"AttendOp": "attend"}.get(type(op).__name__, type(op).__name__.lower())
             lines.append(f"{kind:<10} {op.launches:>8} {self._nbytes(op):>12}  {op.name}")
         end = self.END_LAUNCHES if self.transfers else 0
-        lines.append(f"{'end':<10} {end:>8} {0:>12}  identity, flags and result of the call")
+        lines.append(f"{'end':<10} {end:>8} {0:>12}  the identity, flags and result of the call")
         lines.append(f"{'total':<10} {self.launches:>8} {sum(map(self._nbytes, self.ops)):>12}")
         return "\n".join(lines)
 

@@ -1,0 +1,190 @@
+"""Measures the host time of one attention call, and counts its launches: ``python -m sf_xfuser.bench.host``.
+
+One rank of each layout makes whole calls of ``torus_attention``, over one-sided transfers to GPUs that it maps. Kernels
+and driver calls are replaced by functions that count and return at once, so no GPU is needed. What remains is the host
+time of this package: the checks of a call, its program, and one Python call for each launch and event.
+
+``launches`` are attention kernels, merges, copies, flags and waits. A batch that the driver takes in one call counts
+once. Events do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any, get_args
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sf_xfuser.bench.document import check_output_paths, new_document, write_json
+from sf_xfuser.bench.loopback import OneRank, StreamLoopback
+from sf_xfuser.layout.plan import Layout
+from sf_xfuser.layout.schedule import Granularity
+from sf_xfuser.torus import run
+from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.call import Tokens
+from sf_xfuser.transport.gpu import device, driver, memory
+
+UNSTAGED = "unstaged"
+LAYOUTS = ("T4U2R4", "T4U8R1", "T4U1R1", "T8U1R8", UNSTAGED)
+"""Torus, Ulysses and inside-ring degrees. ``unstaged``: T4U2R4, with one attention call after all inputs are here."""
+
+_LAUNCHING = re.compile(r"cu(Memcpy|Stream(BatchMemOp|Write|Wait)Value|StreamBatchMemOp|StreamWrite)")
+_HEADS, _HEAD_SIZE, _TOKENS = 3, 64, 16  # per head group; of a rank. They do not change the host time
+_WARMUP = 20  # calls, which record the programs of both halves of the window
+
+
+class _Library:
+    """Replaces the CUDA driver. Every function returns 0, success."""
+
+    def __init__(self, launches: Counter[str]) -> None:
+        self._launches = launches
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        launches, counts = self._launches, _LAUNCHING.match(name) is not None
+
+        def function(*arguments: object) -> int:
+            if counts:
+                launches[name] += 1
+            return 0
+
+        setattr(self, name, function)
+        return function
+
+
+class _Torch:
+    """PyTorch for the modules of GPU transports, with a ``torch.cuda`` that has nothing to do."""
+
+    cuda = SimpleNamespace(
+        current_device=lambda: 0,
+        empty_cache=lambda: None,
+        is_available=lambda: True,
+        is_current_stream_capturing=lambda: False,
+        mem_get_info=lambda: (1 << 40, 1 << 40),
+        set_device=lambda index: None,
+        synchronize=lambda: None,
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def no_gpu() -> Iterator[Counter[str]]:
+    """A context in which kernels and driver calls do nothing. Yields the number of launches by name."""
+    launches: Counter[str] = Counter()
+
+    def kernel(name: str) -> Callable[..., None]:
+        def launch(*arguments: object) -> None:
+            launches[name] += 1
+
+        return launch
+
+    copy = kernel("copies")
+    copies = SimpleNamespace(run=copy)
+    with ExitStack() as patches:
+        for module, names in (
+            (run, {"Copies": lambda *given: copies, "merge_partial": kernel("merge")}),
+            (run, {"fix_fully_masked_lse": lambda q, k, out, lse: lse}),
+            (device, {"check_flags": kernel("check_flags"), "poison_result": kernel("poison_result")}),
+            (device, {"torch": _Torch(), "environment": lambda names: dict.fromkeys(names, "32")}),
+            (memory, {"torch": _Torch()}),
+            (driver.ctypes, {"CDLL": lambda name: _Library(launches)}),
+            (driver.Driver, {"current_stream": lambda self, device: 0}),
+        ):
+            patches.enter_context(mock.patch.multiple(module, **names))
+        yield launches
+
+
+def parse_layout(name: str) -> tuple[Layout, Granularity]:
+    """The layout and granularity of a name such as ``T4U2R4`` or ``unstaged``. Raises ValueError."""
+    found = re.fullmatch(r"T(\d+)U(\d+)R(\d+)", "T4U2R4" if name == UNSTAGED else name)
+    if found is None or min(degrees := [int(digits) for digits in found.groups()]) < 1:
+        raise ValueError(f"a layout is TxUyRz, for instance T4U2R4, or {UNSTAGED}; got {name!r}")
+    layout = Layout(torus=degrees[0], ulysses=degrees[1], ring_across=1, ring_inside=degrees[2])
+    return layout, "unstaged" if name == UNSTAGED else "slab"
+
+
+def measure(name: str, calls: int, granularity: Granularity | None = None) -> dict[str, Any]:
+    """The row of a layout: ``host_us`` (median of ``calls``) and ``launches`` of one call. Local."""
+    layout, usual = parse_layout(name)
+    granularity = granularity or usual
+    outputs: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
+    with no_gpu() as launches, torch.no_grad():
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            launches["attend"] += 1
+            if q.shape not in outputs:
+                outputs[q.shape] = torch.empty_like(q), torch.empty(q.shape[:3])
+            return outputs[q.shape]
+
+        ranks = layout.world_size
+        x = torch.zeros(1, _HEADS * layout.ulysses_degree, ranks * _TOKENS, _HEAD_SIZE, dtype=torch.bfloat16)
+        link = StreamLoopback(ranks, 0, range(1, ranks), x.device)
+        rank = OneRank(layout, x, x, x, link, granularity)
+        tokens = Tokens(rank.counts, rank.counts)
+        query, key, value = rank.own
+
+        def call() -> None:
+            torus_attention(query, key, value, mesh=rank.mesh, attention=attend, tokens=tokens, granularity=granularity)
+
+        for _ in range(_WARMUP):
+            call()
+        launches.clear()
+        call()
+        counted = Counter(launches)
+        seconds = []
+        for _ in range(calls):
+            started_s = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - started_s)
+        rank.mesh.close()
+    return {
+        "layout": name,
+        "granularity": granularity,
+        "host_us": round(1e6 * statistics.median(seconds), 1),
+        "launches": counted.total(),
+        "launches_by_kind": dict(sorted(counted.items())),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.host", description=__doc__)
+    parser.add_argument(
+        "--layout", action="append", metavar="TxUyRz", help=f"may be repeated. Default: {', '.join(LAYOUTS)}"
+    )
+    parser.add_argument("--granularity", choices=get_args(Granularity), help="of the schedule. Default: slab")
+    parser.add_argument("--calls", type=int, default=300, help="calls of which the median is taken. Default: 300")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file; -: to standard output")
+    options = parser.parse_args(argv)
+    try:
+        for name in options.layout or ():
+            parse_layout(name)
+        if options.calls < 1:
+            raise ValueError(f"--calls must be at least 1, got {options.calls}")
+        check_output_paths(options, "json")
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(1)
+    document = new_document("python -m sf_xfuser.bench.host", accelerator="none: kernels and driver calls do nothing")
+    document["rows"] = [measure(name, options.calls, options.granularity) for name in options.layout or LAYOUTS]
+    if not write_json(options.json, document, indent=1):
+        table = Table("layout", "granularity", "host us", "launches")
+        for row in document["rows"]:
+            table.add_row(row["layout"], row["granularity"], f"{row['host_us']:.0f}", str(row["launches"]))
+        Console(width=None if sys.stdout.isatty() else 100).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
