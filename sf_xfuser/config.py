@@ -18,6 +18,7 @@ XDIT_BACKENDS = ("usp", "ulysses", "ring")  # attention runs xDiT's own code
 BACKENDS = (*XDIT_BACKENDS, "torus", "auto")
 CHECKS = ("off", "first")
 KERNELS = ("library", "fused")
+GRAPHS = ("auto", "off")
 COMPRESSIONS = ("none", "fp8", "int8")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
 _PLAN_NAMES = ("auto", "paper", "usp")
@@ -53,6 +54,7 @@ class TorusArgs:
     use the fastest. xDiT's own backends use a named transport for yunchang's all-to-all.
     ``timeout``: seconds to wait for a chunk. Ranks may start a call up to five times this long apart.
     ``kernel``: local attention of torus: ``"library"`` (xDiT's attention backend) or ``"fused"`` (one Triton kernel).
+    ``graphs``: ``"auto"`` captures the calls of a shape as a CUDA graph after a few calls, where the transport allows it.
     ``compress``: quantization of Torus Attention's Q, V and O between machines; K keeps the input dtype.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
     ``strict``: raise an error instead of falling back to xDiT's own USP or yunchang's own all-to-all.
@@ -66,6 +68,7 @@ class TorusArgs:
     check: str = "off"
     compress: str = "none"
     kernel: str = "library"
+    graphs: str = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class TorusArgs:
         self._require_one_of("compress", COMPRESSIONS)
         self._require_one_of("check", CHECKS)
         self._require_one_of("kernel", KERNELS)
+        self._require_one_of("graphs", GRAPHS)
         if not isinstance(self.strict, bool):
             raise ValueError(f"--sp-strict must be true or false, got {_SHORT.repr(self.strict)}")
         is_number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
@@ -110,6 +114,7 @@ class TorusArgs:
             (f"--sp-compress {self.compress}", self.compress != "none", "compresses Torus Attention's chunks"),
             (f"--sp-plan {self.plan}", self.plan not in ("auto", "usp"), "sets Torus Attention's layout"),
             (f"--sp-kernel {self.kernel}", self.kernel != "library", "selects Torus Attention's kernel"),
+            (f"--sp-graphs {self.graphs}", self.graphs != "auto", "applies to Torus Attention's calls"),
             (f"--sp-check {self.check}", self.check != "off", "compares Torus Attention with xDiT's own code"),
             (f"--sp-transport {self.transport}", named and not all_to_all, "does not apply to a ring"),
             ("--sp-strict", self.strict and not all_to_all, "applies to calls that fall back to xDiT's own code"),
@@ -211,6 +216,13 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         help="Local attention of torus: library = xDiT's attention backend (without xDiT: PyTorch's attention) and a "
         "merge kernel; fused = one Triton kernel, for float32, float16 and bfloat16 with head sizes 64, 72, 96, 128 "
         "and 256 (other calls raise an error). Default: library",
+    )
+    add(
+        "graphs",
+        choices=GRAPHS,
+        default="auto",
+        help="auto = on GPUs with a one-sided transport on all links, capture the attention calls of a shape as a CUDA "
+        "graph after a few calls, so that a later call is one launch. Default: auto",
     )
     add(
         "check",

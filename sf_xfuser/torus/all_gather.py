@@ -93,6 +93,6 @@ def _run(part: torch.Tensor, dim: int, lengths: list[int], mesh: Mesh) -> torch.
             for buffer, into in buffers.values():
                 if buffer is not into:
                     into.copy_(buffer)
-    mesh.end(mesh.record_ends(), table)
+    mesh.end_exchanges(table)
     by_rank = sorted(range(layout.world_size), key=mesh.members.__getitem__)
     return torch.cat([table[slot[w], : lengths[w]] for w in by_rank])

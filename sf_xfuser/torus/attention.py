@@ -11,6 +11,7 @@ from sf_xfuser.kernels import Attention, fused_unsupported_reason, prepare, sdpa
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.call import Joint, Tokens, negotiate_call
 from sf_xfuser.torus.mesh import Mesh
+from sf_xfuser.transport.gpu.memory import is_capturing
 
 NO_GRADIENT = "autograd records this call, and Torus Attention has no backward pass"
 
@@ -77,11 +78,12 @@ def torus_attention(
             call = negotiate_call(mesh, tensors, joint.strategy if joint else None, counts, granularity)
             compressed = "none" if mesh.compression is None else mesh.compression.format
             prepare(query.device, query.dtype, query.shape[3], compressed, attention == "fused")
+            if query.is_cuda and is_capturing():
+                call.keep_programs(mesh, tensors, attention == "fused")
             window = mesh.begin(call, call.digest)
             program = call.bound_program(mesh, tensors, window, attention == "fused")
-            result_BSHD = query.new_empty(program.program.result_shape)
-            program.run(tensors, attention, result_BSHD)
-            mesh.end(program.ends, result_BSHD)
+            result_BSHD = program.call(tensors, attention)
+            mesh.end()
             return result_BSHD.transpose(1, 2)
 
         return mesh.attempt(lambda: run(attention), lambda: run(attend_nothing), query.device)

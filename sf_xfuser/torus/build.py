@@ -78,6 +78,7 @@ def build_mesh(
     if args.compress != "none":
         transports.pop("nvshmem", None)
     mesh = Mesh(
+        graphs=Graphs(enabled=args.graphs == "auto"),
         plan=plan,
         grid=grid,
         topology=topology,

@@ -56,18 +56,34 @@ class Call:
         self, mesh: Mesh, tensors: Sequence[torch.Tensor], window: torch.Tensor | None, fused: bool
     ) -> BoundProgram:
         """The program for tensors of these strides in this half of the window, recorded at its first use. Local."""
-        strides = tuple([x.stride() for x in tensors])
-        key = strides, fused, mesh.scratch.data_ptr(), 0 if window is None else window.data_ptr()
+        key = _program_key(mesh, tensors, fused), 0 if window is None else window.data_ptr()
         found = self.programs.get(key)
         if found is None:
             while len(self.programs) >= _MAX_PROGRAMS:
                 del self.programs[next(iter(self.programs))]
-            placement = replace(self.placement, strides=strides, fused=fused)
+            placement = replace(self.placement, strides=tuple(x.stride() for x in tensors), fused=fused)
             program = record(self.schedule, self.sizes, placement)
             kv_of_q = None if fused and self.grouped else self.kv_of_q
             memories = _memories(mesh, tensors[0], window, placement)
             found = self.programs[key] = BoundProgram(program, mesh, memories, tensors[0], kv_of_q, fused)
         return found
+
+    def keep_programs(self, mesh: Mesh, tensors: Sequence[torch.Tensor], fused: bool) -> None:
+        """Keep the programs to which a user's CUDA graph is about to refer. Raises ValueError on every rank if the
+        programs have not been recorded yet, which a capture cannot do."""
+        key = _program_key(mesh, tensors, fused)
+        recorded = [program for (known, _), program in self.programs.items() if known == key]
+        halves = 1 if mesh.window is None else mesh.window.halves
+        if len(recorded) < halves:
+            mesh.refuse(
+                f"a CUDA graph is being captured, and this call needs {halves} call(s) of the same shapes and strides "
+                f"before it: run the model once before the capture"
+            )
+        mesh.graphs.kept += [program for program in recorded if program not in mesh.graphs.kept]
+
+
+def _program_key(mesh: Mesh, tensors: Sequence[torch.Tensor], fused: bool) -> Any:
+    return tuple([x.stride() for x in tensors]), fused, mesh.scratch.data_ptr()
 
 
 def _memories(

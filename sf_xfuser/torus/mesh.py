@@ -20,6 +20,7 @@ from sf_xfuser.layout.topology import MachineGrid, Topology
 from sf_xfuser.torus import links
 from sf_xfuser.torus.call_guard import CallGuard
 from sf_xfuser.torus.compression import Compression
+from sf_xfuser.torus.graphs import Graphs
 from sf_xfuser.torus.links import Connect, Group, Links
 from sf_xfuser.torus.trace import Trace
 from sf_xfuser.transport.base import OneSided, Parcel, TransportError, TransportUnavailable
@@ -66,6 +67,7 @@ class Mesh:
     log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
     layer: str = ""
     guard: CallGuard = field(init=False)
+    graphs: Graphs = field(default_factory=Graphs)
     _scratch: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -207,18 +209,18 @@ class Mesh:
         window.last_call = call
         return window_bytes
 
-    def end(self, ends: Sequence[Callable[[torch.Tensor | None], None]], result: torch.Tensor) -> None:
-        """End a call with the functions of ``Transport.record_end``, one for each transport. Nothing stays posted. If
-        the host did not wait for a chunk that was lost, ``result`` becomes NaN."""
-        for end in ends:
-            end(result)
+    def end(self) -> None:
+        """End a call, after what ``Transport.record_end`` of each transport has returned. Nothing stays posted."""
         if self.compression is not None:
             self.compression.end_call()
         self.guard.started = self.guard.dirty = False
 
-    def record_ends(self) -> list[Callable[[torch.Tensor | None], None]]:
-        """``Transport.record_end`` of each transport."""
-        return [transport.record_end() for transport in dict.fromkeys(self.links.values())]
+    def end_exchanges(self, result: torch.Tensor) -> None:
+        """End a call of one-off exchanges. Nothing stays posted. If the host did not wait for a chunk that was lost,
+        ``result`` becomes NaN."""
+        for transport in dict.fromkeys(self.links.values()):
+            transport.record_end()(result)
+        self.end()
 
     # -- transports ----------------------------------------------------------------------------------------------------
 
@@ -318,6 +320,7 @@ class Mesh:
         text.append(
             f"transport {self.transport}: {self.transport_reason or 'until the first call has timed all of them'}"
         )
+        text.append(self.graphs.line())
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text

@@ -23,8 +23,10 @@ from sf_xfuser.kernels import (
 )
 from sf_xfuser.kernels.copies import Copies, Side
 from sf_xfuser.kernels.copies import Copy as KernelCopy
+from sf_xfuser.torus.graphs import EAGER_CALLS, Graph
 from sf_xfuser.torus.program import INPUTS, AttendOp, Compress, Copy, Measure, Poison, Post, Program, View, Wait
 from sf_xfuser.transport.base import Parcel, Transfer, Transport
+from sf_xfuser.transport.gpu.memory import is_capturing
 
 if TYPE_CHECKING:
     from sf_xfuser.torus.mesh import Mesh
@@ -58,6 +60,31 @@ class BoundProgram:
             self._transfers = [self._record(number) for number in range(len(program.transfers))]
             self._calls = [self._bind(op) for op in program.ops]
             self.ends = [transport.record_end() for transport in transports]
+        self._can_capture = not fused and mesh.graphs.unavailable_reason(mesh, example.device) is None
+        self._graph: Graph | None = None
+        self._calls_alike = 0
+        self._last_attention: Attention | None = None
+
+    def call(self, inputs: Sequence[torch.Tensor], attention: Attention) -> torch.Tensor:
+        """The result of the call, [B, S, H, D]. After ``Mesh.begin``, in the half for which the program was bound."""
+        if self._can_capture and self._mesh.trace is None and not is_capturing():
+            if self._graph is None or self._graph.attention is not attention:
+                self._count_call(inputs, attention)
+            if self._graph is not None and self._graph.attention is attention:
+                return self._graph.replay(inputs)
+        result = inputs[0].new_empty(self.program.result_shape)
+        self.run(inputs, attention, result)
+        for end in self.ends:
+            end(result)
+        return result
+
+    def _count_call(self, inputs: Sequence[torch.Tensor], attention: Attention) -> None:
+        """Capture the program after a few calls with the same attention function."""
+        self._calls_alike = self._calls_alike + 1 if attention is self._last_attention else 0
+        self._last_attention = attention
+        if self._calls_alike >= EAGER_CALLS:
+            self._graph = self._mesh.graphs.capture(self._mesh, self, inputs, attention)
+            self._can_capture = self._graph is not None
 
     def run(self, inputs: Sequence[torch.Tensor], attention: Attention, result: torch.Tensor) -> None:
         """Fill ``result`` [B, S, H, D], up to what ``ends`` do."""

@@ -70,6 +70,7 @@ def test_the_page_of_flags_has_every_flag_with_its_values_and_default():
     choices = {
         "backend": config.BACKENDS,
         "kernel": config.KERNELS,
+        "graphs": config.GRAPHS,
         "transport": config.TRANSPORTS,
         "check": config.CHECKS,
         "compress": config.COMPRESSIONS,
