@@ -23,6 +23,10 @@ def test_fused_matches_the_reference():
     assert "matches the reference" in run_python(RANKS / "fused_gpu.py").output
 
 
+def test_a_call_compiles_no_kernel():
+    assert "match the references" in run_python(RANKS / "kernels_gpu.py").output
+
+
 def test_benchmark(tmp_path):
     """Tiny sizes, each result checked before it is timed. Includes Torus Attention with both attention kernels."""
     path = tmp_path / "rows.json"
