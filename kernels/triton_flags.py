@@ -22,12 +22,14 @@ def check_flags_kernel(flags, index, expected, poison, ended, num_checked, BLOCK
     """One program. The last step is visible to other processors after all others."""
     value = tl.load(expected)
     wrong = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, num_checked, BLOCK):
+    first = 0
+    while first < num_checked:
         position = first + tl.arange(0, BLOCK)
         valid = position < num_checked
         flag = flags + tl.load(index + position, mask=valid, other=0)
         wrong |= (valid & (tl.load(flag, mask=valid, other=0, volatile=True) != value)).to(tl.int32)
         tl.store(flag, tl.zeros([BLOCK], tl.int64), mask=valid)
+        first += BLOCK
     tl.store(poison, float("nan"), mask=tl.max(wrong, 0) != 0)
     tl.debug_barrier()  # between the threads of the program
     tl.atomic_add(ended, 1, sem="release", scope="sys")
@@ -40,11 +42,8 @@ def poison_kernel(result, poison, num_elements: tl.int64, BLOCK: tl.constexpr):
         first = tl.program_id(0).to(tl.int64) * BLOCK
         while first < num_elements:
             element = first + tl.arange(0, BLOCK)
-            tl.store(
-                result + element,
-                tl.full([BLOCK], float("nan"), result.dtype.element_ty),
-                mask=element < num_elements,
-            )
+            nan = tl.full([BLOCK], float("nan"), tl.float32).to(result.dtype.element_ty)
+            tl.store(result + element, nan, mask=element < num_elements)
             first += tl.num_programs(0) * BLOCK
 
 

@@ -25,7 +25,7 @@ KNOWN_SPILLS = {
     },
     "3.6": {"attend chunks D=128 on sm_100": 32, "attend chunks (last) D=128 on sm_100": 32},
 }
-"""Bytes per thread, by Triton version. 3.7 to 3.9 spill nothing. 3.4 cannot compile the fused kernel for sm_100."""
+"""Bytes per thread, by Triton version. 3.7 to 3.9 spill nothing. 3.4 cannot compile every fused kernel for sm_100."""
 
 
 def usages() -> list[dict[str, Any]]:

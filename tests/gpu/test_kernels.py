@@ -14,6 +14,13 @@ from tests.launch import run
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def test_a_call_compiles_no_kernel():
+    """In a process without Triton's interpreter."""
+    command = [sys.executable, str(RANKS / "kernels_gpu.py")]
+    finished = run(command, timeout=900, env={"PYTHONPATH": str(RANKS.parents[1])})
+    assert "match the references" in finished.output
+
+
 def test_every_result_is_exact(tmp_path):
     """Kernels and transports against float64, and copies and repeated calls bitwise."""
     path = tmp_path / "rows.json"

@@ -93,7 +93,7 @@ def test_gaps_are_refused():
 
 FAULTS = {
     "no reset": ("tl.zeros([BLOCK], tl.int64)", "tl.zeros([BLOCK], tl.int64) + value"),
-    "first flags only": ("range(0, num_checked, BLOCK)", "range(0, 1, BLOCK)"),
+    "first flags only": ("while first < num_checked:", "while first < 1:"),
     "last flags only": ("wrong |= (valid", "wrong = (valid"),
     "never wrong": ("tl.max(wrong, 0) != 0", "tl.max(wrong, 0) != 1"),
     "not counted": ("tl.atomic_add(ended, 1", "tl.atomic_add(ended, 0"),
