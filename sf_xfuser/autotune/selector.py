@@ -4,8 +4,8 @@ The candidates take the same tensors and give the same result:
 
     xDiT's own USP        in the degrees of the launch
     xDiT's USP            as flat Ulysses (heads split over all ranks), where the head count allows it
-    Torus Attention       in the layout of ``--sp-plan``, in the granularities of ``granularities``, and in the layout
-                          with the next fewest bytes
+    Torus Attention       in the layout of ``--sp-plan``, in each of ``granularities_to_try``, and in the layout with
+                          the next fewest bytes
 
 A *trial* runs the first calls of a shape on the candidates in turn, each after one warm-up call. It selects the lowest
 median after at most ten timed calls, or thirty where two candidates are within 4 %. On a tie xDiT's own USP is
@@ -29,6 +29,7 @@ import torch
 
 from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.config import TorusArgs
+from sf_xfuser.layout.chunking import granularities_to_try
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
@@ -67,14 +68,6 @@ def torus_first(layout: Layout, own: XditConfig, kv_ratio: Fraction) -> bool:
     return grid[0] > 1 and float(layout.egress(kv_ratio)) <= egress(own, *grid, float(kv_ratio)) * (1 + 1e-9)
 
 
-def granularities(device: str, one_host: bool) -> list[Granularity | None]:
-    """Of Torus Attention in the first layout, in order of preference. None: chosen by the call. ``device``: ``"cpu"``
-    or ``"cuda"``. CUDA omits ``"block"``: in the simulator it is over 2 % faster than both others in 8 % of cases."""
-    if device == "cuda":
-        return ["slab", "unstaged"]
-    return [None] if one_host else [None, "unstaged"]  # on one host a call is always unstaged
-
-
 # -- trials: collective ------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +98,7 @@ class Selector:
         log: Callable[[str], object],
     ) -> None:
         self.own, self.use_degrees, self.meshes, self.log = own, use_degrees, tuple(meshes), log
-        first, *rest = granularities("cuda" if torch.cuda.is_available() else "cpu", self.mesh.one_host)
+        first, *rest = granularities_to_try("cuda" if torch.cuda.is_available() else "cpu", one_host=self.mesh.one_host)
         ours = [Candidate(self.mesh, first), *map(Candidate, meshes[1:]), *(Candidate(self.mesh, g) for g in rest)]
         torus = {" ".join(filter(None, ("torus", c.granularity, f"({c.mesh.layout})"))): c for c in ours if c.mesh}
         others = {f"xDiT's USP ({degrees})": Candidate(degrees=degrees) for degrees in other_degrees}

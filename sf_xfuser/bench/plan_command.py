@@ -251,7 +251,10 @@ def _show(ranking: Ranking, took_s: float) -> None:
     console.print(table)
     replayed = sum(candidate.predicted is not None for candidate in ranking.layouts)
     legal = sum(candidate.bound_s is not None for candidate in ranking.layouts)
-    console.print(f"ranked in {took_s * 1e3:.0f} ms, replayed {replayed} of {legal} legal layouts", highlight=False)
+    console.print(
+        f"ranked in {took_s * 1e3:.0f} ms, replayed {replayed} of {legal} legal layouts and granularities",
+        highlight=False,
+    )
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 

@@ -48,6 +48,15 @@ def choose_granularity(layout: Layout, size: CallSize, device: str, *, one_host:
     return "slab" if seconds >= _MIN_ATTEND_S and waves >= 1 else "unstaged"
 
 
+def granularities_to_try(device: str, *, one_host: bool) -> list[Granularity | None]:
+    """What ``--sp-backend auto`` tries in its first layout, in order of preference. None: ``choose_granularity``.
+
+    CUDA omits ``"block"``, which is over 2 % faster than both others in 8 % of the cases of ``choose_granularity``."""
+    if device == "cuda":
+        return ["slab", "unstaged"]
+    return [None] if one_host else [None, "unstaged"]
+
+
 def choose_chunking(layout: Layout, size: CallSize, device: str, granularity: Granularity) -> Chunking:
     """The number of parts for a call (measured rows: docs/performance.md). ``device``: ``"cpu"`` or ``"cuda"``. The
     result does not depend on the transport, so all transports give the same bits.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_xfuser.autotune.selector import flat_ulysses, granularities, second_layout, torus_first
+from sf_xfuser.autotune.selector import flat_ulysses, second_layout, torus_first
 from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.layout.plan import UNEVEN, Layout, make_plan
 from sf_xfuser.layout.usp_layouts import XditConfig
@@ -118,12 +118,6 @@ def test_second_layout():
     assert second(4, 2, 8) == "torus=4 ulysses=1 ring=2"
     assert second(3, 1, 3) == "None"  # a ring moves more bytes
     assert second(1, 4, 8) == "None"
-
-
-def test_granularities_of_the_first_layout():
-    assert granularities("cuda", one_host=True) == granularities("cuda", one_host=False) == ["slab", "unstaged"]
-    assert granularities("cpu", one_host=False) == [None, "unstaged"]
-    assert granularities("cpu", one_host=True) == [None]
 
 
 def test_flat_ulysses_is_a_candidate_if_legal_and_not_xdits_own():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity
+from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity, granularities_to_try
 from sf_xfuser.layout.plan import Layout, legal_layouts
 from sf_xfuser.layout.schedule import Chunking, build_schedule
 
@@ -34,6 +34,12 @@ def test_on_a_cpu_only_ranks_of_one_host_are_unstaged():
     for size in (FLUX_1024, FLUX_4096):
         assert choose_granularity(PAPER, size, "cpu") == "block"
         assert choose_granularity(PAPER, size, "cpu", one_host=True) == "unstaged"
+
+
+def test_granularities_that_auto_tries():
+    assert granularities_to_try("cuda", one_host=True) == ["slab", "unstaged"]
+    assert granularities_to_try("cpu", one_host=False) == [None, "unstaged"]
+    assert granularities_to_try("cpu", one_host=True) == [None]  # a call is always unstaged
 
 
 @pytest.mark.parametrize(

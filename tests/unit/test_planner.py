@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 
 from sf_xfuser.bench import ablation, report
+from sf_xfuser.bench.predicted import markdown
 from sf_xfuser.cli import main
 from sf_xfuser.files import MAX_CHARACTERS
 from sf_xfuser.layout.plan import Layout, legal_layouts, paper_layout
@@ -215,6 +216,14 @@ def test_the_papers_ablation():
     predicted = [ablation.ratios(preset("p4de"), workload) for workload in ablation.WORKLOADS]
     assert ablation.wrong_directions(predicted) == 0
     assert ablation.mean_error(predicted) <= 0.15
+
+
+def test_the_page_of_predicted_times():
+    """It has the tables that the command prints. Torus is not slower than xDiT in any row."""
+    page = (RESULTS.parent / "predicted.md").read_text()
+    assert page.partition("## Tables\n\n")[2].splitlines() == [*markdown()][:-1]
+    rows = [line.split(" | ") for line in page.splitlines() if re.match(r"\| (Flux|Hunyuan)", line)]
+    assert len(rows) == 27 and all(float(cells[6]) <= 1 for cells in rows)
 
 
 # -- the ranking ------------------------------------------------------------------------------------------------------
