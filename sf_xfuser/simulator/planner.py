@@ -164,7 +164,9 @@ def _why_not(ranked: RankedLayout, best: RankedLayout) -> str:
         return "; ".join(reasons)
     exposed = ranked.predicted.exposed_s - best.predicted.exposed_s
     computed = ranked.predicted.seconds - best.predicted.seconds - exposed
-    if exposed >= computed:
+    if ranked.predicted.seconds == ranked.predicted.host_s:
+        reasons.append(f"its host starts {ranked.predicted.launches} operations")
+    elif exposed >= computed:
         reasons.append(f"waits {exposed * 1e3:.2f} ms longer for transfers")
         if computed < 0:
             reasons[-1] += f", computes {-computed * 1e3:.2f} ms less"

@@ -24,7 +24,8 @@ def test_on_cuda_only_long_attention_calls_are_staged():
     """All queries of a rank to one slab: 4 x 16512 rows x 16512 keys x 3 heads x 128 take 698 us at 600 TFLOP/s."""
     assert choose_granularity(PAPER, FLUX_4096, "cuda") == "slab"
     assert choose_granularity(PAPER, FLUX_1024, "cuda") == "unstaged"
-    assert choose_granularity(PAPER, replace(FLUX_4096, q_tokens=128), "cuda") == "unstaged"  # fills no wave
+    few_queries = replace(FLUX_4096, q_tokens=128, kv_tokens=16512)  # fill 0.18 waves for 347 us
+    assert choose_granularity(PAPER, few_queries, "cuda") == "unstaged"
     at_600 = 4 * 387 * 128 * 8 * 128 / 600e12  # seconds per key token of a rank
     for us, granularity in ((149, "unstaged"), (151, "slab")):
         assert choose_granularity(PAPER, replace(FLUX_4096, kv_tokens=int(us * 1e-6 / at_600)), "cuda") == granularity

@@ -172,6 +172,28 @@ def test_a_call_matches_a_calculation_by_hand():
     assert fast.seconds == pytest.approx(512 * 2 * 64 * 2 * 8e-9, rel=1e-3)  # a quarter each of Q, K, V and O
 
 
+def test_attention_takes_whole_waves():
+    """p4de: 108 SMs at 200 TFLOP/s, so a wave of 108 tiles of 128 rows takes 108 * 128 * keys * 4 * 128 / 200e12 s."""
+    shape = CallShape(seq_len=65536, heads=24, kv_heads=24, head_dim=128)
+    times = simulated_call(preset("p4de"), shape, XditConfig(ulysses_degree=8, ring_degree=4)).times
+    wave_s = 108 * 128 * 1000 * 4 * 128 / 200e12
+    for rows, waves in ((128, 1), (128 * 36, 1), (128 * 36 + 1, 2), (128 * 108, 3)):
+        assert times.attention_s(rows, 1000, 3, 0) == pytest.approx(waves * wave_s + 10e-6)
+
+
+def test_a_call_takes_at_least_the_time_of_its_host():
+    cluster, shape = preset("p4de").with_size(4, 8), CallShape(seq_len=65536, heads=24, kv_heads=24, head_dim=128)
+    slow = replace(cluster, compute=replace(cluster.compute, launch_us=1000.0))
+    for variant, launches in (
+        (TorusVariant(layout=paper_layout(4, 8, 24), granularity="slab"), 73),
+        (XditConfig(ulysses_degree=8, ring_degree=4), 41),  # 4 all-to-alls, an all-gather, 4 attends, 3 x 6 merge steps
+    ):
+        usual, bound = predict(cluster, shape, variant), predict(slow, shape, variant)
+        assert usual.launches == launches and usual.seconds > usual.host_s == pytest.approx(launches * 10e-6)
+        assert bound.seconds == bound.host_s == pytest.approx(launches * 1e-3)
+    assert any(ranked.reason.endswith("its host starts 73 operations") for ranked in rank(slow, shape).layouts)
+
+
 @pytest.mark.parametrize("name", ["grid", "xeon-grid", "other-rates"])
 def test_predicted_times_match_the_emulated_cluster(name):
     """Within 15 % at the median and 30 % at worst, with the order right wherever two variants of a case differ by over
