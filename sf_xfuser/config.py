@@ -54,7 +54,7 @@ class TorusArgs:
     use the fastest. xDiT's own backends use a named transport for yunchang's all-to-all.
     ``timeout``: seconds to wait for a chunk. Ranks may start a call up to five times this long apart.
     ``kernel``: local attention of torus: ``"library"`` (xDiT's attention backend) or ``"fused"`` (one Triton kernel).
-    ``graphs``: ``"auto"`` captures the calls of a shape as a CUDA graph after a few calls, where the transport allows it.
+    ``graphs``: ``"auto"`` captures the calls of a shape as a CUDA graph, where the transport allows it.
     ``compress``: quantization of Torus Attention's Q, V and O between machines; K keeps the input dtype.
     ``check``: ``"first"`` compares the first call of each shape with xDiT's own USP.
     ``strict``: raise an error instead of falling back to xDiT's own USP or yunchang's own all-to-all.

@@ -4,7 +4,8 @@ The candidates take the same tensors and give the same result:
 
     xDiT's own USP        in the degrees of the launch
     xDiT's USP            as flat Ulysses (heads split over all ranks), where the head count allows it
-    Torus Attention       in the layout of ``--sp-plan``, in the layout with the next fewest bytes, and unstaged
+    Torus Attention       in the layout of ``--sp-plan``, in each of ``granularities_to_try``, and in the layout with
+                          the next fewest bytes
 
 A *trial* runs the first calls of a shape on the candidates in turn, each after one warm-up call. It selects the lowest
 median after at most ten timed calls, or thirty where two candidates are within 4 %. On a tie xDiT's own USP is
@@ -28,6 +29,7 @@ import torch
 
 from sf_xfuser.autotune.trials import OWN, Trial
 from sf_xfuser.config import TorusArgs
+from sf_xfuser.layout.chunking import granularities_to_try
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
@@ -96,9 +98,9 @@ class Selector:
         log: Callable[[str], object],
     ) -> None:
         self.own, self.use_degrees, self.meshes, self.log = own, use_degrees, tuple(meshes), log
-        torus = {f"torus ({mesh.layout})": Candidate(mesh) for mesh in meshes}
-        if torch.cuda.is_available() or not self.mesh.one_host:  # else torus is always unstaged
-            torus[f"torus unstaged ({self.mesh.layout})"] = Candidate(self.mesh, "unstaged")
+        first, *rest = granularities_to_try("cuda" if torch.cuda.is_available() else "cpu", one_host=self.mesh.one_host)
+        ours = [Candidate(self.mesh, first), *map(Candidate, meshes[1:]), *(Candidate(self.mesh, g) for g in rest)]
+        torus = {" ".join(filter(None, ("torus", c.granularity, f"({c.mesh.layout})"))): c for c in ours if c.mesh}
         others = {f"xDiT's USP ({degrees})": Candidate(degrees=degrees) for degrees in other_degrees}
         self.torus_first = torus_first(self.mesh.layout, own, kv_ratio)
         usp = {OWN: Candidate()}
@@ -141,7 +143,9 @@ class Selector:
 
         trial = self.trials.get(shape)
         if query.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph would record the trial
-            return self._count((trial and trial.selected) or next(iter(self.candidates)), call)
+            if trial is not None and trial.selected is not None:
+                return self._count(trial.selected, call)
+            return self._count(next(iter(self.candidates)), lambda first: call(first._replace(granularity=None)))
         if self.mesh.failed or self._session != self.mesh.control.session:
             self._drop_trials_that_differ()
             trial = self.trials.get(shape)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sf_xfuser.bench import report
+from sf_xfuser.layout.chunking import CallSize, choose_chunking
 from sf_xfuser.layout.plan import UNEVEN, Layout, make_plan
-from sf_xfuser.layout.schedule import Exchange, build_schedule, choose_chunking
+from sf_xfuser.layout.schedule import Exchange, build_schedule
 from sf_xfuser.layout.usp_layouts import XditConfig, egress
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,8 @@ def usp_traffic(config: XditConfig) -> Traffic:
 
 def torus_traffic(layout: Layout) -> Traffic:
     """One call of Torus Attention: the messages in the schedule of each rank."""
-    cut = choose_chunking(layout, TOKENS_PER_RANK, "cuda", "block")
+    call_size = CallSize(q_tokens=TOKENS_PER_RANK, kv_tokens=TOKENS_PER_RANK, heads=HEADS, head_size=128, batch=1)
+    cut = choose_chunking(layout, call_size, "cuda", "block")
     share = 1 / (layout.world_size * layout.ulysses_degree)
     traffic: Traffic = {}
     for rank in range(layout.world_size):

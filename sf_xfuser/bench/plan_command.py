@@ -20,6 +20,7 @@ from sf_xfuser.bench.timelines import chrome_trace, from_chrome_trace, side_by_s
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.files import read_json
 from sf_xfuser.layout.plan import UNEVEN, make_plan
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig
 from sf_xfuser.simulator import ITEMSIZE, CallShape, TorusVariant, predict
 from sf_xfuser.simulator.cluster import Cluster
@@ -40,7 +41,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``sf-xfuser simulate``."""
     _add_call_arguments(parser)
     add = parser.add_argument_group("variant").add_argument
-    add("--sp-plan", default="best", metavar="PLAN", help="best (torus in the layout that sf-xfuser plan ranks first), "
+    add("--sp-plan", default="best", metavar="PLAN", help="best (torus as sf-xfuser plan ranks it first), "
         "auto, paper, usp, torus=T,ulysses=U,ring=R, or ulysses=U,ring=R for xDiT's USP. Default: best")  # fmt: skip
     add("--no-overlap", action="store_true", help="make torus wait for each transfer before it continues")
     add("--measured", metavar="FILE", help="add the measured timeline of a sf-xfuser bench document (--json) or trace "
@@ -173,17 +174,23 @@ def _variant(options: argparse.Namespace, cluster: Cluster, shape: CallShape) ->
             raise ValueError(f"ulysses={config.ulysses_degree} cannot split {shape.heads} heads")
         config.groups(cluster.num_machines, cluster.ranks_per_machine)  # raises ValueError for a wrong product
         return config
+    granularity: Granularity | None = None
     if text == "best":
         ranked = rank(cluster, shape, transport=options.transport)
         best = next(c for c in ranked.layouts if c.name == report.SUBJECT)
-        text = re.search(r"torus=\S+", best.flags)[0]  # type: ignore[index]
+        text, granularity = re.search(r"torus=\S+", best.flags)[0], best.granularity  # type: ignore[index]
     try:
         args = TorusArgs(plan=text)
     except ValueError as error:
         raise ValueError(f"{error}; best and ulysses=U,ring=R (xDiT's USP) are allowed as well") from None
     plan = make_plan(cluster.num_machines, cluster.ranks_per_machine, heads=shape.heads, kv_heads=shape.kv_heads,
                      rule=args.rule, explicit=args.explicit_plan(), max_imbalance=UNEVEN)  # fmt: skip
-    return TorusVariant(layout=plan.layout, pattern=PATTERN_OF[options.transport], overlap=not options.no_overlap)
+    return TorusVariant(
+        layout=plan.layout,
+        pattern=PATTERN_OF[options.transport],
+        overlap=not options.no_overlap,
+        granularity=granularity,
+    )
 
 
 def _timeline(cluster: Cluster, shape: CallShape, variant: TorusVariant | XditConfig) -> dict[str, Any]:
@@ -244,7 +251,10 @@ def _show(ranking: Ranking, took_s: float) -> None:
     console.print(table)
     replayed = sum(candidate.predicted is not None for candidate in ranking.layouts)
     legal = sum(candidate.bound_s is not None for candidate in ranking.layouts)
-    console.print(f"ranked in {took_s * 1e3:.0f} ms, replayed {replayed} of {legal} legal layouts", highlight=False)
+    console.print(
+        f"ranked in {took_s * 1e3:.0f} ms, replayed {replayed} of {legal} legal layouts and granularities",
+        highlight=False,
+    )
     console.print(f"launch with: {ranking.best.flags}", highlight=False)
 
 

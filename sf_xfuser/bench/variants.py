@@ -167,7 +167,7 @@ def _torus_variant(
             layout=mesh.layout,
             pattern="message" if mesh.transport == "two_sided" else "put",
             overlap=not any(isinstance(link, _Blocking) for link in mesh.links.values()),
-            granularity=granularity or "block",
+            granularity=granularity,
         ),
     )
 

@@ -31,12 +31,12 @@ Rules:
   machine and receives from one machine at a time.
 - Exchanges are *rounds*. Round k of a link on one rank matches round k of that link on every peer. NCCL's grouped sends
   and receives need this.
-- Rounds between machines are posted ``LOOKAHEAD`` arrivals ahead, in the order in which they are needed. So the wire
-  does not wait for compute. The transport keeps the order.
+- Rounds between machines are posted ``LOOKAHEAD`` arrivals ahead or more, in the order in which they are needed. So the
+  wire does not wait for compute. The transport keeps the order.
 - A remote slab is split into *parts* (``Chunking``). No O can be sent before the last KV part has arrived, and the wire
   idles from then until the first O is final (step 6). Smaller parts shorten that gap.
-- The local Q attends the last ``DEFERRED_SLABS`` slabs at the end. No other machine waits for this attention, so it
-  covers the O transfers.
+- The local Q attends the last ``DEFERRED_SLABS`` slabs at the end (``"slab"``: the last one). No other machine waits
+  for this attention, so it covers the O transfers.
 - ``Chunking.granularity`` is how much one attention call attends. Small calls hide more of the transfers, but each call
   costs a launch, a merge, and a GPU that is not full:
 
@@ -90,17 +90,22 @@ class Piece(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunking:
     """Number of parts per slab of KV from other machines (``kv_parts``) and of the last machine (``last_kv_parts``).
-    ``granularity``: how much one attention call attends (the module's rules). ``"unstaged"`` does not split KV."""
+    ``granularity``: how much one attention call attends (the module's rules). ``"unstaged"`` does not split KV.
+    ``machines_at_once``, only for ``"slab"``: other machines whose queries attend the local and the last slab together.
+    """
 
     kv_parts: int = 1
     last_kv_parts: int = 1
     granularity: Granularity = "block"
+    machines_at_once: int = 1
 
     def __post_init__(self) -> None:
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {self.granularity!r}")
         if self.granularity == "unstaged" and (self.kv_parts, self.last_kv_parts) != (1, 1):
             raise ValueError(f"{self}: unstaged needs kv_parts=1 and last_kv_parts=1")
+        if self.granularity != "slab" and self.machines_at_once != 1:
+            raise ValueError(f"{self}: {self.granularity} needs machines_at_once=1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ Step = Exchange | Attend
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """The steps of one rank. ``queries`` and each slab list their pieces in buffer order. ``remote``: the queries of
-    other machines, at the end of ``queries``; empty if unstaged, where one step attends all queries."""
+    other machines, at the end of ``queries``; empty if some step attends them together with local ones."""
 
     layout: Layout
     position: int
@@ -172,33 +177,13 @@ def build_schedule(
     return _Builder(layout, position, joint, chunking).build()
 
 
-# Each part costs an attention call and a merge, so it needs this many tokens.
-_TOKENS_PER_PART = {"cpu": 128, "cuda": 2048}
-
-
-def choose_chunking(layout: Layout, kv_tokens: int, device: str, granularity: Granularity) -> Chunking:
-    """The number of KV parts for a call (measured rows: docs/performance.md).
-
-    ``"block"``: two machines: up to 4 parts, because there is only one remote slab. More machines: up to 2 parts on a
-    GPU, 1 on a CPU, where the extra attention calls and merges cost more than they hide. ``kv_tokens``: of the rank
-    with the most tokens. ``device``: ``"cpu"`` or ``"cuda"``. The result does not depend on the transport, so all
-    transports give the same bits."""
-    if granularity != "block":
-        return Chunking(granularity=granularity)
-    max_parts = max(1, layout.ulysses * kv_tokens // _TOKENS_PER_PART.get(device, 2048))
-    if layout.num_machines == 2:
-        return Chunking(last_kv_parts=min(4, max_parts))
-    parts = 1 if device == "cpu" else min(2, max_parts)
-    return Chunking(kv_parts=parts, last_kv_parts=parts)
-
-
 class _Builder:
     def __init__(self, layout: Layout, position: int, joint: JointEnd | None, chunking: Chunking) -> None:
         self.layout, self.position, self.joint = layout, position, joint
         self.t, self.u, self.r_x, self.r_i = layout.coordinates(position)
         self.steps: list[Step] = []
         self.rounds: dict[Link, int] = {"inside": 0, "across": 0}
-        self.granularity = chunking.granularity
+        self.granularity, self.machines_at_once = chunking.granularity, chunking.machines_at_once
         # By machine offset. KV of the local machine is not split.
         kv_parts = ([1] + [chunking.kv_parts] * (layout.torus - 2) + [chunking.last_kv_parts])[: layout.torus]
         # queries[i] and slabs[k][part][block] are the U pieces of one arrival.
@@ -212,8 +197,9 @@ class _Builder:
         # (tensor, machine offset or slab, part), in order
         self.arrivals: list[tuple[Tensor, int, int]] = [("q", i, 0) for i in range(1, layout.torus)]
         self.arrivals += [("kv", k, part) for k in range(1, len(self.slabs)) for part in range(len(self.slabs[k]))]
-        # A forward must be posted before its slab is released.
-        self.lookahead = max(LOOKAHEAD, *kv_parts) if layout.ring_across > 1 else LOOKAHEAD
+        self.lookahead = max(LOOKAHEAD, self.machines_at_once)
+        if layout.ring_across > 1:  # a forward must be posted before its slab is released
+            self.lookahead = max(self.lookahead, *kv_parts)
         self.posted = 0
 
     def _pieces(self, i: int, j_x: int, j_i: int, part: int, parts: int) -> tuple[Piece, ...]:
@@ -233,13 +219,13 @@ class _Builder:
         if self.granularity == "unstaged":
             slabs = (self._add_unstaged(),)
         else:
-            self._add_stages()
+            (self._add_blocks if self.granularity == "block" else self._add_slabs)()
             slabs = tuple(self._with_joint(self._slab(k)) for k in range(len(self.slabs)))
         return Schedule(
             layout=self.layout,
             position=self.position,
             queries=_flatten(self.queries),
-            remote=() if self.granularity == "unstaged" else self.remote,
+            remote=self.remote if self.granularity == "block" else (),
             slabs=slabs,
             steps=tuple(self._mark_last()),
         )
@@ -264,7 +250,37 @@ class _Builder:
             self._push_inside()
         return keys
 
-    def _add_stages(self) -> None:
+    def _add_slabs(self) -> None:
+        """Few attention calls with many queries: all queries attend a slab at once, except where that would delay the
+        first attention call or the outputs."""
+        local, last_slab, others = self.queries[0], len(self.slabs) - 1, range(1, self.layout.torus)
+        groups = [others[n : n + self.machines_at_once] for n in range(0, len(others), self.machines_at_once)]
+        self._post_across(arriving=-1)
+        if self.layout.ulysses > 1:
+            self._post_local_inputs()
+            self._post_across(arriving=-1)
+        self._attend(local, 0, self._gather_part(0, 0))
+        for group in groups:
+            self._post_across(arriving=group[-1] - 1)
+            self._attend(_flatten(self.queries[i] for i in group), 0, self._slab(0))
+        arriving = self.layout.torus - 2
+        for k in range(1, len(self.slabs)):
+            for part in range(len(self.slabs[k])):
+                arriving += 1
+                self._post_across(arriving)
+                keys = self._gather_part(k, part)
+                if not self._is_last(keys):
+                    self._attend(_flatten(self.queries) if k < last_slab else self.remote, k, keys)
+                    continue
+                for group in groups:
+                    self._attend(_flatten(self.queries[i] for i in group), k, keys)
+                    self._push_across(group)
+        if last_slab:
+            self._attend(local, last_slab, self._slab(last_slab))
+        if self.layout.ulysses > 1:
+            self._push_inside()
+
+    def _add_blocks(self) -> None:
         self._attend_local_slab()
         for i in range(1, self.layout.torus):
             self._post_across(arriving=i - 1)
@@ -274,24 +290,22 @@ class _Builder:
         else:
             self._pull_kv()
 
-    # -- stages -------------------------------------------------------------------------------------------------------
+    # -- stages of "block" --------------------------------------------------------------------------------------------
 
     def _attend_local_slab(self) -> None:
-        """``"block"``: attend the rank's own chunk at once, then the other chunks of the machine as they arrive."""
+        """Attend the rank's own chunk at once, then the other chunks of the machine as they arrive."""
         own, others = self.queries[0][:1], self.queries[0][1:]
         arrivals = self._ring_inside(0, 0)
         self._post_across(arriving=-1)
         if others:
             self._post_local_inputs()
-            if self.granularity == "block":
-                self._attend(own, 0, self.slabs[0][0][0][:1])
+            self._attend(own, 0, self.slabs[0][0][0][:1])
             self._post_across(arriving=-1)
-            if self.granularity == "block":
-                first = next(arrivals)
-                self._attend(others, 0, first)
-                if self._is_last(first):
-                    self._push_inside()
-                self._attend(own, 0, first[1:])
+            first = next(arrivals)
+            self._attend(others, 0, first)
+            if self._is_last(first):
+                self._push_inside()
+            self._attend(own, 0, first[1:])
         for keys in arrivals:
             self._attend_local_queries(0, keys)
 
@@ -335,6 +349,8 @@ class _Builder:
         for i in range(1, self.layout.torus):
             self._attend(self.queries[i], k, keys)
             self._push_across([i])
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
 
     def _attend(self, queries: tuple[Piece, ...], k: int, keys: tuple[Piece, ...]) -> None:
         self.steps.append(Attend(queries, self._with_joint(keys), k))
@@ -428,19 +444,21 @@ class _Builder:
         )
 
     def _ring_inside(self, k: int, part: int) -> Iterator[tuple[Piece, ...]]:
-        """Post the ring inside the machine for a part of a slab. Yields the keys to attend next."""
+        """Ring inside the machine, for a part of a slab: forward each block, receive the next. Yields the blocks."""
         blocks = self.slabs[k][part]
-        if self.granularity == "slab":
-            if len(blocks) > 1:
-                self._gather_inside([blocks])
-            yield _flatten(blocks)
-            return
         after = self.layout.position(self.t, self.u, self.r_x, self.r_i + 1)
         before = self.layout.position(self.t, self.u, self.r_x, self.r_i - 1)
         for block, following in zip_longest(blocks, blocks[1:]):
             if following:
                 self._exchange("inside", [Message("kv", block, after)], [Message("kv", following, before)])
             yield block
+
+    def _gather_part(self, k: int, part: int) -> tuple[Piece, ...]:
+        """The keys of a part of a slab, from the ring inside the machine."""
+        blocks = self.slabs[k][part]
+        if len(blocks) > 1:
+            self._gather_inside([blocks])
+        return _flatten(blocks)
 
     def _gather_inside(self, slabs: Sequence[Sequence[tuple[Piece, ...]]]) -> None:
         """Ring inside the machine in one round: send the first block of each slab to all ranks of the ring, receive

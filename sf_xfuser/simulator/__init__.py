@@ -6,7 +6,7 @@ Inputs: a ``Cluster`` (rates, latencies, overheads), a ``CallShape`` and a varia
 exposed time, bytes, memory) and, on request, a timeline. If all ranks have equal work, only one is simulated.
 Assumptions: a non-blocking network, no late ranks, constant clocks, and nothing in a step besides attention.
 Accuracy (docs/simulator.md): on the emulated CPU cluster of docs/results, 2 % off at the median and 12 % at worst, with
-the order right in 198 of 198 pairs. The paper's ablation on A100: mean error 0.135 over its 15 speedups, to which
+the order right in 198 of 198 pairs. The paper's ablation on A100: mean error 0.145 over its 15 speedups, to which
 six parameters were fitted. We have no GPU measurements of our own.
 """
 

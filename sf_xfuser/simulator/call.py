@@ -51,7 +51,7 @@ class CallShape:
 class Prediction:
     """``seconds``: the time of the slowest rank, at least that of its host. ``compute_s``: a rank's share of the
     attention at the full rate. ``exposed_s``: the time in which the slowest rank computes nothing (merges and copies
-    count as compute). ``launches``: operations that the host of a rank starts.
+    count as compute). ``launches``: operations that the host of a rank starts, in ``host_s``.
     ``across_bytes``: sent to other machines by the busiest machine. ``inside_bytes``: sent inside a machine by the
     busiest rank. ``buffer_bytes``: memory of the call besides its inputs and result, windows included.
     ``timeline``: in the format of the benchmark's timelines."""
@@ -60,6 +60,7 @@ class Prediction:
     compute_s: float
     exposed_s: float
     launches: int
+    host_s: float
     across_bytes: float
     inside_bytes: float
     buffer_bytes: float
@@ -155,13 +156,15 @@ class SimulatedCall(ABC):
         replay = Replay(self.cluster.world_size, symmetric=symmetric, record_spans=every_rank)
         replay.run([self.steps(replay, number) for number in range(len(replay.ranks))])
         slowest = max(replay.ranks, key=lambda rank: rank.now_s)
-        seconds = max(slowest.now_s, self.num_launches * self.cluster.compute.launch_us * 1e-6)
+        host_s = self.num_launches * self.cluster.compute.launch_us * 1e-6
+        seconds = max(slowest.now_s, host_s)
         sent = self.sent(replay)
         return Prediction(
             seconds=seconds,
             compute_s=self.times.total_s,
             exposed_s=seconds - slowest.computed_s,
             launches=self.num_launches,
+            host_s=host_s,
             across_bytes=sent.egress(self.cluster.ranks_per_machine),
             inside_bytes=max(sent.inside),
             buffer_bytes=self.buffer_bytes,

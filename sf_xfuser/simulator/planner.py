@@ -1,4 +1,4 @@
-"""Ranks every legal layout by its predicted time, with a reason for each. Pure.
+"""Ranks every legal layout, in each granularity, by its predicted time, with a reason for each. Pure.
 
 Up to 64 ranks every layout is replayed. Above, a replay takes milliseconds: all of xDiT's layouts are replayed, and a
 torus layout only if its lower bound (``SimulatedCall.bound_s``) is more than 2 % below the fastest replay so far, or
@@ -15,7 +15,9 @@ from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, paper_layout
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs, variant_name
 from sf_xfuser.simulator import CallShape, Prediction, TorusVariant, simulated_call
+from sf_xfuser.simulator.call import SimulatedCall
 from sf_xfuser.simulator.cluster import Cluster
+from sf_xfuser.simulator.torus import TorusCall
 
 PATTERN_OF = {"two_sided": "message", "one_sided": "put"}
 """The traffic pattern (``cluster.PATTERNS``) of each kind of transport."""
@@ -26,11 +28,13 @@ _REPLAY_ALL_RANKS, _FIRST_REPLAYS, _LATER_MARGIN = 64, 2, 1.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedLayout:
-    """``predicted`` is None without a replay, ``bound_s`` and ``across_bytes`` (of the busiest machine, per call) if
-    the layout is illegal. ``paper``: the paper's rule selects it. ``reason``: why it is or is not the best layout."""
+    """``granularity``: of torus. ``flags`` launch it. ``predicted`` is None without a replay, ``bound_s`` and
+    ``across_bytes`` (of the busiest machine, per call) if the layout is illegal. ``paper``: the paper's rule selects
+    it. ``reason``: why it is or is not the best layout."""
 
     name: str
     layout: str
+    granularity: Granularity | None = None
     flags: str = ""
     paper: bool = False
     bound_s: float | None = None
@@ -73,8 +77,9 @@ class Ranking:
 
 
 def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str = "two_sided") -> Ranking:
-    """Torus Attention in every layout over a kind of transport (``PATTERN_OF``), and xDiT's USP with every pair of
-    degrees and its default rotation (all-gather). Raises ValueError if there are more ranks than tokens."""
+    """Torus Attention in every layout and granularity over a kind of transport (``PATTERN_OF``), and xDiT's USP with
+    every pair of degrees and its default rotation (all-gather). Raises ValueError if there are more ranks than tokens.
+    """
     n, m = cluster.num_machines, cluster.ranks_per_machine
     if shape.seq_len < cluster.world_size:
         raise ValueError(
@@ -105,7 +110,8 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
         ranked = RankedLayout(
             name=name,
             layout=str(variant),
-            flags=_flags(variant, transport),
+            granularity=variant.granularity if isinstance(variant, TorusVariant) else None,
+            flags=_flags(call, variant, transport),
             paper=isinstance(variant, TorusVariant) and variant.layout == paper,
             bound_s=call.bound_s,
             across_bytes=call.egress_bytes,
@@ -127,11 +133,14 @@ def rank(cluster: Cluster, shape: CallShape, *, calls: int = 1, transport: str =
     return Ranking(cluster=cluster, shape=shape, calls=calls, layouts=tuple(layouts))
 
 
-def _flags(variant: TorusVariant | XditConfig, transport: str) -> str:
+def _flags(call: SimulatedCall, variant: TorusVariant | XditConfig, transport: str) -> str:
+    """``auto`` where ``torus`` would choose another granularity."""
     if isinstance(variant, XditConfig):
         return f"--ulysses_degree {variant.ulysses_degree} --ring_degree {variant.ring_degree}"
+    assert isinstance(call, TorusCall)
+    backend = "torus" if call.chosen_granularity == variant.granularity else "auto"
     suffix = "" if transport == "two_sided" else " --sp-transport nvshmem"
-    return f"--sp-backend torus --sp-plan {variant.layout.flag}{suffix}"
+    return f"--sp-backend {backend} --sp-plan {variant.layout.flag}{suffix}"
 
 
 def _illegal(layout: Layout, divisible: int, shape: CallShape) -> RankedLayout:
@@ -155,7 +164,9 @@ def _why_not(ranked: RankedLayout, best: RankedLayout) -> str:
         return "; ".join(reasons)
     exposed = ranked.predicted.exposed_s - best.predicted.exposed_s
     computed = ranked.predicted.seconds - best.predicted.seconds - exposed
-    if exposed >= computed:
+    if ranked.predicted.seconds == ranked.predicted.host_s:
+        reasons.append(f"its host starts {ranked.predicted.launches} operations")
+    elif exposed >= computed:
         reasons.append(f"waits {exposed * 1e3:.2f} ms longer for transfers")
         if computed < 0:
             reasons[-1] += f", computes {-computed * 1e3:.2f} ms less"

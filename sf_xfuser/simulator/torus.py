@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import cache, cached_property
 from typing import Literal
 
+from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
 from sf_xfuser.layout.schedule import (
@@ -21,7 +22,6 @@ from sf_xfuser.layout.schedule import (
     Piece,
     Schedule,
     build_schedule,
-    choose_chunking,
 )
 from sf_xfuser.simulator.call import ITEMSIZE, CallShape, SimulatedCall
 from sf_xfuser.simulator.cluster import Cluster
@@ -34,15 +34,16 @@ MERGE_BYTES = 18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorusVariant:
     """Torus Attention in a layout. ``pattern``: ``"put"`` (one-sided) or ``"message"`` (matched sends and receives).
-    Without ``overlap``, it waits for each transfer. ``granularity``: how much one attention call attends."""
+    Without ``overlap``, it waits for each transfer. ``granularity`` None: chosen by ``choose_granularity``."""
 
     layout: Layout
     pattern: str = "put"
     overlap: bool = True
-    granularity: Granularity = "block"
+    granularity: Granularity | None = None
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.granularity}{'' if self.overlap else ', no overlap'}"
+        granularity = f", {self.granularity}" if self.granularity else ""
+        return f"{self.layout}{granularity}{'' if self.overlap else ', no overlap'}"
 
 
 class TorusCall(SimulatedCall):
@@ -71,7 +72,16 @@ class TorusCall(SimulatedCall):
         self.heads = max(high - low for low, high in q_heads)
         self._row_bytes = {(x, g): self.sizes.row_bytes(x, g) for x in ("q", "kv", "o") for g in range(num_groups)}
         self.joint: Literal["front"] | None = "front" if shape.joint_tokens else None
-        self.chunking: Chunking = choose_chunking(self.layout, self.tokens, cluster.device, variant.granularity)
+        size = CallSize(
+            q_tokens=self.tokens,
+            kv_tokens=self.tokens,
+            heads=shape.heads,
+            head_size=shape.head_dim,
+            batch=shape.batch,
+        )
+        self.chosen_granularity = choose_granularity(self.layout, size, cluster.device)
+        granularity = variant.granularity or self.chosen_granularity
+        self.chunking: Chunking = choose_chunking(self.layout, size, cluster.device, granularity)
         self.costs = {name: link.cost(variant.pattern) for name, link in self.links.items()}
         # Rates when all ranks of a machine send the same number of bytes.
         equal = [1.0] * cluster.ranks_per_machine
@@ -90,14 +100,16 @@ class TorusCall(SimulatedCall):
     @cached_property
     def bound_s(self) -> float:
         """Chunks of Q, KV and O and the ring's blocks between machines; the ring's blocks inside a machine."""
-        layout, granularity = self.layout, self.variant.granularity
+        layout, granularity = self.layout, self.chunking.granularity
         slabs = layout.num_machines
-        ulysses = 3 * (layout.torus - 1)  # chunks of Q, KV and O, of U messages each
+        others = layout.torus - 1
+        ulysses = 3 * others  # chunks of Q, KV and O, of U messages each
         ring = slabs - layout.torus
         hops = slabs * (layout.ring_inside - 1)
-        rounds, rounds_inside = ulysses + ring, hops if granularity == "block" else slabs * (hops > 0)
+        rounds = 2 * others + -(-others // self.chunking.machines_at_once) + ring
+        rounds_inside = hops if granularity == "block" else slabs * (hops > 0)
         if granularity == "unstaged":
-            rounds, rounds_inside = 2 * (ulysses > 0) + (ring > 0), int(hops > 0)
+            rounds, rounds_inside = 2 * (others > 0) + (ring > 0), int(hops > 0)
         across, inside = self.costs["across"], self.costs["inside"]
         across_s = (across.start_us * rounds + across.message_us * (ulysses * layout.ulysses + ring)) * 1e-6
         across_s += self.egress_bytes / layout.ranks_per_machine * self.seconds_per_byte["across"]
@@ -115,36 +127,54 @@ class TorusCall(SimulatedCall):
 
     def _busy_s(self) -> tuple[float, float]:
         """(minimum time in attention calls and merges, without joint keys; maximum part of it that leaves SMs idle)"""
-        layout, cut, heads = self.layout, self.chunking, self.heads
-        own, slab = self.tokens * layout.ulysses, self.tokens * layout.ranks_per_machine
-        blocks, keys = (layout.ring_inside, own) if cut.granularity == "block" else (1, slab)  # attended at once
-        others, last = own * (layout.torus - 1), keys // cut.last_kv_parts
-        calls = [(own, keys, 0, blocks)]  # queries, keys, bytes of a merge, number of calls
-        if cut.granularity == "unstaged":
-            calls = [(own * layout.torus, slab * layout.num_machines, 0, 1)]
-        elif not others:
-            calls += [(own, keys, MERGE_BYTES, blocks * (layout.num_machines - 1))]
-        else:
-            calls += [
-                (own, slab, 0, layout.torus - 1),
-                (own, slab, MERGE_BYTES, layout.num_machines - 1),
-                (others, keys, MERGE_BYTES, blocks * (layout.ring_across - 1)),
-                (
-                    others,
-                    keys // cut.kv_parts,
-                    MERGE_BYTES,
-                    blocks * layout.ring_across * (layout.torus - 2) * cut.kv_parts,
-                ),
-                (others, last, MERGE_BYTES, blocks * layout.ring_across * cut.last_kv_parts - 1),
-                (own, last, MERGE_BYTES, layout.torus - 1),
-            ]
+        own = self.tokens * self.layout.ulysses
         busy_s = small_s = 0.0
-        for rows, keys, merge_bytes, count in calls:
-            seconds = self.times.attention_s(rows, keys, heads, merge_bytes) * count
+        for rows, keys, merge_bytes, count in self._attends():
+            seconds = self.times.attention_s(rows, keys, self.heads, merge_bytes) * count
             busy_s += seconds
-            if not self.times.occupies_all(rows if rows > own else self.tokens, heads):  # one call may have one chunk
+            if not self.times.occupies_all(rows if rows > own else self.tokens, self.heads):  # may be one chunk
                 small_s += seconds
         return busy_s, small_s
+
+    def _attends(self) -> list[tuple[int, int, int, int]]:
+        """At least the attention calls of the schedule: (queries, keys, bytes of a merge, number of calls)."""
+        layout, cut = self.layout, self.chunking
+        own, slab, blocks = self.tokens * layout.ulysses, self.tokens * layout.ranks_per_machine, layout.ring_inside
+        every, remote = own * layout.torus, own * (layout.torus - 1)
+        slabs, ring = layout.num_machines, layout.ring_across
+        if cut.granularity == "unstaged":
+            return [(every, slab * slabs, 0, 1)]
+        if cut.granularity == "block":
+            first = [(own, own, 0, blocks)]
+            if layout.torus == 1:
+                return [*first, (own, own, MERGE_BYTES, blocks * (slabs - 1))]
+            middle, last = own // cut.kv_parts, own // cut.last_kv_parts
+            return [
+                *first,
+                (own, slab, 0, layout.torus - 1),
+                (own, slab, MERGE_BYTES, slabs - 1),
+                (remote, own, MERGE_BYTES, blocks * (ring - 1)),
+                (remote, middle, MERGE_BYTES, blocks * ring * (layout.torus - 2) * cut.kv_parts),
+                (remote, last, MERGE_BYTES, blocks * ring * cut.last_kv_parts - 1),
+                (own, last, MERGE_BYTES, layout.torus - 1),
+            ]
+        if layout.torus == 1:
+            return [(own, slab, 0, 1), (own, slab, MERGE_BYTES, slabs - 1)]
+        middle, last = slab // cut.kv_parts, slab // cut.last_kv_parts
+        groups, rest = divmod(layout.torus - 1, cut.machines_at_once)
+        of_group = own * cut.machines_at_once
+        return [
+            (own, slab, 0, 1),
+            (of_group, slab, 0, groups),
+            (own * rest, slab, 0, rest > 0),
+            (every, slab, MERGE_BYTES, ring - 1),
+            (every, middle, MERGE_BYTES, ring * (layout.torus - 2) * cut.kv_parts),
+            (every, last, MERGE_BYTES, (ring - 1) * cut.last_kv_parts),
+            (remote, last, MERGE_BYTES, cut.last_kv_parts - 1),
+            (of_group, last, MERGE_BYTES, groups),
+            (own * rest, last, MERGE_BYTES, rest > 0),
+            (own, slab, MERGE_BYTES, 1),
+        ]
 
     @property
     def num_launches(self) -> int:

@@ -18,6 +18,7 @@ from sf_xfuser.layout.schedule import Link
 from sf_xfuser.layout.topology import MachineGrid, RankFacts, Topology, probe
 from sf_xfuser.torus import links
 from sf_xfuser.torus.compression import Compression
+from sf_xfuser.torus.graphs import Graphs
 from sf_xfuser.torus.links import Group, RankInfo
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError, TransportUnavailable

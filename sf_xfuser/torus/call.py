@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import head_ranges
-from sf_xfuser.layout.schedule import Granularity, Schedule, build_schedule, choose_chunking
+from sf_xfuser.layout.schedule import Granularity, Schedule, build_schedule
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.torus.program import Placement, record
 from sf_xfuser.torus.run import BoundProgram
@@ -221,8 +222,13 @@ def _make_call(
     )
     on_cpu = query.device.type == "cpu"
     one_cpu_host = mesh.one_host and on_cpu  # transfers are too fast to overlap
-    granularity: Granularity = "unstaged" if one_cpu_host else requested or "block"
-    chunking = choose_chunking(mesh.layout, max(counts[1]), query.device.type, granularity)
+    size = CallSize(
+        q_tokens=max(counts[0]), kv_tokens=max(counts[1]), heads=heads, head_size=query.shape[3], batch=query.shape[0]
+    )
+    granularity = choose_granularity(mesh.layout, size, query.device.type, one_host=mesh.one_host)
+    if requested is not None and not one_cpu_host:
+        granularity = requested
+    chunking = choose_chunking(mesh.layout, size, query.device.type, granularity)
     positions = [mesh.position] if mesh.window is None else range(mesh.layout.world_size)
     schedules = {w: build_schedule(mesh.layout, w, joint_strategy, chunking) for w in positions}
     memory_maps = {w: MemoryMap(s, sizes, mesh.window_links, head_major=one_cpu_host) for w, s in schedules.items()}

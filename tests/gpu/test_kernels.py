@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sf_xfuser.bench.gpu import verdict
-from tests.launch import run
+from tests.launch import RANKS, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.layout import schedule
+from sf_xfuser.layout import chunking
 from sf_xfuser.layout.plan import head_ranges
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.build import build_mesh
@@ -107,7 +107,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    schedule._TOKENS_PER_PART.update(cpu=2, cuda=2)  # split small slabs into parts, like real sizes
+    chunking._TOKENS_PER_PART.update(cpu=2, cuda=2)  # split small slabs into parts, like real sizes
     world = dist.get_world_size()
     sizes = [int(x) for x in sys.argv[1].split(",")]
     worst, digest = 0.0, hashlib.sha256()

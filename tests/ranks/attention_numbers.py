@@ -12,7 +12,7 @@ from attention_accuracy import attention64
 from cases import run_cases
 
 from sf_xfuser.config import TorusArgs
-from sf_xfuser.layout import schedule
+from sf_xfuser.layout import chunking
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.build import build_mesh
@@ -117,7 +117,7 @@ def case_negated_views(rank):
 def main() -> None:
     """``attention_numbers.py TRANSPORT CASE...``"""
     dist.init_process_group("gloo")
-    schedule._TOKENS_PER_PART.update(cpu=2)
+    chunking._TOKENS_PER_PART.update(cpu=2)
     for plan in ("torus=2,ulysses=2,ring=1", "torus=2,ulysses=1,ring=2", "torus=1,ulysses=1,ring=4"):
         args = TorusArgs(backend="torus", plan=plan, topology="2x2", transport=sys.argv[1])
         meshes.append(build_mesh([list(range(4))], args))
