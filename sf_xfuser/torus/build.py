@@ -227,5 +227,7 @@ def _link_groups(rank_info: RankInfo, backend: str) -> dict[Link, Group]:
     for link, positions in parts.items():
         ranks = sorted(members[p] for p in positions)
         index = {p: ranks.index(members[p]) for p in positions}
-        groups[link] = Group(link, ranks, index, backend, rank_info.timeout_s)
+        # NCCL's own watchdog ends the process, so it has to be the last to act.
+        patience = 1 if backend == "gloo" else 2 * CALL_TIMEOUT_FACTOR
+        groups[link] = Group(link, ranks, index, backend, patience * rank_info.timeout_s)
     return groups

@@ -14,16 +14,17 @@ import torch.distributed as dist
 from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.schedule import Link
-from sf_xfuser.transport import two_sided
 from sf_xfuser.transport.base import Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import shm, tcp
 from sf_xfuser.transport.cpu.shm import Shm
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from sf_xfuser.transport.gpu.memory import free_closed_windows
+from sf_xfuser.transport.gpu.nccl import Nccl
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
+from sf_xfuser.transport.two_sided import Gloo
 
 Links = dict[Link, Transport]
 Connect = Callable[[ControlPlane], Links]
@@ -239,8 +240,8 @@ def _connect_groups(
     members, position, timeout_s = rank_info.members, rank_info.position, rank_info.timeout_s
     groups = {name: group.open(control) for name, group in group_of.items()}
     made: Links = {
-        name: two_sided.connect(groups[name], members, name, timeout_s, control)
-        for name in group_of
+        name: (Gloo if group.backend == "gloo" else Nccl)(groups[name], members, name, timeout_s, control)
+        for name, group in group_of.items()
         if name not in shared
     }
     if shared:

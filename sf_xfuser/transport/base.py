@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 CALL_TIMEOUT_FACTOR = 5
-"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart: they load a model first, and may
-write a long video between two requests. A wait for a peer from which nothing has arrived in this call is limited to
-this many ``--sp-timeout``. Each later chunk must arrive within one."""
+"""Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first, or
+write a video between two calls. During a call, each chunk must arrive within one ``--sp-timeout``."""
 
 
 class TransportError(RuntimeError):

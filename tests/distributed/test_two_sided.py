@@ -1,4 +1,4 @@
-"""Links over gloo between three real ranks: data and errors."""
+"""Links over gloo between three real ranks, and the host side of links over NCCL: data and errors."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ CASES = {
         r"TransportError: rank 0 on .*: receive from rank 1 failed \(round 0, slot 0, 32 bytes\) \(link across",
         r"TransportError: rank 1 on .*: receive from rank 0 failed \(round 0, slot 0, 32 bytes\) \(link across",
         "no transfer",
+    ),
+    "nccl_recorded": ("all equal, 15 all-to-alls",) * 3,
+    "nccl_another_call": tuple(
+        rf"got \[{first}\]; got \[nan, nan\]; CallMismatch: rank {rank} on .*: ranks have made different calls"
+        for rank, first in enumerate(("1.0, 2.0", "0.0, 2.0", "0.0, 1.0"))
+    ),
+    "nccl_failed_rank": (
+        r"\[nan, nan\]; rank 1 on .* failed: ValueError: no",
+        "reported",
+        r"\[nan, nan\]; rank 1 on .* failed: ValueError: no",
+    ),
+    "nccl_stopped_rank": (
+        r"\[nan, nan\]; .*a call did not complete on the GPU within 2 s, 5 x --sp-timeout \(link across\)",
+        "no call",
+        r"\[nan, nan\]; .*a call did not complete on the GPU within 2 s, 5 x --sp-timeout \(link across\)",
     ),
 }
 
