@@ -90,6 +90,7 @@ class CallGuard:
                     self._reconnect(entered, _NEXT_CALL_S)
                     failure = None
             self.failed = True  # until the call has ended
+            self._control.call = self.number
             self.status = f"is in {self.describe_call()}", True
             try:
                 arguments = check()

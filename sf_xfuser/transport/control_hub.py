@@ -40,11 +40,13 @@ class _Join(NamedTuple):
 
 
 class _Status(NamedTuple):
-    """A rank's answer to a query. ``waiting``: it waits for other ranks; otherwise it computes."""
+    """A rank's answer to a query. ``waiting``: it waits for other ranks; otherwise it computes. ``call``: the number of
+    its last call."""
 
     text: str
     in_call: bool
     waiting: bool
+    call: int
 
 
 @dataclass
@@ -63,6 +65,7 @@ class _Epoch:
     reports: dict[int, str] = field(default_factory=dict)  # failures that are not the cause
     statuses: dict[int, _Status] = field(default_factory=dict)
     query_deadline: float | None = None  # None: no query is active
+    questions: dict[int, int] = field(default_factory=dict)  # call of each rank that asks which ranks are late for it
     mismatch: bool = False  # a rank has received data of another call
     failed_call: int | None = None
     outcome: str | None = None  # why the group has failed
@@ -185,7 +188,7 @@ class Hub:
             self._broadcast(["lost", position, reason])
             if epoch.outcome is None:
                 self._check_gathers()
-            if epoch.outcome is None and epoch.query_deadline is not None:
+            if epoch.outcome is None and epoch.reports:
                 self._set_outcome(self._first_failure())
         if ended and (joining or connected):
             self._ended[position] = reason
@@ -217,15 +220,34 @@ class Hub:
                 return self._set_outcome(f"{self._names[position]} failed: {text}")
             epoch.reports[position] = text
             epoch.mismatch |= mismatch
-            if epoch.query_deadline is None:
-                epoch.query_deadline = time.monotonic() + _QUERY_S
-                self._broadcast(["query"])
+            self._query()
+        elif kind == "late":
+            (epoch.questions[position],) = fields
+            self._query()
         if epoch.query_deadline is not None:
             complete = len(epoch.statuses) == len(self._names)
-            if epoch.lost or (complete and epoch.mismatch):
+            if epoch.reports and (epoch.lost or (complete and epoch.mismatch)):
                 self._set_outcome(self._first_failure())
-            elif complete:
+            elif complete and epoch.reports:
                 epoch.query_deadline = min(epoch.query_deadline, time.monotonic() + _CAUSE_S)
+            elif complete:
+                self._answer_questions()
+
+    def _query(self) -> None:
+        """Request the status of all ranks, if that is not under way."""
+        if self._epoch.query_deadline is None:
+            self._epoch.statuses.clear()
+            self._epoch.query_deadline = time.monotonic() + _QUERY_S
+            self._broadcast(["query"])
+
+    def _answer_questions(self) -> None:
+        """Tell the ranks that have asked which ranks are late. A rank that does not answer is not just late."""
+        epoch = self._epoch
+        questions, epoch.questions, epoch.query_deadline = epoch.questions, {}, None
+        answered = len(epoch.statuses) == len(self._names)
+        for position, call in questions.items():
+            late = [self._names[w] for w, status in sorted(epoch.statuses.items()) if status.call < call]
+            self._send(position, ["late", ", ".join(late) if answered else ""])
 
     def _on_join(
         self,
@@ -305,7 +327,7 @@ class Hub:
         if epoch.outcome is not None:
             return
         if epoch.query_deadline is not None and now >= epoch.query_deadline:
-            return self._set_outcome(self._first_failure())
+            return self._set_outcome(self._first_failure()) if epoch.reports else self._answer_questions()
         for gather in epoch.gathers.values():
             if now >= gather.deadline:
                 topic = next(iter(gather.values.values()))[0]

@@ -24,8 +24,11 @@ joined        hub -> ranks   all ranks have joined: session id, whether every ra
 gather        rank -> hub    number, topic, value, timeout
 gathered      hub -> ranks   number, values by position
 failure       rank -> hub    whether this rank is the cause, error, whether it got data of another call, call number
-query         hub -> ranks   requests the status, after a rank has reported a failure that is not the cause
-status        rank -> hub    text, whether the rank is in a call, whether it waits for others
+query         hub -> ranks   requests the status, after a rank has reported a failure that is not the cause, or asks
+                             which ranks are late
+status        rank -> hub    text, whether the rank is in a call, whether it waits for others, number of its last call
+late          rank -> hub    number of its call: asks which ranks have not started it
+late          hub -> rank    their names, or nothing if there are none or if a rank does not answer
 lost          hub -> ranks   a rank has disconnected: position, reason
 outcome       hub -> ranks   the group has failed, or a join is refused: reason, number of the failed call or None
 leave         rank -> hub    the rank disconnects next: whether it closes (True) or reconnects (False)
@@ -71,6 +74,8 @@ class ControlPlane:
         self.address = local_address(store)
         self.timeout_s = timeout_s
         self.call_status: Callable[[], tuple[str, bool]] = _no_call
+        self.call = 0
+        """The number of this rank's last call."""
         self.failed_call: int | None = None
         """The number of the failed call, if ``failure`` is about a call."""
         self.session = ""
@@ -82,6 +87,7 @@ class ControlPlane:
         self._lost: dict[int, tuple[str, float]] = {}  # by position: reason, time of the message
         self._gathered: dict[int, list[Any]] = {}
         self._num_gathers = 0
+        self._late: str | None = None  # the answer to a question
         self._all_notified: bool | None = None  # None until all ranks have joined
         self._waiting = False
         self._send_lock = threading.Lock()
@@ -163,6 +169,15 @@ class ControlPlane:
             if time.monotonic() > received_at + _LOST_GRACE_S:
                 return reason
         return None
+
+    def late_ranks(self) -> str:
+        """The names of the ranks that have not started this rank's call. Empty if there are none, or if a rank does not
+        answer. Local; takes a second at most."""
+        with self._condition:
+            self._late = None
+        self._send(["late", self.call])
+        self._wait_for_outcome(_OUTCOME_S, lambda: self._late is not None)
+        return self._late or ""
 
     def report_failure(self, text: str, *, is_cause: bool, mismatch: bool = False, call: int = 0) -> str:
         """Report to all ranks that this rank's call number ``call`` has failed. Returns the outcome. Local; takes a
@@ -293,6 +308,8 @@ class ControlPlane:
             elif kind == "gathered":
                 number, values = fields
                 self._gathered[number] = values
+            elif kind == "late":
+                (self._late,) = fields
             elif kind == "outcome":
                 if self._failure is None:
                     self._failure, self.failed_call = fields
@@ -306,7 +323,7 @@ class ControlPlane:
             text, in_call = self.call_status()
         except Exception as error:  # the hub needs an answer in any case
             text, in_call = f"cannot report its status: {error}", True
-        self._send(["status", text, in_call, self._waiting])
+        self._send(["status", text, in_call, self._waiting, self.call])
 
 
 def _no_call() -> tuple[str, bool]:

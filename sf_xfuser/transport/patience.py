@@ -6,14 +6,19 @@ import time
 from collections.abc import Iterable
 
 from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR
+from sf_xfuser.transport.control_plane import ControlPlane
 
 
 class Patience:
-    """The limits of the waits of one link. See ``CALL_TIMEOUT_FACTOR``."""
+    """The limits of the waits of one link.
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    Each chunk must arrive within one timeout. While a rank has not started the call, the limit is
+    ``CALL_TIMEOUT_FACTOR`` timeouts: for that rank's chunks, and for chunks of others that depend on them."""
+
+    def __init__(self, timeout_s: float, control: ControlPlane) -> None:
+        self._timeout_s, self._control = timeout_s, control
         self._arrived_at: dict[int, float] = {}  # by peer: when its last chunk in this call arrived
+        self._late_at = 0.0  # when a rank was late
 
     def begin_call(self) -> None:
         self._arrived_at.clear()
@@ -23,11 +28,15 @@ class Patience:
         self._arrived_at[peer] = time.monotonic()
 
     def exceeded(self, peers: Iterable[int], started_at: float) -> str | None:
-        """The limit that a wait for ``peers`` has exceeded, as text, or None. ``started_at``: ``time.monotonic``."""
+        """The limit that a wait for ``peers`` has exceeded, as text, or None. ``started_at``: ``time.monotonic``. Takes
+        a second at most, once per timeout."""
         for peer in peers:
-            arrived_at = self._arrived_at.get(peer)
-            limit_s = self._timeout_s * (CALL_TIMEOUT_FACTOR if arrived_at is None else 1)
-            if time.monotonic() >= max(started_at, arrived_at or 0.0) + limit_s:
-                first = f", {CALL_TIMEOUT_FACTOR} x --sp-timeout, since nothing of this call had arrived"
-                return f"{limit_s:g} s" + (first if arrived_at is None else "")
+            now, arrived_at = time.monotonic(), self._arrived_at.get(peer)
+            waited_s = now - max(started_at, arrived_at or 0.0)
+            if waited_s >= CALL_TIMEOUT_FACTOR * self._timeout_s:
+                return f"{CALL_TIMEOUT_FACTOR * self._timeout_s:g} s, {CALL_TIMEOUT_FACTOR} x --sp-timeout"
+            if arrived_at is not None and min(waited_s, now - self._late_at) >= self._timeout_s:
+                if not self._control.late_ranks():
+                    return f"{self._timeout_s:g} s"
+                self._late_at = now
         return None

@@ -143,6 +143,28 @@ def late_start(rank, link):
     return "from " + " ".join(str(int(parcel.data.sum()) // 8) for parcel in receives)
 
 
+def case_late_for_another(rank):
+    return late_for_another(rank, connect(timeout_s=0.5))
+
+
+def late_for_another(rank, link):
+    """Rank 2 starts its call two timeouts after the others. Rank 1 waits for it before it sends its second chunk."""
+    if rank == 2:
+        time.sleep(1.0)
+    link._control.call = 1
+    link.begin_call(1)
+    if rank == 0:
+        link.exchange(0, [], [parcel_of(torch.empty(8), 1, 0)]).wait()
+        link.exchange(1, [], [parcel_of(torch.empty(8), 1, 0)]).wait()
+    elif rank == 1:
+        link.exchange(0, [parcel_of(torch.ones(8), 0, 0)], [parcel_of(torch.empty(8), 2, 0)]).wait()
+        link.exchange(1, [parcel_of(torch.ones(8), 0, 0)], [])
+    else:
+        link.exchange(0, [parcel_of(torch.ones(8), 1, 0)], [])
+    link.drain()
+    return "done"
+
+
 def case_stops(rank):
     return stops(rank, connect(timeout_s=0.5))
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from cases import run_cases
-from tcp_links import PEERS, late_start, never_starts, parcel_of, recorded_calls, stops
+from tcp_links import PEERS, late_for_another, late_start, never_starts, parcel_of, recorded_calls, stops
 
 from sf_xfuser.transport.base import TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
@@ -75,6 +75,10 @@ def case_recorded(rank):
 
 def case_late_start(rank):
     return late_start(rank, connect(timeout_s=0.5))
+
+
+def case_late_for_another(rank):
+    return late_for_another(rank, connect(timeout_s=0.5))
 
 
 def case_stops(rank):
