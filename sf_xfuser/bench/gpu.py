@@ -49,13 +49,13 @@ class Goal:
 
 _LAUNCH_US = 5.0  # host time of one launch, as CUDA's own figures give it
 GOALS = {
-    "host T4U2R4": Goal(200, "us", "Python's share of a call; 1300 us before calls were recorded"),
+    "host T4U2R4": Goal(200, "us", "Python alone; 1300 us before calls were recorded as programs"),
     "host T4U8R1": Goal(250, "us", "as T4U2R4; 1700 us before"),
     "host T4U1R1": Goal(100, "us", "as T4U2R4; 550 us before"),
     "host T8U1R8": Goal(500, "us", "as T4U2R4; 5800 us before"),
     "host unstaged": Goal(80, "us", "as T4U2R4, for calls too short to be staged"),
-    "launches T4U2R4": Goal(90, "launches", "39 attends, 34 merges, 48 sends and 69 waits before"),
-    "launches T4U8R1": Goal(110, "launches", "18 attends, 17 merges, 117 sends and 117 waits before"),
+    "launches T4U2R4": Goal(90, "launches", "190 before: attends, merges, sends and waits"),
+    "launches T4U8R1": Goal(110, "launches", "269 before"),
     "enqueue T4U2R4": Goal(200 + 90 * _LAUNCH_US, "us", f"the two goals above, {_LAUNCH_US:g} us a launch"),
     "enqueue T4U8R1": Goal(250 + 110 * _LAUNCH_US, "us", f"the two goals above, {_LAUNCH_US:g} us a launch"),
     "error": Goal(2.0, "x SDPA's error", "a kernel may be twice as far from float64 as PyTorch's attention"),

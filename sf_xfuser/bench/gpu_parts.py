@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from sf_xfuser.bench import gpu_ranks
 from sf_xfuser.bench.document import print_row
+from sf_xfuser.bench.gpu import GOALS
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.bench.timing import (
     REAL,
@@ -56,7 +58,7 @@ from sf_xfuser.transport.gpu import nvshmem, symm_mem
 
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
 _TAKES_GRANULARITY = "granularity" in inspect.signature(torus_attention).parameters
-GRANULARITIES = ("block", "slab", "unstaged") if _TAKES_GRANULARITY else ("block", "unstaged")
+GRANULARITIES: tuple[Any, ...] = ("block", "slab", "unstaged") if _TAKES_GRANULARITY else ("block", "unstaged")
 _STAGED = GRANULARITIES[-2]  # with fewer launches than "block", if there is such a granularity
 LAYOUTS = {"T4U2R4": (4, 2, 1, 4), "T4U8R1": (4, 8, 1, 1), "T4U1R1": (4, 1, 1, 1), "T8U1R8": (8, 1, 1, 8)}
 """Torus, Ulysses, ring across and inside."""
@@ -201,12 +203,18 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def host(bench: Bench) -> None:
-    """The rows of ``bench.host``: Python's share of a call, everything below stubbed."""
+    """The rows of ``bench.host``: host time and launches of a call, with kernels and driver calls that do nothing."""
     if find_spec("sf_xfuser.bench.host") is None:
         return bench.skip("host", "this version has no sf_xfuser.bench.host")
     command = [sys.executable, "-m", "sf_xfuser.bench.host", "--json", "-"]
     for row in json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)["rows"]:
-        print_row({"name": row["layout"], "value": row["us"], "unit": "us", "goal": f"host {row['layout']}", **row})
+        layout, launches = row.pop("layout"), row.pop("launches")
+        bench.row(f"{layout}, host", "", row.pop("host_us"), "us", _goal(f"host {layout}"), **row)
+        bench.row(f"{layout}, launches", "", launches, "launches", _goal(f"launches {layout}"), **row)
+
+
+def _goal(name: str) -> str | None:
+    return name if name in GOALS else None
 
 
 def launches(bench: Bench) -> None:
@@ -217,21 +225,21 @@ def launches(bench: Bench) -> None:
             with bench.attempt(name):
                 rank, work, _ = _one_rank(bench, LAYOUTS[layout_name], granularity, bench.sizes.per_rank)
                 us = bench.host_us({name: work})[name]
-                has_goal = bench.on_gpu and granularity == _STAGED and layout_name in ("T4U2R4", "T4U8R1")
-                goal = f"enqueue {layout_name}" if has_goal else None
+                has_goal = bench.on_gpu and granularity == _STAGED
+                goal = _goal(f"enqueue {layout_name}") if has_goal else None
                 bench.row(f"{name}, host", "", statistics.median(us), "us", goal, **summary(us))
                 if bench.on_gpu:
-                    goal = goal and goal.replace("enqueue", "launches")
-                    bench.row(f"{name}, launches", "", bench.launches(work), "launches", goal)
+                    kernels, copies = bench.launches(work)
+                    bench.row(f"{name}, on the GPU", "", kernels, "kernels", copies=copies)
                 else:
-                    bench.skip(f"{name}, launches", "no GPU")
+                    bench.skip(f"{name}, on the GPU", "no GPU")
                 rank.mesh.close()
 
 
 def _one_rank(
     bench: Bench,
     degrees: Sequence[int],
-    granularity: str,
+    granularity: Any,
     tokens: int,
     D: int = 128,
     attention: Attention = sdpa_attend,
@@ -251,7 +259,7 @@ def _one_rank(
     return rank, work, error
 
 
-def call(rank: OneRank, attention: Attention, granularity: str = "block") -> torch.Tensor:
+def call(rank: OneRank, attention: Attention, granularity: Any = "block") -> torch.Tensor:
     options: dict[str, Any] = {"granularity": granularity}
     if not _TAKES_GRANULARITY:
         options = {"overlap": granularity != "unstaged"}
@@ -391,25 +399,25 @@ def flags(bench: Bench) -> None:
     """A copy and a flag on one stream, and another stream that waits for the flag: stream memory operations alone."""
     if not bench.on_gpu:
         return bench.skip("flags", "no GPU")
-    from sf_xfuser.transport.gpu.driver import Driver
-
-    driver = Driver()
-    sender, receiver = driver.new_stream(), driver.new_stream()
-    word = torch.zeros(1, dtype=torch.int64, device=bench.device)
-    value = 0
-    for exponent in bench.cases(range(0, 28, 3)):
-        nbytes = (1 << exponent) if exponent else 0
+    module: Any = import_module("sf_xfuser.transport.gpu.driver")
+    if not hasattr(module, "WordBatch"):
+        return bench.skip("flags", "this version has no batches of stream memory operations")
+    driver, word = module.Driver(), torch.zeros(1, dtype=torch.int64, device=bench.device)
+    sender, receiver = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    write, wait = module.WordBatch.writes([word.data_ptr()]), module.WordBatch.waits([word.data_ptr()])
+    write.values.fill(1)
+    for nbytes in bench.cases([0, *(1 << n for n in range(12, 31, 3))]):
         source = torch.ones(max(1, nbytes), dtype=torch.uint8, device=bench.device)
         target, taken = torch.zeros_like(source), []
         for _ in range(bench.warmup + bench.repeat):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            value += 1
+            word.zero_()
             torch.cuda.synchronize()
             start.record(sender)
             if nbytes:
                 driver.copy(target.data_ptr(), source.data_ptr(), nbytes, sender.cuda_stream)
-            driver.write_64(word.data_ptr(), value, sender.cuda_stream)
-            driver.wait_64(word.data_ptr(), value, receiver.cuda_stream)
+            driver.run(write, sender.cuda_stream)
+            driver.run(wait, receiver.cuda_stream)
             end.record(receiver)
             end.synchronize()
             taken.append(1e3 * start.elapsed_time(end))
