@@ -81,7 +81,7 @@ class Part:
 _ESTIMATES_S = {
     "machine": 15,
     "accuracy": 40,
-    "host": 30,
+    "host": 15,
     "launches": 40,
     "chunking": 60,
     "symm_mem-2": 35,
@@ -134,10 +134,14 @@ def run_part(part: Part, limit_s: float, env: dict[str, str], folder: str, add: 
     deadline, log = time.monotonic() + limit_s, deque[str](maxlen=40)
     try:
         while (line := lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
-            if line.startswith(ROW):
-                add({"part": part.name, **json.loads(line.removeprefix(ROW))})
-            elif line.strip():
-                log.append(line.rstrip())
+            text, found, row = line.rstrip().partition(ROW)
+            try:
+                if found:
+                    add({"part": part.name, **json.loads(row)})
+            except json.JSONDecodeError:  # the output of another process is in the line
+                text = line.rstrip()
+            if text:
+                log.append(text)
         status = process.wait(timeout=max(1.0, deadline - time.monotonic()))
         reason = f"exit status {status}: {log[-1] if log else 'no output'}" if status else ""
     except (queue.Empty, subprocess.TimeoutExpired):
