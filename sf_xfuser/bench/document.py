@@ -40,7 +40,7 @@ def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]
         "versions": {
             "sf_xfuser": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
+            **{name: installed_version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
         },
         "rows": [],
         "timelines": [],
@@ -65,7 +65,7 @@ def _cpu() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

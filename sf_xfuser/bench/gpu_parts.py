@@ -6,7 +6,6 @@ A result is checked against float64 before it is timed. Variants alternate, with
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import inspect
 import json
 import statistics
@@ -14,13 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from sf_xfuser.bench import gpu_ranks
-from sf_xfuser.bench.document import print_row
+from sf_xfuser.bench.document import installed_version, print_row
+from sf_xfuser.bench.gpu import GOALS
 from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
 from sf_xfuser.bench.timing import (
     REAL,
@@ -56,7 +57,7 @@ from sf_xfuser.transport.gpu import nvshmem, symm_mem
 
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
 _TAKES_GRANULARITY = "granularity" in inspect.signature(torus_attention).parameters
-GRANULARITIES = ("block", "slab", "unstaged") if _TAKES_GRANULARITY else ("block", "unstaged")
+GRANULARITIES: tuple[Any, ...] = ("block", "slab", "unstaged") if _TAKES_GRANULARITY else ("block", "unstaged")
 _STAGED = GRANULARITIES[-2]  # with fewer launches than "block", if there is such a granularity
 LAYOUTS = {"T4U2R4": (4, 2, 1, 4), "T4U8R1": (4, 8, 1, 1), "T4U1R1": (4, 1, 1, 1), "T8U1R8": (8, 1, 1, 8)}
 """Torus, Ulysses, ring across and inside."""
@@ -65,8 +66,7 @@ LAYOUTS = {"T4U2R4": (4, 2, 1, 4), "T4U8R1": (4, 8, 1, 1), "T4U1R1": (4, 1, 1, 1
 def machine(bench: Bench) -> None:
     """The GPU, and what is installed."""
     row: dict[str, Any] = {"name": "facts", "gpu": None, "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "nvshmem4py-cu13", "nvshmem4py-cu12", "xfuser", "diffusers", "yunchang"):
-        row[name] = importlib.metadata.version(name) if find_spec(name.partition("4")[0]) else None
+    row |= {name: installed_version(name) for name in ("triton", "nvshmem4py-cu13", "nvshmem4py-cu12")}
     if bench.on_gpu:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -201,12 +201,18 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def host(bench: Bench) -> None:
-    """The rows of ``bench.host``: Python's share of a call, everything below stubbed."""
+    """The rows of ``bench.host``: host time and launches of a call, with kernels and driver calls that do nothing."""
     if find_spec("sf_xfuser.bench.host") is None:
         return bench.skip("host", "this version has no sf_xfuser.bench.host")
     command = [sys.executable, "-m", "sf_xfuser.bench.host", "--json", "-"]
     for row in json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)["rows"]:
-        print_row({"name": row["layout"], "value": row["us"], "unit": "us", "goal": f"host {row['layout']}", **row})
+        layout, launches = row.pop("layout"), row.pop("launches")
+        bench.row(f"{layout}, host", "", row.pop("host_us"), "us", _goal(f"host {layout}"), **row)
+        bench.row(f"{layout}, launches", "", launches, "launches", _goal(f"launches {layout}"), **row)
+
+
+def _goal(name: str) -> str | None:
+    return name if name in GOALS else None
 
 
 def launches(bench: Bench) -> None:
@@ -217,21 +223,21 @@ def launches(bench: Bench) -> None:
             with bench.attempt(name):
                 rank, work, _ = _one_rank(bench, LAYOUTS[layout_name], granularity, bench.sizes.per_rank)
                 us = bench.host_us({name: work})[name]
-                has_goal = bench.on_gpu and granularity == _STAGED and layout_name in ("T4U2R4", "T4U8R1")
-                goal = f"enqueue {layout_name}" if has_goal else None
+                has_goal = bench.on_gpu and granularity == _STAGED
+                goal = _goal(f"enqueue {layout_name}") if has_goal else None
                 bench.row(f"{name}, host", "", statistics.median(us), "us", goal, **summary(us))
                 if bench.on_gpu:
-                    goal = goal and goal.replace("enqueue", "launches")
-                    bench.row(f"{name}, launches", "", bench.launches(work), "launches", goal)
+                    kernels, copies = bench.launches(work)
+                    bench.row(f"{name}, on the GPU", "", kernels, "kernels", copies=copies)
                 else:
-                    bench.skip(f"{name}, launches", "no GPU")
+                    bench.skip(f"{name}, on the GPU", "no GPU")
                 rank.mesh.close()
 
 
 def _one_rank(
     bench: Bench,
     degrees: Sequence[int],
-    granularity: str,
+    granularity: Any,
     tokens: int,
     D: int = 128,
     attention: Attention = sdpa_attend,
@@ -251,7 +257,7 @@ def _one_rank(
     return rank, work, error
 
 
-def call(rank: OneRank, attention: Attention, granularity: str = "block") -> torch.Tensor:
+def call(rank: OneRank, attention: Attention, granularity: Any = "block") -> torch.Tensor:
     options: dict[str, Any] = {"granularity": granularity}
     if not _TAKES_GRANULARITY:
         options = {"overlap": granularity != "unstaged"}
@@ -273,7 +279,7 @@ def chunking(bench: Bench) -> None:
         share = q[:, heads, : L // layout.ring_degree], k[:, heads], v[:, heads]
         library_calls = libraries(*share)
         variants: Variants = dict(library_calls)
-        own_rows = None
+        own_rows: torch.Tensor | None = None
         for granularity in GRANULARITIES:
             for kernel, attention in KERNELS.items():
                 with bench.attempt(f"{model}, {granularity}, {kernel}"):
@@ -282,7 +288,10 @@ def chunking(bench: Bench) -> None:
                     rank.fill(own_rows)
                     work = partial(call, rank, attention, granularity)
                     with poisoned():
-                        require_exact("the call", work(), own_rows, rank.own[0], k, v)
+                        rows, outs = zip(*rank.outputs(work()), strict=True)
+                        got, queries = torch.cat(outs, 2), torch.cat([q[:, heads, each] for each in rows], 2)
+                    library_out = sdpa_attend(queries, *share[1:])[0]
+                    require_exact("the call", got, library_out, queries, *share[1:])
                     variants[f"{granularity}, {kernel}"] = work
         us = bench.us(variants)
         library, library_us = fastest(us, library_calls)
@@ -303,7 +312,7 @@ def fused(bench: Bench) -> None:
     for D in bench.cases(bench.sizes.head_sizes):
         q, k, v = (bench.tokens(1, H, L, D, dtype=torch.bfloat16) for _ in range(3))
         library_calls = libraries(q, k, v)
-        library_out, _ = sdpa_attend(q, k, v)
+        library_out = next(iter(library_calls.values()))()[0]
         variants: Variants = dict(library_calls)
         for parts in (1, 4):
             lists = [list(x.chunk(parts, 2)) for x in (q, k, v)]
@@ -348,7 +357,7 @@ def _merges(
     bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """Name -> (function, bytes read and written). The accumulator has the layout of a real call."""
-    new_out, new_lse = sdpa_attend(q, k, v)
+    new_out, new_lse = next(iter(libraries(q, k, v).values()))()
     B, H, S, D = new_out.shape
     out = torch.randn(S, B, H, D, device=bench.device).permute(1, 2, 0, 3)
     lse = new_lse + torch.randn_like(new_lse)
@@ -391,25 +400,25 @@ def flags(bench: Bench) -> None:
     """A copy and a flag on one stream, and another stream that waits for the flag: stream memory operations alone."""
     if not bench.on_gpu:
         return bench.skip("flags", "no GPU")
-    from sf_xfuser.transport.gpu.driver import Driver
-
-    driver = Driver()
-    sender, receiver = driver.new_stream(), driver.new_stream()
-    word = torch.zeros(1, dtype=torch.int64, device=bench.device)
-    value = 0
-    for exponent in bench.cases(range(0, 28, 3)):
-        nbytes = (1 << exponent) if exponent else 0
+    module: Any = import_module("sf_xfuser.transport.gpu.driver")
+    if not hasattr(module, "WordBatch"):
+        return bench.skip("flags", "this version has no batches of stream memory operations")
+    driver, word = module.Driver(), torch.zeros(1, dtype=torch.int64, device=bench.device)
+    sender, receiver = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    write, wait = module.WordBatch.writes([word.data_ptr()]), module.WordBatch.waits([word.data_ptr()])
+    write.values.fill(1)
+    for nbytes in bench.cases([0, *(1 << n for n in range(12, 31, 3))]):
         source = torch.ones(max(1, nbytes), dtype=torch.uint8, device=bench.device)
         target, taken = torch.zeros_like(source), []
         for _ in range(bench.warmup + bench.repeat):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            value += 1
+            word.zero_()
             torch.cuda.synchronize()
             start.record(sender)
             if nbytes:
                 driver.copy(target.data_ptr(), source.data_ptr(), nbytes, sender.cuda_stream)
-            driver.write_64(word.data_ptr(), value, sender.cuda_stream)
-            driver.wait_64(word.data_ptr(), value, receiver.cuda_stream)
+            driver.run(write, sender.cuda_stream)
+            driver.run(wait, receiver.cuda_stream)
             end.record(receiver)
             end.synchronize()
             taken.append(1e3 * start.elapsed_time(end))

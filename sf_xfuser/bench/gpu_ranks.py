@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from sf_xfuser.bench.document import print_row
 from sf_xfuser.bench.timing import Bench, error_ratio, summary
-from sf_xfuser.config import TorusArgs
+from sf_xfuser.config import TorusArgs, set_defaults
 from sf_xfuser.kernels import sdpa_attend
 from sf_xfuser.torus.attention import attend_nothing, torus_attention
 from sf_xfuser.torus.build import build_mesh
@@ -26,7 +26,6 @@ from sf_xfuser.transport.gpu import nvshmem, symm_mem
 
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    "CUDA_MODULE_LOADING": "EAGER",  # a kernel that is loaded during a call may wait for all streams
     "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
     "NVSHMEM_DISABLE_NCCL": "1",
@@ -60,6 +59,7 @@ def _launch(work: Callable[[Rank], None], bench: Bench, transport: str, ranks: i
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    set_defaults({"CUDA_MODULE_LOADING": "EAGER"})  # loading a kernel may wait for all streams
     tokens, calls = (4096, 200) if bench.on_gpu else (16, 10)
     mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
         _start, (ranks, port, work, transport, bench.device.type, tokens, calls), nprocs=ranks
@@ -92,6 +92,7 @@ def _start(
         work(Rank(mesh, position, ranks, transport, device, tokens, calls))
     dist.barrier()
     mesh.close()
+    nvshmem.finalize()
     dist.destroy_process_group()
 
 

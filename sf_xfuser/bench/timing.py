@@ -133,9 +133,9 @@ class Bench:
         work()
         return 1e6 * (time.perf_counter() - started_s)
 
-    def launches(self, work: Callable[[], object]) -> int:
-        """Kernels, copies and fills that one run starts on the GPU, counted by PyTorch's profiler. It does not see
-        stream memory operations (flags and waits)."""
+    def launches(self, work: Callable[[], object]) -> tuple[int, int]:
+        """Kernels, and copies and fills, that one run starts on the GPU, counted by PyTorch's profiler. It does not see
+        flags and waits."""
         from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
         work()
@@ -143,7 +143,9 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        return sum(event.device_type == DeviceType.CUDA for event in profile.events() or [])
+        names = [event.name for event in profile.events() or [] if event.device_type == DeviceType.CUDA]
+        copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+        return len(names) - copies, copies
 
 
 def summary(us: Sequence[float]) -> dict[str, Any]:

@@ -9,14 +9,15 @@ import sys
 import pytest
 import torch
 
-from sf_xfuser.bench.gpu_ranks import ENVIRONMENT, UNAVAILABLE
+from sf_xfuser.bench import gpu_ranks
 from tests.launch import RANKS, check, reports, run, torchrun
 
+ENVIRONMENT = {**gpu_ranks.ENVIRONMENT, "CUDA_MODULE_LOADING": "EAGER"}
 CASES = {"gather": "equal", "attention": "0 differ", "all_to_all": "equal"}
 GPUS = torch.cuda.device_count()
 TRANSPORTS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-    for name, reason in ((name, probe()) for name, probe in UNAVAILABLE.items())
+    for name, reason in ((name, probe()) for name, probe in gpu_ranks.UNAVAILABLE.items())
 ] + [pytest.param("shm", marks=pytest.mark.skipif(GPUS > 0, reason="there is a GPU"))]
 
 
