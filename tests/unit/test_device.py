@@ -123,8 +123,9 @@ def add_all(target, sources):
 
 
 class Calls:
-    """Calls of one rank, on a stream of its own. A call sums the inputs of all ranks twice: ranks exchange them, then
-    the sums, which must be equal. ``ring``: inputs reach other ranks through their neighbours, in several rounds."""
+    """Calls of one rank, on a stream of its own. Ranks exchange their inputs, and sum them. Then they exchange sums and
+    inputs, and the result is the sum of all. ``ring``: inputs reach other ranks through neighbours, in several
+    rounds."""
 
     def __init__(self, link, ring):
         self.link, self.ring, self.stream = link, ring, virtual.Stream()
@@ -153,8 +154,9 @@ class Calls:
         else:  # two chunks per round, one of them empty
             sends = [Parcel(x, w, n, 16 * rank) for w in others for n, x in enumerate((own, own[:0]))]
             rounds.append(link.record(0, sends, [Parcel(None, w, n) for w in others for n in (0, 1)]))
-        sends = [Parcel(total, w, 0, 16 * (self.ranks + rank)) for w in others]
-        last = link.record(9, sends, [Parcel(None, w, 0) for w in others])
+        slots = [(total, 16 * (self.ranks + rank)), (own, 16 * (2 * self.ranks + rank))]
+        sends = [Parcel(x, w, n, offset) for w in others for n, (x, offset) in enumerate(slots)]
+        last = link.record(9, sends, [Parcel(None, w, n) for w in others for n in (0, 1)])
         wait, result, end = link.record_wait(rounds[-1:]), torch.empty(4), link.record_end()
 
         def run():
@@ -167,7 +169,8 @@ class Calls:
             add_all(total, [own, *(self._slot(window, w) for w in others)])
             last.post()
             last.wait()
-            add_all(result, [total, *(self._slot(window, self.ranks + w) for w in others)])
+            received = [self._slot(window, n * self.ranks + w) for n in (1, 2) for w in others]
+            add_all(result, [total, own, *received])
             end(result)
             launch(lambda: self.results.append(result.clone()))()
 
@@ -184,7 +187,7 @@ class Calls:
     def _inputs(self):
         """The next call sums these."""
         copy(self.input, torch.full((4,), float(self.rank + 100 * len(self.expected))))
-        self.expected.append(self.ranks * sum(w + 100.0 * len(self.expected) for w in range(self.ranks)))
+        self.expected.append((self.ranks + 1) * sum(w + 100.0 * len(self.expected) for w in range(self.ranks)))
 
     def make(self, kinds):
         """Enqueue calls of these kinds: "host", "replay" (its own graph), "graph" (a user's graph of three calls)."""
