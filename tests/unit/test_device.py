@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sf_xfuser.transport.base import CallMismatch, Parcel, TransportError, TransportUnavailable
-from sf_xfuser.transport.gpu import driver, memory, watchdog
+from sf_xfuser.transport.gpu import driver, memory
 from sf_xfuser.transport.gpu.block import MAX_ROUNDS, Block, round_up_window
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from tests import virtual
@@ -425,15 +425,9 @@ def test_ranks_that_share_a_gpu_need_memory_for_all_of_them(monkeypatch):
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hurried(monkeypatch):
-    """Timeouts of a fraction of a second."""
-    virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setattr(watchdog, "_HEAD_POLL_S", 0.05)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, hurried):
+def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, monkeypatch):
+    virtual.use_cpu_streams(monkeypatch)
     make, silent = windows(2, timeout_s=0.1), threading.Event()
 
     def rank(position):
@@ -462,8 +456,9 @@ def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, hurri
 
 
 @pytest.mark.parametrize("kind", ["host", "replay", "graph"])
-def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, hurried):
+def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, monkeypatch):
     """Rank 1 stops before a call. The others have already enqueued theirs, and more of them."""
+    virtual.use_cpu_streams(monkeypatch)
     make, stopped = windows(3, timeout_s=0.2), threading.Barrier(3, timeout=20)
 
     def rank(position):
@@ -508,7 +503,8 @@ def test_a_call_with_another_identity_is_nan_and_the_next_one_raises(monkeypatch
     assert "has made another call than this rank" in str(results[0])
 
 
-def test_a_rank_that_closes_during_a_call_is_detected(hurried):
+def test_a_rank_that_closes_during_a_call_is_detected(monkeypatch):
+    virtual.use_cpu_streams(monkeypatch)
     make = windows(2, timeout_s=60.0)
 
     def rank(position):
