@@ -1,9 +1,8 @@
-"""The protocol of one-sided GPU transports without a GPU: memory layout, and transfers with threads as streams
-(``virtual.py``). ``gpu/test_one_sided.py`` runs it on a GPU."""
+"""The protocol of one-sided GPU transports without a GPU: memory layout, and recorded transfers with threads as streams
+(``virtual.py``). ``test_device_attention.py`` runs attention over it, ``gpu/test_one_sided.py`` runs it on a GPU."""
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 import threading
@@ -12,48 +11,33 @@ import time
 import pytest
 import torch
 
-from sf_xfuser.integrations.xdit import usp
-from sf_xfuser.integrations.yunchang import all_to_all
-from sf_xfuser.kernels import sdpa_attend
-from sf_xfuser.torus.attention import torus_attention
-from sf_xfuser.torus.call import Joint
-from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
-from sf_xfuser.transport.gpu import device, memory
-from sf_xfuser.transport.gpu.block import MAX_CHUNKS, Block, Staging, round_up_window
+from sf_xfuser.transport.base import CallMismatch, Parcel, TransportError, TransportUnavailable
+from sf_xfuser.transport.gpu import driver, memory
+from sf_xfuser.transport.gpu.block import MAX_ROUNDS, Block, round_up_window
+from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from tests import virtual
-from tests.virtual import succeeded
+from tests.virtual import launch, succeeded
 
 # -- memory layout ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "half_bytes"), [(2, 2 << 20), (7, 6 << 20)])
-def test_regions_of_a_block_do_not_overlap(ranks, half_bytes):
-    block = Block(ranks=ranks, half_bytes=half_bytes)
-    flags = [block.flag(w, chunk, epoch) for w in range(ranks) for chunk in range(MAX_CHUNKS) for epoch in (1, 2)]
-    assert all(flag % 8 == 0 for flag in flags) and len(set(flags)) == len(flags)
-    assert block.poison + 4 <= min(flags) and max(flags) + 8 <= block.head_bytes
-    starts = [block.head_bytes, *sorted({block.half(1), block.half(2)}), block.staging]
-    assert starts == [block.head_bytes, block.head_bytes, block.head_bytes + half_bytes, starts[-1]]
-    assert block.half(3) == block.half(1) and block.staging + half_bytes == block.nbytes
-    assert all(start % 512 == 0 for start in starts)
+@pytest.mark.parametrize(("ranks", "half_bytes", "scratch_bytes"), [(2, 2 << 20, 0), (70, 6 << 20, 4 << 20)])
+def test_regions_of_a_block_do_not_overlap(ranks, half_bytes, scratch_bytes):
+    block = Block(ranks=ranks, half_bytes=half_bytes, scratch_bytes=scratch_bytes)
+    flags = [block.flag(w, number, half) for w in range(ranks) for number in range(MAX_ROUNDS) for half in (0, 1)]
+    assert sorted(flags) == list(range(block.num_flags))
+    words = [block.poison, block.expected, block.begun, block.ended, block.spare, *map(block.ready, range(ranks))]
+    assert all(word % 8 == 0 for word in words) and len(set(words)) == len(words)
+    assert max(words) + 8 <= block.flags and block.flags + 8 * block.num_flags <= block.head_bytes
+    starts = [block.head_bytes, block.half(0), block.half(1), block.scratch]
+    assert starts == [block.head_bytes, block.head_bytes, block.head_bytes + half_bytes, starts[2] + half_bytes]
+    assert block.scratch + scratch_bytes == block.nbytes and all(start % 512 == 0 for start in starts)
 
 
 def test_the_docstring_example_of_a_block():
-    block = Block(ranks=2, half_bytes=2 << 20)
-    assert (block.flags, block.half(0), block.half(1), block.staging) == (512, 33280, 2130432, 4227584)
-    assert block.flag(1, 3, epoch=7) == 25112
-
-
-def test_staged_chunks_do_not_overlap_until_the_allocator_wraps():
-    staging = Staging(10_240)
-    chunks = [(*staging.allocate(nbytes), nbytes) for nbytes in (1, 5000, 513, 512, 10_240, 7)]
-    assert [(offset, wrapped) for offset, wrapped, _ in chunks] == [
-        (0, False), (512, False), (5632, False), (6656, False), (0, True), (0, True)
-    ]  # fmt: skip
-    staging.reset()
-    assert staging.allocate(10_240) == (0, False)
-    spans = [(offset, offset + nbytes) for offset, _, nbytes in chunks[:4]]
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    block = Block(ranks=2, half_bytes=2 << 20, scratch_bytes=2 << 20)
+    assert (block.flags, block.half(0), block.half(1), block.scratch) == (1024, 33792, 2130944, 4228096)
+    assert block.flag(1, 3, half=1) == 3075 and block.flags + 8 * 3075 == 25624
 
 
 def test_windows_grow_rarely_and_by_an_eighth_at_most():
@@ -65,155 +49,222 @@ def test_windows_grow_rarely_and_by_an_eighth_at_most():
     )
 
 
-# -- autotuning -------------------------------------------------------------------------------------------------------
+# -- recorded calls ---------------------------------------------------------------------------------------------------
 
 
-def test_auto_keeps_the_fastest_and_frees_the_memory_of_the_others(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    freed: list[tuple[str, int]] = []
+class Network(virtual.Virtual):
+    """Ranks 0 and 1 map each other, ranks 2 and 3 too. Other peers are reached as over NVSHMEM's network: its puts run
+    on threads of their own, so chunks without an order between them arrive in any order."""
 
-    class Fast(virtual.Virtual):
-        name = "fast"
+    def _allocate(self, nbytes):
+        block = super()._allocate(nbytes)
+        starts = dict(self._address)
+        self._address = {peer: start for peer, start in starts.items() if peer // 2 == self._position // 2}
+        self._bindings = CpuNvshmem(starts, block.data_ptr())
+        return block
 
-        def _free(self):
-            freed.append((self.name, self._position))
+    @property
+    def _reachable(self):
+        return [peer for peer in range(len(self._members)) if peer != self._position]
 
-    class Slow(Fast):
-        name = "slow"
-
-        def exchange(self, *args):
-            time.sleep(0.02)
-            return super().exchange(*args)
-
-    class Absent(Fast):
-        name = "absent"
-
-        def _allocate(self, nbytes):
-            raise RuntimeError("no such memory")
-
-    make = virtual.meshes(2, 1, heads=2)
-    q = torch.randn(1, 2, 12, 8)
-
-    def work(rank):
-        mesh = make[rank]()
-        mesh.window.close()
-
-        def connect(kind):
-            return lambda control: dict.fromkeys(("inside", "across"), kind(control, range(2), rank, [1 - rank], 30.0))
-
-        mesh.transports, mesh.transport_reason = {kind.name: connect(kind) for kind in (Slow, Absent, Fast)}, ""
-        own = q[:, :, 6 * rank : 6 * rank + 6]
-        return mesh, torus_attention(own, own, own, mesh=mesh)
-
-    results = virtual.run_ranks(2, work)
-    out = torch.cat([each[1] for each in results], 2)
-    assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-6)
-    for mesh, _ in results:
-        assert mesh.transport == "fast" and isinstance(mesh.window, Fast) and not isinstance(mesh.window, Slow)
-        assert re.match(
-            r"the fastest of slow [\d.]+ ms, fast [\d.]+ ms, .*; absent cannot be used: .*no such",
-            mesh.transport_reason,
-        )
-    assert {("slow", 0), ("slow", 1)} <= set(freed) and freed.count(("slow", 0)) == freed.count(("slow", 1)) == 1
-    assert not [window for window in memory.closed_windows if window.window_bytes and window._memory is not None]
-    for mesh, _ in results:
-        mesh.close()
+    _put, put_round, network_launches = Nvshmem._put, Nvshmem.put_round, Nvshmem.network_launches
+    await_network_flag = Nvshmem.await_network_flag
 
 
-# -- the protocol, with threads as streams ---------------------------------------------------------------------------
+class CpuNvshmem:
+    """The functions of nvshmem4py's bindings that ``Nvshmem`` uses, on ``virtual.Stream`` and host memory."""
+
+    def __init__(self, starts, base):
+        self._starts, self._base = starts, base
+
+    def _target(self, address, peer):
+        return self._starts[peer] + address - self._base
+
+    def putmem_on_stream(self, target, source, nbytes, peer, stream):
+        virtual.CpuDriver().copy(self._target(target, peer), source, nbytes, stream)
+
+    def quiet_on_stream(self, stream):
+        pass
+
+    def putmem_signal_on_stream(self, target, source, nbytes, signal, value, operation, peer, stream):
+        assert operation == 9
+        self.putmem_on_stream(target, source, nbytes, peer, stream)
+        virtual.CpuDriver().write_64(self._target(signal, peer), value, stream)
+
+    def signal_op_on_stream(self, signal, value, operation, peer, stream):
+        assert operation == 9
+        virtual.CpuDriver().write_64(self._target(signal, peer), value, stream)
+
+    def signal_wait_until_on_stream(self, address, comparison, value, stream):
+        assert (comparison, value) == (1, 0)
+        virtual.CpuDriver().run(driver.WordBatch.waits([address]), stream)
 
 
-def inputs(rank, seed, tokens, heads, dtype=torch.float32):
-    make = torch.Generator().manual_seed(seed * 16 + rank)
-    return [torch.randn(1, heads, tokens, 8, generator=make).to(dtype) for _ in range(3)]
+def windows(ranks, timeout_s=20.0, kind=virtual.Virtual):
+    """A function that creates the transport of a rank, of global ranks 4, 5, ..."""
+    group = virtual.ThreadGroup(ranks)
+    members = range(4, 4 + ranks)
+
+    def make(rank):
+        peers = [peer for peer in range(ranks) if peer != rank]
+        return kind(virtual.ThreadControl(group, rank), members, rank, peers, timeout_s)
+
+    return make
 
 
-def reference(world, seed, tokens, heads):
-    """Single-device attention, split by rank."""
-    q, k, v = (
-        torch.cat(parts, dim=2) for parts in zip(*(inputs(w, seed, tokens, heads) for w in range(world)), strict=True)
-    )
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).split(tokens, dim=2)
+@launch
+def copy(target, source):
+    target.copy_(source)
 
 
-@pytest.mark.parametrize(
-    ("machines", "ranks_per_machine", "heads"),
-    [(1, 2, 2), (2, 1, 2), (2, 2, 4), (2, 2, 2), (3, 1, 3), (1, 3, 1), (4, 1, 2)],
-)
-def test_attention_is_correct_and_deterministic(machines, ranks_per_machine, heads, monkeypatch):
-    """Fewer heads than ranks need a ring."""
+@launch
+def add_all(target, sources):
+    target.copy_(torch.stack(list(sources)).sum(0))
+
+
+class Calls:
+    """Calls of one rank, on a stream of its own. Ranks exchange their inputs, and sum them. Then they exchange sums and
+    inputs, and the result is the sum of all. ``ring``: inputs reach other ranks through neighbours, in several
+    rounds."""
+
+    def __init__(self, link, ring):
+        self.link, self.ring, self.stream = link, ring, virtual.Stream()
+        self.rank, self.ranks = link._position, len(link._members)
+        link.reserve(1 << 12, 1 << 12)
+        self.programs, self.graphs, self.user_graph = {}, {}, None
+        self.input = torch.zeros(4)
+        self.results, self.expected = [], []
+        self.number = 0
+
+    def _slot(self, memory, n):
+        return memory[16 * n : 16 * n + 16].view(torch.float32)
+
+    def _record(self, window):
+        """(post and compute, then end), for the half of ``window``."""
+        link, rank, others = self.link, self.rank, [w for w in range(self.ranks) if w != self.rank]
+        own, total = self._slot(link.scratch, 0), self._slot(link.scratch, 1)
+        rounds = []
+        if self.ring:
+            after, before = (rank + 1) % self.ranks, (rank - 1) % self.ranks
+            for step in range(self.ranks - 1):
+                origin = (rank - step) % self.ranks
+                source = own if step == 0 else self._slot(window, origin)
+                send = Parcel(source, after, 0, 16 * origin)
+                rounds.append(link.record(step, [send], [Parcel(None, before, 0)]))
+        else:  # two chunks per round, one of them empty
+            sends = [Parcel(x, w, n, 16 * rank) for w in others for n, x in enumerate((own, own[:0]))]
+            rounds.append(link.record(0, sends, [Parcel(None, w, n) for w in others for n in (0, 1)]))
+        slots = [(total, 16 * (self.ranks + rank)), (own, 16 * (2 * self.ranks + rank))]
+        sends = [Parcel(x, w, n, offset) for w in others for n, (x, offset) in enumerate(slots)]
+        last = link.record(9, sends, [Parcel(None, w, n) for w in others for n in (0, 1)])
+        wait, result, end = link.record_wait(rounds[-1:]), torch.empty(4), link.record_end()
+
+        def run():
+            copy(own, self.input)
+            for before, transfer in zip([None, *rounds], rounds, strict=False):
+                if before is not None:
+                    before.wait()
+                transfer.post()
+            wait()
+            add_all(total, [own, *(self._slot(window, w) for w in others)])
+            last.post()
+            last.wait()
+            received = [self._slot(window, n * self.ranks + w) for n in (1, 2) for w in others]
+            add_all(result, [total, own, *received])
+            end(result)
+            launch(lambda: self.results.append(result.clone()))()
+
+        return run
+
+    def _begin(self):
+        self.number += 1
+        self.link.begin_call(self.number)
+        window = self.link.begin()
+        if id(window) not in self.programs:
+            self.programs[id(window)] = self._record(window)
+        return id(window)
+
+    def _inputs(self):
+        """The next call sums these."""
+        copy(self.input, torch.full((4,), float(self.rank + 100 * len(self.expected))))
+        self.expected.append((self.ranks + 1) * sum(w + 100.0 * len(self.expected) for w in range(self.ranks)))
+
+    def make(self, kinds):
+        """Enqueue calls of these kinds: "host", "replay" (its own graph), "graph" (a user's graph of three calls)."""
+        with virtual.on_stream(self.stream):
+            for kind in kinds:
+                self._inputs()
+                if kind == "graph":
+                    self._replay_user_graph()
+                    continue
+                half = self._begin()
+                if kind == "replay":
+                    if half not in self.graphs:
+                        graph = virtual.Graph()
+                        with self.link.capture() as end, graph.capture():
+                            self.programs[half]()
+                        self.graphs[half] = graph, end
+                    graph, end = self.graphs[half]
+                    graph.replay()
+                    end()
+                else:
+                    self.programs[half]()
+
+    def check(self):
+        virtual.synchronize(self.stream)
+        assert [float(x[0]) for x in self.results] == self.expected
+        assert all((x == x[0]).all() for x in self.results)
+
+    def _replay_user_graph(self):
+        if self.user_graph is None:
+            self.user_graph = virtual.Graph()
+            with self.user_graph.capture():
+                for _ in range(3):
+                    self.programs[self._begin()]()
+        self.user_graph.replay()
+        self.expected += self.expected[-1:] * 2  # three calls of the same inputs
+
+
+KINDS = {
+    "host": ["host"],
+    "replays": ["host", "replay", "replay"],
+    "graphs": ["host", "graph", "graph"],
+    "all": ["host", "replay", "graph"],
+}
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["all pairs", "ring"])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_calls_with_delays_are_correct(kinds, ring, monkeypatch):
+    """Calls of the host and replays of CUDA graphs in any order, with delays on streams and on the host."""
     virtual.use_cpu_streams(monkeypatch)
     monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
-    world = machines * ranks_per_machine
-    make = virtual.meshes(machines, ranks_per_machine, heads)
+    make, rng = windows(3), random.Random(kinds)
+    order = ["host", "host"] + [rng.choice(KINDS[kinds]) for _ in range(60)]
 
     def rank(position):
-        mesh = make[position]()
-        first = [torus_attention(*inputs(position, seed, 40 + 8 * seed, heads), mesh=mesh) for seed in range(4)]
-        again = [torus_attention(*inputs(position, seed, 40 + 8 * seed, heads), mesh=mesh) for seed in range(4)]
-        mesh.close()
-        return first, again
+        calls = Calls(make(position), ring)
+        calls.make(order)
+        calls.check()
+        head = calls.link._read_head()
+        assert not any(head.flags) and not head.aborted and head.begun == head.ended
+        calls.link.close()
 
-    for position, (first, again) in enumerate(succeeded(virtual.run_ranks(world, rank))):
-        for seed in range(4):
-            assert torch.equal(first[seed], again[seed])
-            expected = reference(world, seed, 40 + 8 * seed, heads)[position]
-            assert (first[seed] - expected).abs().max() < 1e-5
+    succeeded(virtual.run_ranks(3, rank))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("machines", "ranks_per_machine", "heads", "kv_heads", "split"),
-    [(2, 2, 8, 4, 4), (2, 2, 12, 3, 2), (2, 2, 9, 3, 2), (3, 1, 6, 6, 3), (1, 3, 4, 2, 1), (1, 1, 4, 1, 1)],
-)
-def test_the_fused_kernel_matches_the_library(machines, ranks_per_machine, heads, kv_heads, split, dtype, monkeypatch):
-    """With the kernel's reference: with and without a ring, grouped queries also across head groups, joint tokens at
-    either end, a different token count on each rank, one rank without tokens."""
+@pytest.mark.parametrize("kinds", KINDS)
+def test_calls_over_a_network_are_correct(kinds, monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    world = machines * ranks_per_machine
-    make = virtual.meshes(machines, ranks_per_machine, split)
-    tokens = [0 if w == 1 else 17 + 5 * w for w in range(world)]
+    monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
+    make, rng = windows(4, kind=Network), random.Random(kinds)
+    order = ["host", "host"] + [rng.choice(KINDS[kinds]) for _ in range(30)]
 
     def rank(position):
-        own = torch.Generator().manual_seed(position)
-        joint = torch.Generator().manual_seed(99)
-        q, k, v = (
-            torch.randn(2, tokens[position], H, 64, generator=own).to(dtype).transpose(1, 2)
-            for H in (heads, kv_heads, kv_heads)
-        )
-        joint_kv = torch.randn(2, 2, kv_heads, 5, 64, generator=joint).to(dtype)
-        mesh, results = make[position](), []
-        for tokens_of_all in (None, Joint(*joint_kv, "front"), Joint(*joint_kv, "rear")):
-            results.append(
-                [torus_attention(q, k, v, mesh=mesh, attention=x, joint=tokens_of_all) for x in (sdpa_attend, "fused")]
-            )
-        mesh.close()
-        return results
-
-    rounding = max(4 * torch.finfo(dtype).eps, 1e-5)
-    for position, results in enumerate(succeeded(virtual.run_ranks(world, rank))):
-        for library, fused in results:
-            assert fused.shape == (2, heads, tokens[position], 64) and fused.isfinite().all()
-            torch.testing.assert_close(fused, library, rtol=rounding, atol=rounding)
-
-
-def test_many_calls_with_delays_are_bitwise_equal(monkeypatch):
-    """Random delays on streams and on the host. Ranks run up to two calls apart."""
-    virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setattr(virtual.Stream, "pause_s", 3e-3)
-    make = virtual.meshes(2, 2, 4)
-
-    def rank(position):
-        mesh, rng = make[position](), random.Random(position)
-        qkv = [inputs(position, seed, 24 + 8 * seed, 4) for seed in range(3)]
-        first = [torus_attention(*each, mesh=mesh) for each in qkv]
-        for number in range(200):
-            if rng.random() < 0.1:
-                time.sleep(rng.random() * 1e-2)
-            counts = [24 + 8 * (number % 3)] * 4
-            out = torus_attention(*qkv[number % 3], mesh=mesh, tokens=(counts, counts))
-            assert torch.equal(out, first[number % 3]), number
-        mesh.close()
+        calls = Calls(make(position), ring=False)
+        calls.make(order)
+        calls.check()
+        calls.link.close()
 
     succeeded(virtual.run_ranks(4, rank))
 
@@ -221,224 +272,240 @@ def test_many_calls_with_delays_are_bitwise_equal(monkeypatch):
 def test_flags_reach_other_hosts_as_copies(monkeypatch):
     """In an NVLink domain, stream memory operations write local memory only."""
     virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setattr(virtual.Virtual, "_other_hosts", range(4))
+    monkeypatch.setattr(virtual.Virtual, "other_hosts", range(3))
     monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
-    make = virtual.meshes(2, 2, 2)
+    make = windows(3)
 
     def rank(position):
-        mesh, written = make[position](), []
-        write = mesh.window._driver.write_64
-        mesh.window._driver.write_64 = lambda target, *rest: (written.append(target), write(target, *rest))
-        out = [torus_attention(*inputs(position, seed, 40, 2), mesh=mesh) for seed in range(4)]
-        mesh.close()
-        return out, set(written) - {word.data_ptr() for word in mesh.window._flag_sources.values()}
+        calls = Calls(make(position), ring=False)
+        run, remote = calls.link.driver.run, []
 
-    for position, (out, remote) in enumerate(succeeded(virtual.run_ranks(4, rank))):
+        def local_only(batch, stream):
+            block = range(calls.link._base, calls.link._base + calls.link._block.nbytes)
+            remote.extend(x for x in batch.table["address"].tolist() if x not in block)
+            run(batch, stream)
+
+        calls.link.driver.run = local_only
+        calls.make(["host"] * 20)
+        calls.check()
+        calls.link.close()
         assert not remote
-        for seed in range(4):
-            assert (out[seed] - reference(4, seed, 40, 2)[position]).abs().max() < 1e-5
+
+    succeeded(virtual.run_ranks(3, rank))
 
 
-class DictTransport(Transport):
-    """A second transport between threads: chunks go through one dictionary."""
-
-    def __init__(self, rank, box):
-        self._rank, self._box, self._round = rank, box, 0
-
-    def exchange(self, round, sends, receives):
-        self._round += 1
-        for parcel in sends:
-            self._box[self._round, self._rank, parcel.peer, parcel.slot] = parcel.packed().clone()
-        return DictTicket(
-            self._box, {(self._round, parcel.peer, self._rank, parcel.slot): parcel for parcel in receives}
-        )
-
-    def drain(self):
-        pass
-
-
-class DictTicket(Ticket):
-    def __init__(self, box, due):
-        self._box, self._due = box, due
-
-    def wait(self):
-        while self._due:
-            key, parcel = self._due.popitem()
-            while key not in self._box:
-                time.sleep(1e-3)
-            parcel.parts[0].copy_(self._box.pop(key))
-
-
-@pytest.mark.parametrize("heads", [4, 2])  # with 2, KV stays split inside machines
-def test_the_result_of_a_failed_window_is_nan_on_other_machines(heads, monkeypatch):
-    """Windows inside machines and another transport between them, which does not report the failure."""
+def test_a_round_is_one_copy_operation_one_flag_operation_and_one_wait(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make, box = virtual.meshes(2, 2, heads), {}
+    make = windows(3)
 
     def rank(position):
-        mesh = make[position]()
-        mesh.links["across"] = DictTransport(position, box)
-        out = [torus_attention(*inputs(position, 0, 40, heads), mesh=mesh)]
-        if position < 2:  # machine 0
-            mesh.window._poison_view(mesh.window._memory).fill_(float("nan"))
-        out.append(torus_attention(*inputs(position, 0, 40, heads), mesh=mesh))
-        mesh.close()
-        return out
+        link, others = make(position), [w for w in range(3) if w != position]
+        link.reserve(1 << 12, 1 << 12)
+        link.begin()
+        chunks = [Parcel(link.scratch[:8], w, n, 8 * n) for w in others for n in (0, 1)]
+        receives = [Parcel(None, w, n) for w in others for n in (0, 1)]
+        first, second, empty = (link.record(n, sends, receives) for n, sends in enumerate((chunks, chunks, [])))
+        both = link.record_wait([first, second])
+        assert [x.post_launches for x in (first, second, empty)] == [2, 2, 0]
+        assert [x.wait_launches for x in (first, second, empty)] == [both.launches] * 3 == [1] * 3
+        seen = []
+        for operation in (first.post, second.post, both):
+            link.driver.calls.clear()
+            operation()
+            seen.append(list(link.driver.calls))
+        link.close()
+        return seen
 
-    for position, (valid, lost) in enumerate(succeeded(virtual.run_ranks(4, rank))):
-        assert (valid - reference(4, 0, 40, heads)[position]).abs().max() < 1e-5
-        assert lost.isnan().all() if position < 2 else lost.isnan().any()
+    assert succeeded(virtual.run_ranks(3, rank)) == [[["copies", "batch"], ["copies", "batch"], ["batch"]]] * 3
 
 
-def test_all_to_alls_are_correct_and_poisoned_like_attention(monkeypatch):
+def test_a_batch_has_at_most_255_operations():
+    batch = driver.WordBatch.writes(range(0, 8 * 600, 8))
+    assert [count for _, count in batch.parts] == [255, 255, 90] and batch.launches == 3
+    assert [address - batch.parts[0][0] for address, _ in batch.parts] == [0, 48 * 255, 48 * 510]
+
+
+def test_the_window_is_the_same_tensor_in_every_second_call(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make = virtual.meshes(2, 2, 4)
-    inputs = [torch.randn(1, 6, 8, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
-
-    def rank(position):
-        mesh = make[position]()
-        out = [all_to_all.all_to_all_4d(inputs[position], 2, 1, mesh) for _ in range(3)]
-        mesh.window._poison_view(mesh.window._memory).fill_(float("nan"))  # as a failing peer does
-        lost = all_to_all.all_to_all_4d(inputs[position], 2, 1, mesh)
-        mesh.close()
-        return out, lost
-
-    for position, (out, lost) in enumerate(succeeded(virtual.run_ranks(4, rank))):
-        expected = torch.cat([x.chunk(4, dim=2)[position] for x in inputs], dim=1)
-        assert all(torch.equal(x, expected) for x in out) and lost.isnan().all()
-
-
-def links(timeout_s=20.0):
-    """For two ranks, a function that creates the transport of a rank."""
-    group = virtual.ThreadGroup(2)
-    return lambda rank: virtual.Virtual(virtual.ThreadControl(group, rank), [4, 5], rank, [1 - rank], timeout_s)
-
-
-def byte(peer, value=0, offset=0):
-    return Parcel((torch.full((1,), value, dtype=torch.uint8),), torch.uint8, peer, 0, offset)
-
-
-def test_sends_may_exceed_the_staging_area(monkeypatch):
-    """More strided chunks than fit: the allocator wraps after earlier puts have completed."""
-    virtual.use_cpu_streams(monkeypatch)
-    make, tokens = links(), 1 << 19
+    make = windows(2)
 
     def rank(position):
         link = make(position)
-        for call in range(3):
-            window = link.begin()
-            sent = [torch.full((tokens, 2), 1 + call + n, dtype=torch.uint8) for n in range(4)]
-            parcels = [Parcel((x[:, 0],), torch.uint8, 1 - position, 0, n * tokens) for n, x in enumerate(sent)]
-            parcels += [Parcel((x[:, 1],), torch.uint8, 1 - position, 0, n * tokens) for n, x in enumerate(sent)]
-            arrival = link.exchange(0, parcels, [byte(1 - position)] * 8)
-            arrival.wait()
-            arrival.wait()
+        seen = []
+        for _ in range(4):
+            seen.append(link.begin())
+            link.exchange(0, [byte(1 - position)], [byte(1 - position)]).wait()
             link.drain()
-            for n in range(4):
-                assert (window[n * tokens : (n + 1) * tokens] == 1 + call + n).all()
-        assert link.window_bytes == 2 * (2 << 20)
+        assert seen[0] is seen[2] and seen[1] is seen[3] and seen[0] is not seen[1]
         link.close()
 
     succeeded(virtual.run_ranks(2, rank))
 
 
-def test_staging_wraps_only_after_the_puts_of_all_streams(monkeypatch):
-    """Two peers on two streams, one of them slow. Each receives as much as the area holds."""
+def byte(peer, value=0, offset=0):
+    return Parcel(torch.full((1,), value, dtype=torch.uint8), peer, 0, offset)
+
+
+def test_strided_tensors_for_peers_that_are_not_mapped_go_through_scratch(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setattr(virtual.Stream, "pause_chance", 1.0)
-    group, nbytes = virtual.ThreadGroup(3), 2 << 20
+    make = windows(4, kind=Network)
 
     def rank(position):
-        others = [peer for peer in range(3) if peer != position]
-        link = virtual.Virtual(virtual.ThreadControl(group, position), [0, 1, 2], position, others, 20.0)
-        link._put_streams[0].pause_s = 0.05
-        for call in range(8):
-            window = link.begin()
-            chunks = {peer: torch.full((nbytes, 2), 10 * call + peer, dtype=torch.uint8)[:, 0] for peer in (1, 2)}
-            sends = [Parcel((chunks[peer],), torch.uint8, peer, 0) for peer in others] if position == 0 else []
-            link.exchange(0, sends, [] if position == 0 else [byte(0)]).wait()
-            link.drain()
-            assert position == 0 or (window == 10 * call + position).all()
+        link, others = make(position), [w for w in range(4) if w != position]
+        sent = torch.stack([torch.full((64,), position, dtype=torch.uint8)] * 2, 1)
+        link.begin()
+        with pytest.raises(ValueError, match="need 64 bytes of scratch"):
+            link.exchange(0, [Parcel(sent[:, 0], w, 0) for w in others], [])
         link.close()
 
-    succeeded(virtual.run_ranks(3, rank))
+    assert all(isinstance(x, TransportError) or x is None for x in virtual.run_ranks(4, rank))
+    make = windows(4, kind=Network)
+
+    def rank_with_scratch(position):
+        link, others = make(position), [w for w in range(4) if w != position]
+        link.reserve(1 << 10, 1 << 10)
+        sent = torch.stack([torch.full((64,), position, dtype=torch.uint8)] * 2, 1)
+        for _ in range(3):
+            window = link.begin()
+            sends = [Parcel(sent[:, 0], w, 0, 64 * position) for w in others]
+            link.exchange(0, sends, [Parcel(None, w, 0) for w in others]).wait()
+            assert all((window[64 * w : 64 * w + 64] == w).all() for w in others)
+            link.drain()
+        link.close()
+
+    succeeded(virtual.run_ranks(4, rank_with_scratch))
 
 
 def test_a_window_grows_and_a_new_transport_replaces_it(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make = links()
+    make, streams = windows(2), []
 
     def rank(position):
-        for _ in range(2):
+        for _ in range(3):
             link = make(position)
-            for nbytes in (1, 3 << 20, 2 << 20, 9 << 20):
-                link.reserve(nbytes)
-                assert link.begin().numel() >= nbytes
+            streams.append(link.streams)
+            for nbytes, scratch in ((1, 0), (3 << 20, 1), (2 << 20, 5 << 20), (9 << 20, 3)):
+                link.reserve(nbytes, scratch)
+                assert link.begin().numel() >= nbytes and link.scratch.numel() >= scratch
                 link.exchange(0, [byte(1 - position, 9, nbytes - 1)], [byte(1 - position)]).wait()
                 link.drain()
+            assert link.window_bytes == 2 * (10 << 20) and link.scratch.numel() == 6 << 20
             link.close()
             link.close()
             with pytest.raises(TransportError, match=f"rank {4 + position}: the virtual transport is closed"):
                 link.begin()
 
     succeeded(virtual.run_ranks(2, rank))
+    assert len(set(map(id, streams))) == 4  # of two ranks: the second window replaces the first, the third reuses it
 
 
 def test_ranks_that_request_different_windows_raise_the_same_error(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make = links()
-    errors = virtual.run_ranks(2, lambda position: make(position).reserve((4 + 4 * position) << 20))
+    make = windows(2)
+    errors = virtual.run_ranks(2, lambda position: make(position).reserve((4 + 4 * position) << 20, 0))
     assert len(set(map(str, errors))) == 1 and isinstance(errors[0], TransportError)
-    assert re.search(r"virtual cannot be used: rank 4: requests 4194304 .*rank 5: requests 8388608", str(errors[0]))
+    assert re.search(
+        r"virtual cannot be used: rank 4: requests 4194304 \+ 0 .*rank 5: requests 8388608", str(errors[0])
+    )
 
 
 def test_ranks_that_share_a_gpu_need_memory_for_all_of_them(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    free = Block(ranks=2, half_bytes=2 << 20).nbytes * 3 // 2
+    free = Block(ranks=2, half_bytes=2 << 20, scratch_bytes=0).nbytes * 3 // 2
     monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda: (free, free))
-    make = links()
+    make = windows(2)
     for link in succeeded(virtual.run_ranks(2, make)):
         link.close()
     monkeypatch.setattr(virtual.Virtual, "_ranks_on_gpu", 2)
     monkeypatch.setattr(memory, "closed_windows", [])  # no memory that could be freed
-    make = links()
-    errors = virtual.run_ranks(2, make)
+    errors = virtual.run_ranks(2, windows(2))
     assert all(re.search(rf"virtual cannot be used: .*the GPU has {free} bytes free", str(each)) for each in errors)
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make, silent = links(timeout_s=0.5), threading.Event()
+    make, silent = windows(2, timeout_s=0.1), threading.Event()
 
     def rank(position):
         with mode():
             link = make(position)
         link.begin()
         if position == 1:
-            link.exchange(0, [], [])
             silent.wait()
-            return link
+            link.close()
+            return
         result = torch.ones(3)
-        link.exchange(5, [byte(1)], [byte(1)]).wait()  # returns when the watchdog releases it
-        with pytest.raises(TransportError, match="no data from rank 5 in round 5: waited"):
-            link.drain()
+        transfer = link.record(5, [byte(1)], [byte(1)])
+        end = link.record_end()
+        transfer.post()
+        transfer.wait()  # returns when the watchdog releases it
         link.poison(result)
         assert result.isnan().all()
-        with pytest.raises(TransportError, match="no data from rank 5"):
-            link.begin()
+        late = r"rank 4 on .*: no data from rank 5 in round 5: waited [\d.]+ s. Call 1 .*flag 0: not raised"
+        for operation in (lambda: end(result), transfer.post, transfer.wait, link.begin):
+            with pytest.raises(TransportError, match=late):
+                operation()
         link.close()
         silent.set()
 
-    _, peer = succeeded(virtual.run_ranks(2, rank))
-    result = torch.ones(3)
-    peer.poison(result)  # the other rank was notified
-    assert result.isnan().all()
+    succeeded(virtual.run_ranks(2, rank))
+
+
+@pytest.mark.parametrize("kind", ["host", "replay", "graph"])
+def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, monkeypatch):
+    """Rank 1 stops before a call. The others have already enqueued theirs, and more of them."""
+    virtual.use_cpu_streams(monkeypatch)
+    make, stopped = windows(3, timeout_s=0.2), threading.Barrier(3, timeout=20)
+
+    def rank(position):
+        calls = Calls(make(position), ring=False)
+        calls.make(["host"] * 2 + [kind] * 3)
+        calls.check()
+        valid = len(calls.results)
+        stopped.wait()
+        if position != 1:
+            with pytest.raises(TransportError, match="rank 5 |did not complete|aborted"):
+                calls.make([kind] * 4)
+                virtual.synchronize(calls.stream)
+                calls.link.begin()
+            virtual.synchronize(calls.stream)
+            assert len(calls.results) > valid and all(x.isnan().all() for x in calls.results[valid:])
+        stopped.wait()
+        calls.link.close()
+
+    succeeded(virtual.run_ranks(3, rank))
+
+
+def test_a_call_with_another_identity_is_nan_and_the_next_one_raises(monkeypatch):
+    virtual.use_cpu_streams(monkeypatch)
+    make = windows(3)
+
+    def rank(position):
+        link, results = make(position), []
+        others = [w for w in range(3) if w != position]
+        for call in range(3):
+            link.begin_call(7 if (position, call) == (1, 1) else 5)
+            link.begin()
+            link.exchange(0, [byte(w) for w in others], [byte(w) for w in others]).wait()
+            results.append(torch.ones(2))
+            forwarded = torch.ones(2)
+            link.poison(forwarded)
+            link.record_end()(results[-1])
+            assert torch.equal(forwarded, results[-1]) or forwarded.isnan().all()
+        return [bool(x.isnan().all()) for x in results]
+
+    results = virtual.run_ranks(3, rank)
+    assert all(isinstance(x, CallMismatch) for x in results), results
+    assert "has made another call than this rank" in str(results[0])
 
 
 def test_a_rank_that_closes_during_a_call_is_detected(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make = links(timeout_s=60.0)
+    make = windows(2, timeout_s=60.0)
 
     def rank(position):
         link = make(position)
@@ -449,48 +516,57 @@ def test_a_rank_that_closes_during_a_call_is_detected(monkeypatch):
         started = time.monotonic()
         link.exchange(0, [], [byte(1)]).wait()
         assert time.monotonic() - started < 10
-        link.begin()
+        link.drain()
 
     error, _ = virtual.run_ranks(2, rank)
     assert isinstance(error, TransportError) and "a rank of its group aborted" in str(error)
 
 
-def test_graph_capture_is_rejected(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch, capturing=True)
-    with pytest.raises(ValueError, match="over virtual cannot be captured in a CUDA graph"):
-        links()(0)
-
-
-def test_calls_during_a_capture_fall_back(monkeypatch):
-    """To xDiT's USP, and to yunchang's all-to-all. All ranks decide alike."""
+def test_memory_of_a_user_graph_neither_grows_nor_is_freed(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    make = virtual.meshes(1, 2, 4)
-    mesh = succeeded(virtual.run_ranks(2, lambda position: make[position]()))[0]
-    torus_usp = usp.TorusUSP(original=None, host=PlainHost(), mesh=mesh, ring_degree=1, strict=False, log=print)
-    torus_all_to_all = all_to_all.MeshAllToAll4D(original=None, mesh=mesh, strict=False, log=print)
-    plain = ("FLASH", 0.0, False, None, None, None, 1, {})
-    assert torus_usp.fallback_reason(*plain) is None
-    monkeypatch.setattr(device, "is_capturing", lambda: True)
-    assert torus_usp.fallback_reason(*plain) == "a CUDA graph is being captured, and the flags of virtual count calls"
-    assert torus_all_to_all.fallback_reason(torch.empty(1, 4, 4, 8), 2, 1, None) == torus_usp.fallback_reason(*plain)
+    make = windows(2)
+
+    def rank(position):
+        calls = Calls(make(position), ring=False)
+        calls.make(["host", "host", "graph"])
+        with pytest.raises(TransportUnavailable, match="a CUDA graph refers to its window"):
+            calls.link.reserve(64 << 20, 0)
+        calls.link.close()
+        make(position).close()
+        return calls
+
+    assert all(calls.link._memory is not None for calls in succeeded(virtual.run_ranks(2, rank)))
 
 
-class PlainHost:
-    """xDiT without FP8 communication or PipeFusion."""
+def test_what_a_capture_rejects(monkeypatch):
+    virtual.use_cpu_streams(monkeypatch)
+    link = succeeded(virtual.run_ranks(2, windows(2)))[0]
+    link.begin()
+    with link.capture(), virtual.Graph().capture():
+        assert link.unavailable_reason() is None
+        with pytest.raises(ValueError, match="make the same calls once before the capture"):
+            link.reserve(64 << 20, 0)
+        link.record(0, [], [byte(1)])
+        with pytest.raises(ValueError, match="make the same calls once before the capture"):
+            link.record_end()
+        with pytest.raises(ValueError, match="cannot allocate memory while a CUDA graph is captured"):
+            windows(2)(0)
 
-    def fp8_communication(self):
-        return False
 
-    def cached_by_pipefusion(self, layer):
-        return False
-
-
-@pytest.mark.parametrize("queues", ["1", "unset"])
+@pytest.mark.parametrize("queues", ["8", "unset"])
 def test_few_hardware_queues_warn(queues, monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
     if queues == "unset":
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    make = links()
+    make = windows(2)
     with pytest.warns(UserWarning, match=f"CUDA_DEVICE_MAX_CONNECTIONS={queues}: --sp-transport virtual can deadlock"):
         succeeded(virtual.run_ranks(2, lambda position: make(position).close()))
+
+
+def test_one_hardware_queue_is_refused_on_every_rank(monkeypatch):
+    virtual.use_cpu_streams(monkeypatch)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    errors = virtual.run_ranks(2, windows(2))
+    assert all(isinstance(each, TransportUnavailable) for each in errors) and len(set(map(str, errors))) == 1
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in str(errors[0]) and "set it to 32 before CUDA starts" in str(errors[0])

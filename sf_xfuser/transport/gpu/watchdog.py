@@ -30,7 +30,7 @@ from typing import NamedTuple
 from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError
 
 _POLL_S = 0.01  # interval between checks of the oldest call
-_HEAD_POLL_S = 1.0  # interval between reads of the block's head
+_HEAD_POLL_S = 1.0  # interval between reads of the block's head; shorter for a short timeout
 _RELEASE_LIMIT_S = 30.0  # time limit for released streams to continue
 
 
@@ -97,6 +97,7 @@ class Watchdog:
     ) -> None:
         self.error: TransportError | None = None
         self._members, self._timeout_s = members, timeout_s
+        self._head_poll_s = min(_HEAD_POLL_S, timeout_s / 4)
         self._name = f"rank {members[position]} on {socket.gethostname()}"
         self._others = [peer for peer in range(len(members)) if peer != position]
         self._abort_reason, self._on_start, self._read_head = abort_reason, on_start, read_head
@@ -118,7 +119,7 @@ class Watchdog:
     def watch_graphs(self) -> None:
         """Watch the calls of CUDA graphs from now on."""
         with self._changed:
-            self._graphs = self._graphs or _GraphCalls()
+            self._graphs = self._graphs or _GraphCalls(self._head_poll_s)
             self._changed.notify()
 
     def fail(self, error: TransportError, suspects: Sequence[int] = ()) -> None:
@@ -156,7 +157,7 @@ class Watchdog:
                     continue
                 limit_s = None if self._graphs is None else self._graphs.next_check_s()
                 with self._changed:
-                    self._changed.wait_for(lambda: self._pending or self._closed, limit_s)
+                    self._changed.wait_for(lambda: self._pending or self._closed or self._graphs_are_due(), limit_s)
                 self._watch_graphs()
         except Exception as problem:
             self.fail(TransportError(f"{self._name}: cannot read the GPU's state: {problem}"))
@@ -188,7 +189,7 @@ class Watchdog:
                 # The caller may not have ended the call yet: no stream is stuck then.
                 if call.done is not None and now - released_at >= _RELEASE_LIMIT_S:
                     self._exit_process()
-            elif self.error is None and (now - checked >= _HEAD_POLL_S or now - since >= self._timeout_s):
+            elif self.error is None and now - checked >= self._head_poll_s:
                 checked = now
                 head = self._read_head()
                 late = self._late(call, head)
@@ -242,9 +243,12 @@ class Watchdog:
 
     # -- calls in CUDA graphs -----------------------------------------------------------------------------------------
 
+    def _graphs_are_due(self) -> bool:
+        return self._graphs is not None and self._graphs.next_check_s() == 0
+
     def _watch_graphs(self) -> None:
         graphs = self._graphs
-        if graphs is None or graphs.next_check_s() > 0:
+        if graphs is None or not self._graphs_are_due():
             return
         head = self._read_head()
         waited_s = graphs.check(head, hurry=self._notified.is_set())
@@ -276,8 +280,9 @@ class Watchdog:
 class _GraphCalls:
     """Progress of the calls in CUDA graphs."""
 
-    def __init__(self) -> None:
+    def __init__(self, poll_s: float) -> None:
         self.begun = self.ended = 0
+        self._poll_s = poll_s
         self._seen: object = None
         self._since = time.monotonic()
         self._check_at = self._since
@@ -297,5 +302,5 @@ class _GraphCalls:
             seen = head.begun, head.ended, tuple(head.flags)
             if seen != self._seen or self.idle:
                 self._seen, self._since = seen, now
-        self._check_at = now + (_POLL_S if hurry and not self.idle else _HEAD_POLL_S)
+        self._check_at = now + (_POLL_S if hurry and not self.idle else self._poll_s)
         return now - self._since
