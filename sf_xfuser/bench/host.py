@@ -11,6 +11,7 @@ once. Events do not count.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import statistics
 import sys
@@ -99,7 +100,7 @@ def no_gpu() -> Iterator[Counter[str]]:
             (device, {"check_flags": kernel("check_flags"), "poison_result": kernel("poison_result")}),
             (device, {"torch": _Torch(), "environment": lambda names: dict.fromkeys(names, "32")}),
             (memory, {"torch": _Torch()}),
-            (driver.ctypes, {"CDLL": lambda name: _Library(launches)}),
+            (ctypes, {"CDLL": lambda name: _Library(launches)}),
             (driver.Driver, {"current_stream": lambda self, device: 0}),
         ):
             patches.enter_context(mock.patch.multiple(module, **names))

@@ -78,7 +78,7 @@ def torus_attention(
             call = negotiate_call(mesh, tensors, joint.strategy if joint else None, counts, granularity)
             compressed = "none" if mesh.compression is None else mesh.compression.format
             prepare(query.device, query.dtype, query.shape[3], compressed, attention == "fused")
-            if query.is_cuda and is_capturing():
+            if is_capturing():
                 call.keep_programs(mesh, tensors, attention == "fused")
             window = mesh.begin(call, call.digest)
             program = call.bound_program(mesh, tensors, window, attention == "fused")

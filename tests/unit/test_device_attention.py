@@ -1,13 +1,13 @@
-"""The protocol of one-sided GPU transports without a GPU: memory layout, and transfers with threads as streams
-(``virtual.py``). ``gpu/test_one_sided.py`` runs it on a GPU."""
+"""Attention calls over one-sided GPU transports without a GPU: threads are the streams (``virtual.py``), on the host
+and in CUDA graphs. ``gpu/test_one_sided.py`` runs calls on a GPU."""
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
-import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,55 +15,14 @@ import torch
 from sf_xfuser.integrations.xdit import usp
 from sf_xfuser.integrations.yunchang import all_to_all
 from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.torus import graphs, run
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.call import Joint
-from sf_xfuser.transport.base import Parcel, Ticket, Transport, TransportError
-from sf_xfuser.transport.gpu import device, memory
-from sf_xfuser.transport.gpu.block import MAX_CHUNKS, Block, Staging, round_up_window
+from sf_xfuser.torus.trace import Trace
+from sf_xfuser.transport.base import Transfer, Transport
+from sf_xfuser.transport.gpu import memory
 from tests import virtual
 from tests.virtual import succeeded
-
-# -- memory layout ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("ranks", "half_bytes"), [(2, 2 << 20), (7, 6 << 20)])
-def test_regions_of_a_block_do_not_overlap(ranks, half_bytes):
-    block = Block(ranks=ranks, half_bytes=half_bytes)
-    flags = [block.flag(w, chunk, epoch) for w in range(ranks) for chunk in range(MAX_CHUNKS) for epoch in (1, 2)]
-    assert all(flag % 8 == 0 for flag in flags) and len(set(flags)) == len(flags)
-    assert block.poison + 4 <= min(flags) and max(flags) + 8 <= block.head_bytes
-    starts = [block.head_bytes, *sorted({block.half(1), block.half(2)}), block.staging]
-    assert starts == [block.head_bytes, block.head_bytes, block.head_bytes + half_bytes, starts[-1]]
-    assert block.half(3) == block.half(1) and block.staging + half_bytes == block.nbytes
-    assert all(start % 512 == 0 for start in starts)
-
-
-def test_the_docstring_example_of_a_block():
-    block = Block(ranks=2, half_bytes=2 << 20)
-    assert (block.flags, block.half(0), block.half(1), block.staging) == (512, 33280, 2130432, 4227584)
-    assert block.flag(1, 3, epoch=7) == 25112
-
-
-def test_staged_chunks_do_not_overlap_until_the_allocator_wraps():
-    staging = Staging(10_240)
-    chunks = [(*staging.allocate(nbytes), nbytes) for nbytes in (1, 5000, 513, 512, 10_240, 7)]
-    assert [(offset, wrapped) for offset, wrapped, _ in chunks] == [
-        (0, False), (512, False), (5632, False), (6656, False), (0, True), (0, True)
-    ]  # fmt: skip
-    staging.reset()
-    assert staging.allocate(10_240) == (0, False)
-    spans = [(offset, offset + nbytes) for offset, _, nbytes in chunks[:4]]
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-
-
-def test_windows_grow_rarely_and_by_an_eighth_at_most():
-    sizes = [round_up_window(nbytes, 1 << 21) for nbytes in range(1, 1 << 28, 99_991)]
-    assert sizes == sorted(sizes) and len(set(sizes)) < 50
-    assert all(
-        size <= max(1 << 21, nbytes * 9 / 8 + 1)
-        for size, nbytes in zip(sizes[300:], range(1, 1 << 28, 99_991)[300:], strict=True)
-    )
-
 
 # -- autotuning -------------------------------------------------------------------------------------------------------
 
@@ -81,9 +40,9 @@ def test_auto_keeps_the_fastest_and_frees_the_memory_of_the_others(monkeypatch):
     class Slow(Fast):
         name = "slow"
 
-        def exchange(self, *args):
+        def begin(self):
             time.sleep(0.02)
-            return super().exchange(*args)
+            return super().begin()
 
     class Absent(Fast):
         name = "absent"
@@ -218,55 +177,39 @@ def test_many_calls_with_delays_are_bitwise_equal(monkeypatch):
     succeeded(virtual.run_ranks(4, rank))
 
 
-def test_flags_reach_other_hosts_as_copies(monkeypatch):
-    """In an NVLink domain, stream memory operations write local memory only."""
-    virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setattr(virtual.Virtual, "_other_hosts", range(4))
-    monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
-    make = virtual.meshes(2, 2, 2)
-
-    def rank(position):
-        mesh, written = make[position](), []
-        write = mesh.window._driver.write_64
-        mesh.window._driver.write_64 = lambda target, *rest: (written.append(target), write(target, *rest))
-        out = [torus_attention(*inputs(position, seed, 40, 2), mesh=mesh) for seed in range(4)]
-        mesh.close()
-        return out, set(written) - {word.data_ptr() for word in mesh.window._flag_sources.values()}
-
-    for position, (out, remote) in enumerate(succeeded(virtual.run_ranks(4, rank))):
-        assert not remote
-        for seed in range(4):
-            assert (out[seed] - reference(4, seed, 40, 2)[position]).abs().max() < 1e-5
-
-
 class DictTransport(Transport):
     """A second transport between threads: chunks go through one dictionary."""
 
     def __init__(self, rank, box):
         self._rank, self._box, self._round = rank, box, 0
 
-    def exchange(self, round, sends, receives):
-        self._round += 1
-        for parcel in sends:
-            self._box[self._round, self._rank, parcel.peer, parcel.slot] = parcel.packed().clone()
-        return DictTicket(
-            self._box, {(self._round, parcel.peer, self._rank, parcel.slot): parcel for parcel in receives}
-        )
+    def record(self, round, sends, receives):
+        return DictTransfer(self, sends, receives)
 
     def drain(self):
         pass
 
 
-class DictTicket(Ticket):
-    def __init__(self, box, due):
-        self._box, self._due = box, due
+class DictTransfer(Transfer):
+    def __init__(self, transport, sends, receives):
+        self._transport, self._sends, self._receives = transport, sends, receives
+
+    def post(self):
+        transport = self._transport
+        transport._round += 1
+        self._round = transport._round
+        for parcel in self._sends:
+            transport._box[self._round, transport._rank, parcel.peer, parcel.slot] = parcel.data.clone()
+        self._due = list(self._receives)
 
     def wait(self):
+        box = self._transport._box
         while self._due:
-            key, parcel = self._due.popitem()
-            while key not in self._box:
+            parcel = self._due.pop()
+            key = self._round, parcel.peer, self._transport._rank, parcel.slot
+            while key not in box:
                 time.sleep(1e-3)
-            parcel.parts[0].copy_(self._box.pop(key))
+            parcel.data.copy_(box.pop(key))
 
 
 @pytest.mark.parametrize("heads", [4, 2])  # with 2, KV stays split inside machines
@@ -280,7 +223,7 @@ def test_the_result_of_a_failed_window_is_nan_on_other_machines(heads, monkeypat
         mesh.links["across"] = DictTransport(position, box)
         out = [torus_attention(*inputs(position, 0, 40, heads), mesh=mesh)]
         if position < 2:  # machine 0
-            mesh.window._poison_view(mesh.window._memory).fill_(float("nan"))
+            mesh.window._poison.fill_(float("nan"))
         out.append(torus_attention(*inputs(position, 0, 40, heads), mesh=mesh))
         mesh.close()
         return out
@@ -298,7 +241,7 @@ def test_all_to_alls_are_correct_and_poisoned_like_attention(monkeypatch):
     def rank(position):
         mesh = make[position]()
         out = [all_to_all.all_to_all_4d(inputs[position], 2, 1, mesh) for _ in range(3)]
-        mesh.window._poison_view(mesh.window._memory).fill_(float("nan"))  # as a failing peer does
+        mesh.window._poison.fill_(float("nan"))  # as a failing peer does
         lost = all_to_all.all_to_all_4d(inputs[position], 2, 1, mesh)
         mesh.close()
         return out, lost
@@ -308,160 +251,153 @@ def test_all_to_alls_are_correct_and_poisoned_like_attention(monkeypatch):
         assert all(torch.equal(x, expected) for x in out) and lost.isnan().all()
 
 
-def links(timeout_s=20.0):
-    """For two ranks, a function that creates the transport of a rank."""
-    group = virtual.ThreadGroup(2)
-    return lambda rank: virtual.Virtual(virtual.ThreadControl(group, rank), [4, 5], rank, [1 - rank], timeout_s)
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
-def byte(peer, value=0, offset=0):
-    return Parcel((torch.full((1,), value, dtype=torch.uint8),), torch.uint8, peer, 0, offset)
-
-
-def test_sends_may_exceed_the_staging_area(monkeypatch):
-    """More strided chunks than fit: the allocator wraps after earlier puts have completed."""
+def use_graphs(monkeypatch):
+    """Let programs be captured as ``virtual.Graph``. Returns attention whose work is captured too."""
     virtual.use_cpu_streams(monkeypatch)
-    make, tokens = links(), 1 << 19
+    monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
+    cuda = SimpleNamespace(CUDAGraph=virtual.Graph, graph=lambda graph, **options: graph.capture())
+    monkeypatch.setattr(graphs, "torch", virtual._Override(torch, cuda=cuda))
+    monkeypatch.setattr(graphs.Graphs, "unavailable_reason", lambda self, mesh, device: None)
+    monkeypatch.setattr(run, "merge_partial", virtual.launch(run.merge_partial))
+    monkeypatch.setattr(run, "fix_fully_masked_lse", lambda q, k, out, lse: lse)
+
+    class Copies(run.Copies):
+        def run(self, tensors):
+            virtual.launch(super().run)(tensors)
+
+    monkeypatch.setattr(run, "Copies", Copies)
+
+    def attend(q, k, v):
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+
+        def kernel():
+            for target, source in zip((out, lse), sdpa_attend(q, k, v), strict=True):
+                target.copy_(source)
+
+        virtual.launch(kernel)()
+        return out, lse
+
+    return attend
+
+
+@pytest.mark.parametrize(("machines", "ranks_per_machine", "heads"), [(2, 1, 2), (2, 2, 4), (2, 2, 2), (3, 1, 3)])
+def test_calls_become_replays_of_a_graph(machines, ranks_per_machine, heads, monkeypatch):
+    """Each call has other inputs, every second one from new memory. Rank 1 cannot capture, and makes eager calls."""
+    attend = use_graphs(monkeypatch)
+    world, calls = machines * ranks_per_machine, 2 * graphs.EAGER_CALLS + 6
+    make = virtual.meshes(machines, ranks_per_machine, heads)
 
     def rank(position):
-        link = make(position)
-        for call in range(3):
-            window = link.begin()
-            sent = [torch.full((tokens, 2), 1 + call + n, dtype=torch.uint8) for n in range(4)]
-            parcels = [Parcel((x[:, 0],), torch.uint8, 1 - position, 0, n * tokens) for n, x in enumerate(sent)]
-            parcels += [Parcel((x[:, 1],), torch.uint8, 1 - position, 0, n * tokens) for n, x in enumerate(sent)]
-            arrival = link.exchange(0, parcels, [byte(1 - position)] * 8)
-            arrival.wait()
-            arrival.wait()
-            link.drain()
-            for n in range(4):
-                assert (window[n * tokens : (n + 1) * tokens] == 1 + call + n).all()
-        assert link.window_bytes == 2 * (2 << 20)
-        link.close()
-
-    succeeded(virtual.run_ranks(2, rank))
-
-
-def test_staging_wraps_only_after_the_puts_of_all_streams(monkeypatch):
-    """Two peers on two streams, one of them slow. Each receives as much as the area holds."""
-    virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setattr(virtual.Stream, "pause_chance", 1.0)
-    group, nbytes = virtual.ThreadGroup(3), 2 << 20
-
-    def rank(position):
-        others = [peer for peer in range(3) if peer != position]
-        link = virtual.Virtual(virtual.ThreadControl(group, position), [0, 1, 2], position, others, 20.0)
-        link._put_streams[0].pause_s = 0.05
-        for call in range(8):
-            window = link.begin()
-            chunks = {peer: torch.full((nbytes, 2), 10 * call + peer, dtype=torch.uint8)[:, 0] for peer in (1, 2)}
-            sends = [Parcel((chunks[peer],), torch.uint8, peer, 0) for peer in others] if position == 0 else []
-            link.exchange(0, sends, [] if position == 0 else [byte(0)]).wait()
-            link.drain()
-            assert position == 0 or (window == 10 * call + position).all()
-        link.close()
-
-    succeeded(virtual.run_ranks(3, rank))
-
-
-def test_a_window_grows_and_a_new_transport_replaces_it(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    make = links()
-
-    def rank(position):
-        for _ in range(2):
-            link = make(position)
-            for nbytes in (1, 3 << 20, 2 << 20, 9 << 20):
-                link.reserve(nbytes)
-                assert link.begin().numel() >= nbytes
-                link.exchange(0, [byte(1 - position, 9, nbytes - 1)], [byte(1 - position)]).wait()
-                link.drain()
-            link.close()
-            link.close()
-            with pytest.raises(TransportError, match=f"rank {4 + position}: the virtual transport is closed"):
-                link.begin()
-
-    succeeded(virtual.run_ranks(2, rank))
-
-
-def test_ranks_that_request_different_windows_raise_the_same_error(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    make = links()
-    errors = virtual.run_ranks(2, lambda position: make(position).reserve((4 + 4 * position) << 20))
-    assert len(set(map(str, errors))) == 1 and isinstance(errors[0], TransportError)
-    assert re.search(r"virtual cannot be used: rank 4: requests 4194304 .*rank 5: requests 8388608", str(errors[0]))
-
-
-def test_ranks_that_share_a_gpu_need_memory_for_all_of_them(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    free = Block(ranks=2, half_bytes=2 << 20).nbytes * 3 // 2
-    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda: (free, free))
-    make = links()
-    for link in succeeded(virtual.run_ranks(2, make)):
-        link.close()
-    monkeypatch.setattr(virtual.Virtual, "_ranks_on_gpu", 2)
-    monkeypatch.setattr(memory, "closed_windows", [])  # no memory that could be freed
-    make = links()
-    errors = virtual.run_ranks(2, make)
-    assert all(re.search(rf"virtual cannot be used: .*the GPU has {free} bytes free", str(each)) for each in errors)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    make, silent = links(timeout_s=0.5), threading.Event()
-
-    def rank(position):
-        with mode():
-            link = make(position)
-        link.begin()
+        mesh, results = make[position](), []
         if position == 1:
-            link.exchange(0, [], [])
-            silent.wait()
-            return link
-        result = torch.ones(3)
-        link.exchange(5, [byte(1)], [byte(1)]).wait()  # returns when the watchdog releases it
-        with pytest.raises(TransportError, match="no data from rank 5 in round 5: waited"):
-            link.drain()
-        link.poison(result)
-        assert result.isnan().all()
-        with pytest.raises(TransportError, match="no data from rank 5"):
-            link.begin()
-        link.close()
-        silent.set()
+            monkeypatch.setattr(mesh.graphs, "capture", partial(refuse, mesh.graphs))
+        for call in range(calls):
+            results.append(torus_attention(*inputs(position, call, 40, heads), mesh=mesh, attention=attend))
+        captured, problem = mesh.graphs.captured, mesh.graphs.problem
+        mesh.close()
+        return results, captured, problem
 
-    _, peer = succeeded(virtual.run_ranks(2, rank))
-    result = torch.ones(3)
-    peer.poison(result)  # the other rank was notified
-    assert result.isnan().all()
+    def refuse(kept, *arguments):
+        kept.problem = "planted"
+
+    for position, (results, captured, problem) in enumerate(succeeded(virtual.run_ranks(world, rank))):
+        assert (captured, problem) == ((0, "planted") if position == 1 else (2, ""))  # one for each half
+        for call, result in enumerate(results):  # also: no later call has overwritten it
+            assert (result - reference(world, call, 40, heads)[position]).abs().max() < 1e-5
 
 
-def test_a_rank_that_closes_during_a_call_is_detected(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    make = links(timeout_s=60.0)
+def test_a_failed_capture_leaves_the_call_to_the_eager_program(monkeypatch):
+    attend = use_graphs(monkeypatch)
+    make = virtual.meshes(2, 1, 2)
 
     def rank(position):
-        link = make(position)
-        link.begin()
-        if position == 1:
-            link.close()
-            return
-        started = time.monotonic()
-        link.exchange(0, [], [byte(1)]).wait()
-        assert time.monotonic() - started < 10
-        link.begin()
+        mesh = make[position]()
 
-    error, _ = virtual.run_ranks(2, rank)
-    assert isinstance(error, TransportError) and "a rank of its group aborted" in str(error)
+        def attend_without_capture(q, k, v):
+            if virtual._capture() is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return attend(q, k, v)
+
+        function = attend_without_capture if position == 0 else attend
+        results = [torus_attention(*inputs(position, call, 40, 2), mesh=mesh, attention=function) for call in range(12)]
+        line = mesh.graphs.line()
+        mesh.close()
+        return results, line
+
+    found = succeeded(virtual.run_ranks(2, rank))
+    assert "0 captured; a capture failed: operation not permitted" in found[0][1] and "2 captured" in found[1][1]
+    for position, (results, _) in enumerate(found):
+        for call, result in enumerate(results):
+            assert (result - reference(2, call, 40, 2)[position]).abs().max() < 1e-5
 
 
-def test_graph_capture_is_rejected(monkeypatch):
-    virtual.use_cpu_streams(monkeypatch, capturing=True)
-    with pytest.raises(ValueError, match="over virtual cannot be captured in a CUDA graph"):
-        links()(0)
+@pytest.mark.parametrize("changes", ["attention", "trace", "off"])
+def test_what_is_not_captured(changes, monkeypatch):
+    attend = use_graphs(monkeypatch)
+    make = virtual.meshes(2, 1, 2)
+    if changes == "off":
+        monkeypatch.undo()
+        attend = use_graphs(monkeypatch)
+        monkeypatch.setattr(graphs.Graphs, "unavailable_reason", lambda self, mesh, device: "--sp-graphs off")
+
+    def rank(position):
+        mesh = make[position]()
+        if changes == "trace":
+            mesh.trace = Trace()
+        for call in range(12):
+            function = (lambda q, k, v: attend(q, k, v)) if changes == "attention" else attend
+            torus_attention(*inputs(position, call, 40, 2), mesh=mesh, attention=function)
+        captured = mesh.graphs.captured
+        mesh.close()
+        return captured
+
+    assert succeeded(virtual.run_ranks(2, rank)) == [0, 0]
 
 
-def test_calls_during_a_capture_fall_back(monkeypatch):
+def test_a_user_captures_whole_calls(monkeypatch):
+    """A graph of three calls, replayed between eager calls. A new shape cannot be captured."""
+    attend = use_graphs(monkeypatch)
+    make = virtual.meshes(2, 2, 2)
+
+    def rank(position):
+        mesh, results = make[position](), []
+        mesh.graphs.enabled = False
+        static = [torch.empty(1, 2, 40, 8) for _ in range(3)]
+
+        def call():
+            return torus_attention(*static, mesh=mesh, attention=attend)
+
+        def load(seed):
+            for target, source in zip(static, inputs(position, seed, 40, 2), strict=True):
+                target.copy_(source)
+
+        for seed in range(3):
+            load(seed)
+            results.append(call().clone())
+        graph = virtual.Graph()
+        with graph.capture():
+            captured = [call() for _ in range(3)]
+            with pytest.raises(ValueError, match="run the model once before the capture"):
+                torus_attention(*(x[:, :, :8] for x in static), mesh=mesh, attention=attend)
+        for seed in range(3, 9):
+            load(seed)
+            if seed % 3:
+                graph.replay()
+                results.append(captured[seed % 3].clone())
+            else:
+                results.append(call().clone())
+        mesh.close()
+        return results
+
+    for position, results in enumerate(succeeded(virtual.run_ranks(4, rank))):
+        for seed, result in enumerate(results):
+            assert (result - reference(4, seed, 40, 2)[position]).abs().max() < 1e-5
+
+
+def test_a_capture_before_a_transport_is_selected_falls_back(monkeypatch):
     """To xDiT's USP, and to yunchang's all-to-all. All ranks decide alike."""
     virtual.use_cpu_streams(monkeypatch)
     make = virtual.meshes(1, 2, 4)
@@ -469,10 +405,12 @@ def test_calls_during_a_capture_fall_back(monkeypatch):
     torus_usp = usp.TorusUSP(original=None, host=PlainHost(), mesh=mesh, ring_degree=1, strict=False, log=print)
     torus_all_to_all = all_to_all.MeshAllToAll4D(original=None, mesh=mesh, strict=False, log=print)
     plain = ("FLASH", 0.0, False, None, None, None, 1, {})
-    assert torus_usp.fallback_reason(*plain) is None
-    monkeypatch.setattr(device, "is_capturing", lambda: True)
-    assert torus_usp.fallback_reason(*plain) == "a CUDA graph is being captured, and the flags of virtual count calls"
-    assert torus_all_to_all.fallback_reason(torch.empty(1, 4, 4, 8), 2, 1, None) == torus_usp.fallback_reason(*plain)
+    with virtual.Graph().capture():
+        assert torus_usp.fallback_reason(*plain) is None
+        mesh.transport_reason = ""
+        reason = torus_usp.fallback_reason(*plain)
+        assert reason == "a CUDA graph is being captured, and no transport has been selected yet"
+        assert torus_all_to_all.fallback_reason(torch.empty(1, 4, 4, 8), 2, 1, None) == reason
 
 
 class PlainHost:
@@ -483,14 +421,3 @@ class PlainHost:
 
     def cached_by_pipefusion(self, layer):
         return False
-
-
-@pytest.mark.parametrize("queues", ["1", "unset"])
-def test_few_hardware_queues_warn(queues, monkeypatch):
-    virtual.use_cpu_streams(monkeypatch)
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
-    if queues == "unset":
-        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    make = links()
-    with pytest.warns(UserWarning, match=f"CUDA_DEVICE_MAX_CONNECTIONS={queues}: --sp-transport virtual can deadlock"):
-        succeeded(virtual.run_ranks(2, lambda position: make(position).close()))

@@ -131,7 +131,7 @@ class DeviceWindow(DeviceMemory):
             release=self._release,
         )
         try:
-            self.reserve(1, 0)
+            self.reserve(1, 1)
             self._try_batches()
         except BaseException:
             self._watchdog.close()
