@@ -14,12 +14,8 @@ from sf_xfuser.kernels.fused import (
 from sf_xfuser.kernels.merge import merge_, merge_into, merge_partial
 from sf_xfuser.kernels.packing import (
     CompressedLayout,
-    pack,
     pack_compressed,
-    pack_unchecked,
-    unpack,
     unpack_compressed,
-    unpack_unchecked,
 )
 from sf_xfuser.kernels.prepare import prepare
 
@@ -40,13 +36,9 @@ __all__ = [
     "merge_",
     "merge_into",
     "merge_partial",
-    "pack",
     "pack_compressed",
-    "pack_unchecked",
     "poison_result",
     "prepare",
     "sdpa_attend",
-    "unpack",
     "unpack_compressed",
-    "unpack_unchecked",
 ]

@@ -1,16 +1,13 @@
-"""Packs head slices into one contiguous chunk for a transport, and unpacks them. Shapes: B batch, H heads, S tokens, D
-head size.
+"""Compresses head slices into one chunk of bytes for a transport, and restores them. Shapes: B batch, H heads, S
+tokens, D head size.
 
 Each function takes one or two *parts*: views [S, B, H, D] of tensors in any layout (``x_BHSD.permute(2, 0, 1, 3)``,
 ``x_BSHD.transpose(0, 1)``, with a slice of the heads). One part is Q, two are K and V. Each call is one launch on a GPU
 with Triton (``triton_packing``), else a reference in plain PyTorch.
 
-``pack`` and ``unpack`` use a chunk [S, parts, B, H, D] ([S, B, H, D] for one part), the layout of a window. Its dtype
-may differ from the parts'.
-
-``pack_compressed`` and ``unpack_compressed`` use bytes laid out by ``CompressedLayout``. Each part has its own format:
-``"none"`` keeps its dtype, ``"fp8"`` stores e4m3 (3 bits of mantissa), ``"int8"`` stores int8. fp8 and int8 have one
-fp32 scale per token and head, for a block of D values:
+A chunk is laid out by ``CompressedLayout``. Each part has its own format: ``"none"`` keeps its dtype, ``"fp8"`` stores
+e4m3 (3 bits of mantissa), ``"int8"`` stores int8. fp8 and int8 have one fp32 scale per token and head, for a block of D
+values:
 
     part 0: values [S, B, H, D] | scales [S, B, H] fp32 | part 1: values | scales | ...
 
@@ -104,24 +101,13 @@ class CompressedLayout:
         return chunk[start : start + 4 * self.num_blocks].view(torch.float32).view(self.shape[:3])
 
 
-def pack(parts: Sequence[torch.Tensor], chunk: torch.Tensor) -> None:
-    """Copy parts [S, B, H, D], any strides with D contiguous, into the contiguous ``chunk`` [S, parts, B, H, D] (one
-    part: [S, B, H, D]). Floating-point dtypes. Local; on the current stream.
+def pack_compressed(parts: Sequence[torch.Tensor], chunk: torch.Tensor, formats: Sequence[Format]) -> None:
+    """Compress parts [S, B, H, D] of one shape and dtype, any strides with D contiguous, into ``chunk``: uint8
+    [``CompressedLayout.nbytes``], aligned to 16 bytes. Local; on the current stream.
 
     Raises ValueError before any write: mismatched shapes, dtypes or devices, strided D, parts that share memory with
     the chunk.
     """
-    (_pack_op if torch.compiler.is_compiling() else _pack)(list(parts), chunk)
-
-
-def unpack(chunk: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """Inverse of ``pack``: write the parts."""
-    (_unpack_op if torch.compiler.is_compiling() else _unpack)(chunk, list(parts))
-
-
-def pack_compressed(parts: Sequence[torch.Tensor], chunk: torch.Tensor, formats: Sequence[Format]) -> None:
-    """Compress parts [S, B, H, D] of one shape and dtype, any strides with D contiguous, into ``chunk``: uint8
-    [``CompressedLayout.nbytes``], aligned to 16 bytes. Local; on the current stream. Raises ValueError as ``pack``."""
     op = _pack_compressed_op if torch.compiler.is_compiling() else _pack_compressed
     op(list(parts), chunk, ",".join(formats))
 
@@ -132,47 +118,7 @@ def unpack_compressed(chunk: torch.Tensor, parts: Sequence[torch.Tensor], format
     op(chunk, list(parts), ",".join(formats))
 
 
-def pack_unchecked(parts: Sequence[torch.Tensor], chunk: torch.Tensor) -> None:
-    """``pack`` without argument checks, for any dtype, strides and number of dimensions [S, ...]. One launch if the
-    kernel supports them, else PyTorch copies."""
-    _copy_unchecked(parts, _slots(chunk, len(parts)))
-
-
-def unpack_unchecked(chunk: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """Inverse of ``pack_unchecked``."""
-    _copy_unchecked(_slots(chunk, len(parts)), parts)
-
-
-def _copy_unchecked(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    if uses_triton(targets[0]) and all(_is_supported(x) for x in (*sources, *targets)):
-        _convert(sources, targets)
-    else:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
-
-
-def _is_supported(x: torch.Tensor) -> bool:
-    return x.dim() == 4 and x.stride(3) == 1 and x.is_floating_point()
-
-
-def _slots(chunk: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
-    """The view [S, B, H, D] of each part in a chunk."""
-    return chunk.unbind(1) if num_parts > 1 else (chunk,)
-
-
 # -- checked implementations, as operators for torch.compile -----------------------------------------------------------
-
-
-def _pack(parts: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    _check_plain(parts, chunk)
-    require_no_overlap({"chunk": chunk}, named(parts=parts))
-    _convert(parts, _slots(chunk, len(parts)))
-
-
-def _unpack(chunk: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    _check_plain(parts, chunk)
-    require_no_overlap(named(parts=parts), {"chunk": chunk})
-    _convert(_slots(chunk, len(parts)), parts)
 
 
 def _pack_compressed(parts: list[torch.Tensor], chunk: torch.Tensor, formats: str) -> None:
@@ -191,8 +137,6 @@ def _unpack_compressed(chunk: torch.Tensor, parts: list[torch.Tensor], formats: 
     _convert(values, parts, scales, ["copy" if x == "none" else f"from {x}" for x in layout.formats])
 
 
-_pack_op = torch.library.custom_op("sf_xfuser::pack", _pack, mutates_args=("chunk",))
-_unpack_op = torch.library.custom_op("sf_xfuser::unpack", _unpack, mutates_args=("parts",))
 _pack_compressed_op = torch.library.custom_op("sf_xfuser::pack_compressed", _pack_compressed, mutates_args=("chunk",))
 _unpack_compressed_op = torch.library.custom_op(
     "sf_xfuser::unpack_compressed", _unpack_compressed, mutates_args=("parts",)
@@ -202,13 +146,12 @@ _unpack_compressed_op = torch.library.custom_op(
 def _convert(
     sources: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor | None] = (None, None),
-    conversions: Sequence[str] = ("copy", "copy"),
+    scales: Sequence[torch.Tensor | None],
+    conversions: Sequence[str],
 ) -> None:
     """Write each source [S, B, H, D] to its target by ``"copy"``, ``"to int8"``, ``"from int8"``, ``"to fp8"`` or
-    ``"from fp8"``. ``"copy"`` converts the dtype."""
-    scales, conversions = scales[: len(sources)], conversions[: len(sources)]
-    if uses_triton(targets[0]) and torch.float64 not in (sources[0].dtype, targets[0].dtype):
+    ``"from fp8"``."""
+    if uses_triton(targets[0]):
         from sf_xfuser.kernels.triton_packing import launch
 
         launch(sources, targets, scales, conversions)
@@ -246,17 +189,6 @@ def _compress(source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, m
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _check_plain(parts: Sequence[torch.Tensor], chunk: torch.Tensor) -> None:
-    shape = _check_parts(parts)
-    expected = shape if len(parts) == 1 else (shape[0], len(parts), *shape[1:])
-    require_shape("chunk", chunk, expected, f"{len(parts)} part(s) of shape {shape}")
-    if not chunk.is_contiguous() or not chunk.is_floating_point():
-        raise ValueError(
-            f"chunk is {describe(chunk)} with strides {chunk.stride()}: it must be contiguous and floating point"
-        )
-    require_same_device({"chunk": chunk} | named(parts=parts))
 
 
 def _check_compressed(parts: Sequence[torch.Tensor], chunk: torch.Tensor, formats: Sequence[str]) -> CompressedLayout:

@@ -11,7 +11,7 @@ from sf_xfuser.kernels.copies import Copies, Copy, Side
 from sf_xfuser.kernels.flags import check_flags, poison_result
 from sf_xfuser.kernels.fused import attend_chunks_, attend_chunks_into
 from sf_xfuser.kernels.merge import merge_partial
-from sf_xfuser.kernels.packing import CompressedLayout, Format, pack, pack_compressed, unpack, unpack_compressed
+from sf_xfuser.kernels.packing import CompressedLayout, Format, pack_compressed, unpack_compressed
 
 
 @cache
@@ -32,10 +32,6 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
         for target in (None, result):
             for first in (True, False):
                 merge_partial(out, lse, part, lse.clone(), target, first)
-        for parts in ((x,), (x, x.clone())):
-            chunk = torch.empty(x.shape if len(parts) == 1 else (1, 2, 1, heads, D), device=device, dtype=dtype)
-            pack(parts, chunk)
-            unpack(chunk, parts)
         if fused:
             attend_chunks_([part], [part], [part], [out], [lse])
             attend_chunks_into([result], [part], [part], [part], [out], [lse])

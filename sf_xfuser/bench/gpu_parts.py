@@ -43,10 +43,8 @@ from sf_xfuser.kernels import (
     attend_chunks_into,
     merge_,
     merge_into,
-    pack,
     pack_compressed,
     sdpa_attend,
-    unpack,
     unpack_compressed,
 )
 from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES
@@ -91,13 +89,12 @@ def accuracy(bench: Bench) -> None:
             ratio = error_ratio(_merged(q, k, v), sdpa_attend(q, k, v)[0], q, k, v)
             bench.row("merge of 4 pieces", what, ratio, "x SDPA's error", "error")
         with bench.attempt(f"packing, {what}"):
-            _check_packing(bench, what, k, v)
-        if find_spec("sf_xfuser.kernels.copies"):
-            with bench.attempt(f"copies, {what}"):
-                kv = [x[:, ::2].permute(2, 0, 1, 3) for x in (k, v)]
-                work, chunk = _copies(kv)
-                work()
-                bench.row("copies", what, int((chunk != torch.stack(kv, 1)).sum()), "elements", "exact")
+            _check_packing(bench, what, k)
+        with bench.attempt(f"copies, {what}"):
+            kv = [x[:, ::2].permute(2, 0, 1, 3) for x in (k, v)]
+            work, chunk = _copies(kv)
+            work()
+            bench.row("copies", what, int((chunk != torch.stack(kv, 1)).sum()), "elements", "exact")
     if find_spec("sf_xfuser.kernels.flags"):
         with bench.attempt("flags"):
             _check_flags(bench)
@@ -114,30 +111,20 @@ def _merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _check_packing(bench: Bench, what: str, k: torch.Tensor, v: torch.Tensor) -> None:
-    kv = [x[:, ::2].permute(2, 0, 1, 3) for x in (k, v)]  # strided [S, B, H, D]
-    S, B, H, D = kv[0].shape
-    chunk = torch.full((S, 2, B, H, D), float("nan"), dtype=k.dtype, device=bench.device)
-    back = [torch.full_like(x, float("nan")) for x in kv]
-    pack(kv, chunk)
-    unpack(chunk, back)
-    differing = int((chunk != torch.stack(kv, 1)).sum()) + sum(
-        int((x != y).sum()) for x, y in zip(back, kv, strict=True)
-    )
-    bench.row("pack and unpack", what, differing, "elements", "exact")
+def _check_packing(bench: Bench, what: str, k: torch.Tensor) -> None:
+    part = k[:, ::2].permute(2, 0, 1, 3)  # strided [S, B, H, D]
+    back = torch.full_like(part, float("nan"))
     for format in ("fp8", "int8"):
-        layout = CompressedLayout(shape=(S, B, H, D), dtype=k.dtype, formats=(format,))
+        layout = CompressedLayout(shape=(*part.shape,), dtype=k.dtype, formats=(format,))
         packed = torch.full((layout.nbytes,), 255, dtype=torch.uint8, device=bench.device)
-        pack_compressed((kv[0],), packed, (format,))
-        unpack_compressed(packed, (back[0],), (format,))
-        exact = kv[0].double()
+        pack_compressed((part,), packed, (format,))
+        unpack_compressed(packed, (back,), (format,))
+        exact = part.double()
         scale = exact.abs().amax(-1, keepdim=True) / MAX_STORED[format]
         # fp8 has 3 bits of mantissa, and 2**-9 is its smallest number.
         half_step = scale / 2 if format == "int8" else (exact.abs() / 16).maximum(scale * 2.0**-10)
         bound = half_step * (1 + 2.0**-8) + exact.abs() * torch.finfo(k.dtype).eps
-        bench.row(
-            f"{format} round trip", what, float(((back[0] - exact).abs() / bound).max()), "x the step", "rounding"
-        )
+        bench.row(f"{format} round trip", what, float(((back - exact).abs() / bound).max()), "x the step", "rounding")
 
 
 def _copies(kv: Sequence[torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
@@ -372,17 +359,12 @@ def _merges(
 def _packings(
     bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Like ``_merges``, for packing and unpacking half of the heads."""
+    """Like ``_merges``, for copies, compression and its reverse, of half of the heads."""
     half = slice(0, q.shape[1] // 2)
     kv = [x[:, half].permute(2, 0, 1, 3) for x in (k, v)]
     S, B, H, D = kv[0].shape
-    chunk = torch.empty((S, 2, B, H, D), dtype=k.dtype, device=bench.device)
-    calls: dict[str, tuple[Callable[[], object], int]] = {
-        "pack K, V": (partial(pack, kv, chunk), 2 * chunk.nbytes),
-        "unpack K, V": (partial(unpack, chunk, [torch.empty_like(x) for x in kv]), 2 * chunk.nbytes),
-    }
-    if find_spec("sf_xfuser.kernels.copies"):
-        calls["copies of K, V"] = (_copies(kv)[0], 2 * chunk.nbytes)
+    copies, chunk = _copies(kv)
+    calls: dict[str, tuple[Callable[[], object], int]] = {"copies of K, V": (copies, 2 * chunk.nbytes)}
     own = q[:, half].permute(2, 0, 1, 3)
     formats: tuple[Format, ...] = ("fp8", "int8")
     for format in formats:

@@ -54,7 +54,7 @@ def test_every_part_runs_to_its_end(smoke):
     }
     values = {(row["part"], row["name"].partition(":")[2].strip() or row["name"]) for row in rows if "value" in row}
     assert {
-        ("accuracy", "merge of 4 pieces"), ("accuracy", "pack and unpack"), ("accuracy", "int8 round trip"),
+        ("accuracy", "merge of 4 pieces"), ("accuracy", "copies"), ("accuracy", "int8 round trip"),
         ("accuracy-fused", "fused"), ("launches", "T4U2R4, block, host"), ("launches", "T4U2R4, unstaged, host"),
         ("chunking", "block, library"), ("chunking", "unstaged, fused"), ("symm_mem-2", "against one process"),
         ("symm_mem-2", "10 calls with delays"), ("bandwidth", "merge, the last"), ("fused", "fused, 4 x 4 chunks"),

@@ -405,13 +405,13 @@ def test_ranks_that_request_different_windows_raise_the_same_error(monkeypatch):
     errors = virtual.run_ranks(2, lambda position: make(position).reserve((4 + 4 * position) << 20, 0))
     assert len(set(map(str, errors))) == 1 and isinstance(errors[0], TransportError)
     assert re.search(
-        r"virtual cannot be used: rank 4: requests 4194304 \+ 0 .*rank 5: requests 8388608", str(errors[0])
+        r"virtual cannot be used: rank 4: requests 4194304 \+ 2097152 .*rank 5: requests 8388608", str(errors[0])
     )
 
 
 def test_ranks_that_share_a_gpu_need_memory_for_all_of_them(monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
-    free = Block(ranks=2, half_bytes=2 << 20, scratch_bytes=0).nbytes * 3 // 2
+    free = Block(ranks=2, half_bytes=2 << 20, scratch_bytes=2 << 20).nbytes * 3 // 2
     monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda: (free, free))
     make = windows(2)
     for link in succeeded(virtual.run_ranks(2, make)):
