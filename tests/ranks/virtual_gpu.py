@@ -11,6 +11,7 @@ import torch
 from sf_xfuser.bench.gpu_parts import call
 from sf_xfuser.bench.loopback import OneRank, StreamLoopback
 from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.layout.plan import make_plan
 from sf_xfuser.torus.attention import torus_attention
 from tests import virtual
 
@@ -42,7 +43,7 @@ def warm_up(layout, heads, streams):
             with torch.cuda.stream(stream):
                 for _ in range(2):  # the halves of the window
                     differing(call(rank, sdpa_attend).clone(), call(rank, sdpa_attend))
-    torch.cuda.synchronize()
+            torch.cuda.synchronize()
     link.close()
 
 
@@ -57,7 +58,7 @@ def check(calls, machines, ranks_per_machine, heads):
     make = virtual.meshes(machines, ranks_per_machine, heads, timeout_s=60.0, device_type=DEVICE.type)
     streams = [torch.cuda.Stream() for _ in range(world)]
     qkv = {dtype: [[inputs(w, seed, heads, dtype) for seed in range(SEEDS)] for w in range(world)] for dtype in DTYPES}
-    warm_up(virtual.make_plan(machines, ranks_per_machine, heads=heads).layout, heads, streams)
+    warm_up(make_plan(machines, ranks_per_machine, heads=heads).layout, heads, streams)
 
     def rank(position):
         """dtype -> (number of differing elements, first results). One mesh for all, since its streams are never
