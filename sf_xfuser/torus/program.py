@@ -95,11 +95,13 @@ class Poison:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Start the transfer of this index. The chunks of a round are one copy operation, their flags another one."""
+    """Start the transfer of this index, after the chunks of the transfers ``after``, which it forwards, have arrived.
+    The chunks of a round are one copy operation, their flags another one, the wait for ``after`` a third one."""
 
     transfer: int
     name: str
     launches: int
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,11 @@ class _Recorder:
         """Start one round of transfers."""
         index = len(self.transfers)
         compressed = self.placement.compressed if step.link == "across" else "none"
-        self._need([(m.tensor, piece) for m in step.sends if self._is_forward(m) for piece in m.pieces], "to forward")
+        forwarded = [(m.tensor, piece) for m in step.sends if self._is_forward(m) for piece in m.pieces]
+        leaves_window = bool(self.placement.window_links) and step.link not in self.placement.window_links
+        if compressed != "none" or leaves_window or self.placement.host_links:  # this rank reads the chunks first
+            self._need(forwarded, "to forward")
+        after = self._awaited(forwarded)
         copies: list[tuple[View, View]] = []
         compressions: list[Compress] = []
         leaving: list[View] = []  # from the window of one transport over another one
@@ -318,7 +324,7 @@ class _Recorder:
                 else:
                     sends.append(Chunk(message.peer, slot, source, offset))
         self._copy(f"pack {_describe(step.sends)}", copies)
-        if self.placement.window_links and step.link not in self.placement.window_links and leaving:
+        if leaves_window and leaving:
             self.ops.append(Poison(tuple(leaving)))
         self.ops += compressions
         measurements: list[Op] = []
@@ -329,7 +335,8 @@ class _Recorder:
                 measurements.append(Measure(op.chunk, op.parts, op.formats))
         receives, nbytes = self._receives(step, index, compressed)
         launches = 2 if any(chunk.view is not None and chunk.view.numel for chunk in sends) else 1
-        self.ops.append(Post(index, f"{step.link} {step.round}: {_describe(step.sends)}", launches))
+        launches += bool(after)
+        self.ops.append(Post(index, f"{step.link} {step.round}: {_describe(step.sends)}", launches, after))
         arriving = "" if not step.receives else step.receives[0].tensor
         name = f"{arriving} from {'+'.join(str(m.peer) for m in step.receives)}"
         self.transfers.append(TransferSpec(step.link, step.round, tuple(sends), tuple(receives), nbytes, name))
@@ -522,6 +529,17 @@ class _Recorder:
                 copies += found
         self._copy("own tokens", copies)
         self._wait(transfers, name)
+
+    def _awaited(self, pieces: Sequence[tuple[str, Piece]]) -> tuple[int, ...]:
+        """The transfers that receive these pieces, which are sent on as they are. Other pieces are made ready."""
+        numbers: list[int] = []
+        for piece in pieces:
+            found = self.pending.get(piece)
+            if isinstance(found, int) and found not in self.restores:
+                numbers.append(found)
+            else:
+                self._need([piece], "to forward")
+        return tuple(dict.fromkeys(numbers))
 
     def _copy(self, name: str, copies: Sequence[tuple[View, View]]) -> None:
         if copies := [copy for copy in copies if copy[0].numel]:

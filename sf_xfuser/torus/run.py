@@ -134,8 +134,7 @@ class BoundProgram:
         if isinstance(op, Copy):
             return self._bind_copy(op)
         if isinstance(op, Post):
-            post = self._transfers[op.transfer].post
-            return lambda slots: post()
+            return self._bind_post(op)
         if isinstance(op, Wait):
             return self._bind_wait(op)
         if isinstance(op, Compress | Measure):
@@ -150,12 +149,30 @@ class BoundProgram:
 
         return poison
 
-    def _bind_wait(self, op: Wait) -> Callable[[Slots], object]:
-        by_transport: dict[Transport, list[Transfer]] = {}
-        for number in op.transfers:
+    def _bind_post(self, op: Post) -> Callable[[Slots], object]:
+        transport = self._mesh.links[self.program.transfers[op.transfer].link]
+        by_transport = self._by_transport(op.after)
+        post = transport.record_post(self._transfers[op.transfer], by_transport.pop(transport, []))
+        waits = [other.record_wait(transfers) for other, transfers in by_transport.items()]
+        if not waits:
+            return lambda slots: post()
+
+        def wait_and_post(slots: Slots) -> None:
+            for wait in waits:
+                wait()
+            post()
+
+        return wait_and_post
+
+    def _by_transport(self, numbers: Sequence[int]) -> dict[Transport, list[Transfer]]:
+        found: dict[Transport, list[Transfer]] = {}
+        for number in numbers:
             transport = self._mesh.links[self.program.transfers[number].link]
-            by_transport.setdefault(transport, []).append(self._transfers[number])
-        waits = [transport.record_wait(transfers) for transport, transfers in by_transport.items()]
+            found.setdefault(transport, []).append(self._transfers[number])
+        return found
+
+    def _bind_wait(self, op: Wait) -> Callable[[Slots], object]:
+        waits = [transport.record_wait(transfers) for transport, transfers in self._by_transport(op.transfers).items()]
         if len(waits) == 1:
             (wait,) = waits
             return lambda slots: wait()

@@ -126,6 +126,19 @@ class Transport(ABC):
 
         return wait
 
+    def record_post(self, transfer: Transfer, after: Sequence[Transfer]) -> Callable[[], None]:
+        """A function that posts ``transfer``, whose sends forward what the transfers ``after`` receive, as soon as that
+        has arrived. All are transfers of this transport."""
+        if not after:
+            return transfer.post
+        wait = self.record_wait(after)
+
+        def post() -> None:
+            wait()
+            transfer.post()
+
+        return post
+
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
         """``record`` and ``post`` one exchange that is used once. Sends may have any strides."""
         packed = [p if p.data is None else replace(p, data=p.data.contiguous()) for p in sends]

@@ -23,9 +23,9 @@ class Patience:
     def begin_call(self) -> None:
         self._arrived_at.clear()
 
-    def arrived(self, peer: int) -> None:
-        """A chunk of ``peer`` has arrived in this call."""
-        self._arrived_at[peer] = time.monotonic()
+    def arrived(self, peer: int, at: float | None = None) -> None:
+        """A chunk of ``peer`` has arrived in this call, now or ``at`` this time (``time.monotonic``)."""
+        self._arrived_at[peer] = time.monotonic() if at is None else at
 
     def exceeded(self, peers: Iterable[int], started_at: float) -> str | None:
         """The limit that a wait for ``peers`` has exceeded, as text, or None. ``started_at``: ``time.monotonic``. Takes

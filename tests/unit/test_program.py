@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -203,6 +204,7 @@ class Rank:
     def __init__(self, case: Case, w: int, windows: list[torch.Tensor]) -> None:
         self.case, self.w, self.program = case, w, case.programs[w]
         self.ops = list(self.program.ops)
+        self.held: list[tuple[set[Flight], set[Flight]]] = []  # to send, after others have arrived
         scratch = torch.full((self.program.scratch_bytes,), 0xFF, dtype=torch.uint8)  # NaN
         self.result = torch.full(self.program.result_shape, math.nan, dtype=case.dtype)
         self.memory: dict[str | int, torch.Tensor] = {
@@ -230,11 +232,12 @@ class Rank:
         op = self.ops[0]
         if isinstance(op, Post):
             spec = self.program.transfers[op.transfer]
-            posted |= {(self.w, chunk.peer, spec.link, spec.round) for chunk in spec.sends}
+            flights = {(self.w, chunk.peer, spec.link, spec.round) for chunk in spec.sends}
+            self.held.append((self._receives(op.after), flights))
+            self.release(posted, arrived)
             posted |= {(chunk.peer, self.w, spec.link, ~spec.round) for chunk in spec.receives}  # is expected
         elif isinstance(op, Wait):
-            specs = [self.program.transfers[number] for number in op.transfers]
-            if any((c.peer, self.w, spec.link, spec.round) not in arrived for spec in specs for c in spec.receives):
+            if not self._receives(op.transfers) <= arrived:
                 return False
         elif isinstance(op, Copy):
             for source, target in op.copies:
@@ -251,6 +254,18 @@ class Rank:
             assert isinstance(op, Measure | Poison)
         del self.ops[0]
         return True
+
+    def release(self, posted: set[Flight], arrived: set[Flight]) -> bool:
+        """Send what had to arrive first."""
+        ready = [item for item in self.held if item[0] <= arrived]
+        for item in ready:
+            posted |= item[1]
+            self.held.remove(item)
+        return bool(ready)
+
+    def _receives(self, transfers: Sequence[int]) -> set[Flight]:
+        specs = [self.program.transfers[number] for number in transfers]
+        return {(chunk.peer, self.w, spec.link, spec.round) for spec in specs for chunk in spec.receives}
 
     def attend(self, op: AttendOp) -> None:
         if op.keys is None:
@@ -335,8 +350,9 @@ def run(case: Case, arrivals: str, seed: int = 0) -> list[torch.Tensor]:
         if arrivals == "random":
             flights = [flight for flight in flights if rng.random() < 0.3]
         moved = [land(flight) for flight in flights]
+        moved += [rank.release(posted, arrived) for rank in ranks]
         if arrivals == "late":  # one rank runs as far as it can
-            moved = [any(rank.step(posted, arrived) for rank in running)]
+            moved.append(any(rank.step(posted, arrived) for rank in running))
         else:
             moved += [rank.step(posted, arrived) for rank in running]
         if not any(moved):
@@ -527,14 +543,14 @@ def test_a_program_is_a_pure_value(wires):
 # Layout and granularity -> launches of a call with 16 tokens per rank, and with 2048 (4096 x 4096 pixels on 32 GPUs).
 LAUNCHES = {
     (at(torus=4, ulysses=2, inside=4), "slab"): (63, 77),
-    (at(torus=4, ulysses=2, inside=4), "block"): (133, 196),
+    (at(torus=4, ulysses=2, inside=4), "block"): (145, 217),
     (at(torus=4, ulysses=2, inside=4), "unstaged"): (24, 24),
     (at(torus=4, ulysses=8), "slab"): (50, 64),
     (at(torus=4), "slab"): (43, 50),
     (at(torus=8, inside=8), "slab"): (104, 111),
     (at(torus=2, ulysses=4, inside=2), "slab"): (39, 39),
     (at(torus=2, ulysses=8), "slab"): (32, 32),
-    (at(torus=2, ulysses=2, across=2, inside=2), "slab"): (55, 55),
+    (at(torus=2, ulysses=2, across=2, inside=2), "slab"): (57, 57),
     (at(across=4, ulysses=2), "unstaged"): (19, 19),
     (at(ulysses=8), "slab"): (15, 15),
     (at(inside=8), "slab"): (10, 10),
@@ -563,7 +579,7 @@ def program_on_gpus(layout: Layout, granularity: str, tokens: int) -> Program:
 def test_number_of_launches(layout, granularity, launches):
     programs = [program_on_gpus(layout, granularity, tokens) for tokens in (16, 2048)]
     assert tuple(program.launches for program in programs) == launches
-    assert max(launches) <= LIMITS.get((layout, granularity), 200)
+    assert max(launches) <= LIMITS.get((layout, granularity), 220)
 
 
 def test_the_table_of_a_program():

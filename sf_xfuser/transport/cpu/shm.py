@@ -45,7 +45,6 @@ import torch
 
 from sf_xfuser.layout.topology import host_id
 from sf_xfuser.transport.base import (
-    CALL_TIMEOUT_FACTOR,
     CallMismatch,
     OneSided,
     Parcel,
@@ -64,6 +63,7 @@ from sf_xfuser.transport.cpu.segment import (
     unavailable,
 )
 from sf_xfuser.transport.gpu.block import round_up_window
+from sf_xfuser.transport.patience import Patience
 
 _POLL_S = 0.1  # interval at which a waiting rank checks whether its peers are alive
 
@@ -98,6 +98,7 @@ class Shm(OneSided):
         self._position = position
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
+        self._patience = Patience(timeout_s, control)
         self.halves = halves
         self._half_bytes = 0
         self._own: Segment | None = None
@@ -163,6 +164,7 @@ class Shm(OneSided):
         self._check_usable()
         assert self._own is not None
         self._epoch += 1
+        self._patience.begin_call()
         self._sent = dict.fromkeys(self._peers, self._epoch * CHUNKS)
         self._expected = dict(self._sent)
         return self._own.half(self._epoch)
@@ -228,11 +230,11 @@ class Shm(OneSided):
                 self._fail(round, peer, expected, f"its process is gone; waited {waited:.1f} s")
             if (reason := self._control.abort_reason()) is not None:
                 self._fail(round, peer, expected, reason)
-            # A peer that has sent nothing in this call yet may still be busy with other work.
-            limit_s = self._timeout_s * (1 if flag > expected // CHUNKS * CHUNKS else CALL_TIMEOUT_FACTOR)
-            if waited >= limit_s:
+            if flag > expected // CHUNKS * CHUNKS:  # it has sent a chunk in this call
+                self._patience.arrived(peer, started)
+            if self._patience.exceeded([peer], started) is not None:
                 self._fail(round, peer, expected, f"waited {waited:.1f} s")
-            self._own.sleep(peer, flag, min(_POLL_S, limit_s - waited))
+            self._own.sleep(peer, flag, min(_POLL_S, self._timeout_s))
             gone = self._segments[peer].owner_is_gone()  # its flag is read once more before this fails
 
     def close(self) -> None:

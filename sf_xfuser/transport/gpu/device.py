@@ -30,7 +30,8 @@ read the half and reset the flags of e. So the flag of e+2 is raised after the r
 either: waits of e+2 are enqueued after the host has seen the end of e. A reset of e deletes no flag of e+1, which has
 the other parity. The compute stream ends a call with a wait for all puts, so scratch memory needs one region only.
 
-**Waits** run on a separate stream, and the caller's stream waits for an event of it. xDiT computes on CUDA's legacy
+**Waits** run on a separate stream, and the caller's stream waits for an event of it. A chunk that is forwarded is also
+awaited by the stream that forwards it. xDiT computes on CUDA's legacy
 stream, where a wait unknown to the driver would block every blocking stream. The host runs at most two calls ahead. It
 therefore sees a failure soon, and never fills a launch queue while it holds the GIL.
 
@@ -216,6 +217,11 @@ class DeviceWindow(DeviceMemory):
     def record_wait(self, transfers: Sequence[Transfer]) -> DeviceWait:
         """As ``Transport.record_wait``: one driver call for all flags of mapped peers."""
         return DeviceWait(self, [each.awaited for each in transfers if isinstance(each, DeviceTransfer)])
+
+    def record_post(self, transfer: Transfer, after: Sequence[Transfer]) -> Callable[[], None]:
+        """As ``Transport.record_post``. The current stream does not wait."""
+        assert isinstance(transfer, DeviceTransfer)
+        return partial(transfer.post, self.record_wait(after)) if after else transfer.post
 
     def exchange(self, round: int, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> DeviceTransfer:
         """As ``Transport.exchange``. Chunks for peers that are not mapped are copied into ``scratch`` first, from its

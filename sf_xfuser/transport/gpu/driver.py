@@ -222,17 +222,20 @@ class Driver:
 class StreamSet:
     """The streams and events of one window.
 
-    ``put``, ``network``: sends to mapped and to other peers. ``wait``: waits for flags. ``rescue``, ``notify``: the
+    ``put``, ``network``: sends to mapped and to other peers. ``forward``: sends to mapped peers of chunks that have to
+    arrive first. ``wait``: waits for flags. ``rescue``, ``notify``: the
     watchdog. ``handoff``: orders two streams, on the host's thread. ``call_ends``: of the last calls, by half."""
 
     def __init__(self, driver: Driver) -> None:
-        self.put, self.network, self.wait, self.rescue, self.notify = (driver.new_stream() for _ in range(5))
+        self.put, self.network, self.forward, self.wait, self.rescue, self.notify = (
+            driver.new_stream() for _ in range(6)
+        )
         self.handoff, self.rescued, self.notified, *call_ends = (driver.new_event() for _ in range(5))
         self.call_ends = tuple(call_ends)
 
     @property
     def all(self) -> tuple[int, ...]:
-        return self.put, self.network, self.wait, self.rescue, self.notify
+        return self.put, self.network, self.forward, self.wait, self.rescue, self.notify
 
 
 _idle_sets: dict[int, list[StreamSet]] = {}

@@ -74,17 +74,23 @@ class DeviceTransfer(Transfer):
         )
         self.wait_launches = self._wait.launches
 
-    def post(self) -> None:
-        """As ``Transfer.post``. Starts after the work that is already on the current stream."""
+    def post(self, after: DeviceWait | None = None) -> None:
+        """As ``Transfer.post``. Starts after the work that is already on the current stream, and ``after`` a wait. The
+        sends wait on a stream of their own, so that neither the current stream nor other sends wait."""
         window = self._window
         window.require_usable()
+        if after is not None and window.capturing:  # see "Graphs" in device.py
+            after()
+            after = None
         try:
             driver, streams = window.driver, window.streams
             driver.record(streams.handoff, driver.current_stream(window.device))
             if self._all_flags:
-                put = streams.put
+                put = streams.put if after is None else streams.forward
                 window.sending.add(put)
                 driver.wait_event(put, streams.handoff)
+                if after is not None:
+                    after.enqueue(put)
                 if window.capturing:
                     for target, source, nbytes in self._copies.copies:
                         driver.copy(target, source, nbytes, put)
@@ -99,6 +105,8 @@ class DeviceTransfer(Transfer):
             if self._network:
                 window.sending.add(streams.network)
                 driver.wait_event(streams.network, streams.handoff)
+                if after is not None:
+                    after.enqueue(streams.network)
                 for network_put in self._network:
                     window.put_round(network_put, streams.network)
         except BaseException as error:
@@ -125,7 +133,6 @@ class DeviceWait:
             return
         window = self._window
         window.require_usable()
-        window.waits.extend(self._waits)
         try:
             driver, streams = window.driver, window.streams
             current = driver.current_stream(window.device)
@@ -134,12 +141,17 @@ class DeviceWait:
                 waiting = current
             else:
                 waiting = streams.wait
-            driver.run(self._batch, waiting)
-            for address in self._network:
-                window.await_network_flag(address, waiting)
+            self.enqueue(waiting)
             if waiting != current:
                 driver.record(streams.handoff, waiting)
                 driver.wait_event(current, streams.handoff)
         except BaseException as error:
             rounds = [wait.round for wait in self._waits]
             window.fail(f"could not enqueue the wait of rounds {rounds}", error)
+
+    def enqueue(self, stream: int) -> None:
+        """Make ``stream`` wait."""
+        self._window.waits.extend(self._waits)
+        self._window.driver.run(self._batch, stream)
+        for address in self._network:
+            self._window.await_network_flag(address, stream)
