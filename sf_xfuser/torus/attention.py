@@ -80,7 +80,7 @@ def torus_attention(
             prepare(query.device, query.dtype, query.shape[3], compressed, attention == "fused")
             if is_capturing():
                 call.keep_programs(mesh, tensors, attention == "fused")
-            window = mesh.begin(call, call.digest)
+            window = mesh.begin(call.memory_maps, call.digest)
             program = call.bound_program(mesh, tensors, window, attention == "fused")
             result_BSHD = program.call(tensors, attention)
             mesh.end()

@@ -85,7 +85,6 @@ CASES = {
             "ArithmeticError: planted" if rank == 1 else r"RuntimeError: [^,]* failed: rank 1: .*" for rank in range(4)
         )
     ),
-    "labels_instead_of_tags": (r"correct, off by nan, TransportError: .*ranks .*different calls.*, correct",) * 4,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -204,7 +204,9 @@ class Rank:
     def __init__(self, case: Case, w: int, windows: list[torch.Tensor]) -> None:
         self.case, self.w, self.program = case, w, case.programs[w]
         self.ops = list(self.program.ops)
-        self.held: list[tuple[set[Flight], set[Flight]]] = []  # to send, after others have arrived
+        self.posted: set[Flight] = set()
+        self.after: dict[Flight, set[Flight]] = {}  # what has to arrive before a posted flight starts
+        self.expected: set[Flight] = set()
         scratch = torch.full((self.program.scratch_bytes,), 0xFF, dtype=torch.uint8)  # NaN
         self.result = torch.full(self.program.result_shape, math.nan, dtype=case.dtype)
         self.memory: dict[str | int, torch.Tensor] = {
@@ -227,18 +229,25 @@ class Rank:
             return memory[view.offset : view.offset + view.shape[0]]
         return strided(memory, view)
 
-    def step(self, posted: set[Flight], arrived: set[Flight]) -> bool:
-        """Run one operation, unless it waits for a flight."""
-        op = self.ops[0]
+    def missing(self, arrived: set[Flight]) -> list[Flight]:
+        """The flights for which the next operation waits."""
+        if not isinstance(self.ops[0], Wait):
+            return []
+        return sorted(self.receives(self.ops[0].transfers) - arrived)
+
+    def receives(self, transfers: Iterable[int]) -> set[Flight]:
+        specs = [self.program.transfers[number] for number in transfers]
+        return {(chunk.peer, self.w, spec.link, spec.round) for spec in specs for chunk in spec.receives}
+
+    def step(self) -> None:
+        """Run the next operation."""
+        op = self.ops.pop(0)
         if isinstance(op, Post):
             spec = self.program.transfers[op.transfer]
-            flights = {(self.w, chunk.peer, spec.link, spec.round) for chunk in spec.sends}
-            self.held.append((self._receives(op.after), flights))
-            self.release(posted, arrived)
-            posted |= {(chunk.peer, self.w, spec.link, ~spec.round) for chunk in spec.receives}  # is expected
-        elif isinstance(op, Wait):
-            if not self._receives(op.transfers) <= arrived:
-                return False
+            sent = {(self.w, chunk.peer, spec.link, spec.round) for chunk in spec.sends}
+            self.after |= dict.fromkeys(sent, self.receives(op.after))
+            self.posted |= sent
+            self.expected |= {(chunk.peer, self.w, spec.link, spec.round) for chunk in spec.receives}
         elif isinstance(op, Copy):
             for source, target in op.copies:
                 self.view(target).copy_(self.view(source))
@@ -251,21 +260,7 @@ class Rank:
         elif isinstance(op, AttendOp):
             self.attend(op)
         else:
-            assert isinstance(op, Measure | Poison)
-        del self.ops[0]
-        return True
-
-    def release(self, posted: set[Flight], arrived: set[Flight]) -> bool:
-        """Send what had to arrive first."""
-        ready = [item for item in self.held if item[0] <= arrived]
-        for item in ready:
-            posted |= item[1]
-            self.held.remove(item)
-        return bool(ready)
-
-    def _receives(self, transfers: Sequence[int]) -> set[Flight]:
-        specs = [self.program.transfers[number] for number in transfers]
-        return {(chunk.peer, self.w, spec.link, spec.round) for spec in specs for chunk in spec.receives}
+            assert isinstance(op, Measure | Poison | Wait)
 
     def attend(self, op: AttendOp) -> None:
         if op.keys is None:
@@ -301,74 +296,87 @@ def chunks_of(program: Program, link: str, round: int, side: str, peer: int) -> 
     return [chunk for chunk in getattr(spec, side) if chunk.peer == peer]
 
 
-def deliver(ranks: list[Rank], flight: Flight) -> None:
-    sender, receiver, link, round = flight
-    case = ranks[0].case
-    sends, receives = (
-        chunks_of(case.programs[w], link, round, side, peer)
-        for w, side, peer in ((sender, "sends", receiver), (receiver, "receives", sender))
-    )
-    for sent, received in zip(sends, receives, strict=True):
-        if sent.view is None:
-            continue
-        data = ranks[sender].view(sent.view)
-        if link in WIRES[case.wires].windows:
-            window, start = ranks[receiver].memory["window"], sent.offset // case.dtype.itemsize
-            window[start : start + data.numel()] = data.flatten()
-        else:
-            ranks[receiver].view(received.view).copy_(data)
+class Group:
+    """All ranks, which make one call."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.window_links = case, WIRES[case.wires].windows
+        sizes = [case.maps[w].window_bytes // case.dtype.itemsize for w in case.ranks]
+        windows = [torch.full((size,), math.nan, dtype=case.dtype) for size in sizes]
+        self.ranks = [Rank(case, w, windows) for w in case.ranks]
+        self.arrived: set[Flight] = set()
+
+    def deliver(self, flight: Flight) -> None:
+        self.arrived.add(flight)
+        sender, receiver, link, round = flight
+        sends = chunks_of(self.case.programs[sender], link, round, "sends", receiver)
+        receives = chunks_of(self.case.programs[receiver], link, round, "receives", sender)
+        for sent, received in zip(sends, receives, strict=True):
+            if sent.view is None:
+                continue
+            data = self.ranks[sender].view(sent.view)
+            if link in self.window_links:
+                window, start = self.ranks[receiver].memory["window"], sent.offset // self.case.dtype.itemsize
+                window[start : start + data.numel()] = data.flatten()
+            else:
+                self.ranks[receiver].view(received.view).copy_(data)
+
+    def flying(self) -> list[Flight]:
+        """Posted, and without a window expected, but not delivered."""
+        posted = {flight for rank in self.ranks for flight in rank.posted - self.arrived}
+        started = {x for x in posted if self.ranks[x[0]].after[x] <= self.arrived}
+        return sorted(x for x in started if x[2] in self.window_links or x in self.ranks[x[1]].expected)
+
+    def run_in_step(self, rng: random.Random, share: float) -> None:
+        """One operation of each rank in turn. ``share``: of the chunks under way arrives in each turn."""
+        while any(rank.ops for rank in self.ranks):
+            flights = self.flying()
+            arriving = [flight for flight in flights if rng.random() < share]
+            running = [rank for rank in self.ranks if rank.ops and not rank.missing(self.arrived)]
+            assert flights or running, f"stuck: {[rank.ops[:1] for rank in self.ranks]}"
+            for flight in arriving:
+                self.deliver(flight)
+            for rank in running:
+                rank.step()
+
+    def run_late(self, rng: random.Random) -> None:
+        """Rank after rank: the others do only what it waits for, and chunks arrive only when they are waited for."""
+        for rank in rng.sample(self.ranks, len(self.ranks)):
+            while rank.ops:
+                self._advance(rank)
+        while flights := self.flying():
+            self.deliver(flights[0])
+
+    def _advance(self, rank: Rank) -> None:
+        for flight in rank.missing(self.arrived):
+            self._bring(flight)
+        rank.step()
+
+    def _bring(self, flight: Flight) -> None:
+        """Deliver a flight, after what has to arrive before it."""
+        sender = self.ranks[flight[0]]
+        while flight not in sender.posted:
+            assert sender.ops, f"nobody sends {flight}"
+            self._advance(sender)  # RecursionError: ranks wait for each other
+        for earlier in sorted(sender.after[flight] - self.arrived):
+            self._bring(earlier)
+        if flight not in self.arrived:
+            self.deliver(flight)
 
 
-def run(case: Case, arrivals: str, seed: int = 0) -> list[torch.Tensor]:
-    """The results [B, S, H, D] of all ranks. ``arrivals``: ``"early"``: chunks arrive in the next step; ``"late"``:
-    one rank runs ahead of the others, and chunks arrive when no rank can go on; ``"random"``."""
-    rng = random.Random(seed)
-    windows = [
-        torch.full((case.maps[w].window_bytes // case.dtype.itemsize,), math.nan).to(case.dtype) for w in case.ranks
-    ]
-    ranks = [Rank(case, w, windows) for w in case.ranks]
-    rng.shuffle(order := [*ranks])
-    posted: set[Flight] = set()
-    arrived: set[Flight] = set()
-
-    def flying() -> list[Flight]:
-        matched = {
-            (sender, receiver, link, round)
-            for sender, receiver, link, round in posted - arrived
-            if round >= 0 and (link in WIRES[case.wires].windows or (sender, receiver, link, ~round) in posted)
-        }
-        return sorted(matched)
-
-    def land(flight: Flight) -> bool:
-        deliver(ranks, flight)
-        arrived.add(flight)
-        return True
-
-    while True:
-        running = [rank for rank in order if rank.ops]
-        flights = [] if arrivals == "late" else flying()
-        if arrivals == "random":
-            flights = [flight for flight in flights if rng.random() < 0.3]
-        moved = [land(flight) for flight in flights]
-        moved += [rank.release(posted, arrived) for rank in ranks]
-        if arrivals == "late":  # one rank runs as far as it can
-            moved.append(any(rank.step(posted, arrived) for rank in running))
-        else:
-            moved += [rank.step(posted, arrived) for rank in running]
-        if not any(moved):
-            if not (flights := flying()):
-                break
-            land(rng.choice(flights))
-    assert not any(rank.ops for rank in ranks), f"stuck: {[rank.ops[:1] for rank in ranks]}"
-    return [rank.result for rank in ranks]
-
-
-def check_results(case: Case, arrivals: str, seed: int = 0) -> None:
+def check_results(case: Case, arrivals: Literal["late", "early", "random"], seed: int = 0) -> None:
+    """The result of every rank against one softmax in float64. ``arrivals``: when chunks arrive."""
+    group, rng = Group(case), random.Random(seed)
+    if arrivals == "late":
+        group.run_late(rng)
+    else:
+        group.run_in_step(rng, 1.0 if arrivals == "early" else 0.3)
+    assert not any(rank.posted - group.arrived for rank in group.ranks)
     k, v = (torch.cat([x[n] for x in case.tensors], 2) for n in (1, 2))
     if case.joint:
         k, v = (torch.cat([x, case.tensors[0][n]], 2) for x, n in ((k, 3), (v, 4)))
     k, v = (x.repeat_interleave(case.repeat, 1).double() for x in (k, v))
-    for w, result in enumerate(run(case, arrivals, seed)):
+    for w, result in enumerate(rank.result for rank in group.ranks):
         scores = case.tensors[w][0].double() @ k.transpose(2, 3) / math.sqrt(case.head_size)
         wanted = (scores.softmax(3) @ v).transpose(1, 2)
         off = (result.double() - wanted).abs().max() if wanted.numel() else 0
@@ -504,10 +512,6 @@ def wrong_offset(monkeypatch):
     monkeypatch.setattr(MemoryMap, "destinations", wrong)
 
 
-def missing_wait(monkeypatch):
-    monkeypatch.setattr(module._Recorder, "_wait", lambda self, transfers, name: None)
-
-
 def wrong_heads(monkeypatch):
     own_chunk = module._Recorder._own_chunk
 
@@ -517,7 +521,7 @@ def wrong_heads(monkeypatch):
     monkeypatch.setattr(module._Recorder, "_own_chunk", wrong)
 
 
-@pytest.mark.parametrize("fault", [wrong_offset, missing_wait, wrong_heads])
+@pytest.mark.parametrize("fault", [wrong_offset, wrong_heads])
 @pytest.mark.parametrize("wires", ["put", "shm"])
 def test_faults_are_found(wires, fault, monkeypatch):
     case = Case(at(torus=2, ulysses=2), UNSTAGED, wires, q_tokens=(64,), kv_tokens=(64,))
@@ -529,6 +533,19 @@ def test_faults_are_found(wires, fault, monkeypatch):
             check_both_ends(faulty)
     with pytest.raises((AssertionError, RuntimeError)):
         check_results(faulty, "late")
+
+
+@pytest.mark.parametrize("wires", ["matched", "put", "shm staged"])
+@pytest.mark.parametrize("chunking", CHUNKINGS.values(), ids=CHUNKINGS)
+def test_no_wait_can_be_left_out(chunking, wires):
+    case = Case(at(torus=2, ulysses=2, inside=2), chunking, wires)
+    program = case.programs[0]
+    for at_op in (n for n, op in enumerate(program.ops) if isinstance(op, Wait)):
+        faulty = replace(case)
+        faulty.programs[0] = replace(program, ops=program.ops[:at_op] + program.ops[at_op + 1 :])
+        with pytest.raises((AssertionError, RuntimeError)):
+            for seed in range(8):
+                check_results(faulty, "late", seed)
 
 
 @pytest.mark.parametrize("wires", WIRES)
