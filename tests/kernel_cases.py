@@ -67,11 +67,12 @@ ADVERSARIAL = {
 
 def interpret_bf16(monkeypatch) -> None:
     """Make Triton's interpreter multiply bf16 and round to bf16 as GPUs do. It stores bf16 as integers, which
-    ``tl.dot`` would multiply, and truncates conversions to bf16."""
+    ``tl.dot`` would multiply, and truncates conversions to bf16. Up to Triton 3.6 it also fails for loops over a loaded
+    number with NumPy 2.4 and later, which convert no array with one element to a number."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.InterpreterBuilder
+    builder, patch_tensor = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
     dot, truncate = builder.create_dot, builder.create_fp_trunc
 
     def widened(x):
@@ -86,6 +87,11 @@ def interpret_bf16(monkeypatch) -> None:
         rounded = torch.from_numpy(x.data.copy()).bfloat16().view(torch.uint16).numpy()
         return interpreter.TensorHandle(rounded, kind.scalar)
 
+    def patch_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
 
