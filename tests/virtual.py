@@ -352,12 +352,15 @@ class CpuDriver:
                 if operation == 5:
                     _enqueue(stream, functools.partial(setattr, word, "value", value))
                 else:
-                    assert (operation, flags) == (4, 2)
-                    _enqueue(stream, functools.partial(_wait_for_bits, word, value))
+                    assert operation == 4
+                    _enqueue(stream, functools.partial(_wait_until, word, _CONDITIONS[flags], value))
 
 
-def _wait_for_bits(word, mask):
-    while not word.value & mask:
+_CONDITIONS = {1: int.__eq__, 2: int.__and__}
+
+
+def _wait_until(word, condition, value):
+    while not condition(word.value, value):
         time.sleep(1e-4)
 
 

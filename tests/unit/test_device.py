@@ -26,8 +26,9 @@ def test_regions_of_a_block_do_not_overlap(ranks, half_bytes, scratch_bytes):
     block = Block(ranks=ranks, half_bytes=half_bytes, scratch_bytes=scratch_bytes)
     flags = [block.flag(w, number, half) for w in range(ranks) for number in range(MAX_ROUNDS) for half in (0, 1)]
     assert sorted(flags) == list(range(block.num_flags))
-    words = [block.poison, block.expected, block.begun, block.ended, block.spare, *map(block.ready, range(ranks))]
+    words = [block.expected, block.begun, block.ended, block.checked, block.others, *map(block.ready, range(ranks))]
     assert all(word % 8 == 0 for word in words) and len(set(words)) == len(words)
+    assert block.poison == block.expected + 4
     assert max(words) + 8 <= block.flags and block.flags + 8 * block.num_flags <= block.head_bytes
     starts = [block.head_bytes, block.half(0), block.half(1), block.scratch]
     assert starts == [block.head_bytes, block.head_bytes, block.head_bytes + half_bytes, starts[2] + half_bytes]
@@ -96,17 +97,20 @@ class CpuNvshmem:
         virtual.CpuDriver().write_64(self._target(signal, peer), value, stream)
 
     def signal_wait_until_on_stream(self, address, comparison, value, stream):
-        assert (comparison, value) == (1, 0)
-        virtual.CpuDriver().run(driver.WordBatch.waits([address]), stream)
+        assert (comparison, value != 0) in ((0, True), (1, False))
+        batch = (driver.WordBatch.waits_for_any if comparison else driver.WordBatch.waits)([address])
+        if comparison == 0:
+            batch.values.fill(value)
+        virtual.CpuDriver().run(batch, stream)
 
 
-def windows(ranks, timeout_s=20.0, kind=virtual.Virtual):
+def windows(ranks, timeout_s=20.0, kind=virtual.Virtual, pattern="pairs"):
     """A function that creates the transport of a rank, of global ranks 4, 5, ..."""
     group = virtual.ThreadGroup(ranks)
     members = range(4, 4 + ranks)
 
     def make(rank):
-        peers = [peer for peer in range(ranks) if peer != rank]
+        peers = [rank ^ 1, rank ^ 2] if pattern == "grid" else [peer for peer in range(ranks) if peer != rank]
         return kind(virtual.ThreadControl(group, rank), members, rank, peers, timeout_s)
 
     return make
@@ -124,11 +128,11 @@ def add_all(target, sources):
 
 class Calls:
     """Calls of one rank, on a stream of its own. Ranks exchange their inputs, and sum them. Then they exchange sums and
-    inputs, and the result is the sum of all. ``ring``: inputs reach other ranks through neighbours, in several
-    rounds."""
+    inputs, and the result is the sum of all. ``pattern``: "ring": inputs reach other ranks through neighbours, in
+    several rounds. "grid": rank r first exchanges inputs with r ^ 1, then sums with r ^ 2."""
 
-    def __init__(self, link, ring):
-        self.link, self.ring, self.stream = link, ring, virtual.Stream()
+    def __init__(self, link, pattern):
+        self.link, self.pattern, self.stream = link, pattern, virtual.Stream()
         self.rank, self.ranks = link._position, len(link._members)
         link.reserve(1 << 12, 1 << 12)
         self.programs, self.graphs, self.user_graph = {}, {}, None
@@ -142,9 +146,10 @@ class Calls:
     def _record(self, window):
         """(post and compute, then end), for the half of ``window``."""
         link, rank, others = self.link, self.rank, [w for w in range(self.ranks) if w != self.rank]
+        first, second = ([rank ^ 1], [rank ^ 2]) if self.pattern == "grid" else (others, others)
         own, total = self._slot(link.scratch, 0), self._slot(link.scratch, 1)
         rounds = []
-        if self.ring:
+        if self.pattern == "ring":
             after, before = (rank + 1) % self.ranks, (rank - 1) % self.ranks
             for step in range(self.ranks - 1):
                 origin = (rank - step) % self.ranks
@@ -152,11 +157,11 @@ class Calls:
                 send = Parcel(source, after, 0, 16 * origin)
                 rounds.append(link.record(step, [send], [Parcel(None, before, 0)]))
         else:  # two chunks per round, one of them empty
-            sends = [Parcel(x, w, n, 16 * rank) for w in others for n, x in enumerate((own, own[:0]))]
-            rounds.append(link.record(0, sends, [Parcel(None, w, n) for w in others for n in (0, 1)]))
+            sends = [Parcel(x, w, n, 16 * rank) for w in first for n, x in enumerate((own, own[:0]))]
+            rounds.append(link.record(0, sends, [Parcel(None, w, n) for w in first for n in (0, 1)]))
         slots = [(total, 16 * (self.ranks + rank)), (own, 16 * (2 * self.ranks + rank))]
-        sends = [Parcel(x, w, n, offset) for w in others for n, (x, offset) in enumerate(slots)]
-        last = link.record(9, sends, [Parcel(None, w, n) for w in others for n in (0, 1)])
+        sends = [Parcel(x, w, n, offset) for w in second for n, (x, offset) in enumerate(slots)]
+        last = link.record(9, sends, [Parcel(None, w, n) for w in second for n in (0, 1)])
         wait, result, end = link.record_wait(rounds[-1:]), torch.empty(4), link.record_end()
 
         def run():
@@ -166,10 +171,10 @@ class Calls:
                     before.wait()
                 transfer.post()
             wait()
-            add_all(total, [own, *(self._slot(window, w) for w in others)])
+            add_all(total, [own, *(self._slot(window, w) for w in first)])
             last.post()
             last.wait()
-            received = [self._slot(window, n * self.ranks + w) for n in (1, 2) for w in others]
+            received = [self._slot(window, n * self.ranks + w) for n in (1, 2) for w in second]
             add_all(result, [total, own, *received])
             end(result)
             launch(lambda: self.results.append(result.clone()))()
@@ -186,8 +191,11 @@ class Calls:
 
     def _inputs(self):
         """The next call sums these."""
-        copy(self.input, torch.full((4,), float(self.rank + 100 * len(self.expected))))
-        self.expected.append((self.ranks + 1) * sum(w + 100.0 * len(self.expected) for w in range(self.ranks)))
+        start = 100.0 * len(self.expected)
+        copy(self.input, torch.full((4,), start + self.rank))
+        total = sum(start + w for w in range(self.ranks))
+        grid = total + 2 * start + self.rank + (self.rank ^ 2)
+        self.expected.append(grid if self.pattern == "grid" else (self.ranks + 1) * total)
 
     def make(self, kinds):
         """Enqueue calls of these kinds: "host", "replay" (its own graph), "graph" (a user's graph of three calls)."""
@@ -233,24 +241,25 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("ring", [False, True], ids=["all pairs", "ring"])
+@pytest.mark.parametrize(("ranks", "pattern"), [(3, "pairs"), (3, "ring"), (4, "grid")])
 @pytest.mark.parametrize("kinds", KINDS)
-def test_calls_with_delays_are_correct(kinds, ring, monkeypatch):
+def test_calls_with_delays_are_correct(kinds, ranks, pattern, monkeypatch):
     """Calls of the host and replays of CUDA graphs in any order, with delays on streams and on the host."""
     virtual.use_cpu_streams(monkeypatch)
     monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
-    make, rng = windows(3), random.Random(kinds)
+    make, rng = windows(ranks, pattern=pattern), random.Random(kinds)
     order = ["host", "host"] + [rng.choice(KINDS[kinds]) for _ in range(60)]
 
     def rank(position):
-        calls = Calls(make(position), ring)
+        calls = Calls(make(position), pattern)
         calls.make(order)
         calls.check()
         head = calls.link._read_head()
         assert not any(head.flags) and not head.aborted and head.begun == head.ended
+        assert head.checked == calls.link._checks
         calls.link.close()
 
-    succeeded(virtual.run_ranks(3, rank))
+    succeeded(virtual.run_ranks(ranks, rank))
 
 
 @pytest.mark.parametrize("kinds", KINDS)
@@ -261,7 +270,7 @@ def test_calls_over_a_network_are_correct(kinds, monkeypatch):
     order = ["host", "host"] + [rng.choice(KINDS[kinds]) for _ in range(30)]
 
     def rank(position):
-        calls = Calls(make(position), ring=False)
+        calls = Calls(make(position), "pairs")
         calls.make(order)
         calls.check()
         calls.link.close()
@@ -277,7 +286,7 @@ def test_flags_reach_other_hosts_as_copies(monkeypatch):
     make = windows(3)
 
     def rank(position):
-        calls = Calls(make(position), ring=False)
+        calls = Calls(make(position), "pairs")
         run, remote = calls.link.driver.run, []
 
         def local_only(batch, stream):
@@ -445,7 +454,7 @@ def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, monke
         transfer.wait()  # returns when the watchdog releases it
         link.poison(result)
         assert result.isnan().all()
-        late = r"rank 4 on .*: no data from rank 5 in round 5: waited [\d.]+ s. Call 1 .*flag 0: not raised"
+        late = r"rank 4 on .*: no data from rank 5 in round 5: waited .* flag 0 of call 1: identity=0.*: not raised"
         for operation in (lambda: end(result), transfer.post, transfer.wait, link.begin):
             with pytest.raises(TransportError, match=late):
                 operation()
@@ -462,13 +471,13 @@ def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, monkeypatch):
     make, stopped = windows(3, timeout_s=0.2), threading.Barrier(3, timeout=20)
 
     def rank(position):
-        calls = Calls(make(position), ring=False)
+        calls = Calls(make(position), "pairs")
         calls.make(["host"] * 2 + [kind] * 3)
         calls.check()
         valid = len(calls.results)
         stopped.wait()
         if position != 1:
-            with pytest.raises(TransportError, match="rank 5 |did not complete|aborted"):
+            with pytest.raises(TransportError, match=r"rank 5 |did not complete|aborted"):
                 calls.make([kind] * 4)
                 virtual.synchronize(calls.stream)
                 calls.link.begin()
@@ -480,27 +489,31 @@ def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, monkeypatch):
     succeeded(virtual.run_ranks(3, rank))
 
 
-def test_a_call_with_another_identity_is_nan_and_the_next_one_raises(monkeypatch):
+@pytest.mark.parametrize("kind", ["host", "replay"])
+def test_a_call_with_another_identity_turns_results_into_nan_everywhere(kind, monkeypatch):
+    """Rank 0 makes another call. Rank 3 exchanges nothing with it, but its result depends on it."""
     virtual.use_cpu_streams(monkeypatch)
-    make = windows(3)
+    make, ended = windows(4, timeout_s=2.0, pattern="grid"), threading.Barrier(4, timeout=20)
 
     def rank(position):
-        link, results = make(position), []
-        others = [w for w in range(3) if w != position]
-        for call in range(3):
-            link.begin_call(7 if (position, call) == (1, 1) else 5)
-            link.begin()
-            link.exchange(0, [byte(w) for w in others], [byte(w) for w in others]).wait()
-            results.append(torch.ones(2))
-            forwarded = torch.ones(2)
-            link.poison(forwarded)
-            link.record_end()(results[-1])
-            assert torch.equal(forwarded, results[-1]) or forwarded.isnan().all()
-        return [bool(x.isnan().all()) for x in results]
+        calls = Calls(make(position), "grid")
+        calls.make(["host"] * 2 + [kind] * 3)
+        calls.check()
+        valid = len(calls.results)
+        calls.number += position == 0
+        calls.make([kind])
+        virtual.synchronize(calls.stream)
+        assert len(calls.results) == valid + 1 and calls.results[-1].isnan().all()
+        ended.wait()
+        try:
+            with pytest.raises(TransportError, match=r"another call|aborted") as raised:
+                calls.make([kind] * 3)
+        finally:
+            ended.wait()
+            calls.link.close()
+        return raised.type
 
-    results = virtual.run_ranks(3, rank)
-    assert all(isinstance(x, CallMismatch) for x in results), results
-    assert "has made another call than this rank" in str(results[0])
+    assert CallMismatch in succeeded(virtual.run_ranks(4, rank))
 
 
 def test_a_rank_that_closes_during_a_call_is_detected(monkeypatch):
@@ -527,7 +540,7 @@ def test_memory_of_a_user_graph_neither_grows_nor_is_freed(monkeypatch):
     make = windows(2)
 
     def rank(position):
-        calls = Calls(make(position), ring=False)
+        calls = Calls(make(position), "pairs")
         calls.make(["host", "host", "graph"])
         with pytest.raises(TransportUnavailable, match="a CUDA graph refers to its window"):
             calls.link.reserve(64 << 20, 0)
@@ -546,9 +559,8 @@ def test_what_a_capture_rejects(monkeypatch):
         assert link.unavailable_reason() is None
         with pytest.raises(ValueError, match="make the same calls once before the capture"):
             link.reserve(64 << 20, 0)
-        link.record(0, [], [byte(1)])
         with pytest.raises(ValueError, match="make the same calls once before the capture"):
-            link.record_end()
+            link.record(0, [], [byte(1)])
         with pytest.raises(ValueError, match="cannot allocate memory while a CUDA graph is captured"):
             windows(2)(0)
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from sf_xfuser.transport.base import TransportError
+from sf_xfuser.transport.base import CallMismatch, TransportError
 from sf_xfuser.transport.gpu.watchdog import AwaitedFlag, Head, PendingCall, RoundWait, Watchdog
 
-VALUE = 1 << 32 | 0xAB
+VALUE = 0x3F800000 << 32 | 0xAB
 FIRST, SECOND = (RoundWait(3 + n, (AwaitedFlag(1, n, n), AwaitedFlag(2, n, 2 + n))) for n in (0, 1))
 
 
@@ -32,9 +32,9 @@ class WatchedRank:
             self.suspects = suspects
             self.events.append("notified")
 
-        def release(waits):
+        def release(calls):
             self.events.append("released")
-            self.released = waits
+            self.released = [each for call in calls for each in call.rounds()]
             if not never_released:
                 self.completed.set()
 
@@ -50,7 +50,9 @@ class WatchedRank:
         )
 
     def call(self, *waits, done=True):
-        call = PendingCall(7, VALUE, list(waits or (FIRST, SECOND)), self.completed.is_set if done else None)
+        call = PendingCall(
+            7, VALUE, [(each,) for each in waits or (FIRST, SECOND)], self.completed.is_set if done else None
+        )
         self.watchdog.watch(call)
         return call
 
@@ -68,7 +70,7 @@ def test_the_first_late_round_is_named_and_peers_are_notified_before_waits_are_r
     watched.call()
     message = watched.error()
     assert re.search(r"rank 4 on \S+: no data from rank 5 \(nor from rank\(s\) \[6\]\) in round 4: waited", message)
-    assert "Call 7 (identity 000000ab), flag 1: not raised" in message
+    assert "Expected flag 1 of call 7: identity=000000ab, got: not raised" in message
     assert watched.events[:3] == ["started", "notified", "released"] and watched.suspects == [1, 2]
     assert watched.released == [FIRST, SECOND]
 
@@ -82,12 +84,29 @@ def test_a_peer_that_has_raised_no_flag_has_five_timeouts(flags, factor):
     assert 0.3 * factor <= time.monotonic() - started < 0.3 * (factor + 1)
 
 
+def test_a_flag_of_another_call_is_detected_before_the_timeout():
+    watched = WatchedRank(flags=(0, 0, VALUE + 1, 0), timeout_s=4)
+    watched.call()
+    message = watched.error()
+    assert "no data from rank 6 (nor from rank(s) [5]) in round 3: it makes another call" in message
+    assert "identity=000000ab, got: identity=000000ac" in message
+    assert isinstance(watched.watchdog.error, CallMismatch)
+
+
+def test_waits_of_a_replay_are_counted():
+    """A replay resets flags after each wait."""
+    watched = WatchedRank()
+    watched.head = Head((0, 0, 0, 0), False, checked=12)
+    watched.call().checked = 11
+    assert "rank 5 (nor from rank(s) [6]) in round 4" in watched.error()
+
+
 def test_progress_restarts_the_timeout():
     """Of the peers, or of the host, which waits for more rounds."""
     watched = WatchedRank(flags=(VALUE, 0, VALUE, 0), timeout_s=0.4)
     call = watched.call(FIRST, done=False)
     time.sleep(0.3)
-    call.waits.append(SECOND)
+    call.waits.append((SECOND,))
     time.sleep(0.3)
     watched.head = Head((VALUE, VALUE, VALUE, 0), False)
     time.sleep(0.3)
@@ -181,13 +200,13 @@ def test_no_wait_is_released_before_peers_are_notified():
 )
 def test_calls_in_graphs_are_bounded(head, reason):
     """With no call of the host pending. A replay after the failure is released too."""
-    watched = WatchedRank(timeout_s=0.1)
+    watched = WatchedRank(timeout_s=0.05)
     watched.head = Head([0], False, 4, 4)
     watched.watchdog.watch_graphs()
-    time.sleep(1.0)
+    time.sleep(0.5)
     assert watched.watchdog.error is None
     watched.head = head
-    time.sleep(1.0)
+    time.sleep(0.5)
     assert re.search(rf"calls in a CUDA graph did not complete: {reason}", str(watched.watchdog.error))
     assert f"(5 have begun, {head.ended} have ended)" in str(watched.watchdog.error)
     watched.head = Head([0], True, 5, 5)

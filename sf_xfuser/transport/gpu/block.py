@@ -22,11 +22,12 @@ class Block:
     half_bytes: int
     scratch_bytes: int
 
-    poison: ClassVar[int] = 0
-    expected: ClassVar[int] = 8
-    begun: ClassVar[int] = 16
-    ended: ClassVar[int] = 24
-    spare: ClassVar[int] = 32
+    expected: ClassVar[int] = 0
+    poison: ClassVar[int] = 4  # the high half of ``expected``
+    begun: ClassVar[int] = 8
+    ended: ClassVar[int] = 16
+    checked: ClassVar[int] = 24
+    others: ClassVar[int] = 32
     _ready: ClassVar[int] = _ALIGNMENT
 
     def ready(self, writer: int) -> int:

@@ -79,7 +79,8 @@ from sf_xfuser.transport.gpu.watchdog import AwaitedFlag, Head, PendingCall, Rou
 
 _NOTIFY_LIMIT_S = 5.0  # time limit for notifying the peers of a failure
 _NAN = 0x7FC00000  # as float32
-_RELEASED = (1 << 64) - 1  # value of a flag that the watchdog raises
+_VALID = 0x3F800000 << 32  # 1 as float32, in the high half of a word
+_RELEASED = 1  # value of a flag in a graph that the watchdog raises
 _MIN_QUEUES = 16
 
 
@@ -108,19 +109,20 @@ class DeviceWindow(DeviceMemory):
         self.streams = acquire_streams(self.driver, self.device)
         self.capturing = False  # whether operations of the current call go into a CUDA graph
         self.value = 0  # of the flags of the current call
-        self.waits: list[RoundWait] = []  # of the current call, or of all calls in graphs
+        self.waits: list[tuple[RoundWait, ...]] = []  # of the current call, or of all calls in users' graphs
         self.sending: set[int] = set()  # streams with puts of the current call
         self._epoch = 0  # of the current or last call
         self._running = False
         self._call: PendingCall | None = None
         self._calls = [PendingCall(0, 0), PendingCall(0, 0)]  # the last ones, by half
-        self._graph_waits: list[RoundWait] = []
+        self._graph_waits: list[tuple[RoundWait, ...]] = []
+        self._checks = 0  # number of waits and ends in replays so far
         self._meeting: _Meeting | None = None
         self._sent: dict[int, int] = {}  # recorded rounds of this call, by peer
         self._awaited: dict[int, int] = {}
         self._held: list[Transfer] = []  # one-off transfers of this call, which keep their tensors alive
         self._packed_bytes = 0  # of scratch memory, by one-off transfers of this call
-        self._indices: dict[tuple[tuple[int, int], ...], list[torch.Tensor]] = {}
+        self._indices: dict[frozenset[tuple[int, int]], list[torch.Tensor]] = {}
         self._watchdog = Watchdog(
             members,
             position,
@@ -133,6 +135,7 @@ class DeviceWindow(DeviceMemory):
         )
         try:
             self.reserve(1, 1)
+            self.index_of(())  # of a call without receives
             self._try_batches()
         except BaseException:
             self._watchdog.close()
@@ -148,7 +151,7 @@ class DeviceWindow(DeviceMemory):
         assert self._block is not None and not self._running, "the last call has not ended"
         self._epoch += 1
         half = self._epoch % 2
-        self.value = 1 << 32 | self._identity
+        self.value = _VALID | self._identity
         self.capturing = torch.cuda.is_current_stream_capturing()
         stream = self.driver.current_stream(self.device)
         self._sent.clear()
@@ -160,7 +163,7 @@ class DeviceWindow(DeviceMemory):
         else:
             self._begin_on_host(half, stream)
         try:
-            self.driver.write_64(self.expected_address, self.value, stream)
+            self.driver.write_32(self.expected_address, self._identity, stream)
             if self._in_graph:
                 self._meet(stream)
         except BaseException as error:
@@ -232,17 +235,16 @@ class DeviceWindow(DeviceMemory):
         return transfer
 
     def record_end(self) -> Callable[[torch.Tensor | None], None]:
-        """As ``Transport.record_end``: two kernels. Raises ValueError during a capture if no call with as many rounds
-        was made before it."""
-        return partial(self._end, self._index(self._epoch % 2))
+        """As ``Transport.record_end``: two kernels."""
+        return partial(self._end, self.index_of([(w, n) for w, count in self._awaited.items() for n in range(count)]))
 
     def _end(self, index: torch.Tensor, result: torch.Tensor | None) -> None:
         self.require_usable()
         try:
             stream = self.driver.current_stream(self.device)
             self.join_puts(stream)
-            ended = self._spare if self._call is not None else self._ended
-            check_flags(self._flags, index, self._expected, self._poison, ended)
+            done = self._ended if self._call is None else self._checked if self.capturing else self._others
+            check_flags(self._flags, index[:0] if self.capturing else index, self._expected, self._poison, done)
             if result is not None:
                 poison_result(result, self._poison)
             self.driver.copy(self._host_poison.data_ptr(), self._base + Block.poison, 4, stream)
@@ -252,6 +254,11 @@ class DeviceWindow(DeviceMemory):
             self.fail("could not end a call", error)
         self._running = False
         self._held.clear()
+
+    def check(self, index: torch.Tensor) -> None:
+        """In a CUDA graph: check and reset flags that have arrived."""
+        done = self._others if self._call is None else self._checked
+        check_flags(self._flags, index, self._expected, self._poison, done)
 
     def _finish(self, stream: int) -> None:
         """The current call ends when ``stream`` arrives here."""
@@ -266,10 +273,7 @@ class DeviceWindow(DeviceMemory):
             self.record_end()(None)
 
     def poison(self, chunk: torch.Tensor) -> None:
-        """As ``Transport.poison``. Also if a flag that has arrived belongs to another call, which ``check_flags`` would
-        find too late."""
-        flags = self._flags.view(-1, 2, MAX_ROUNDS)[:, self._epoch % 2]
-        self._poison.masked_fill_(((flags != 0) & (flags != self._expected)).any(), float("nan"))
+        """As ``Transport.poison``."""
         poison_result(chunk, self._poison)
 
     @contextlib.contextmanager
@@ -291,8 +295,10 @@ class DeviceWindow(DeviceMemory):
             self.waits, self.capturing, self._running = outer, False, True
             self.sending.clear()
 
-    def _end_replay(self, half: int, waits: Sequence[RoundWait]) -> None:
-        assert half == self._epoch % 2, "the graph uses the other half"
+    def _end_replay(self, half: int, waits: Sequence[tuple[RoundWait, ...]]) -> None:
+        assert half == self._epoch % 2 and self._call is not None, "the graph uses the other half"
+        self._call.checked = self._checks
+        self._checks += len(waits) + 1
         self.waits.extend(waits)
         try:
             self._finish(self.driver.current_stream(self.device))
@@ -376,16 +382,17 @@ class DeviceWindow(DeviceMemory):
         counts[peer] = number + 1
         return number
 
-    def _index(self, half: int) -> torch.Tensor:
-        """The flags of all receives recorded in this call, int64 [k] on the GPU."""
-        counts = tuple(sorted(self._awaited.items()))
-        if counts not in self._indices:
+    def index_of(self, flags: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """These flags, as (peer, number), of a call in the current half: int64 [k] on the GPU. Raises ValueError during
+        a capture, unless a call used the same flags before, in any half."""
+        key = frozenset(flags)
+        if key not in self._indices:
             self._require_no_capture()
-            numbers = [[Block.flag(peer, n, h) for peer, count in counts for n in range(count)] for h in (0, 1)]
+            numbers = [[Block.flag(peer, number, half) for peer, number in sorted(key)] for half in (0, 1)]
             with torch.inference_mode(False):
                 host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self._flags.is_cuda)
-                self._indices[counts] = list(host.to(self._flags.device, non_blocking=True).unbind())
-        return self._indices[counts][half]
+                self._indices[key] = list(host.to(self._flags.device, non_blocking=True).unbind())
+        return self._indices[key][self._epoch % 2]
 
     def _in_block(self, data: torch.Tensor) -> bool:
         assert self._block is not None
@@ -480,7 +487,8 @@ class DeviceWindow(DeviceMemory):
         words = self._host_head.view(torch.int64)
         poison = self._host_head[block.poison : block.poison + 4].view(torch.float32)
         flags = words[block.flags // 8 : block.flags // 8 + block.num_flags].tolist()
-        return Head(flags, bool(poison.isnan()), int(words[block.begun // 8]), int(words[block.ended // 8]))
+        begun, ended, checked = (int(words[at // 8]) for at in (block.begun, block.ended, block.checked))
+        return Head(flags, bool(poison.isnan()), begun, ended, checked)
 
     def _notify_peers(self, suspects: Sequence[int]) -> None:
         """Poison this rank and its peers. Launches no kernel, since it might queue behind one that never ends."""
@@ -500,13 +508,17 @@ class DeviceWindow(DeviceMemory):
         driver.record(streams.notified, streams.notify)
         completes(driver, streams.notified, _NOTIFY_LIMIT_S)
 
-    def _release(self, waits: Sequence[RoundWait]) -> None:
-        found = {self.flag_address(flag.word) for wait in [*waits, *self._graph_waits] for flag in wait.flags}
+    def _release(self, calls: Sequence[PendingCall]) -> None:
+        values: dict[int, int] = {}
         if self._in_graph and self._block is not None:
-            found |= {self._base + self._block.ready(peer) for peer in self._peers}
-        if found:
-            batch = WordBatch.writes(sorted(found))
-            batch.values.fill(_RELEASED)
+            values = {self._base + self._block.ready(peer): _RELEASED for peer in self._peers}
+        in_graphs = [each for wait in tuple(self._graph_waits) for each in wait]
+        values |= {self.flag_address(flag.word): _RELEASED for each in in_graphs for flag in each.flags}
+        for call in calls:
+            values |= {self.flag_address(flag.word): call.value for each in call.rounds() for flag in each.flags}
+        if values:
+            batch = WordBatch.writes(list(values))
+            batch.values[:] = list(values.values())
             self.driver.run(batch, self.streams.rescue)
 
 

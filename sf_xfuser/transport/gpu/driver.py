@@ -23,11 +23,11 @@ _BLOCKING_SYNC, _NO_TIMING = 1, 2  # CUevent_flags
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _CAN_USE_64_BIT_STREAM_MEM_OPS = 122
-_REQUIRED = ("cuStreamBatchMemOp_v2", "cuStreamWriteValue64_v2", "cuStreamWriteValue32_v2")
+_REQUIRED = ("cuStreamBatchMemOp_v2", "cuStreamWriteValue32_v2")
 _MIN_VERSION = 12050  # older drivers do not support stream memory operations on memory that peers map
 
 _WAIT_64, _WRITE_64 = 4, 5  # CUstreamBatchMemOpType
-_AND = 2  # CU_STREAM_WAIT_VALUE_AND: until (word & value) != 0
+_EQUAL, _AND = 1, 2  # CUstreamWaitValue_flags; and: until (word & value) != 0
 _MAX_BATCH = 255  # operations; the driver takes less than 256
 # CUstreamBatchMemOpParams of waits and writes
 _OPERATION = np.dtype(
@@ -51,7 +51,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamCreateWithPriority": (c_void_p, c_uint32, c_int),
     "cuStreamWaitEvent": (c_uint64, c_uint64, c_uint32),
     "cuStreamWriteValue32_v2": (c_uint64, c_uint64, c_uint32, c_uint32),
-    "cuStreamWriteValue64_v2": (c_uint64, c_uint64, c_uint64, c_uint32),
     "cuStreamBatchMemOp_v2": (c_uint64, c_uint32, c_void_p, c_uint32),
     "cuMemcpyAsync": (c_uint64, c_uint64, c_uint64, c_uint64),
     # targets, sources, sizes, count, attributes, index of each attribute, their number, stream: CUDA 13
@@ -62,8 +61,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class WordBatch:
-    """Prebuilt operations on 64-bit words. ``values``: the value of each; for a wait, a mask. ``launches``: driver
-    calls."""
+    """Prebuilt operations on 64-bit words. ``values``: the value of each. ``launches``: driver calls."""
 
     def __init__(self, operation: int, flags: int, addresses: Sequence[int]) -> None:
         self.table = np.zeros(len(addresses), _OPERATION)
@@ -82,7 +80,12 @@ class WordBatch:
 
     @classmethod
     def waits(cls, addresses: Sequence[int]) -> WordBatch:
-        """Waits until each word is not zero. They occupy no multiprocessor."""
+        """Waits until each word equals its value. They occupy no multiprocessor."""
+        return cls(_WAIT_64, _EQUAL, addresses)
+
+    @classmethod
+    def waits_for_any(cls, addresses: Sequence[int]) -> WordBatch:
+        """Waits until each word is not zero."""
         batch = cls(_WAIT_64, _AND, addresses)
         batch.values.fill((1 << 64) - 1)
         return batch
@@ -195,13 +198,9 @@ class Driver:
         self._batch_copy = None
 
     def write_32(self, target: int, value: int, stream: int) -> None:
-        """As ``write_64``."""
-        self._call("cuStreamWriteValue32_v2", stream, target, value, 0)
-
-    def write_64(self, target: int, value: int, stream: int) -> None:
         """Enqueue a write with release semantics: earlier work of the stream is visible before it."""
-        if status := self._library.cuStreamWriteValue64_v2(stream, target, value, 0):
-            self._fail("cuStreamWriteValue64_v2", status)
+        if status := self._library.cuStreamWriteValue32_v2(stream, target, value, 0):
+            self._fail("cuStreamWriteValue32_v2", status)
 
     def run(self, batch: WordBatch, stream: int) -> None:
         """Enqueue the operations of a batch, in order."""

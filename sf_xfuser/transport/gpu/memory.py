@@ -110,7 +110,7 @@ class DeviceMemory(OneSided):
 
         self._poison = word(block.poison, torch.float32)
         self._expected, self._begun = word(block.expected), word(block.begun)
-        self._ended, self._spare = word(block.ended), word(block.spare)
+        self._ended, self._checked, self._others = word(block.ended), word(block.checked), word(block.others)
         self._flags = memory[block.flags : block.flags + 8 * block.num_flags].view(torch.int64)
         self._halves = [memory[block.half(h) : block.half(h) + block.half_bytes] for h in (0, 1)]
         self._scratch = memory[block.scratch : block.scratch + block.scratch_bytes]

@@ -38,7 +38,7 @@ from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
 from sf_xfuser.transport.gpu.transfer import NetworkPut
 
 _SET = 9  # NVSHMEM_SIGNAL_SET
-_NOT_EQUAL = 1  # NVSHMEM_CMP_NE; a wait with a signal operation in its place returns at once
+_EQUAL, _NOT_EQUAL = 0, 1  # NVSHMEM_CMP_*; a wait with a signal operation in its place returns at once
 _INITIALIZED, _LIMITED = 2, 3  # init_status(); 3: several processes on a GPU, without MPS
 _OLDEST_BINDINGS, _OLDEST_LIBRARY = (0, 3, 1), (3, 3)
 _HEAP_CHUNK = 512 << 20  # bytes by which the symmetric heap grows
@@ -312,7 +312,8 @@ class Nvshmem(DeviceWindow):
         return len(put.chunks) + 1 if len(put.chunks) > 1 else 1
 
     def await_network_flag(self, address: int, stream: int) -> None:
-        self._bindings.signal_wait_until_on_stream(address, _NOT_EQUAL, 0, stream)
+        comparison = (_NOT_EQUAL, 0) if self.capturing else (_EQUAL, self.value)
+        self._bindings.signal_wait_until_on_stream(address, *comparison, stream)
 
 
 def _start_world(control: ControlPlane, members: Sequence[int], position: int) -> tuple[int, int, set[int]]:

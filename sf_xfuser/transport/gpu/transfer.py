@@ -1,8 +1,9 @@
 """Recorded transfers of a window: what each round copies, raises and waits for, with all addresses bound.
 
 On the host, a post is an event and two batches, of copies and of flags. A wait is one batch and an event. While a CUDA
-graph is captured, copies are single, since drivers cannot capture batches of them. Flags are copied from the window's
-word ``expected`` then, since their value changes from replay to replay.
+graph is captured, copies are single, since CUDA cannot capture batches of them, and flags are copied from the window's
+word ``expected``, since their value changes from replay to replay. NCCL's collectives with copy engines do the same
+(src/ce_coll.cc).
 """
 
 from __future__ import annotations
@@ -118,15 +119,18 @@ class DeviceTransfer(Transfer):
 
 class DeviceWait:
     """Makes the current stream wait for flags. ``words``: more of them, as (peer, address). ``launches``: as in
-    ``DeviceTransfer``."""
+    ``DeviceTransfer``. In a CUDA graph, a call may wait for a round once only."""
 
     def __init__(self, window: DeviceWindow, waits: Sequence[RoundWait], words: Sequence[tuple[int, int]] = ()) -> None:
         self._window = window
-        self._waits = [wait for wait in waits if wait.flags]
-        found = [(flag.peer, window.flag_address(flag.word)) for wait in waits for flag in wait.flags] + [*words]
-        self._batch = WordBatch.waits([address for peer, address in found if window.maps(peer)])
+        self._rounds = tuple(wait for wait in waits if wait.flags)
+        flags = [flag for each in self._rounds for flag in each.flags]
+        found = [(flag.peer, window.flag_address(flag.word)) for flag in flags] + [*words]
+        mapped = [address for peer, address in found if window.maps(peer)]
+        self._exact, self._any = WordBatch.waits(mapped), WordBatch.waits_for_any(mapped)
         self._network = [address for peer, address in found if not window.maps(peer)]
-        self.launches = self._batch.launches + len(self._network)
+        self._index = window.index_of([(flag.peer, flag.number) for flag in flags])  # checked in a graph
+        self.launches = self._exact.launches + len(self._network)
 
     def __call__(self) -> None:
         if not self.launches:
@@ -145,13 +149,20 @@ class DeviceWait:
             if waiting != current:
                 driver.record(streams.handoff, waiting)
                 driver.wait_event(current, streams.handoff)
+            if window.capturing and self._rounds:
+                window.check(self._index)
         except BaseException as error:
-            rounds = [wait.round for wait in self._waits]
+            rounds = [each.round for each in self._rounds]
             window.fail(f"could not enqueue the wait of rounds {rounds}", error)
 
     def enqueue(self, stream: int) -> None:
         """Make ``stream`` wait."""
-        self._window.waits.extend(self._waits)
-        self._window.driver.run(self._batch, stream)
+        window = self._window
+        window.waits.append(self._rounds)
+        if window.capturing:
+            window.driver.run(self._any, stream)
+        else:
+            self._exact.values.fill(window.value)
+            window.driver.run(self._exact, stream)
         for address in self._network:
-            self._window.await_network_flag(address, stream)
+            window.await_network_flag(address, stream)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError
+from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, CallMismatch, TransportError
 
 _POLL_S = 0.01  # interval between checks of the oldest call
 _HEAD_POLL_S = 1.0  # interval between reads of the block's head; shorter for a short timeout
@@ -49,27 +49,35 @@ class RoundWait(NamedTuple):
 
 @dataclass(eq=False)
 class PendingCall:
-    """A call that may not have completed on the GPU. ``value``: of its flags. ``waits``: those enqueued so far; the
-    host appends each before it enqueues it. ``done``: set when the host has ended the call; whether it completed."""
+    """A call that may not have completed on the GPU. ``value``: of its flags. ``waits``: those enqueued so far, as the
+    rounds of each; the host appends each before it enqueues it. ``done``: set when the host has ended the call; whether
+    it completed. ``checked``: in a replay, which resets flags after each wait, ``Head.checked`` before the call."""
 
     epoch: int
     value: int
-    waits: list[RoundWait] = field(default_factory=list)
+    waits: list[tuple[RoundWait, ...]] = field(default_factory=list)
     done: Callable[[], bool] | None = None
+    checked: int | None = None
 
     def completed(self) -> bool:
         return self.done is not None and self.done()
 
+    def rounds(self, head: Head | None = None) -> list[RoundWait]:
+        """The rounds waited for, without those whose flags have been checked and reset."""
+        first = 0 if head is None or self.checked is None else max(0, head.checked - self.checked)
+        return [each for wait in tuple(self.waits)[first:] for each in wait]
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The words of this rank's block. ``aborted``: whether poison is NaN. ``begun``, ``ended``: number of calls in CUDA
-    graphs."""
+    """The words of this rank's block. ``aborted``: whether poison is NaN. ``begun``, ``ended``: number of calls in a
+    user's CUDA graphs. ``checked``: number of waits and ends in replays."""
 
     flags: Sequence[int]
     aborted: bool
     begun: int = 0
     ended: int = 0
+    checked: int = 0
 
 
 class Watchdog:
@@ -79,8 +87,8 @@ class Watchdog:
     ``on_start()``: called first on the watchdog's thread.
     ``read_head()``: the current words, or None if they cannot be read.
     ``notify_peers(suspects)``: report the failure to the peers, suspects last. Bounded.
-    ``release(waits)``: raise the flags of these waits, and of all calls in CUDA graphs. Called repeatedly until the
-    calls complete.
+    ``release(calls)``: raise the flags that these calls wait for, and those of all calls in users' CUDA graphs. Called
+    repeatedly until the calls complete.
     """
 
     def __init__(
@@ -93,7 +101,7 @@ class Watchdog:
         on_start: Callable[[], object],
         read_head: Callable[[], Head | None],
         notify_peers: Callable[[Sequence[int]], object],
-        release: Callable[[Sequence[RoundWait]], object],
+        release: Callable[[Sequence[PendingCall]], object],
     ) -> None:
         self.error: TransportError | None = None
         self._members, self._timeout_s = members, timeout_s
@@ -163,15 +171,12 @@ class Watchdog:
             self.fail(TransportError(f"{self._name}: cannot read the GPU's state: {problem}"))
             self._release_all()
 
-    def _waits(self) -> list[RoundWait]:
-        return [wait for call in tuple(self._pending) for wait in tuple(call.waits)]
-
     def _release_all(self) -> None:
         """Release every wait, since no thread watches them any more."""
         deadline = time.monotonic() + _RELEASE_LIMIT_S
         with contextlib.suppress(Exception):  # a failed GPU ends its waits itself
             while not all(call.completed() for call in tuple(self._pending)):
-                self._release(self._waits())
+                self._release(tuple(self._pending))
                 if time.monotonic() >= deadline:
                     self._exit_process()
                 time.sleep(_POLL_S)
@@ -185,7 +190,7 @@ class Watchdog:
             now = time.monotonic()
             if self._notified.is_set():
                 released_at = released_at or now
-                self._release(self._waits())
+                self._release(tuple(self._pending))
                 # The caller may not have ended the call yet: no stream is stuck then.
                 if call.done is not None and now - released_at >= _RELEASE_LIMIT_S:
                     self._exit_process()
@@ -193,7 +198,8 @@ class Watchdog:
                 checked = now
                 head = self._read_head()
                 late = self._late(call, head)
-                progress = len(late), len(call.waits), call.done is not None
+                num_checked = 0 if head is None else head.checked
+                progress = len(late), len(call.waits), num_checked, call.done is not None
                 if progress != seen:
                     seen, since = progress, now
                 self._fail_if_aborted(call, head, late, now - since)
@@ -202,43 +208,48 @@ class Watchdog:
 
     def _late(self, call: PendingCall, head: Head | None) -> list[tuple[int, AwaitedFlag, int | None]]:
         """The flags that have not arrived, as (round, flag, its value), in the order of the waits."""
-        flags = [(wait.round, flag) for wait in tuple(call.waits) for flag in wait.flags]
+        flags = [(each.round, flag) for each in call.rounds(head) for flag in each.flags]
         if head is None:
             return [(round, flag, None) for round, flag in flags]
-        return [(round, flag, head.flags[flag.word]) for round, flag in flags if not head.flags[flag.word]]
+        found = [(round, flag, head.flags[flag.word]) for round, flag in flags]
+        return [each for each in found if each[2] != call.value]
 
     def _fail_if_aborted(
         self, call: PendingCall, head: Head | None, late: list[tuple[int, AwaitedFlag, int | None]], waited_s: float
     ) -> None:
         peers = list(dict.fromkeys(flag.peer for _, flag, _ in late))
         reason = self._abort_reason(peers)
+        kind = TransportError
         if reason is None and head is not None and head.aborted:
             reason = "a rank of its group aborted"
+        if reason is None and any(value for *_, value in late):
+            reason, kind = "it makes another call", CallMismatch
         if reason is None and (call.waits or call.done) and waited_s >= self._limit_s(call, late):
             time.sleep(_POLL_S)  # the end of a call resets its flags just before it completes
             reason = f"waited {waited_s:.1f} s"
         if reason is not None and not call.completed():
-            self.fail(TransportError(self._message(call, late, reason)), peers)
+            self.fail(kind(self._message(call, late, reason)), peers)
 
     def _limit_s(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]]) -> float:
         """How long a call may make no progress. It is longer until every peer has raised a flag."""
-        awaited = {flag.peer for wait in tuple(call.waits) for flag in wait.flags}
+        awaited = {flag.peer for each in call.rounds() for flag in each.flags}
         missing = {(flag.peer, flag.number) for _, flag, _ in late}
         first = all((peer, 0) not in missing for peer in awaited)
         return self._timeout_s if first else CALL_TIMEOUT_FACTOR * self._timeout_s
 
     def _message(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]], reason: str) -> str:
         if not late:
-            stage = f"round {call.waits[-1].round}" if call.waits and call.done is None else "the end"
+            rounds = call.rounds()
+            stage = f"round {rounds[-1].round}" if rounds and call.done is None else "the end"
             return f"{self._name}: {stage} of call {call.epoch} did not complete on the GPU: {reason}"
-        round, first, value = late[0]
+        round, first, value = next((each for each in late if each[2]), late[0])
         others = sorted({self._members[flag.peer] for _, flag, _ in late} - {self._members[first.peer]})
         return (
             f"{self._name}: no data from rank {self._members[first.peer]}"
-            f"{f' (nor from rank(s) {others})' if others else ''} in round {round}: {reason}. Call {call.epoch} "
-            f"(identity {call.value & 0xFFFFFFFF:08x}), flag {first.number}: "
-            f"{'unreadable' if value is None else 'not raised'}. See that rank's log; if it is only slow, raise "
-            "--sp-timeout"
+            f"{f' (nor from rank(s) {others})' if others else ''} in round {round}: {reason}. Expected flag "
+            f"{first.number} of call {call.epoch}: {_format_flag(call.value)}, got: "
+            f"{'unreadable' if value is None else _format_flag(value)}. See that rank's log; if it is only slow, "
+            "raise --sp-timeout"
         )
 
     # -- calls in CUDA graphs -----------------------------------------------------------------------------------------
@@ -254,7 +265,7 @@ class Watchdog:
         waited_s = graphs.check(head, hurry=self._notified.is_set())
         if self._notified.is_set():
             if not graphs.idle:
-                self._release(self._waits())
+                self._release(tuple(self._pending))
                 if waited_s >= _RELEASE_LIMIT_S:
                     self._exit_process()
             return
@@ -275,6 +286,10 @@ class Watchdog:
         sys.stderr.write(f"{self.error}\n{self._name}: its GPU streams cannot be released; ending the process\n")
         sys.stderr.flush()
         os._exit(70)
+
+
+def _format_flag(value: int) -> str:
+    return f"identity={value & 0xFFFFFFFF:08x}" if value else "not raised"
 
 
 class _GraphCalls:
