@@ -10,7 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -231,6 +231,7 @@ def _after_attention(attention: torch.nn.Module, processor: Any) -> None:
         )
 
 
+@lru_cache(maxsize=64)  # a CUDA graph of calls refers to the function
 def local_attention(forward_op: Callable[..., Any], scale: float | None) -> AttendFunction:
     """The local attention of a diffusers backend as ``attend(q, k, v)`` on [B, H, S, D]. ``forward_op`` is its operator
     on [B, S, H, D]. The native operator returns no log-sum-exp [B, S, H]; ``sdpa_attend`` replaces it."""

@@ -6,6 +6,7 @@ Importing this module needs no xfuser.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ def with_lse(attention_backend: Any) -> Any:
     return type(attention_backend)[name]
 
 
+@lru_cache(maxsize=64)
 def as_attend_function(registered: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttendFunction:
-    """A function of xDiT's registry as ``attend(q, k, v)``, with the log-sum-exp in [B, H, Sq]."""
+    """A function of xDiT's registry as ``attend(q, k, v)``, with the log-sum-exp in [B, H, Sq]. The same one for the
+    same function: a CUDA graph of calls refers to it."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = registered(q, k, v, dropout_p=0.0, is_causal=False, attention_kwargs=None)

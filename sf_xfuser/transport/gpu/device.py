@@ -120,6 +120,7 @@ class DeviceWindow(DeviceMemory):
         self._meeting: _Meeting | None = None
         self._sent: dict[int, int] = {}  # recorded rounds of this call, by peer
         self._awaited: dict[int, int] = {}
+        self.checked: set[RoundWait] = set()  # of the current call, in a CUDA graph
         self._held: list[Transfer] = []  # one-off transfers of this call, which keep their tensors alive
         self._packed_bytes = 0  # of scratch memory, by one-off transfers of this call
         self._indices: dict[frozenset[tuple[int, int]], list[torch.Tensor]] = {}
@@ -156,6 +157,7 @@ class DeviceWindow(DeviceMemory):
         stream = self.driver.current_stream(self.device)
         self._sent.clear()
         self._awaited.clear()
+        self.checked.clear()
         self._packed_bytes = 0
         self._running = True
         if self.capturing:
@@ -219,7 +221,8 @@ class DeviceWindow(DeviceMemory):
 
     def record_wait(self, transfers: Sequence[Transfer]) -> DeviceWait:
         """As ``Transport.record_wait``: one driver call for all flags of mapped peers."""
-        return DeviceWait(self, [each.awaited for each in transfers if isinstance(each, DeviceTransfer)])
+        recorded = [each for each in transfers if isinstance(each, DeviceTransfer)]
+        return DeviceWait(self, [each.awaited for each in recorded], parts=[each.alone for each in recorded])
 
     def record_post(self, transfer: Transfer, after: Sequence[Transfer]) -> Callable[[], None]:
         """As ``Transport.record_post``. The current stream does not wait."""
@@ -289,6 +292,7 @@ class DeviceWindow(DeviceMemory):
         """
         assert self._running and not self.capturing
         outer, self.waits, self.capturing = self.waits, [], True
+        self.checked.clear()
         try:
             yield partial(self._end_replay, self._epoch % 2, self.waits)
         finally:

@@ -66,14 +66,14 @@ class DeviceTransfer(Transfer):
             NetworkPut(peer, tuple(chunks.get(peer, ())), flag) for peer, flag in flags.items() if peer not in mapped
         ]
         self.awaited = awaited
-        self._wait = DeviceWait(window, [awaited])
+        self.alone = DeviceWait(window, [awaited])
         self.post_launches = (
             window.driver.copy_launches(self._copies)
             + self._flags.launches
             + len(self._far_flags)
             + sum(map(window.network_launches, self._network))
         )
-        self.wait_launches = self._wait.launches
+        self.wait_launches = self.alone.launches
 
     def post(self, after: DeviceWait | None = None) -> None:
         """As ``Transfer.post``. Starts after the work that is already on the current stream, and ``after`` a wait. The
@@ -114,15 +114,22 @@ class DeviceTransfer(Transfer):
             window.fail(f"could not post round {self._round}", error)
 
     def wait(self) -> None:
-        self._wait()
+        self.alone()
 
 
 class DeviceWait:
     """Makes the current stream wait for flags. ``words``: more of them, as (peer, address). ``launches``: as in
-    ``DeviceTransfer``. In a CUDA graph, a call may wait for a round once only."""
+    ``DeviceTransfer``. ``parts``: the wait for each round alone. A CUDA graph waits once for a round of a call, since it
+    resets the flags."""
 
-    def __init__(self, window: DeviceWindow, waits: Sequence[RoundWait], words: Sequence[tuple[int, int]] = ()) -> None:
-        self._window = window
+    def __init__(
+        self,
+        window: DeviceWindow,
+        waits: Sequence[RoundWait],
+        words: Sequence[tuple[int, int]] = (),
+        parts: Sequence[DeviceWait] = (),
+    ) -> None:
+        self._window, self._parts = window, parts
         self._rounds = tuple(wait for wait in waits if wait.flags)
         flags = [flag for each in self._rounds for flag in each.flags]
         found = [(flag.peer, window.flag_address(flag.word)) for flag in flags] + [*words]
@@ -137,10 +144,17 @@ class DeviceWait:
             return
         window = self._window
         window.require_usable()
+        if window.capturing and self._parts:
+            for part in self._parts:
+                part()
+            return
+        if window.capturing and not window.checked.isdisjoint(self._rounds):
+            return
         try:
             driver, streams = window.driver, window.streams
             current = driver.current_stream(window.device)
             if window.capturing:  # see "Graphs" in device.py
+                window.checked.update(self._rounds)
                 window.join_puts(current)
                 waiting = current
             else:
