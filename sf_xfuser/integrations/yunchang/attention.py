@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.fallback import DropIn, log_on_rank_0
-from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.kernels import AttendFunction, sdpa_attend
 from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
@@ -170,9 +170,14 @@ class LongContextAttention(torch.nn.Module):
         out = torus_attention(
             *(x.transpose(1, 2) for x in (query, key, value)),
             mesh=self.layers.mesh,
-            attention=self.layers.attention(partial(sdpa_attend, scale=softmax_scale), softmax_scale, query.shape[3]),
+            attention=self.layers.attention(_sdpa_with_scale(softmax_scale), softmax_scale, query.shape[3]),
             tokens=Tokens((query.shape[1],) * world_size, (key.shape[1],) * world_size),
         ).transpose(1, 2)
         if self.use_sync and out.is_cuda:
             torch.cuda.synchronize()
         return out
+
+
+@lru_cache(maxsize=64)  # a CUDA graph of calls refers to the function
+def _sdpa_with_scale(scale: float | None) -> AttendFunction:
+    return partial(sdpa_attend, scale=scale)

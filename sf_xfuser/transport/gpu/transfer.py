@@ -119,7 +119,7 @@ class DeviceTransfer(Transfer):
 
 class DeviceWait:
     """Makes the current stream wait for flags. ``words``: more of them, as (peer, address). ``launches``: as in
-    ``DeviceTransfer``. ``parts``: the wait for each round alone. A CUDA graph waits once for a round of a call, since it
+    ``DeviceTransfer``. ``parts``: the wait for each round alone. A CUDA graph waits once for a round, since it
     resets the flags."""
 
     def __init__(
