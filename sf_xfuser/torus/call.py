@@ -92,16 +92,17 @@ def _memories(
 ) -> dict[str | int, torch.Tensor]:
     """The fixed memories of a program, in the dtypes of their views."""
     scratch = mesh.scratch
-    found: dict[str | int, torch.Tensor] = {
-        "scratch": scratch.view(query.dtype),
-        "sums": scratch.view(torch.promote_types(query.dtype, torch.float32)),
-        "bytes": scratch,
-    }
-    if window is not None:
-        found["window"] = window.view(query.dtype)
-        for peer in placement.memory_maps if placement.host_links else ():
-            if mesh.window is not None and (memory := mesh.window.peer_window(peer)) is not None:
-                found[peer] = memory.view(query.dtype)
+    with torch.inference_mode(False):  # calls in any mode write to it
+        found: dict[str | int, torch.Tensor] = {
+            "scratch": scratch.view(query.dtype),
+            "sums": scratch.view(torch.promote_types(query.dtype, torch.float32)),
+            "bytes": scratch,
+        }
+        if window is not None:
+            found["window"] = window.view(query.dtype)
+            for peer in placement.memory_maps if placement.host_links else ():
+                if mesh.window is not None and (memory := mesh.window.peer_window(peer)) is not None:
+                    found[peer] = memory.view(query.dtype)
     return found
 
 
