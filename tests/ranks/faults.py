@@ -27,7 +27,6 @@ import torch.distributed as dist
 from sf_xfuser import kernels
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.yunchang.all_to_all import all_to_all_4d
-from sf_xfuser.torus import run
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.transport.base import TransportError
@@ -51,26 +50,12 @@ def mesh_of(kind: str, rank: int):
     return mesh
 
 
-def pause_before_copies(mesh) -> None:
-    """Let programs that are not recorded yet call ``mesh.window.pause("put")`` before their copies, which write to the
-    windows of peers."""
-
-    class Copies(run.Copies):
-        def run(self, tensors):
-            if mesh.window is not None:
-                mesh.window.pause("put")
-            super().run(tensors)
-
-    run.Copies = Copies
-
-
 def rank_main(rank: int, folder: Path, kind: str, action: str, victim: int, where: str, nth: int) -> int:
     """Make calls until one fails. If all ranks live, one of the next calls has to succeed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     mesh = mesh_of(kind, rank)
     mesh.one_host = nth % 2 == 0  # unstaged or staged
-    pause_before_copies(mesh)
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, mesh.layout.ulysses_degree, 16, 8, generator=make) for _ in range(3))
 

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from cases import report, run_cases
-from faults import pause_before_copies
 
 from sf_xfuser import kernels
 from sf_xfuser.config import TorusArgs
@@ -76,7 +75,6 @@ def case_random_pauses(rank):
             time.sleep(rng.random() * 2e-3)
 
     mesh.window.pause = pause
-    pause_before_copies(mesh)
     for unstaged in (True, False):
         over_tcp.one_host = mesh.one_host = unstaged
         over_tcp.calls.clear()
