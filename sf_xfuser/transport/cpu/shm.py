@@ -178,8 +178,8 @@ class Shm(OneSided):
     def post(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], sent: Mapping[int, int]) -> None:
         """Send in this thread: all chunks are written and all flags raised when this returns."""
         self._check_usable()
+        self.pause("put")
         for view, data in copies:
-            self.pause("put")
             view.copy_(data)
         for peer, chunks in sent.items():  # a receiver waits for whole rounds
             self.pause("flag")
