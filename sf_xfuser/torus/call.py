@@ -63,7 +63,8 @@ class Call:
             while len(self.programs) >= _MAX_PROGRAMS:
                 del self.programs[next(iter(self.programs))]
             placement = replace(self.placement, strides=tuple(x.stride() for x in tensors), fused=fused)
-            program = record(self.schedule, self.sizes, placement)
+            of_other_half = (bound.program for (known, _), bound in self.programs.items() if known == key[0])
+            program = next(of_other_half, None) or record(self.schedule, self.sizes, placement)
             kv_of_q = None if fused and self.grouped else self.kv_of_q
             memories = _memories(mesh, tensors[0], window, placement)
             found = self.programs[key] = BoundProgram(program, mesh, memories, tensors[0], kv_of_q, fused)
@@ -92,16 +93,17 @@ def _memories(
 ) -> dict[str | int, torch.Tensor]:
     """The fixed memories of a program, in the dtypes of their views."""
     scratch = mesh.scratch
-    found: dict[str | int, torch.Tensor] = {
-        "scratch": scratch.view(query.dtype),
-        "sums": scratch.view(torch.promote_types(query.dtype, torch.float32)),
-        "bytes": scratch,
-    }
-    if window is not None:
-        found["window"] = window.view(query.dtype)
-        for peer in placement.memory_maps if placement.host_links else ():
-            if mesh.window is not None and (memory := mesh.window.peer_window(peer)) is not None:
-                found[peer] = memory.view(query.dtype)
+    with torch.inference_mode(False):  # calls in any mode write to it
+        found: dict[str | int, torch.Tensor] = {
+            "scratch": scratch.view(query.dtype),
+            "sums": scratch.view(torch.promote_types(query.dtype, torch.float32)),
+            "bytes": scratch,
+        }
+        if window is not None:
+            found["window"] = window.view(query.dtype)
+            for peer in placement.memory_maps if placement.host_links else ():
+                if mesh.window is not None and (memory := mesh.window.peer_window(peer)) is not None:
+                    found[peer] = memory.view(query.dtype)
     return found
 
 
@@ -241,14 +243,17 @@ def _make_call(
         max_rows=_max_rows(memory_maps[mesh.position].queries.total) if on_cpu else None,
         sum_itemsize=torch.promote_types(query.dtype, torch.float32).itemsize,
     )
-    scratch_bytes = max(record(s, sizes, replace(placement, fused=True)).scratch_bytes for s in schedules.values())
+    schedule = schedules[mesh.position]
+    scratch_bytes = record(schedule, sizes, replace(placement, fused=True)).scratch_bytes  # of the larger program
+    if mesh.window is not None:
+        scratch_bytes = max(mesh.control.gather("scratch memory", scratch_bytes))
     mesh.reserve(max(memory_map.window_bytes for memory_map in memory_maps.values()), scratch_bytes, query.device)
     joint = f", {sizes.joint_tokens} joint tokens in {joint_strategy}" if joint_strategy else ""
     return Call(
         digest=f"attention of {heads} heads ({kv_heads} of keys) of size {sizes.head_size}, batch {sizes.batch}, "
         f"{query.dtype}, over {_format_counts(counts[0])} queries and {_format_counts(counts[1])} keys{joint}, "
         f"{mesh.layout}, {chunking}",
-        schedule=schedules[mesh.position],
+        schedule=schedule,
         sizes=sizes,
         memory_maps=memory_maps,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),

@@ -77,7 +77,8 @@ class Segment:
         offset = _window_offset(num_writers)
         memory = mmap.mmap(file.fileno(), offset + halves * half_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._lines = list((_Line * num_writers).from_buffer(memory))
-        window = torch.frombuffer(memory, dtype=torch.uint8)[offset:]
+        with torch.inference_mode(False):  # calls in any mode write to it
+            window = torch.frombuffer(memory, dtype=torch.uint8)[offset:]
         self._halves = [window[n * half_bytes : (n + 1) * half_bytes] for n in range(halves)]
 
     @classmethod
