@@ -6,16 +6,13 @@ A result is checked against float64 before it is timed. Variants alternate, with
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -50,13 +47,15 @@ from sf_xfuser.kernels import (
 from sf_xfuser.kernels.fused import DTYPES, HEAD_SIZES
 from sf_xfuser.kernels.packing import MAX_STORED, Format
 from sf_xfuser.layout.plan import Layout
+from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.attention import torus_attention
+from sf_xfuser.torus.graphs import EAGER_CALLS
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
+from sf_xfuser.transport.gpu.driver import Driver, WordBatch
 
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
-_TAKES_GRANULARITY = "granularity" in inspect.signature(torus_attention).parameters
-GRANULARITIES: tuple[Any, ...] = ("block", "slab", "unstaged") if _TAKES_GRANULARITY else ("block", "unstaged")
-_STAGED = GRANULARITIES[-2]  # with fewer launches than "block", if there is such a granularity
+GRANULARITIES = get_args(Granularity)
+_STAGED: Granularity = "slab"
 LAYOUTS = {"T4U2R4": (4, 2, 1, 4), "T4U8R1": (4, 8, 1, 1), "T4U1R1": (4, 1, 1, 1), "T8U1R8": (8, 1, 1, 8)}
 """Torus, Ulysses, ring across and inside."""
 
@@ -95,9 +94,8 @@ def accuracy(bench: Bench) -> None:
             work, chunk = _copies(kv)
             work()
             bench.row("copies", what, int((chunk != torch.stack(kv, 1)).sum()), "elements", "exact")
-    if find_spec("sf_xfuser.kernels.flags"):
-        with bench.attempt("flags"):
-            _check_flags(bench)
+    with bench.attempt("flags"):
+        _check_flags(bench)
 
 
 def _merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -189,8 +187,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def host(bench: Bench) -> None:
     """The rows of ``bench.host``: host time and launches of a call, with kernels and driver calls that do nothing."""
-    if find_spec("sf_xfuser.bench.host") is None:
-        return bench.skip("host", "this version has no sf_xfuser.bench.host")
     command = [sys.executable, "-m", "sf_xfuser.bench.host", "--json", "-"]
     for row in json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)["rows"]:
         layout, launches = row.pop("layout"), row.pop("launches")
@@ -219,15 +215,28 @@ def launches(bench: Bench) -> None:
                 else:
                     bench.skip(f"{name}, on the GPU", "no GPU")
                 rank.mesh.close()
+    name = "T4U2R4, slab, CUDA graph"
+    if not bench.on_gpu:
+        return bench.skip(f"{name}, host", "no GPU")
+    with bench.attempt(name):
+        rank, work, _ = _one_rank(bench, LAYOUTS["T4U2R4"], "slab", bench.sizes.per_rank, graphs=True)
+        for _ in range(2 * EAGER_CALLS + 2):  # both halves of the window
+            work()
+        us = bench.host_us({name: work})[name]
+        bench.row(f"{name}, host", "", statistics.median(us), "us", **summary(us))
+        kernels, copies = bench.launches(work)
+        bench.row(f"{name}, on the GPU", "", kernels, "kernels", copies=copies, captured=rank.mesh.graphs.captured)
+        rank.mesh.close()
 
 
 def _one_rank(
     bench: Bench,
     degrees: Sequence[int],
-    granularity: Any,
+    granularity: Granularity,
     tokens: int,
     D: int = 128,
     attention: Attention = sdpa_attend,
+    graphs: bool = False,
 ) -> tuple[OneRank, Callable[[], torch.Tensor], float]:
     """Rank 0 of a group with ``tokens`` each, its call, and the error of that call."""
     layout = Layout(**dict(zip(("torus", "ulysses", "ring_across", "ring_inside"), degrees, strict=True)))
@@ -235,7 +244,7 @@ def _one_rank(
     q, k, v = (bench.tokens(1, heads, tokens * layout.world_size, D, dtype=torch.bfloat16) for _ in range(3))
     peers = range(1, layout.world_size)
     link = StreamLoopback(layout.world_size, 0, peers, bench.device) if bench.on_gpu else Loopback(bench.device)
-    rank = OneRank(layout, q, k, v, link, granularity)
+    rank = OneRank(layout, q, k, v, link, granularity, graphs)
     own_rows = sdpa_attend(rank.own[0], k, v)[0]
     rank.fill(own_rows)
     work = partial(call, rank, attention, granularity)
@@ -244,11 +253,9 @@ def _one_rank(
     return rank, work, error
 
 
-def call(rank: OneRank, attention: Attention, granularity: Any = "block") -> torch.Tensor:
-    options: dict[str, Any] = {"granularity": granularity}
-    if not _TAKES_GRANULARITY:
-        options = {"overlap": granularity != "unstaged"}
-    return torus_attention(*rank.own, mesh=rank.mesh, attention=attention, tokens=(rank.counts, rank.counts), **options)
+def call(rank: OneRank, attention: Attention, granularity: Granularity) -> torch.Tensor:
+    tokens = rank.counts, rank.counts
+    return torus_attention(*rank.own, mesh=rank.mesh, attention=attention, tokens=tokens, granularity=granularity)
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
@@ -382,12 +389,9 @@ def flags(bench: Bench) -> None:
     """A copy and a flag on one stream, and another stream that waits for the flag: stream memory operations alone."""
     if not bench.on_gpu:
         return bench.skip("flags", "no GPU")
-    module: Any = import_module("sf_xfuser.transport.gpu.driver")
-    if not hasattr(module, "WordBatch"):
-        return bench.skip("flags", "this version has no batches of stream memory operations")
-    driver, word = module.Driver(), torch.zeros(1, dtype=torch.int64, device=bench.device)
+    driver, word = Driver(), torch.zeros(1, dtype=torch.int64, device=bench.device)
     sender, receiver = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    write, wait = module.WordBatch.writes([word.data_ptr()]), module.WordBatch.waits([word.data_ptr()])
+    write, wait = WordBatch.writes([word.data_ptr()]), WordBatch.waits([word.data_ptr()])
     write.values.fill(1)
     for nbytes in bench.cases([0, *(1 << n for n in range(12, 31, 3))]):
         source = torch.ones(max(1, nbytes), dtype=torch.uint8, device=bench.device)

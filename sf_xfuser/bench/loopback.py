@@ -15,6 +15,7 @@ from sf_xfuser.layout.plan import Layout, Plan
 from sf_xfuser.layout.schedule import Exchange, Granularity, Message, Piece
 from sf_xfuser.layout.topology import Topology
 from sf_xfuser.torus.call import Call, Tokens, negotiate_call
+from sf_xfuser.torus.graphs import Graphs
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import OneSided, Parcel, Transfer, window_view
 from sf_xfuser.transport.gpu.device import DeviceWindow
@@ -128,6 +129,7 @@ class OneRank:
         v: torch.Tensor,
         link: Loopback | StreamLoopback,
         granularity: Granularity = "block",
+        graphs: bool = False,
     ) -> None:
         """``q``, ``k``, ``v`` [B, H, L, D]: of all ranks."""
         ranks = layout.world_size
@@ -148,6 +150,7 @@ class OneRank:
             control=control,
             transport="loopback",
             transport_reason="loopback",
+            graphs=Graphs(enabled=graphs),
         )
         self.tokens = q.shape[2] // ranks
         self.own = tuple(x[:, :, : self.tokens] for x in (q, k, v))
