@@ -116,7 +116,9 @@ def parse_layout(name: str) -> tuple[Layout, Granularity]:
     return layout, "unstaged" if name == UNSTAGED else "slab"
 
 
-def measure(name: str, calls: int, granularity: Granularity | None = None) -> dict[str, Any]:
+def measure(
+    name: str, calls: int, granularity: Granularity | None = None, *, print_program: bool = False
+) -> dict[str, Any]:
     """The row of a layout: ``host_us`` (median of ``calls``) and ``launches`` of one call. Local."""
     layout, usual = parse_layout(name)
     granularity = granularity or usual
@@ -149,6 +151,9 @@ def measure(name: str, calls: int, granularity: Granularity | None = None) -> di
             started_s = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - started_s)
+        if print_program:
+            (program, *_) = (bound.program for bound in rank.call_shape.programs.values())
+            print(f"{name}, {granularity}, rank 0, {_TOKENS} tokens per rank\n{program}\n")
         rank.mesh.close()
     return {
         "layout": name,
@@ -166,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--granularity", choices=get_args(Granularity), help="of the schedule. Default: slab")
     parser.add_argument("--calls", type=int, default=300, help="calls of which the median is taken. Default: 300")
+    parser.add_argument("--programs", action="store_true", help="print the operations of each call")
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file; -: to standard output")
     options = parser.parse_args(argv)
     try:
@@ -173,12 +179,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             parse_layout(name)
         if options.calls < 1:
             raise ValueError(f"--calls must be at least 1, got {options.calls}")
+        if options.programs and options.json == "-":
+            raise ValueError("--programs and --json - both print to standard output: use one of them")
         check_output_paths(options, "json")
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
     document = new_document("python -m sf_xfuser.bench.host", accelerator="none: kernels and driver calls do nothing")
-    document["rows"] = [measure(name, options.calls, options.granularity) for name in options.layout or LAYOUTS]
+    document["rows"] = [
+        measure(name, options.calls, options.granularity, print_program=options.programs)
+        for name in options.layout or LAYOUTS
+    ]
     if not write_json(options.json, document, indent=1):
         table = Table("layout", "granularity", "host us", "launches")
         for row in document["rows"]:

@@ -160,15 +160,15 @@ class OneRank:
     @property
     def heads(self) -> slice:
         """The head group of this rank."""
-        return slice(*self._call.sizes.q_heads[self.mesh.layout.head_group(0)])
+        return slice(*self.call_shape.sizes.q_heads[self.mesh.layout.head_group(0)])
 
     @property
-    def _call(self) -> Call:
+    def call_shape(self) -> Call:
         return negotiate_call(self.mesh, self.own, None, Tokens(self.counts, self.counts), self._granularity)
 
     def fill(self, out: torch.Tensor) -> None:
         """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
-        memory_map = self._call.memory_maps[0]
+        memory_map = self.call_shape.memory_maps[0]
         for window in (memory_map.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
                 for (offset, _), chunk in zip(
@@ -178,7 +178,7 @@ class OneRank:
 
     def _chunks(self, message: Message, out: torch.Tensor) -> list[torch.Tensor]:
         """The peer's chunks [S, B, H, D]: Q, K and V, or O."""
-        layout, sizes = self.mesh.layout, self._call.sizes
+        layout, sizes = self.mesh.layout, self.call_shape.sizes
         if message.tensor == "o":
             low, high = sizes.q_heads[layout.head_group(message.peer)]
             first, end = message.pieces[0].span(self.tokens)
@@ -203,7 +203,7 @@ class OneRank:
                 yield self._rows(message.pieces[0]), parcel.data.permute(1, 2, 0, 3)
 
     def _messages(self, side: str) -> Iterator[Message]:
-        for step in self._call.schedule.steps:
+        for step in self.call_shape.schedule.steps:
             if isinstance(step, Exchange):
                 yield from getattr(step, side)
 
