@@ -34,15 +34,15 @@ from sf_xfuser.transport.cpu import segment, shm
 
 segment.PREFIX = "sf-xfuser_faults-"  # distinct from other jobs on this host
 WORLD = 4
-TIMEOUT_S = 2.0
+TIMEOUT_S = {"kill": 2.0, "stop": 0.5}  # ranks notice at once that a process is gone
 WHERE = ("put", "flag", "wait", "read")
 POINTS = 9  # a rank of 2x2 puts 9 chunks in a call, and waits for as many
 KINDS = ("shm", "ring", "alltoall", "mixed")
 
 
-def mesh_of(kind: str, rank: int):
+def mesh_of(kind: str, rank: int, timeout_s: float):
     transport = {"tcp": "tcp", "mixed": "auto"}.get(kind, "shm")
-    args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=TIMEOUT_S)
+    args = TorusArgs(backend="torus", topology="2x2", transport=transport, timeout=timeout_s)
     if kind == "mixed":  # as between machines
         shm.identity = lambda: f"machine {rank // 2}"
     mesh = build_mesh([[0, 1, 2, 3]], args, heads=2 if kind == "ring" else 4)
@@ -54,7 +54,7 @@ def rank_main(rank: int, folder: Path, kind: str, action: str, victim: int, wher
     """Make calls until one fails. If all ranks live, one of the next calls has to succeed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    mesh = mesh_of(kind, rank)
+    mesh = mesh_of(kind, rank, TIMEOUT_S[action])
     mesh.one_host = nth % 2 == 0  # unstaged or staged
     make = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, mesh.layout.ulysses_degree, 16, 8, generator=make) for _ in range(3))
