@@ -22,10 +22,16 @@ from sf_xfuser.transport.rendezvous import StoreGroup
 PEERS = {0: [1, 2], 1: [0, 2], 2: [0, 1]}
 
 
-def connect(timeout_s=20.0):
+SET_UP_S = 20.0
+
+
+def connect(timeout_s=SET_UP_S):
+    """A link with this limit. On a busy machine, setting it up may take longer."""
     rank = dist.get_rank()
-    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1, 2], rank, timeout_s)
-    return tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, timeout_s)["across"]
+    control = ControlPlane(StoreGroup.world(SET_UP_S), [0, 1, 2], rank, SET_UP_S)
+    link = tcp.connect(control, [0, 1, 2], rank, {"across": PEERS[rank]}, SET_UP_S)["across"]
+    link._timeout_s = link._patience._timeout_s = timeout_s
+    return link
 
 
 def parcel_of(tensor, peer, slot):

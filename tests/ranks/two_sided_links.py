@@ -18,8 +18,11 @@ from sf_xfuser.transport.rendezvous import StoreGroup
 from sf_xfuser.transport.two_sided import Gloo
 
 
-def connect(timeout_s=20.0):
-    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1, 2], dist.get_rank(), timeout_s)
+SET_UP_S = 20.0
+
+
+def connect(timeout_s=SET_UP_S):
+    control = ControlPlane(StoreGroup.world(SET_UP_S), [0, 1, 2], dist.get_rank(), SET_UP_S)
     return Gloo(dist.new_group(), [0, 1, 2], "across", timeout_s, control)
 
 
@@ -64,8 +67,8 @@ class Batch:
             work.wait()
 
 
-def connect_nccl(timeout_s=20.0):
-    control = ControlPlane(StoreGroup.world(timeout_s), [0, 1, 2], dist.get_rank(), timeout_s)
+def connect_nccl(timeout_s=SET_UP_S):
+    control = ControlPlane(StoreGroup.world(SET_UP_S), [0, 1, 2], dist.get_rank(), SET_UP_S)
     return Nccl(NcclLike(), [0, 1, 2], "across", timeout_s, control), control
 
 
