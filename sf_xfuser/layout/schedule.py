@@ -155,19 +155,6 @@ class Schedule:
     slabs: tuple[tuple[Piece, ...], ...]
     steps: tuple[Step, ...]
 
-    @property
-    def num_launches(self) -> int:
-        """Operations that a GPU starts for one call: an attention call and a merge per ``Attend``; a copy, a flag and a
-        wait per ``Exchange``, each batched over its messages, and a pack if it sends tokens of this rank."""
-        launches = 0
-        for step in self.steps:
-            if isinstance(step, Attend):
-                launches += 2
-            else:
-                sent = {piece.source for m in step.sends if m.tensor != "o" for piece in m.pieces}
-                launches += 3 + (self.position in sent)
-        return launches
-
 
 def build_schedule(
     layout: Layout, position: int, joint: JointEnd | None = None, chunking: Chunking = Chunking()

@@ -32,7 +32,7 @@ earlier clock run first."""
 class Round:
     """The simultaneous sends and receives of a rank on one link. They occupy the link for ``seconds`` and arrive
     ``latency_s`` later. ``compute_share`` and ``needs_sms`` are those of ``PatternCost``; a ``matched`` round waits for
-    its peers."""
+    its peers. It forwards what arrives in the rounds ``after``."""
 
     seconds: float
     latency_s: float = 0.0
@@ -41,6 +41,7 @@ class Round:
     matched: bool = False
     receivers: tuple[int, ...] = ()
     senders: tuple[int, ...] = ()
+    after: tuple[Dependency, ...] = ()
     name: str = ""
     nbytes: float = 0.0
     posted_s: float = 0.0
@@ -190,6 +191,11 @@ class Replay:
         """The time at which a round is posted and its predecessor has ended; at both ends if it is matched."""
         rounds = self._rank(number).rounds[link]
         start = max(rounds[i].posted_s, rounds[i - 1].end_s if i else 0.0)
+        for dependency in rounds[i].after:
+            arrival_s = self._arrival_s(*dependency)
+            if arrival_s is None:
+                return None
+            start = max(start, arrival_s)
         if self.symmetric or not rounds[i].matched:
             return start
         for peer in {*rounds[i].receivers, *rounds[i].senders}:

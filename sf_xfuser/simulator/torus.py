@@ -12,6 +12,7 @@ from typing import Literal
 from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
+from sf_xfuser.layout.program import Placement, Program, record
 from sf_xfuser.layout.schedule import (
     JOINT,
     Attend,
@@ -178,7 +179,13 @@ class TorusCall(SimulatedCall):
 
     @property
     def num_launches(self) -> int:
-        return self.first_schedule.num_launches
+        return self._program.launches
+
+    @cached_property
+    def _program(self) -> Program:
+        """Of rank 0, with all chunks in scratch memory."""
+        maps = {0: MemoryMap(self.first_schedule, self.sizes)}
+        return record(self.first_schedule, self.sizes, Placement(memory_maps=maps, strides=[(0, 0, 0, 1)] * 5))
 
     @cached_property
     def first_schedule(self) -> Schedule:
@@ -197,12 +204,19 @@ class TorusCall(SimulatedCall):
         dependency: Dependency | None
         for step in schedule.steps:
             if isinstance(step, Exchange):
-                for message in step.sends:
-                    if self._forwards(message, group):
-                        for piece in message.pieces:
-                            if dependency := arriving[message.tensor].pop(piece, None):
-                                replay.wait(number, (yield dependency), "to forward")
-                key = self._post(replay, number, group, step)
+                forwarded = [
+                    (message.tensor, piece)
+                    for message in step.sends
+                    if self._forwards(message, group)
+                    for piece in message.pieces
+                ]
+                after: list[Dependency] = []
+                for tensor, piece in forwarded:
+                    if self.one_sided and self.cluster.device == "cuda":  # a stream of its own waits
+                        after += [arriving[tensor][piece]] if piece in arriving[tensor] else []
+                    elif dependency := arriving[tensor].pop(piece, None):
+                        replay.wait(number, (yield dependency), "to forward")
+                key = self._post(replay, number, group, step, after)
                 if not replay.symmetric:
                     yield None
                 for message in step.receives:
@@ -247,7 +261,7 @@ class TorusCall(SimulatedCall):
                 total += self.tokens * (part + 1) // parts - self.tokens * part // parts
         return total
 
-    def _post(self, replay: Replay, number: int, group: int, step: Exchange) -> RoundKey:
+    def _post(self, replay: Replay, number: int, group: int, step: Exchange, after: Sequence[Dependency]) -> RoundKey:
         cost, packed, nbytes, messages = self.costs[step.link], 0, 0, 0
         for message in step.sends:
             to = self._head_group(message.peer)
@@ -266,6 +280,7 @@ class TorusCall(SimulatedCall):
             compute_share=cost.compute_share,
             needs_sms=cost.needs_sms,
             matched=self.variant.pattern == "message",
+            after=tuple(dict.fromkeys(after)),
             receivers=tuple(m.peer for m in step.sends),
             senders=tuple(m.peer for m in step.receives),
             name=_round_name(step) if replay.record_spans else "",
@@ -275,7 +290,13 @@ class TorusCall(SimulatedCall):
 
     @property
     def buffer_bytes(self) -> float:
-        return held_bytes(self.first_schedule, self.sizes, in_windows=self.variant.pattern == "put")
+        """Scratch memory, and windows of two halves in place of the chunks that peers write."""
+        windows = MemoryMap(self.first_schedule, self.sizes, ("inside", "across") if self.one_sided else ())
+        return self._program.scratch_bytes + windows.window_bytes
+
+    @property
+    def one_sided(self) -> bool:
+        return self.variant.pattern == "put"
 
 
 def _name(step: Attend) -> str:
@@ -286,37 +307,3 @@ def _name(step: Attend) -> str:
 
 def _round_name(step: Exchange) -> str:
     return f"{step.receives[0].tensor} from {'+'.join(str(m.peer) for m in step.receives)}"
-
-
-def held_bytes(schedule: Schedule, sizes: Sizes, *, in_windows: bool) -> int:
-    """Peak memory of a rank during a call besides its inputs and result: fp32 accumulators, queries, KV slabs and
-    outputs of other ranks. ``in_windows``: peers write into a window, which holds all of these twice because calls
-    alternate between its halves."""
-    layout, group = schedule.layout, schedule.layout.head_group(schedule.position)
-    memory_map = MemoryMap(schedule, sizes, ("inside", "across") if in_windows else ())
-    low, high = sizes.q_heads[group]
-    accumulator = memory_map.queries.total * sizes.batch * (high - low) * (sizes.head_size + 1) * 4
-    if sum(isinstance(step, Attend) for step in schedule.steps) == 1:  # no merge: the output of the only call
-        accumulator = memory_map.queries.total * sizes.row_bytes("o", group)
-    row = {tensor: sizes.row_bytes(tensor, group) for tensor in ("q", "kv")}
-    if in_windows:
-        return accumulator + 2 * memory_map.window_bytes
-    held = peak = memory_map.queries.total * row["q"]
-    slabs: set[int] = set()
-    for step in schedule.steps:
-        if isinstance(step, Exchange):
-            for message in step.receives:
-                if message.tensor == "o":
-                    tokens = sum(h - w for w, h in (p.span(sizes.q_tokens[p.source]) for p in message.pieces))
-                    held += tokens * sizes.row_bytes("o", layout.head_group(message.peer))
-                elif message.tensor == "kv" and (slab := memory_map.slab_of[message.pieces[0]]) not in slabs:
-                    slabs.add(slab)
-                    held += memory_map.slabs[slab].total * row["kv"]
-        else:
-            if step.slab not in slabs:
-                slabs.add(step.slab)
-                held += memory_map.slabs[step.slab].total * row["kv"]
-            peak = max(peak, held)
-            if step.keys_last:
-                held -= memory_map.slabs[step.slab].total * row["kv"]
-    return accumulator + max(peak, held)

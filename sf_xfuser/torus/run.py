@@ -23,8 +23,8 @@ from sf_xfuser.kernels import (
 )
 from sf_xfuser.kernels.copies import Copies, Side
 from sf_xfuser.kernels.copies import Copy as KernelCopy
+from sf_xfuser.layout.program import INPUTS, AttendOp, Compress, Copy, Measure, Poison, Post, Program, View, Wait
 from sf_xfuser.torus.graphs import EAGER_CALLS, Graph
-from sf_xfuser.torus.program import INPUTS, AttendOp, Compress, Copy, Measure, Poison, Post, Program, View, Wait
 from sf_xfuser.transport.base import Parcel, Transfer, Transport
 from sf_xfuser.transport.gpu.memory import is_capturing
 

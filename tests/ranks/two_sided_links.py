@@ -17,7 +17,6 @@ from sf_xfuser.transport.gpu.nccl import Nccl
 from sf_xfuser.transport.rendezvous import StoreGroup
 from sf_xfuser.transport.two_sided import Gloo
 
-
 SET_UP_S = 20.0
 
 

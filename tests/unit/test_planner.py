@@ -185,13 +185,13 @@ def test_a_call_takes_at_least_the_time_of_its_host():
     cluster, shape = preset("p4de").with_size(4, 8), CallShape(seq_len=65536, heads=24, kv_heads=24, head_dim=128)
     slow = replace(cluster, compute=replace(cluster.compute, launch_us=1000.0))
     for variant, launches in (
-        (TorusVariant(layout=paper_layout(4, 8, 24), granularity="slab"), 73),
+        (TorusVariant(layout=paper_layout(4, 8, 24), granularity="slab"), 77),
         (XditConfig(ulysses_degree=8, ring_degree=4), 41),  # 4 all-to-alls, an all-gather, 4 attends, 3 x 6 merge steps
     ):
         usual, bound = predict(cluster, shape, variant), predict(slow, shape, variant)
         assert usual.launches == launches and usual.seconds > usual.host_s == pytest.approx(launches * 10e-6)
         assert bound.seconds == bound.host_s == pytest.approx(launches * 1e-3)
-    assert any(ranked.reason.endswith("its host starts 73 operations") for ranked in rank(slow, shape).layouts)
+    assert any(ranked.reason.endswith("its host starts 77 operations") for ranked in rank(slow, shape).layouts)
 
 
 @pytest.mark.parametrize("name", ["grid", "xeon-grid", "other-rates"])

@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_xfuser.kernels import pack_compressed, unpack_compressed
+from sf_xfuser.layout import program as module
 from sf_xfuser.layout.chunking import CallSize, choose_chunking
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
-from sf_xfuser.layout.schedule import Chunking, build_schedule
-from sf_xfuser.torus import program as module
-from sf_xfuser.torus.program import (
+from sf_xfuser.layout.program import (
     INPUTS,
     AttendOp,
     Compress,
@@ -36,6 +35,7 @@ from sf_xfuser.torus.program import (
     Wait,
     record,
 )
+from sf_xfuser.layout.schedule import Chunking, build_schedule
 
 BOTH = ("inside", "across")
 
