@@ -6,9 +6,9 @@ from sf_xfuser.kernels.copies import Copies, Copy, Side
 from sf_xfuser.kernels.flags import check_flags, poison_result
 from sf_xfuser.kernels.fused import (
     Chunks,
+    FusedAttention,
     attend_chunks_,
     attend_chunks_into,
-    attend_unchecked,
     fused_unsupported_reason,
 )
 from sf_xfuser.kernels.merge import merge_, merge_into, merge_partial
@@ -26,10 +26,10 @@ __all__ = [
     "CompressedLayout",
     "Copies",
     "Copy",
+    "FusedAttention",
     "Side",
     "attend_chunks_",
     "attend_chunks_into",
-    "attend_unchecked",
     "check_flags",
     "fix_fully_masked_lse",
     "fused_unsupported_reason",

@@ -2,8 +2,8 @@
 batch, H query heads, H_kv KV heads, S tokens of a Q chunk, Sk tokens of a KV chunk, D head size.
 
 ``attend_chunks_`` accumulates in place. ``attend_chunks_into`` is the last call for a Q chunk: it writes the result, in
-q's dtype, to its final tensor. Each is one launch on a GPU with Triton (``triton_fused``), else a reference in plain
-PyTorch.
+q's dtype, to its final tensor. ``FusedAttention`` is either of them, recorded once for fixed memory and run in every
+call. Each is one launch on a GPU with Triton (``triton_fused``), else a reference in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fused_unsupported_reason(device: torch.device, dtype: torch.dtype, D: int) -
 
 
 class Chunks(NamedTuple):
-    """The arguments of ``attend_chunks_`` (empty ``results``) or ``attend_chunks_into``."""
+    """The arguments of ``attend_chunks_`` (empty ``results``) or ``attend_chunks_into``, with at least one Q chunk."""
 
     q: Sequence[torch.Tensor]
     k: Sequence[torch.Tensor]
@@ -95,13 +95,59 @@ def attend_chunks_into(
     op(list(q), list(k), list(v), list(out), list(lse), list(results))
 
 
-def attend_reference(chunks: Chunks) -> None:
-    """``attend_unchecked`` in plain PyTorch: one fp32 softmax over all keys, with the accumulator as one extra key."""
+class FusedAttention:
+    """``attend_chunks_``, or with results ``attend_chunks_into``, for fixed memory and without argument checks.
+
+    Results, and all tensors of ``q``, ``k`` or ``v``, may be on the meta device. They stand for views of a tensor that
+    each ``run`` passes, with a storage offset from its data pointer. ``kv_of_q``: the KV head of each query head (None:
+    groups of equal size). ``first``: the accumulator is undefined before a run.
+
+    Local. Making one uploads a table to the GPU. A run only launches one kernel there, so a CUDA graph can hold it.
+    """
+
+    def __init__(self, chunks: Chunks, *, kv_of_q: Sequence[int] | None = None, first: bool = False) -> None:
+        self._chunks, self._first = chunks, first
+        H, H_kv = chunks.q[0].shape[1], chunks.k[0].shape[1] if chunks.k else 1
+        self._kv_of_q = [h * H_kv // H for h in range(H)] if kv_of_q is None else list(kv_of_q)
+        self._launch = None
+        if uses_triton(chunks.out[0]):
+            from sf_xfuser.kernels.triton_fused import record
+
+            self._launch = record(chunks, self._kv_of_q, first)
+
+    def run(
+        self,
+        q: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        result: torch.Tensor | None = None,
+    ) -> None:
+        """Attend. Each tensor: that of the views on the meta device in ``q``, ``k``, ``v`` or ``results``; ignored if
+        there are none. Local; on the current stream."""
+        if self._launch is not None:
+            self._launch(q, k, v, result)
+        else:
+            bases = q, k, v, None, None, result
+            chunks = Chunks(*([_view(x, base) for x in xs] for xs, base in zip(self._chunks, bases, strict=True)))
+            attend_reference(chunks, self._kv_of_q, self._first)
+
+
+def _view(x: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """``x``, or if it is on the meta device, the view of ``base`` for which it stands."""
+    if not x.is_meta:
+        return x
+    assert base is not None
+    return base.as_strided(x.shape, x.stride(), base.storage_offset() + x.storage_offset())
+
+
+def attend_reference(chunks: Chunks, kv_of_q: Sequence[int], first: bool = False) -> None:
+    """``FusedAttention`` in plain PyTorch: one fp32 softmax over all keys, with the accumulator as one extra key."""
     q, k, v, out, lse, results = chunks
     for i, (q_BHSD, out_BHSD, lse_BHS) in enumerate(zip(q, out, lse, strict=True)):
-        group = q_BHSD.shape[1] // k[0].shape[1] if k else 1
-        keys = [x.float().repeat_interleave(group, 1) for x in k]
-        values = [x.float().repeat_interleave(group, 1) for x in v]
+        if first:
+            lse_BHS.fill_(float("-inf"))
+        keys = [x[:, kv_of_q].float() for x in k]
+        values = [x[:, kv_of_q].float() for x in v]
         q32 = q_BHSD.float() / math.sqrt(q_BHSD.shape[-1])
         scores = [lse_BHS.unsqueeze(-1), *(q32 @ x.transpose(-1, -2) for x in keys)]
         scores_BHSK = torch.cat(scores, -1)
@@ -114,18 +160,6 @@ def attend_reference(chunks: Chunks) -> None:
             results[i].copy_(out_BHSD)
 
 
-def attend_unchecked(chunks: Chunks) -> None:
-    """``attend_chunks_``, or ``attend_chunks_into`` with ``results``, without argument checks."""
-    if not chunks.q:
-        return
-    if uses_triton(chunks.q[0]):
-        from sf_xfuser.kernels.triton_fused import launch
-
-        launch(chunks)
-    else:
-        attend_reference(chunks)
-
-
 def _attend(
     q: list[torch.Tensor],
     k: list[torch.Tensor],
@@ -136,7 +170,8 @@ def _attend(
 ) -> None:
     chunks = Chunks(q, k, v, out, lse, results)
     check(chunks)
-    attend_unchecked(chunks)
+    if q:
+        FusedAttention(chunks).run()
 
 
 _attend_op = torch.library.custom_op("sf_xfuser::attend_chunks", _attend, mutates_args=("out", "lse", "results"))

@@ -32,15 +32,16 @@ def prepare(device: torch.device, dtype: torch.dtype, D: int, format: Format = "
         for target in (None, result):
             for first in (True, False):
                 merge_partial(out, lse, part, lse.clone(), target, first)
-        if fused:
-            attend_chunks_([part], [part], [part], [out], [lse])
-            attend_chunks_into([result], [part], [part], [part], [out], [lse])
         for formats in [(format,), ("none", format)] if format != "none" else []:
             values = [x.clone() for _ in formats]
             layout = CompressedLayout(shape=(1, 1, heads, D), dtype=dtype, formats=formats)
             chunk = torch.empty(layout.nbytes, device=device, dtype=torch.uint8)
             pack_compressed(values, chunk, formats)
             unpack_compressed(chunk, values, formats)
+    for start in (0, 1) if fused else ():  # aligned to 16 bytes or not
+        part = torch.zeros(D + 1, device=device, dtype=dtype)[start : start + D].view(1, 1, 1, D)
+        attend_chunks_([part], [part], [part], [out[:, :1]], [lse[:, :1]])
+        attend_chunks_into([torch.empty_like(part)], [part], [part], [part], [out[:, :1]], [lse[:, :1]])
     source, target = torch.zeros(D + 16, device=device, dtype=dtype), torch.empty(D, device=device, dtype=dtype)
     for offset in (1, 2, 4, 8):  # copies specialize the width of loads
         copy = Copy(Side(0, offset, (D, D, D)), Side(1, 0, (D, D, D)), (1, 1, 1, D))

@@ -5,12 +5,13 @@ A table of int64 in GPU memory describes the chunks, so the kernel has one signa
 
 | entry | fields |
 |---|---|
-| header | num_q, num_kv, heads, heads per KV head |
-| Q chunk | end of its tiles, first tile, tokens, then 4 each for q, out, lse, result |
+| header | num_q, num_kv, heads, whether there is an accumulator, then the KV head of each query head |
+| Q chunk | end of its tiles, first tile, tokens, whether a run passes the result, then 4 each for q, out, lse, result |
 | KV chunk | tokens, then 4 each for k, v |
 
-The 4 fields of a tensor are its address and its strides over batch, head and token. A *tile* is ROWS queries of one
-head and batch. Each program attends one tile to all KV chunks in list order.
+The 4 fields of a tensor are its address and its strides over batch, head and token. If a run passes the tensor, the
+first field is an offset in bytes, and the address an argument of the kernel, 0 otherwise. So a launch uploads nothing.
+A *tile* is ROWS queries of one head and batch. Each program attends one tile to all KV chunks in list order.
 
 Example: B = 1, H = 2, ROWS = 128, Q chunks of 300 and 40 tokens. Chunk 0 has 2 * 3 tiles (0 to 5), chunk 1 has 2 (6 and
 7). Tile 4 is rows 128 to 255 (4 % 3 = 1) of head 1 (4 // 3 = 1).
@@ -19,7 +20,9 @@ Example: B = 1, H = 2, ROWS = 128, Q chunks of 300 and 40 tokens. Chunk 0 has 2 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,16 +31,19 @@ import triton.language as tl
 from sf_xfuser.kernels.fused import Chunks
 from sf_xfuser.kernels.shipped import ShippedConfig
 
-_HEADER = tl.constexpr(4)  # fields before the first entry
-_ENTRY = tl.constexpr(19)  # fields of an entry
+_HEADER = tl.constexpr(4)  # fields before the KV heads
+_ENTRY = tl.constexpr(20)  # fields of an entry
+_ALIGNMENT = 16  # bytes: the widest load of a thread
+_BASES = ("q_base", "k_base", "v_base", "result_base")
 _LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def _row_pointer(fields, b, h, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr, RELOAD: tl.constexpr = False):
-    """Pointer to row (b, h, first) of a tensor, and its token stride. ``fields``: the tensor's 4 fields. RELOAD: load
-    them again. Otherwise the compiler keeps the address of every element in registers, which then spill."""
-    pointer = tl.load(fields, volatile=RELOAD).to(tl.pointer_type(TYPE))
+def _row_pointer(fields, base, b, h, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr, RELOAD: tl.constexpr = False):
+    """Pointer to row (b, h, first) of a tensor, and its token stride. ``fields``: the tensor's 4 fields, the first one
+    relative to ``base``. RELOAD: load them again. Otherwise the compiler keeps the address of every element in
+    registers, which then spill."""
+    pointer = (tl.load(fields, volatile=RELOAD) + base).to(tl.pointer_type(TYPE))
     stride = tl.load(fields + 3, volatile=RELOAD)
     pointer += b * tl.load(fields + 1) + h * tl.load(fields + 2) + first * stride
     stride = stride.to(tl.int32)  # 32 bits suffice inside a block
@@ -65,11 +71,11 @@ def _load(x, valid, MASKED: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _store(
-    fields, b, h, first, valid, acc, acc2,
+    fields, base, b, h, first, valid, acc, acc2,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     """Store the output of a tile."""
-    pointer, stride = _row_pointer(fields, b, h, first, TYPE, ALIGNED, True)
+    pointer, stride = _row_pointer(fields, base, b, h, first, TYPE, ALIGNED, True)
     rows = tl.arange(0, acc.shape[0])[:, None] * stride
     tl.store(pointer + (rows + tl.arange(0, D1)[None, :]), acc.to(TYPE), mask=valid[:, None])
     if D2:
@@ -102,8 +108,9 @@ def _attend_keys(
     return acc, acc2, row_sum, new_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BASES)
 def attend_chunks_kernel(
+    q_base: tl.int64, k_base: tl.int64, v_base: tl.int64, result_base: tl.int64,
     table,
     scale,  # log2(e) / sqrt(D)
     TYPE: tl.constexpr, D: tl.constexpr,
@@ -113,7 +120,10 @@ def attend_chunks_kernel(
     FINAL: tl.constexpr,  # write the results instead of the accumulator
 ):  # fmt: skip
     num_q, num_kv = tl.load(table), tl.load(table + 1).to(tl.int32)
-    q_chunks = table + _HEADER
+    heads = tl.load(table + 2).to(tl.int32)
+    has_accumulator = tl.load(table + 3).to(tl.int32)
+    kv_heads = table + _HEADER
+    q_chunks = kv_heads + heads
     kv_chunks = q_chunks + num_q * _ENTRY
 
     row = tl.arange(0, ROWS)
@@ -126,19 +136,19 @@ def attend_chunks_kernel(
     chunk_tile = tile - tl.load(chunk + 1).to(tl.int32)
     num_rows = tl.load(chunk + 2).to(tl.int32)
     blocks = tl.cdiv(num_rows, ROWS)
-    heads = tl.load(table + 2).to(tl.int32)
     first = chunk_tile % blocks * ROWS
     b = chunk_tile // blocks // heads
     h = chunk_tile // blocks % heads
-    h_kv = h // tl.load(table + 3).to(tl.int32)
+    h_kv = tl.load(kv_heads + h)
 
-    q_pointer, q_stride = _row_pointer(chunk + 3, b, h, first, TYPE, ALIGNED)
+    q_pointer, q_stride = _row_pointer(chunk + 4, q_base, b, h, first, TYPE, ALIGNED)
     valid_row = row < num_rows - first
     q = _load(q_pointer + (row[:, None] * q_stride + d), valid_row, True, D1)
     # A row without keys (lse = -inf) may hold any output.
-    out_pointer, out_stride = _row_pointer(chunk + 7, b, h, first, tl.float32, ALIGNED)
-    lse_pointer, lse_stride = _row_pointer(chunk + 11, b, h, first, tl.float32, False)
-    row_max = tl.load(lse_pointer + row * lse_stride, mask=valid_row, other=float("-inf")) / _LN2
+    out_pointer, out_stride = _row_pointer(chunk + 8, 0, b, h, first, tl.float32, ALIGNED)
+    lse_pointer, lse_stride = _row_pointer(chunk + 12, 0, b, h, first, tl.float32, False)
+    accumulated = row < (num_rows - first) * has_accumulator
+    row_max = tl.load(lse_pointer + row * lse_stride, mask=accumulated, other=float("-inf")) / _LN2
     has_keys = row_max != float("-inf")
     row_sum = tl.where(has_keys, 1.0, 0.0)
     acc = _load(out_pointer + (row[:, None] * out_stride + d), has_keys, True, D1)
@@ -154,8 +164,8 @@ def attend_chunks_kernel(
     for kv in range(0, num_kv):
         keys = kv_chunks + kv * _ENTRY
         num_keys = tl.load(keys).to(tl.int32)
-        k, k_stride = _row_pointer(keys + 1, b, h_kv, 0, TYPE, ALIGNED)
-        v, v_stride = _row_pointer(keys + 5, b, h_kv, 0, TYPE, ALIGNED)
+        k, k_stride = _row_pointer(keys + 1, k_base, b, h_kv, 0, TYPE, ALIGNED)
+        v, v_stride = _row_pointer(keys + 5, v_base, b, h_kv, 0, TYPE, ALIGNED)
         k_rows = key[:, None] * k_stride
         v_rows = key[:, None] * v_stride
         full = num_keys // KEYS * KEYS
@@ -177,10 +187,11 @@ def attend_chunks_kernel(
     if D2:
         acc2 /= row_sum[:, None]
     if FINAL:
-        _store(chunk + 15, b, h, first, valid_row, acc, acc2, TYPE, ALIGNED, D, D1, D2)
+        base = result_base * tl.load(chunk + 3)
+        _store(chunk + 16, base, b, h, first, valid_row, acc, acc2, TYPE, ALIGNED, D, D1, D2)
     else:
-        _store(chunk + 7, b, h, first, valid_row, acc, acc2, tl.float32, ALIGNED, D, D1, D2)
-        lse_pointer, lse_stride = _row_pointer(chunk + 11, b, h, first, tl.float32, False, True)
+        _store(chunk + 8, 0, b, h, first, valid_row, acc, acc2, tl.float32, ALIGNED, D, D1, D2)
+        lse_pointer, lse_stride = _row_pointer(chunk + 12, 0, b, h, first, tl.float32, False, True)
         tl.store(lse_pointer + row * lse_stride, (row_max + tl.log2(row_sum)) * _LN2, mask=valid_row)
 
 
@@ -226,7 +237,7 @@ def _config(device: torch.device, dtype: torch.dtype, D: int) -> Config:
     return CONFIGS[{9: 90, 10: 100, 11: 100}.get(major, 80), D]
 
 
-def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, final: bool) -> dict[str, object]:
+def _constants(type: tl.dtype, D: int, config: Config, *, final: bool) -> dict[str, object]:
     D1 = 1 << (D.bit_length() - 1)
     return {
         "TYPE": type,
@@ -235,7 +246,6 @@ def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, final: 
         "D2": 0 if D == D1 else max(16, triton.next_power_of_2(D - D1)),
         "ROWS": config.rows,
         "KEYS": config.keys,
-        "ALIGNED": aligned,
         "FINAL": final,
     }
 
@@ -243,29 +253,36 @@ def _constants(type: tl.dtype, D: int, config: Config, *, aligned: bool, final: 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def launch(chunks: Chunks) -> None:
-    """``attend_reference`` for checked chunks. Enqueues one copy of the table and one kernel on the current stream."""
+def record(chunks: Chunks, kv_of_q: Sequence[int], first: bool) -> Callable[..., None]:
+    """``FusedAttention.run`` for checked chunks: enqueues one kernel on the current stream."""
     q, k, v, out, _, results = chunks
-    device, dtype, D = q[0].device, q[0].dtype, q[0].shape[-1]
+    device, dtype, D = out[0].device, q[0].dtype, q[0].shape[-1]
     config = _config(device, dtype, D)
     q_entries, num_tiles = _q_entries(chunks, config.rows)
-    if num_tiles == 0:
-        return
     kv_entries = [[x.shape[2], *_fields(x), *_fields(y)] for x, y in zip(k, v, strict=True)]
-    num_heads = q[0].shape[1]
-    fields = [len(q), len(k), num_heads, num_heads // k[0].shape[1] if k else 1]
+    fields = [len(q), len(k), len(kv_of_q), int(not first), *kv_of_q]
     for entry in (*q_entries, *kv_entries):
         fields += [*entry, *([0] * (_ENTRY.value - len(entry)))]
-    table = torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
+    table = torch.tensor(fields, dtype=torch.int64).to(device)
     aligned = all(_is_aligned(x) for x in (*q, *k, *v, *out, *results))
-    attend_chunks_kernel[(num_tiles,)](
-        table,
-        1 / (math.sqrt(D) * math.log(2.0)),
-        **_constants(_TYPES[dtype], D, config, aligned=aligned, final=bool(results)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
+    constants = _constants(_TYPES[dtype], D, config, final=bool(results))
+    launch, scale = attend_chunks_kernel[(num_tiles,)], 1 / (math.sqrt(D) * math.log(2.0))
+    is_passed = [any(x.is_meta for x in tensors) for tensors in (q, k, v, results)]
+
+    def run(*bases: Any) -> None:
+        addresses = [x.data_ptr() if passed else 0 for x, passed in zip(bases, is_passed, strict=True)]
+        launch(
+            *addresses,
+            table,
+            scale,
+            **constants,
+            ALIGNED=aligned and math.gcd(_ALIGNMENT, *addresses) == _ALIGNMENT,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+
+    return run if num_tiles else lambda *bases: None
 
 
 def _q_entries(chunks: Chunks, rows: int) -> tuple[list[list[int]], int]:
@@ -276,17 +293,18 @@ def _q_entries(chunks: Chunks, rows: int) -> tuple[list[list[int]], int]:
     for i, x in enumerate(q):
         B, H, S, _ = x.shape
         first, end = end, end + B * H * triton.cdiv(S, rows)
-        result = _fields(results[i]) if results else []
-        entries.append([end, first, S, *_fields(x), *_fields(out[i]), *_fields(lse[i]), *result])
+        passed, result = (int(results[i].is_meta), _fields(results[i])) if results else (0, [])
+        entries.append([end, first, S, passed, *_fields(x), *_fields(out[i]), *_fields(lse[i]), *result])
     return entries, end
 
 
 def _fields(x: torch.Tensor) -> list[int]:
-    return [x.data_ptr(), *x.stride()[:3]]
+    return [int(x.storage_offset()) * x.element_size() if x.is_meta else x.data_ptr(), *x.stride()[:3]]
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
-    return not any(nbytes % 16 for nbytes in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])))
+    address, *strides = _fields(x)
+    return math.gcd(_ALIGNMENT, address, *(stride * x.element_size() for stride in strides)) == _ALIGNMENT
 
 
 def shipped() -> list[ShippedConfig]:
@@ -295,8 +313,8 @@ def shipped() -> list[ShippedConfig]:
         ShippedConfig(
             label=f"attend chunks{' (last)' if final else ''} D={D}",
             kernel=attend_chunks_kernel,
-            types={"table": "*i64", "scale": "fp32"},
-            constants=_constants(tl.bfloat16, D, config, aligned=True, final=final),
+            types=dict.fromkeys(_BASES, "i64") | {"table": "*i64", "scale": "fp32"},
+            constants=_constants(tl.bfloat16, D, config, final=final) | {"ALIGNED": True},
             options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
             architectures=(architecture,),
         )

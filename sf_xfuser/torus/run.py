@@ -15,7 +15,7 @@ import torch
 from sf_xfuser.kernels import (
     Attention,
     Chunks,
-    attend_unchecked,
+    FusedAttention,
     fix_fully_masked_lse,
     merge_partial,
     pack_compressed,
@@ -60,7 +60,7 @@ class BoundProgram:
             self._transfers = [self._record(number) for number in range(len(program.transfers))]
             self._calls = [self._bind(op) for op in program.ops]
             self.ends = [transport.record_end() for transport in transports]
-        self._can_capture = not fused and mesh.graphs.unavailable_reason(mesh, example.device) is None
+        self._can_capture = mesh.graphs.unavailable_reason(mesh, example.device) is None
         self._graph: Graph | None = None
         self._calls_alike = 0
         self._last_attention: Attention | None = None
@@ -251,28 +251,22 @@ class BoundProgram:
     def _bind_fused(
         self, q: int, k: int, v: int, outputs: Sequence[tuple[int, int, int, torch.Tensor, int | None]], first: bool
     ) -> Callable[[Slots], object]:
-        repeat = self._kv_of_q
-
-        def attend(slots: Slots) -> None:
-            keys, values = slots[k], slots[v]
-            if repeat is not None:
-                keys, values = keys.index_select(1, repeat), values.index_select(1, repeat)
-            queries = slots[q]
-            lses = [lse for *_, lse, _ in outputs]
-            for lse in lses if first else ():
-                lse.fill_(float("-inf"))
-            attend_unchecked(
-                Chunks(
-                    [queries[:, :, start:stop] for start, stop, *_ in outputs],
-                    [keys],
-                    [values],
-                    [slots[sums] for _, _, sums, _, _ in outputs],
-                    lses,
-                    [slots[result] for *_, result in outputs if result is not None],
-                )
-            )
-
-        return attend
+        slots = self._slots.copy()
+        for index, _, shape, strides, _ in self._late:
+            slots[index] = torch.empty_strided(shape, strides, dtype=self._dtype, device="meta")
+        results = [result for *_, result in outputs if result is not None]
+        chunks = Chunks(
+            [slots[q][:, :, start:stop] for start, stop, *_ in outputs],
+            [slots[k]],
+            [slots[v]],
+            [slots[sums] for _, _, sums, _, _ in outputs],
+            [lse for *_, lse, _ in outputs],
+            [slots[result] for result in results],
+        )
+        kv_of_q = None if self._kv_of_q is None else self._kv_of_q.tolist()
+        run = FusedAttention(chunks, kv_of_q=kv_of_q, first=first).run
+        (own,) = [result for result in results if slots[result].is_meta] or (_RESULT,)  # one output at most
+        return lambda slots: run(slots[q], slots[k], slots[v], slots[own])
 
     # -- views --------------------------------------------------------------------------------------------------------
 

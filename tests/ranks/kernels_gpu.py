@@ -1,11 +1,22 @@
-"""The copies, the merge and the flags of a call on a GPU, against their references on the CPU. No kernel is compiled
-after ``prepare``."""
+"""The copies, the merge, the fused kernel and the flags of a call on a GPU, against their references on the CPU. No
+kernel is compiled after ``prepare``."""
 
 from __future__ import annotations
 
 import torch
 
-from sf_xfuser.kernels import Copies, Copy, Side, check_flags, merge_partial, poison_result, prepare
+from sf_xfuser.kernels import (
+    Chunks,
+    Copies,
+    Copy,
+    FusedAttention,
+    Side,
+    check_flags,
+    fused_unsupported_reason,
+    merge_partial,
+    poison_result,
+    prepare,
+)
 from sf_xfuser.kernels.checks import uses_triton
 from sf_xfuser.kernels.merge import fix_flash_lse, merge_partial_reference
 
@@ -13,9 +24,9 @@ NAN = float("nan")
 
 
 def num_compiled() -> int:
-    from sf_xfuser.kernels import triton_copies, triton_flags, triton_merge
+    from sf_xfuser.kernels import triton_copies, triton_flags, triton_fused, triton_merge
 
-    kernels = triton_merge.merge_kernel, triton_copies.copy_kernel
+    kernels = triton_merge.merge_kernel, triton_copies.copy_kernel, triton_fused.attend_chunks_kernel
     kernels += triton_flags.check_flags_kernel, triton_flags.poison_kernel
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
@@ -66,6 +77,37 @@ def check_merge(D: int, dtype: torch.dtype, device: torch.device) -> None:
     torch.testing.assert_close(result.cpu(), results[0], rtol=tolerance, atol=tolerance)
 
 
+def check_fused(D: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Two launches for inputs at aligned and other addresses, and on a GPU in a CUDA graph, which refuses uploads."""
+    B, H, S, heads = 2, 3, 300, [2, 0, 2]
+    on_meta = torch.empty(B, S, H, D, device="meta", dtype=dtype).transpose(1, 2)
+    q, (k, v) = on_meta[:, :, 1:], (on_meta.split((64, 236), 2) for _ in "kv")
+    out, lse = (torch.full((B, H, S - 1, *size), NAN, device=device) for size in ((D,), ()))
+    start = FusedAttention(Chunks([q], k[:1], v[:1], [out], [lse], []), kv_of_q=heads, first=True)
+    end = FusedAttention(Chunks([q], k[1:], v[1:], [out], [lse], [on_meta[:, :, 1:]]), kv_of_q=heads)
+
+    def attend(tensors: list[torch.Tensor]) -> None:
+        start.run(*tensors)
+        end.run(*tensors)
+
+    for shift in (0, 1):
+        memory = [torch.randn(B * S * H * D + shift).to(device, dtype)[shift:] for _ in range(4)]
+        tensors = [x.view(B, S, H, D).transpose(1, 2) for x in memory]
+        if device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                attend(tensors)
+            for x in memory[:3]:
+                x.normal_()
+            graph.replay()
+        else:
+            attend(tensors)
+        queries, keys, values, result = (x.cpu().double() for x in tensors)
+        expected = torch.nn.functional.scaled_dot_product_attention(queries, keys[:, heads], values[:, heads])
+        tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+        torch.testing.assert_close(result[:, :, 1:], expected[:, :, 1:], rtol=tolerance, atol=tolerance)
+
+
 def check_end_of_call(dtype: torch.dtype, device: torch.device) -> None:
     flags, ended = torch.full((300,), 5, device=device), torch.zeros((), dtype=torch.int64, device=device)
     index, expected = torch.arange(0, 300, 2, device=device), torch.tensor(5, device=device)
@@ -83,11 +125,14 @@ def check_end_of_call(dtype: torch.dtype, device: torch.device) -> None:
 def main(device: torch.device) -> None:
     for D in (64, 72, 128):
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            prepare(device, dtype, D)
+            fused = fused_unsupported_reason(device, dtype, D) is None
+            prepare(device, dtype, D, fused=fused)
             compiled = num_compiled()
             check_copies(D, dtype, device)
             check_merge(D, dtype, device)
             check_end_of_call(dtype, device)
+            if fused:
+                check_fused(D, dtype, device)
             assert num_compiled() == compiled, f"{num_compiled() - compiled} kernels compiled after prepare()"
     print("match the references")
 

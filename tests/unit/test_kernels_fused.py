@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from types import ModuleType
@@ -9,8 +10,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from sf_xfuser.kernels import attend_chunks_, attend_chunks_into, fused_unsupported_reason
-from sf_xfuser.kernels.fused import HEAD_SIZES, Chunks, attend_reference
+from sf_xfuser.kernels import (
+    Chunks,
+    FusedAttention,
+    attend_chunks_,
+    attend_chunks_into,
+    fused,
+    fused_unsupported_reason,
+)
+from sf_xfuser.kernels.fused import HEAD_SIZES
 from tests.kernel_cases import (
     ADVERSARIAL,
     attention64,
@@ -33,9 +41,20 @@ def _bf16(monkeypatch):
     interpret_bf16(monkeypatch)
 
 
-def attend(*tensors):
-    """The current ``triton_fused``, which a test may replace by a mutated one."""
-    triton_fused.launch(Chunks(*tensors))
+def record(*tensors, kernel=True, **options):
+    """``FusedAttention.run`` of the current ``triton_fused``, which a test may replace by a mutated one, with the CPU
+    treated as a GPU, or of the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "uses_triton", lambda x: kernel)
+        patch.setitem(sys.modules, "sf_xfuser.kernels.triton_fused", triton_fused)
+        return FusedAttention(Chunks(*tensors), **options).run
+
+
+ATTENDS = {
+    "kernel": lambda *tensors, **options: record(*tensors, **options)(),
+    "reference": lambda *tensors, **options: record(*tensors, kernel=False, **options)(),
+}
+attend, attend_reference = ATTENDS.values()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +90,7 @@ def test_matches_the_reference(D, dtype):
     lse[0][0, 1, 5:9], out[0][0, 1, 5:9] = EMPTY, NAN  # the output of a row without keys is ignored
     lse[0][1, 0, 3] = 60.0  # far above the scores
     expected, got = [padded(*out), padded(*lse)], [padded(*out), padded(*lse)]
-    attend_reference(Chunks(q, k, v, *expected, []))
+    attend_reference(q, k, v, *expected, [])
     attend(q, k, v, *got, [])
     assert all(x.isfinite().all() for side in expected for x in side)
     torch.testing.assert_close(got, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
@@ -93,7 +112,7 @@ def test_unaligned_strides():
     q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,))
     k = [torch.randn(2, 1, 7, 67)[..., 1:65]]
     expected = [padded(*out), padded(*lse)]
-    attend_reference(Chunks(q, k, v, *expected, []))
+    attend_reference(q, k, v, *expected, [])
     attend(q, k, v, out, lse, [])
     torch.testing.assert_close([out, lse], expected, rtol=4e-6, atol=4e-6)
 
@@ -111,10 +130,35 @@ def test_without_keys_the_accumulator_is_unchanged(kv_sizes):
     torch.testing.assert_close(got, (out, lse), rtol=1e-6, atol=1e-6)
 
 
-ATTENDS = {
-    "kernel": lambda *arguments: triton_fused.launch(Chunks(*arguments)),
-    "reference": lambda *arguments: attend_reference(Chunks(*arguments)),
-}
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_run_may_pass_tensors(kernel):
+    """Queries, keys and values of two calls, at other addresses, and the result of some queries."""
+    torch.manual_seed(3)
+    B, H, D = 2, 2, 64
+    shapes = {"q": (B, 45, H + 1, D), "k": (B, 70, 2, D), "v": (B, 70, 2, D), "result": (B, 9, 5, D)}
+    q, k, v, result = (torch.empty(shape, device="meta").transpose(1, 2) for shape in shapes.values())
+    q, k, v = [q[:, 1:, :9], q[:, 1:, 9:40]], k[:, 1:].split((33, 37), 2), v[:, :1].split((33, 37), 2)
+    out, lse, fixed = ([torch.full((B, H, x.shape[2], *d), NAN) for x in q] for d in ((D,), (), (D,)))
+    first = record(q, k[:1], v[:1], out, lse, [], kernel=kernel, first=True)
+    last = record(q, k[1:], v[1:], out, lse, [result[:, 3:], fixed[1]], kernel=kernel)
+    for shift in (0, 4, 1):  # the last address is not aligned
+        passed = [torch.randn(math.prod(x) + shift)[shift:].view(x).transpose(1, 2) for x in shapes.values()]
+        before = passed[3].clone()
+        first(*passed)
+        last(*passed)
+        exact = attention64(passed[0][:, 1:, :40], passed[1][:, 1:], passed[2][:, :1]).float()
+        got = torch.cat([passed[3][:, 3:], fixed[1]], 2)
+        torch.testing.assert_close(got, exact, rtol=4e-6, atol=4e-6)
+        assert torch.equal(passed[3][:, :3], before[:, :3])
+
+
+@pytest.mark.parametrize("attend", ATTENDS)
+def test_irregular_groups(attend):
+    q, k, v, out, lse = chunks(64, torch.float32, (5,), (7,), H=3, H_kv=2)
+    result, kv_of_q = torch.empty_like(q[0]), [1, 0, 1]
+    ATTENDS[attend](q, k, v, out, lse, [result], first=True, kv_of_q=kv_of_q)
+    exact = attention64(q[0], k[0][:, kv_of_q], v[0][:, kv_of_q]).float()
+    torch.testing.assert_close(result, exact, rtol=4e-6, atol=4e-6)
 
 
 def error_ratio(attend, name, dtype, S=19, keys=40, D=64):
@@ -179,7 +223,12 @@ FAULTS = {
     "accumulator is dropped": ("row_sum = tl.where(has_keys, 1.0, 0.0)", "row_sum = tl.where(has_keys, 0.0, 0.0)"),
     "rows without keys count": ('has_keys = row_max != float("-inf")', "has_keys = row_max == row_max"),
     "base 2 as base e": ("(row_max + tl.log2(row_sum)) * _LN2", "row_max + tl.log2(row_sum)"),
-    "KV heads mixed up": ("h_kv = h // tl.load", "h_kv = h * tl.load"),
+    "KV heads mixed up": ("tl.load(kv_heads + h)", "tl.load(kv_heads)"),
+    "accumulator of an earlier call": ("(num_rows - first) * has_accumulator", "num_rows - first"),
+    "queries at another address": ("chunk + 4, q_base", "chunk + 4, k_base"),
+    "keys at another address": ("keys + 1, k_base", "keys + 1, v_base"),
+    "values at another address": ("keys + 5, v_base", "keys + 5, k_base"),
+    "result at another address": ("result_base * tl.load", "q_base * tl.load"),
     "one chunk for all": ("keys = kv_chunks + kv * _ENTRY", "keys = kv_chunks"),
     "result misplaced": ("tl.store(pointer + (rows + d2)", "tl.store(pointer + (rows + d2 + 1)"),
 }  # fmt: skip
@@ -193,6 +242,8 @@ def test_a_mutated_kernel_fails(fault, monkeypatch):
     with pytest.raises(AssertionError):
         test_matches_the_reference(72, torch.float32)
         test_fully_masked_keys("kernel")
+        test_a_run_may_pass_tensors(True)
+        test_irregular_groups("kernel")
 
 
 def q_of(*shape, dtype=torch.bfloat16):
