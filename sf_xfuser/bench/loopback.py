@@ -54,7 +54,7 @@ class Loopback(OneSided):
 
     @property
     def window_bytes(self) -> int:
-        return self._window.nbytes
+        return self.halves * self._window.nbytes
 
     def reserve(self, nbytes: int, scratch_bytes: int) -> None:
         if nbytes > self._window.nbytes:

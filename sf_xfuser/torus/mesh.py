@@ -117,7 +117,8 @@ class Mesh:
         if window is not None:
             if in_window:  # a single exchange may send as much as it receives
                 scratch_bytes = max(scratch_bytes, window_bytes)
-            if window.window_bytes < window.halves * window_bytes or _size(window.scratch) < scratch_bytes:
+            scratch_is_short = in_window and _size(window.scratch) < scratch_bytes
+            if window.window_bytes < window.halves * window_bytes or scratch_is_short:
                 self.calls.clear()
                 self.guard.dirty = True  # until all ranks have the new window
             try:
