@@ -33,18 +33,18 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
     rank = dist.get_rank()
     control = ControlPlane(StoreGroup.world(timeout_s), [0, 1], rank, timeout_s)
     link = Shm(control, [0, 1], rank, [1 - rank], timeout_s)
-    link.reserve(chunks * max(sizes))
+    link.reserve(chunks * max(sizes), 0)
     rows = []
     for size in sizes:
         source = torch.ones(chunks, size, dtype=torch.uint8)
-        empty, own = source[0, :0], torch.zeros_like(source)
-        parcels = [Parcel((source[n],), source.dtype, 1, n, n * size) for n in range(chunks)]
+        own = torch.zeros_like(source)
+        parcels = [Parcel(source[n], 1, n, n * size) for n in range(chunks)]
         seconds: dict[str, list[float]] = {"put": [], "copy": []}
         for number in range(repeat + _WARMUP):
             for kind, times in seconds.items():
                 window = link.begin()
                 if rank == 0:
-                    link.exchange(0, [], [Parcel((empty,), source.dtype, 1, 0)]).wait()  # wait until rank 1 is ready
+                    link.exchange(0, [], [Parcel(None, 1, 0)]).wait()  # wait until rank 1 is ready
                     started = time.perf_counter()
                     if kind == "put":
                         link.exchange(1, parcels, [])
@@ -55,10 +55,10 @@ def measure(sizes: tuple[int, ...], chunks: int, repeat: int, timeout_s: float) 
                     if number >= _WARMUP:
                         times.append((ended - started) / chunks)
                     if kind == "copy":
-                        link.exchange(1, [Parcel((empty,), source.dtype, 1, n) for n in range(chunks)], [])
+                        link.exchange(1, [Parcel(None, 1, n) for n in range(chunks)], [])
                 else:
-                    link.exchange(0, [Parcel((empty,), source.dtype, 0, 0)], [])
-                    link.exchange(1, [], [Parcel((window,), source.dtype, 0, n) for n in range(chunks)]).wait()
+                    link.exchange(0, [Parcel(None, 0, 0)], [])
+                    link.exchange(1, [], [Parcel(None, 0, n) for n in range(chunks)]).wait()
                     if kind == "put":
                         assert bool(window[: chunks * size].all()), "a chunk is missing"
                     window[: chunks * size] = 0
