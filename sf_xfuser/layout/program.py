@@ -127,7 +127,7 @@ class Output(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class AttendOp:
     """Attend ``queries`` to ``keys`` and ``values``, and merge the output into ``outputs``. ``first``: there are no
-    earlier sums. Without ``outputs``, the output of attention stays in memory ``"output"``. Without ``keys``, only
+    earlier sums. ``fused``: one kernel does both. Without ``outputs``, the output of attention stays in memory ``"output"``. Without ``keys``, only
     write the sums to the results."""
 
     queries: View
@@ -136,10 +136,11 @@ class AttendOp:
     outputs: tuple[Output, ...]
     first: bool
     name: str
+    fused: bool = False
 
     @property
     def launches(self) -> int:
-        return (self.keys is not None) + len(self.outputs)
+        return 1 if self.fused else (self.keys is not None) + len(self.outputs)
 
 
 Op = Copy | Compress | Measure | Poison | Post | Wait | AttendOp
@@ -435,7 +436,7 @@ class _Recorder:
             stop = min(start + size, rows.stop)
             block = queries.rows(start - rows.start, stop - rows.start)
             outputs = self._outputs(slice(start, stop), last=last)
-            self.ops.append(AttendOp(block, keys, values, outputs, first, name))
+            self.ops.append(AttendOp(block, keys, values, outputs, first, name, self.placement.fused))
 
     def _outputs(self, rows: slice, *, last: bool) -> tuple[Output, ...]:
         """The sums of these queries, split by the destination of their final outputs for the last keys."""
