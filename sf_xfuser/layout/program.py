@@ -127,8 +127,8 @@ class Output(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class AttendOp:
     """Attend ``queries`` to ``keys`` and ``values``, and merge the output into ``outputs``. ``first``: there are no
-    earlier sums. ``fused``: one kernel does both. Without ``outputs``, the output of attention stays in memory ``"output"``. Without ``keys``, only
-    write the sums to the results."""
+    earlier sums. ``fused``: one kernel attends and merges. Without ``outputs``, the output of attention stays in memory
+    ``"output"``. Without ``keys``, only write the sums to the results."""
 
     queries: View
     keys: View | None
