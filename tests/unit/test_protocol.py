@@ -8,6 +8,7 @@ region and each flag has one writer, so the progress of each rank determines the
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -337,107 +338,387 @@ def test_all_to_alls_must_flag_ring_neighbours():
     assert "started writes" in explored("ulysses and ring", mixed=True, syncs=False)[1]
 
 
-# -- over a fabric without ordering -----------------------------------------------------------------------------------
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-def explore_unordered(programs, flags, parity=2):
-    """As ``explore``, but puts are asynchronous. A chunk and its flag arrive at any time before the rank's next Drain
-    ends, in any order with other chunks of the pair. ``flags="equal"``: one flag per chunk of a call and ``parity``;
-    a wait expects exactly this call's value. ``flags="counter"``: one flag per pair; a chunk sets it to its number."""
-    puts, number_of = [], []  # by rank and operation: (peer, region) of a put, and its number among puts to the peer
-    for operations in programs:
-        counted = dict.fromkeys(range(len(programs)), 0)
-        puts.append({at: (op.peer, op.region) for at, op in enumerate(operations) if isinstance(op, Write)})
-        number_of.append({})
-        for at, (peer, _) in puts[-1].items():
-            counted[peer] += 1
-            number_of[-1][at] = counted[peer]
-    put_at = [{(puts[w][at][0], number): at for at, number in number_of[w].items()} for w in range(len(programs))]
-    flag_of = []  # by rank and operation: the flag of a put, as (peer, number in its call, parity of the call)
+class Flag(NamedTuple):
+    """A flag of ``writer`` on ``reader``. ``number``: of the round in its call, or "ready"."""
+
+    reader: int
+    writer: int
+    number: int | str
+    parity: int = 0
+
+
+@dataclass(frozen=True)
+class GpuCall:
+    """``kind``: "host"; "replay", of a graph that the host begins; or "graph", of a user, whose ``parity`` and
+    ``identity`` are fixed. ``meets``: whether the call starts with a meeting."""
+
+    kind: str
+    parity: int
+    identity: int
+    meets: bool = False
+
+
+@dataclass(frozen=True)
+class Put:
+    """Start a round: chunks, then the flag. They arrive at any time before the rank's next drain ends."""
+
+    flag: Flag
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True)
+class Await:
+    """Wait for flags. ``after``: the operation that must be complete before the stream of waits does this. None: the
+    compute stream itself waits."""
+
+    flags: tuple[Flag, ...]
+    exact: bool
+    after: int | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Poison this rank if a flag does not match, with ``compare``. Then reset the flags."""
+
+    flags: tuple[Flag, ...]
+    compare: bool = True
+
+
+@dataclass(frozen=True)
+class GpuRead:
+    regions: tuple[Region, ...]
+
+
+class End:
+    """The result of a call is used, unless this rank is poisoned."""
+
+
+class GpuOp(NamedTuple):
+    call: int
+    op: Put | Await | Check | GpuRead | Drain | End
+
+
+def calls_of(kinds, parity_of_graphs=1):
+    """The calls of these kinds, in order. Every call from the first "graph" on meets."""
+    calls: list[GpuCall] = []
+    for n, kind in enumerate(kinds, start=1):
+        graph = kind == "graph"
+        meets = graph or any(call.meets for call in calls)
+        calls.append(GpuCall(kind, parity_of_graphs if graph else n % 2, 100 if graph else n, meets))
+    return calls
+
+
+def gpu_programs(layout, chunking, calls, faults=()):
+    """The operations of each rank on its compute stream: those of ``program``, with a flag for each round."""
+    ranks = range(layout.world_size)
+    of_shm = [program(layout, w, chunking, drains=True, epochs=len(calls)) for w in ranks]
+    rounds = {(w, peer): [] for w in ranks for peer in ranks}  # (chunks so far, epoch, number in its call)
+    for w in ranks:
+        epoch, numbers, chunks = 0, Counter(), Counter()
+        for op in of_shm[w]:
+            epoch = op.epoch if isinstance(op, Write) else epoch
+            if isinstance(op, Raise):
+                chunks[op.peer] += op.chunks
+                rounds[w, op.peer].append((chunks[op.peer], epoch, numbers[op.peer, epoch]))
+                numbers[op.peer, epoch] += 1
+    return [_gpu_program(w, of_shm[w], rounds, layout, calls, faults) for w in ranks]
+
+
+def _gpu_program(w, operations, rounds, layout, calls, faults):
+    made: list[GpuOp] = []
+    peers = sorted({*layout.ulysses_group(w), *layout.ring_group(w)} - {w})
+    ends: list[int] = []
+    number, written, awaited, put = 0, [], [], Counter()
+
+    def flag(reader, writer, n):
+        return Flag(reader, writer, n, 0 if "one parity" in faults else calls[number].parity)
+
+    def add(op):
+        made.append(GpuOp(number, op))
+
+    def begin():
+        call, expected = calls[number], []
+        for peer in peers:
+            expected += [flag(w, peer, n) for _, epoch, n in rounds[peer, w] if epoch == number + 1]
+        if "reset too early" in faults:
+            add(Check(tuple(expected), compare=False))
+        if (
+            call.meets
+            and "no meeting" not in faults
+            and not ("no meeting of the host" in faults and call.kind == "host")
+        ):
+            ready = tuple(Flag(w, peer, "ready") for peer in peers)
+            for peer in peers:
+                add(Put(Flag(peer, w, "ready"), ()))
+            add(Await(ready, exact=False, after=len(made) if call.kind == "host" else None))
+            add(Check(ready, compare=False))
+        return call, expected
+
+    def wait(flags):
+        call = calls[number]
+        fresh = tuple(f for f in flags if f not in awaited)
+        if not fresh:
+            return
+        awaited.extend(fresh)
+        if call.kind == "host":  # the host is at most two calls ahead
+            add(Await(fresh, exact="any flag" not in faults, after=ends[number - 2] if number >= 2 else -1))
+        else:
+            add(Await(fresh, exact=False, after=None))
+            add(Check(fresh, "no check in graphs" not in faults))
+
+    call, expected = begin()
+    flags: list[Flag] = []
+    for op in operations:
+        if isinstance(op, Wait):
+            _, _, n = next(each for each in rounds[op.peer, w] if each[0] >= op.count)
+            flags.append(flag(w, op.peer, n))
+            continue
+        if flags:
+            wait(flags)
+            flags = []
+        if isinstance(op, Write):
+            written.append(op.region._replace(half=0 if "one half" in faults else call.parity))
+        elif isinstance(op, Raise):
+            add(Put(flag(op.peer, w, put[op.peer]), tuple(written)))
+            put[op.peer] += 1
+            written = []
+        elif isinstance(op, Read):
+            add(GpuRead(tuple(r._replace(half=0 if "one half" in faults else call.parity) for r in op.regions)))
+        elif isinstance(op, Drain):
+            add(op)
+            assert set(awaited) == set(expected)
+            if call.kind == "host":
+                add(Check(tuple(expected)))
+            ends.append(len(made))
+            add(End())
+            number, awaited, put = number + 1, [], Counter()
+            if number < len(calls):
+                call, expected = begin()
+    return made
+
+
+class GpuState(NamedTuple):
+    """``at``: operations that the compute stream of each rank has completed. ``waited``: those before which its stream
+    of waits has done all. ``flying``: puts, as (rank, operation). ``early``: those of them with a raised flag.
+    ``flags``: value of each that is not 0. ``poisoned``, ``released``: ranks. ``wrong``: (rank, operation) from which
+    on its data is wrong."""
+
+    at: tuple[int, ...]
+    waited: tuple[int, ...]
+    flying: frozenset = frozenset()
+    early: frozenset = frozenset()
+    flags: frozenset = frozenset()
+    poisoned: frozenset = frozenset()
+    released: frozenset = frozenset()
+    wrong: frozenset = frozenset()
+    stopped: int | None = None
+
+
+def explore_gpu(programs, calls_by_rank, faults=(), may_stop=None):
+    """``search`` over every order of streams, puts and failures. ``may_stop``: a rank that may stop at any point.
+    Without one, and if all ranks make the same calls, no result may be NaN. Never may a result be wrong and not NaN."""
+    puts: dict[tuple[int, Region], list[int]] = {}
     for w, operations in enumerate(programs):
-        in_call = Counter()
-        flag_of.append({})
-        for at, (peer, _) in puts[w].items():
-            epoch = operations[at].epoch
-            flag_of[w][at] = peer, in_call[peer, epoch], epoch % parity
-            in_call[peer, epoch] += 1
+        for at, (_, op) in enumerate(operations):
+            for region in op.regions if isinstance(op, Put) else ():
+                puts.setdefault((op.flag.reader, region._replace(writer=w)), []).append(at)
+    same_calls = all(calls == calls_by_rank[0] for calls in calls_by_rank)
 
-    def arrived(at, in_flight, w, put):
-        return put < at[w] and (w, put) not in in_flight
+    def identity(w, n):
+        return calls_by_rank[w][n].identity
 
-    def ready(state, w, op):
-        at, in_flight, counters = state
+    def satisfied(state, w, n, op):
+        values = dict(state.flags)
+        found = [values.get(flag) for flag in op.flags]
+        return w in state.released or all(x is not None and (not op.exact or x == identity(w, n)) for x in found)
+
+    def is_right(state, w, n, region):
+        """Whether the region holds the chunk of call ``n``, complete and right."""
+        started = [at for at in puts.get((w, region), []) if at < state.at[region.writer]]
+        if not started or (region.writer, started[-1]) in state.flying:
+            return False
+        writer, at = region.writer, started[-1]
+        is_wrong = any(rank == writer and at >= since for rank, since in state.wrong)
+        return programs[writer][at].call == n and identity(writer, n) == identity(w, n) and not is_wrong
+
+    def raised(state, w, at):
+        """The flags after that of a put. Its value is a copy of ``expected`` in graphs."""
+        n, op = programs[w][at]
+        copied = calls_by_rank[w][n].kind != "host" and "flags by value" not in faults
+        value = -1 if copied and w in state.poisoned else identity(w, n)
+        return frozenset({each for each in state.flags if each[0] != op.flag} | {(op.flag, value)})
+
+    def compute(state, w):
+        """(following state, fault) of the compute stream of a rank, or None if it is blocked."""
+        at = state.at[w]
+        n, op = programs[w][at]
+        after = state._replace(at=(*state.at[:w], at + 1, *state.at[w + 1 :]))
+        if isinstance(op, Put):
+            return after._replace(flying=state.flying | {(w, at)}), None
+        if isinstance(op, Await):
+            if op.after is None and satisfied(state, w, n, op):
+                return after._replace(waited=(*state.waited[:w], at + 1, *state.waited[w + 1 :])), None
+            return (after, None) if state.waited[w] > at else None
         if isinstance(op, Drain):
-            return not any(writer == w for writer, _ in in_flight)
-        if not isinstance(op, Wait):
-            return True
-        if flags == "counter":
-            return dict(counters).get((op.peer, w), 0) >= op.count
-        put, flag = put_at[op.peer][w, op.count], flag_of[op.peer]
-        later = [other for other in flag if other > put and flag[other] == flag[put]]  # overwrite the flag
-        return arrived(at, in_flight, op.peer, put) and not any(
-            arrived(at, in_flight, op.peer, other) for other in later
-        )
+            return None if any(rank == w for rank, _ in state.flying) and w not in state.released else (after, None)
+        if isinstance(op, Check):
+            values = dict(state.flags)
+            if op.compare and any(values.get(flag) != identity(w, n) for flag in op.flags):
+                after = after._replace(poisoned=state.poisoned | {w})
+            if "no reset" in faults:
+                return after, None
+            return after._replace(flags=frozenset(each for each in state.flags if each[0] not in op.flags)), None
+        wrong = any(rank == w for rank, _ in state.wrong)
+        if isinstance(op, GpuRead):
+            if not wrong and not all(is_right(state, w, n, region) for region in op.regions):
+                return after._replace(wrong=state.wrong | {(w, at)}), None
+            return after, None
+        if wrong and w not in state.poisoned:
+            return after, f"rank {w} accepts a wrong chunk in call {n}"
+        if w in state.poisoned and may_stop is None and same_calls:
+            return after, f"the result of rank {w} in call {n} is NaN"
+        return after, None
 
-    def fault(state, w, op):
-        at, in_flight, _ = state
-        for region in op.regions if isinstance(op, Read) else ():
-            started = [put for put, to in puts[region.writer].items() if to == (w, region) and put < at[region.writer]]
-            complete = all((region.writer, put) not in in_flight for put in started)
-            if not started or not complete or programs[region.writer][started[-1]].epoch != op.epoch:
-                return f"rank {w} reads {region} of call {op.epoch}: its started writes are {started}, {complete=}"
-        return None
+    def waits(state, w):
+        """The following state if the stream of waits of a rank can go on, else None."""
+        todo = range(state.waited[w], len(programs[w]))
+        at = next((i for i in todo if isinstance(programs[w][i].op, Await)), None)
+        if at is None:
+            return None
+        n, op = programs[w][at]
+        if op.after is None or state.at[w] <= op.after - (op.after == at) or not satisfied(state, w, n, op):
+            return None
+        return state._replace(waited=(*state.waited[:w], at + 1, *state.waited[w + 1 :]))
 
     def step(state):
-        at, in_flight, counters = state
+        if len(state.poisoned) == len(programs):
+            return [], None  # every result is NaN from now on
         following = []
-        for w, operations in enumerate(programs):
-            if at[w] == len(operations) or not ready(state, w, op := operations[at[w]]):
-                continue
-            if found := fault(state, w, op):
-                return [], found
-            after = in_flight | {(w, at[w])} if isinstance(op, Write) else in_flight
-            following.append(((*at[:w], at[w] + 1, *at[w + 1 :]), after, counters))
-        for w, put in in_flight:
-            counted = dict(counters)
-            if flags == "counter":
-                counted[w, puts[w][put][0]] = number_of[w][put]
-            following.append((at, in_flight - {(w, put)}, tuple(sorted(counted.items()))))
-        if not following and any(x < len(operations) for x, operations in zip(at, programs, strict=True)):
-            return [], f"deadlock at {at}"
+        running = [w for w, n in enumerate(state.at) if n < len(programs[w]) and w != state.stopped]
+        for w in running:
+            done = compute(state, w)
+            if done is not None:
+                if done[1]:
+                    return [], done[1]
+                following.append(done[0])
+            elif may_stop is not None or not same_calls:
+                if w in state.poisoned and w not in state.released:
+                    following.append(state._replace(released=state.released | {w}))
+                if w not in state.poisoned:  # its watchdog fails
+                    if "release before notification" in faults and w not in state.released:
+                        following.append(state._replace(released=state.released | {w}))
+                    following.append(state._replace(poisoned=frozenset(range(len(programs)))))
+            if (after := waits(state, w)) is not None:
+                following.append(after)
+            if w == may_stop and state.stopped is None:
+                following.append(state._replace(stopped=w))
+        for put in state.flying:
+            landed = state._replace(flying=state.flying - {put}, early=state.early - {put})
+            following.append(landed if put in state.early else landed._replace(flags=raised(state, *put)))
+            if "flag first" in faults and put not in state.early:
+                following.append(state._replace(early=state.early | {put}, flags=raised(state, *put)))
+        if not following and running:
+            return [], f"deadlock at {state.at}"
         return following, None
 
-    return search(((0,) * len(programs), frozenset(), ()), step)
+    start = (0,) * len(programs)
+    return search(GpuState(at=start, waited=start), step)
 
 
-SMALL = ["two machines", "ulysses inside", "ring of two", "ring of three"]
-
-
-def explored_unordered(group, flags, parity=2, **faults):
+def explored_gpu(group, kinds, *faults, parity_of_graphs=1, may_stop=None):
     layout, chunking = GROUPS[group]
-    programs = [program(layout, w, chunking, drains=True, epochs=3, **faults) for w in range(layout.world_size)]
-    return explore_unordered([[op for op in each if not isinstance(op, Raise)] for each in programs], flags, parity)
+    calls = calls_of(kinds, parity_of_graphs)
+    programs = gpu_programs(layout, chunking, calls, faults)
+    return explore_gpu(programs, [calls] * layout.world_size, faults, may_stop)
 
 
-@pytest.mark.parametrize("group", SMALL)
-def test_one_flag_per_chunk_is_safe_without_ordering(group):
-    visited, fault = explored_unordered(group, "equal")
+ORDERS = [
+    ("host", "host", "host"),
+    ("host", "replay", "replay"),
+    ("host", "graph", "graph"),
+    ("graph", "host", "graph"),
+    ("graph", "graph", "host", "host"),
+    ("replay", "graph", "replay", "host"),
+]
+PAIRS = ["two machines", "ulysses inside", "ring of two"]
+TRIPLES = ["ulysses of three", "ring of three"]
+
+
+@pytest.mark.parametrize("parity_of_graphs", [0, 1])
+@pytest.mark.parametrize("kinds", ORDERS, ids=" ".join)
+@pytest.mark.parametrize("group", PAIRS)
+def test_calls_and_replays_in_any_order_are_safe(group, kinds, parity_of_graphs):
+    visited, fault = explored_gpu(group, kinds, parity_of_graphs=parity_of_graphs)
     assert fault is None and visited > 50
 
 
-@pytest.mark.parametrize("group", SMALL)
-def test_one_flag_for_both_parities_is_unsafe(group):
-    """A late wait would find the value of the next call and never end."""
-    assert "deadlock" in explored_unordered(group, "equal", parity=1)[1]
+@pytest.mark.parametrize(
+    "kinds", [("host",) * 3, ("host", "replay", "replay"), ("host", "graph", "graph")], ids=" ".join
+)
+@pytest.mark.parametrize("group", TRIPLES)
+def test_calls_of_three_ranks_are_safe(group, kinds):
+    visited, fault = explored_gpu(group, kinds)
+    assert fault is None and visited > 50
 
 
-@pytest.mark.parametrize("group", ["two machines", "ulysses inside"])
-def test_a_counter_is_unsafe(group):
-    """When several chunks of a pair are in flight at once."""
-    fault = explored_unordered(group, "counter")[1]
-    assert "started writes" in fault or "deadlock" in fault
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        ("no reset", ("replay",) * 3),
+        ("no reset", ("graph",) * 3),
+        ("reset too early", ("host",) * 3),
+        ("reset too early", ("replay",) * 3),
+        ("no meeting", ("host", "graph", "graph")),
+        ("no meeting of the host", ("host", "graph", "host")),
+        ("flag first", ("host",) * 3),
+        ("flag first", ("replay",) * 3),
+        ("one half", ("host",) * 3),
+        ("one parity", ("host",) * 3),
+    ],
+)
+@pytest.mark.parametrize("group", ["ulysses inside", "ring of three"])
+def test_faults_of_the_gpu_protocol_are_detected(group, fault, kinds):
+    found = explored_gpu(group, kinds, fault)[1]
+    assert re.search("accepts a wrong chunk|is NaN|deadlock", found or "")
 
 
-@pytest.mark.parametrize("group", SMALL)
-def test_one_half_is_unsafe_without_ordering(group):
-    assert "started writes" in explored_unordered(group, "equal", halves=1)[1]
+@pytest.mark.parametrize("kinds", [("host", "host"), ("host", "replay", "graph")], ids=" ".join)
+@pytest.mark.parametrize("group", PAIRS)
+def test_no_rank_accepts_a_wrong_chunk_after_a_rank_has_stopped(group, kinds):
+    visited, fault = explored_gpu(group, kinds, may_stop=0)
+    assert fault is None and visited > 50
+    if group != "two machines":
+        assert "accepts" in explored_gpu(group, kinds, "release before notification", may_stop=0)[1]
+
+
+def grid_program(w, calls, faults):
+    """One call of rank w of four, which exchanges a chunk with w ^ 1, and then one that depends on it with w ^ 2."""
+    in_graph = calls[0].kind != "host"
+    made: list[GpuOp] = []
+    for n, peer in enumerate((w ^ 1, w ^ 2)):
+        flag, region = Flag(w, peer, 0), Region(0, str(n), (), peer, 0)
+        made.append(GpuOp(0, Put(Flag(peer, w, 0), (region._replace(writer=w),))))
+        made.append(GpuOp(0, Await((flag,), not in_graph and "any flag" not in faults, None if in_graph else -1)))
+        made += [GpuOp(0, Check((flag,), "no check in graphs" not in faults))] if in_graph else []
+        made.append(GpuOp(0, GpuRead((region,))))
+    made += [] if in_graph else [GpuOp(0, Check((Flag(w, w ^ 1, 0), Flag(w, w ^ 2, 0))))]
+    return [*made, GpuOp(0, Drain()), GpuOp(0, End())]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [("host", "any flag"), ("replay", "no check in graphs"), ("replay", "flags by value")],
+)
+def test_no_rank_accepts_a_chunk_that_depends_on_another_call(kind, fault):
+    """Rank 0 makes another call. Rank 3 exchanges nothing with it, but its result depends on it."""
+    calls, other = [GpuCall(kind, 0, 1)], [GpuCall(kind, 0, 2)]
+
+    def explored(*faults):
+        return explore_gpu([grid_program(w, calls, faults) for w in range(4)], [other, calls, calls, calls], faults)
+
+    visited, found = explored()
+    assert found is None and visited > 50
+    assert "accepts a wrong chunk" in explored(fault)[1]

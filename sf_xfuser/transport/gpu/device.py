@@ -7,18 +7,18 @@ memory that its peers write to (``Block``). A *window* has two halves that calls
 
 | region | writer | reader | memory order | value |
 |---|---|---|---|---|
-| ``poison`` | this rank, or any peer that fails | the end of each call | before the writer releases its own waits | float32 1; NaN after a failure |
-| ``expected`` | this rank, at the start of a call | the end of the call; copies of flags | stream order | the value of the call's flags |
-| ``flag(s, k, e mod 2)`` | rank ``s`` raises it, this rank resets it | waits and the end of call e | after the data of the k-th round from ``s`` in epoch e | int64 0, or ``1 << 32`` + identity |
+| ``expected``, low half | this rank, at the start of a call | the checks of flags; copies of flags to peers | stream order | identity of the call, 32 bits |
+| ``poison``, its high half | this rank, or any peer that fails | as ``expected``; the end of each call | before the writer releases its own waits | float32 1; NaN after a failure |
+| ``flag(s, k, e mod 2)`` | rank ``s`` raises it, this rank resets it | waits and checks of call e | after the data of the k-th round from ``s`` in epoch e | int64 0, or as ``expected`` |
 | ``ready(s)`` | rank ``s`` raises it, this rank resets it | the start of a call | after the end of the last call of ``s`` | int64 0 or not |
-| ``begun``, ``ended`` | this rank | watchdog | stream order | int64: calls in CUDA graphs |
+| ``begun``, ``ended``, ``checked``, ``others`` | this rank | watchdog | stream order | int64 counters |
 | ``half(e mod 2)`` | peers, in epoch e | this rank, after the flag | after all reads of epoch e-1 on the writer | chunks |
 | scratch | this rank | its own puts | puts of a call complete before its end | chunks to send, partial results |
 
-**Flags.** The k-th round of a call with a peer raises the peer's flag k, after all chunks of the round. A wait expects
-any value but 0, so that the same wait serves every call. At the end of a call, ``check_flags`` compares each of its
-flags with ``expected``, which holds the *identity* of the call: the result is NaN if a peer made another call. It then
-resets the flags. Rounds have flags of their own, since a fabric such as EFA does not order the puts of one stream.
+**Flags.** The k-th round of a call with a peer raises the peer's flag k, after all chunks of the round. Its value is the
+*identity* of the call. If a rank makes another call, its flags do not match: the wait fails, and so does the group. At
+the end of a call, ``check_flags`` compares its flags once more and resets them. Rounds have flags of their own, since a
+fabric such as EFA does not order the puts of one stream: a counter could read 2 when only the second round has arrived.
 Flags are 8 bytes without padding: copy engines, stream memory operations and network cards write them, a stream's front
 end reads them, so no two processors share their cache lines.
 
@@ -35,9 +35,12 @@ awaited by the stream that forwards it. xDiT computes on CUDA's legacy
 stream, where a wait unknown to the driver would block every blocking stream. The host runs at most two calls ahead. It
 therefore sees a failure soon, and never fills a launch queue while it holds the GIL.
 
-**Graphs.** While a graph is captured, waits go to the caller's stream, after all puts so far. In any order in which a
-GPU may run the nodes, each wait then follows the puts that precede it in the program, so no rank waits for a peer that
-waits for it. There are two kinds.
+**Graphs.** Waits and flags in a CUDA graph hold no value, so that it can be replayed. A wait expects any value but 0,
+and ``check_flags`` follows it at once: it turns ``poison`` into NaN if the flag does not match, and resets the flag. To
+raise a flag is to copy ``expected``. So the flags of a poisoned rank do not match either, and a wrong chunk spoils
+every result that depends on it. Waits go to the caller's stream, after all puts so far. In any order in which a GPU may
+run the nodes, each wait then follows the puts that precede it in the program, so no rank waits for a peer that waits
+for it. There are two kinds.
 
 - ``capture``: the host begins each call, and replays the graph in place of posting. Parity and identity are those of
   the call, and all of the above holds.
