@@ -459,7 +459,10 @@ class DeviceWindow(DeviceMemory):
         raise error
 
     def fail(self, problem: str, error: BaseException) -> NoReturn:
-        """Fail the transport because of an exception in a call, and raise."""
+        """Fail the transport because of an exception in a call, and raise. An exception in ``capture`` fails nothing,
+        since nothing has run."""
+        if self.capturing and self._call is not None and isinstance(error, Exception):
+            raise RuntimeError(f"{problem} ({self.name}): {error}") from error
         failure = TransportError(f"rank {self._members[self._position]}: {problem} ({self.name}): {error}")
         self._watchdog.fail(failure)
         self._abandon_call()
