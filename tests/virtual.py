@@ -50,6 +50,9 @@ class ThreadControl:
     def abort_reason(self, peers=()):
         return None
 
+    def late_ranks(self):
+        return ""
+
     def report_failure(self, text, *, is_cause, mismatch=False, call=0):
         return text
 

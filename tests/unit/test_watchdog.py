@@ -25,7 +25,7 @@ class WatchedRank:
         self.events: list[str] = []
         self.completed = threading.Event()
         self.suspects = ()
-        self.peer_failure = None
+        self.peer_failure, self.late_ranks = None, ""
         self.head = Head(flags, aborted)
 
         def notify_peers(suspects):
@@ -44,6 +44,7 @@ class WatchedRank:
             timeout_s,
             on_start=lambda: self.events.append("started"),
             abort_reason=lambda peers: self.peer_failure,
+            late_ranks=lambda: self.late_ranks,
             read_head=lambda: self.head,
             notify_peers=notify_peers,
             release=release,
@@ -55,6 +56,12 @@ class WatchedRank:
         )
         self.watchdog.watch(call)
         return call
+
+    def end_graphs(self):
+        self.head = Head([0], False)
+        self.watchdog.close()
+        self.watchdog._thread.join(5)
+        assert not self.watchdog._thread.is_alive()
 
     def error(self, limit_s=5.0):
         """The watchdog's error, as text, once no call is pending."""
@@ -75,9 +82,14 @@ def test_the_first_late_round_is_named_and_peers_are_notified_before_waits_are_r
     assert watched.released == [FIRST, SECOND]
 
 
-@pytest.mark.parametrize(("flags", "factor"), [((VALUE, 0, VALUE, 0), 1), ((VALUE, VALUE, 0, 0), 5)])
-def test_a_peer_that_has_raised_no_flag_has_five_timeouts(flags, factor):
+@pytest.mark.parametrize(
+    ("flags", "late_ranks", "factor"),
+    [((VALUE, 0, VALUE, 0), "", 1), ((VALUE, VALUE, 0, 0), "", 5), ((VALUE, 0, VALUE, 0), "rank 7", 5)],
+)
+def test_a_rank_that_has_not_started_the_call_has_five_timeouts(flags, late_ranks, factor):
+    """A peer that has raised no flag, or another rank that a peer waits for."""
     watched = WatchedRank(flags=flags, timeout_s=0.3)
+    watched.late_ranks = late_ranks
     started = time.monotonic()
     watched.call()
     watched.error()
@@ -132,7 +144,7 @@ def test_a_call_that_ends_while_its_flags_are_read_is_no_failure():
         threading.Timer(0.003, watched.completed.set).start()
         return Head((0, 0, 0, 0), False)
 
-    watched.watchdog._read_head, watched.watchdog._limit_s = read_head, lambda *call: 0.0
+    watched.watchdog._read_head, watched.watchdog._exceeds_limit = read_head, lambda *call: True
     watched.call()
     assert watched.error() == "None" and "notified" not in watched.events
 
@@ -215,6 +227,7 @@ def test_calls_in_graphs_are_bounded(head, reason):
     watched.head = Head([0], True, 6, 5)
     time.sleep(0.2)
     assert watched.events.count("released") > 1
+    watched.end_graphs()
 
 
 def test_calls_in_graphs_that_make_progress_are_no_failure():
@@ -224,6 +237,7 @@ def test_calls_in_graphs_that_make_progress_are_no_failure():
         watched.head = Head([0], False, 5 + number, 4 + number)
         time.sleep(0.1)
     assert watched.watchdog.error is None
+    watched.end_graphs()
 
 
 def test_a_failing_event_query_is_a_failure():

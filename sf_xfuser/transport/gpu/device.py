@@ -132,6 +132,7 @@ class DeviceWindow(DeviceMemory):
             position,
             timeout_s,
             abort_reason=control.abort_reason,
+            late_ranks=control.late_ranks,
             on_start=self._start_watchdog_thread,
             read_head=self._read_head,
             notify_peers=self._notify_peers,

@@ -9,8 +9,8 @@ thread then acts in this order, so that no peer accepts an invalid chunk:
 
 Work that is already enqueued runs on undefined memory. The end of its call turns the result into NaN.
 
-A call may make no progress for one timeout. Until every peer has raised a flag in it, ``CALL_TIMEOUT_FACTOR`` timeouts:
-a peer that has raised none may still be loading a model, or writing a video. The host does not see the calls of a
+A call may make no progress for one timeout. While a rank has not started it, the limit is ``CALL_TIMEOUT_FACTOR``
+timeouts: for that rank's flags, and for those of others that depend on them. The host does not see the calls of a
 user's CUDA graph. They count themselves in two words of the block, and are watched from the first capture on.
 """
 
@@ -84,6 +84,7 @@ class Watchdog:
     """Watches the calls of the rank at ``position`` of ``members``. Thread-safe. Callbacks:
 
     ``abort_reason(peers)``: why a wait for these peers cannot complete, or None.
+    ``late_ranks()``: names of the ranks that have not started this call. Takes a second at most.
     ``on_start()``: called first on the watchdog's thread.
     ``read_head()``: the current words, or None if they cannot be read.
     ``notify_peers(suspects)``: report the failure to the peers, suspects last. Bounded.
@@ -98,6 +99,7 @@ class Watchdog:
         timeout_s: float,
         *,
         abort_reason: Callable[[Collection[int]], str | None],
+        late_ranks: Callable[[], str],
         on_start: Callable[[], object],
         read_head: Callable[[], Head | None],
         notify_peers: Callable[[Sequence[int]], object],
@@ -108,7 +110,9 @@ class Watchdog:
         self._head_poll_s = min(_HEAD_POLL_S, timeout_s / 4)
         self._name = f"rank {members[position]} on {socket.gethostname()}"
         self._others = [peer for peer in range(len(members)) if peer != position]
-        self._abort_reason, self._on_start, self._read_head = abort_reason, on_start, read_head
+        self._abort_reason, self._late_ranks = abort_reason, late_ranks
+        self._on_start, self._read_head = on_start, read_head
+        self._late_at = 0.0  # when a rank was late
         self._notify_peers, self._release = notify_peers, release
         self._changed = threading.Condition()
         self._pending: deque[PendingCall] = deque()
@@ -224,18 +228,26 @@ class Watchdog:
             reason = "a rank of its group aborted"
         if reason is None and any(value for *_, value in late):
             reason, kind = "it makes another call", CallMismatch
-        if reason is None and (call.waits or call.done) and waited_s >= self._limit_s(call, late):
+        if reason is None and (call.waits or call.done) and self._exceeds_limit(call, late, waited_s):
             time.sleep(_POLL_S)  # the end of a call resets its flags just before it completes
             reason = f"waited {waited_s:.1f} s"
         if reason is not None and not call.completed():
             self.fail(kind(self._message(call, late, reason)), peers)
 
-    def _limit_s(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]]) -> float:
-        """How long a call may make no progress. It is longer until every peer has raised a flag."""
-        awaited = {flag.peer for each in call.rounds() for flag in each.flags}
+    def _exceeds_limit(
+        self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]], waited_s: float
+    ) -> bool:
+        """Whether a call has made no progress for too long. Asks for late ranks once per timeout."""
+        if waited_s < self._timeout_s or waited_s >= CALL_TIMEOUT_FACTOR * self._timeout_s:
+            return waited_s >= self._timeout_s
         missing = {(flag.peer, flag.number) for _, flag, _ in late}
-        first = all((peer, 0) not in missing for peer in awaited)
-        return self._timeout_s if first else CALL_TIMEOUT_FACTOR * self._timeout_s
+        now = time.monotonic()
+        if any((flag.peer, 0) in missing for _, flag, _ in late) or now - self._late_at < self._timeout_s:
+            return False
+        if self._late_ranks():
+            self._late_at = now
+            return False
+        return True
 
     def _message(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]], reason: str) -> str:
         if not late:
