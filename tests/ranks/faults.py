@@ -34,7 +34,7 @@ from sf_xfuser.transport.cpu import segment, shm
 
 segment.PREFIX = "sf-xfuser_faults-"  # distinct from other jobs on this host
 WORLD = 4
-TIMEOUT_S = {"kill": 2.0, "stop": 0.5}  # ranks notice at once that a process is gone
+TIMEOUT_S = {"kill": 2.0, "stop": 0.8}  # ranks notice at once that a process is gone
 WHERE = ("put", "flag", "wait", "read")
 POINTS = 9  # a rank of 2x2 puts 9 chunks in a call, and waits for as many
 KINDS = ("shm", "ring", "alltoall", "mixed")
