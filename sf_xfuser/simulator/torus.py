@@ -12,7 +12,8 @@ from typing import Literal
 from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
-from sf_xfuser.layout.program import Placement, Program, record
+from sf_xfuser.layout.program import Program
+from sf_xfuser.layout.recorder import Placement, record
 from sf_xfuser.layout.schedule import (
     JOINT,
     Attend,

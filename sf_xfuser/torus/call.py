@@ -11,7 +11,7 @@ import torch
 from sf_xfuser.layout.chunking import CallSize, choose_chunking, choose_granularity
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import head_ranges
-from sf_xfuser.layout.program import Placement, record
+from sf_xfuser.layout.recorder import Placement, record
 from sf_xfuser.layout.schedule import Granularity, Schedule, build_schedule
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.torus.run import BoundProgram

@@ -17,24 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_xfuser.kernels import pack_compressed, unpack_compressed
-from sf_xfuser.layout import program as module
+from sf_xfuser.layout import recorder
 from sf_xfuser.layout.chunking import CallSize, choose_chunking
 from sf_xfuser.layout.memory_map import MemoryMap, Sizes
 from sf_xfuser.layout.plan import Layout, head_ranges
-from sf_xfuser.layout.program import (
-    INPUTS,
-    AttendOp,
-    Compress,
-    Copy,
-    Measure,
-    Placement,
-    Poison,
-    Post,
-    Program,
-    View,
-    Wait,
-    record,
-)
+from sf_xfuser.layout.program import INPUTS, AttendOp, Chunk, Compress, Copy, Measure, Poison, Post, Program, View, Wait
+from sf_xfuser.layout.recorder import Placement, record
 from sf_xfuser.layout.schedule import Chunking, build_schedule
 
 BOTH = ("inside", "across")
@@ -291,7 +279,7 @@ def strided(memory: torch.Tensor, view: View) -> torch.Tensor:
     return memory.as_strided(view.shape, strides, memory.storage_offset() + view.offset)
 
 
-def chunks_of(program: Program, link: str, round: int, side: str, peer: int) -> list[module.Chunk]:
+def chunks_of(program: Program, link: str, round: int, side: str, peer: int) -> list[Chunk]:
     (spec,) = (t for t in program.transfers if (t.link, t.round) == (link, round))
     return [chunk for chunk in getattr(spec, side) if chunk.peer == peer]
 
@@ -513,12 +501,12 @@ def wrong_offset(monkeypatch):
 
 
 def wrong_heads(monkeypatch):
-    own_chunk = module._Recorder._own_chunk
+    own_chunk = recorder._Recorder._own_chunk
 
     def wrong(self, tensor, piece, group):
         return own_chunk(self, tensor, piece, (group + 1) % self.schedule.layout.ulysses_degree)
 
-    monkeypatch.setattr(module._Recorder, "_own_chunk", wrong)
+    monkeypatch.setattr(recorder._Recorder, "_own_chunk", wrong)
 
 
 @pytest.mark.parametrize("fault", [wrong_offset, wrong_heads])
