@@ -117,7 +117,7 @@ def run_ranks(ranks: int, work: Callable[[int], Any], timeout_s: float = 120.0) 
     def run(rank: int) -> None:
         try:
             results[rank] = work(rank)
-        except Exception as error:
+        except BaseException as error:  # also pytest's
             results[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
@@ -133,7 +133,7 @@ def run_ranks(ranks: int, work: Callable[[int], Any], timeout_s: float = 120.0) 
 def succeeded(results: list[Any]) -> list[Any]:
     """The results of ``run_ranks``; raises the first exception."""
     for result in results:
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             raise result
     return results
 

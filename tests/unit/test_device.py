@@ -361,28 +361,21 @@ def test_strided_tensors_for_peers_that_are_not_mapped_go_through_scratch(monkey
 
     def rank(position):
         link, others = make(position), [w for w in range(4) if w != position]
-        sent = torch.stack([torch.full((64,), position, dtype=torch.uint8)] * 2, 1)
-        link.begin()
-        with pytest.raises(ValueError, match="need 64 bytes of scratch"):
-            link.exchange(0, [Parcel(sent[:, 0], w, 0) for w in others], [])
-        link.close()
-
-    assert all(isinstance(x, TransportError) or x is None for x in virtual.run_ranks(4, rank))
-    make = windows(4, kind=Network)
-
-    def rank_with_scratch(position):
-        link, others = make(position), [w for w in range(4) if w != position]
         link.reserve(1 << 10, 1 << 10)
-        sent = torch.stack([torch.full((64,), position, dtype=torch.uint8)] * 2, 1)
         for _ in range(3):
+            sent = torch.stack([torch.full((64,), position, dtype=torch.uint8)] * 2, 1)
             window = link.begin()
             sends = [Parcel(sent[:, 0], w, 0, 64 * position) for w in others]
             link.exchange(0, sends, [Parcel(None, w, 0) for w in others]).wait()
             assert all((window[64 * w : 64 * w + 64] == w).all() for w in others)
             link.drain()
+        link.begin()
+        with pytest.raises(ValueError, match="the chunks for other machines need 6291456 bytes of scratch memory"):
+            link.exchange(0, [Parcel(torch.zeros(3 << 20, 2, dtype=torch.uint8), w, 0) for w in others], [])
+        link.drain()
         link.close()
 
-    succeeded(virtual.run_ranks(4, rank_with_scratch))
+    succeeded(virtual.run_ranks(4, rank))
 
 
 def test_a_window_grows_and_a_new_transport_replaces_it(monkeypatch):

@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,6 @@ _OPERATION = np.dtype(
 # CUmemcpyAttributes: the source is read in stream order (1), no locations, the copy may overlap with compute (1).
 _COPY_ATTRIBUTES = (c_uint32 * 6)(1, 0, 0, 0, 0, 1)
 _COPY_ATTRIBUTE_INDEX, _FAILED_COPY = c_uint64(), c_uint64()
-_ONE_ATTRIBUTE = (ctypes.addressof(_COPY_ATTRIBUTES), ctypes.addressof(_COPY_ATTRIBUTE_INDEX), 1)
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventCreate": (c_void_p, c_uint32),
@@ -97,11 +95,9 @@ class CopyBatch:
     def __init__(self, copies: Sequence[tuple[int, int, int]]) -> None:
         self.copies = tuple(copies)
         self.table = np.array(self.copies, np.uint64).reshape(-1, 3).T.copy()
-        self.columns = [column.ctypes.data for column in self.table]
-
-
-def _copy_batch(function: Callable[..., int], extra: tuple[int, ...], batch: CopyBatch, stream: int) -> int:
-    return function(*batch.columns, len(batch.copies), *_ONE_ATTRIBUTE, *extra, stream)
+        columns = (column.ctypes.data for column in self.table)
+        attributes = ctypes.addressof(_COPY_ATTRIBUTES), ctypes.addressof(_COPY_ATTRIBUTE_INDEX), 1
+        self.arguments = (*columns, len(self.copies), *attributes)
 
 
 class Driver:
@@ -114,7 +110,8 @@ class Driver:
         for name, types in _SIGNATURES.items():
             if hasattr(self._library, name):
                 getattr(self._library, name).argtypes = types
-        self._batch_copy: Callable[[CopyBatch, int], int] | None = None
+        self._batch_copy: Callable[..., int] | None = None
+        self._batch_extra: tuple[int, ...] = ()  # its arguments before the stream
 
     def facts(self) -> dict[str, Any]:
         """The driver's fields of ``DriverFacts``, for device 0."""
@@ -181,7 +178,7 @@ class Driver:
         if self._batch_copy is None or len(batch.copies) == 1:
             for target, source, nbytes in batch.copies:
                 self.copy(target, source, nbytes, stream)
-        elif status := self._batch_copy(batch, stream):
+        elif status := self._batch_copy(*batch.arguments, *self._batch_extra, stream):
             self._fail("cuMemcpyBatchAsync", status)
 
     def copy_launches(self, batch: CopyBatch) -> int:
@@ -191,11 +188,10 @@ class Driver:
     def try_batches(self, batch: CopyBatch, stream: int) -> None:
         """Make ``copy_all`` one driver call, if the driver copies this batch so."""
         for name, extra in (("cuMemcpyBatchAsync_v2", ()), ("cuMemcpyBatchAsync", (ctypes.addressof(_FAILED_COPY),))):
-            if hasattr(self._library, name):
-                self._batch_copy = partial(_copy_batch, getattr(self._library, name), extra)
-                if self._batch_copy(batch, stream) == 0:
-                    return
-        self._batch_copy = None
+            function = getattr(self._library, name, None)
+            if function is not None and function(*batch.arguments, *extra, stream) == 0:
+                self._batch_copy, self._batch_extra = function, extra
+                return
 
     def write_32(self, target: int, value: int, stream: int) -> None:
         """Enqueue a write with release semantics: earlier work of the stream is visible before it."""
