@@ -88,6 +88,8 @@ class Graphs:
             return f"transport {mesh.transport} is not one-sided on all links"
         return None
 
-    def line(self) -> str:
-        text = "off" if not self.enabled else f"{self.captured} captured"
+    def line(self, mesh: Mesh) -> str:
+        """The graphs of calls on GPUs, as text."""
+        reason = self.unavailable_reason(mesh, torch.device("cuda"))
+        text = f"{self.captured} captured" if reason is None else f"none ({reason})"
         return f"CUDA graphs of calls: {text}" + (f"; a capture failed: {self.problem}" if self.problem else "")

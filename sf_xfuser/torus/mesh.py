@@ -321,7 +321,8 @@ class Mesh:
         text.append(
             f"transport {self.transport}: {self.transport_reason or 'until the first call has timed all of them'}"
         )
-        text.append(self.graphs.line())
+        if torch.cuda.is_available():
+            text.append(self.graphs.line(self))
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text

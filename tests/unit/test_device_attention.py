@@ -328,7 +328,7 @@ def test_a_failed_capture_leaves_the_call_to_the_eager_program(fails, monkeypatc
             copy = mesh.window.driver.copy  # flags are copied in a capture only
             mesh.window.driver.copy = lambda *given: (copy if virtual._capture() is None else refuse)(*given)
         results = [torus_attention(*inputs(position, call, 40, 2), mesh=mesh, attention=function) for call in range(12)]
-        line = mesh.graphs.line()
+        line = mesh.graphs.line(mesh)
         mesh.close()
         return results, line
 
