@@ -48,7 +48,8 @@ for it. There are two kinds.
   raises ``ready`` on its peers, waits for theirs, and resets them. A peer raises ``ready`` after it has ended all
   earlier calls. So when a rank puts, all flags of its peers are reset and no half is read, in any order of replays and
   other calls. ``s`` raises ``ready`` of the next call only after it has received a chunk that ``r`` put after it had
-  reset ``ready`` of this call. Waits of the host's calls follow the meeting, so they see no flags of earlier calls.
+  reset ``ready`` of this call. The stream of waits starts a meeting after all earlier calls, so it sees no flags of
+  them.
 
 ``tests/unit/test_protocol.py`` covers each case.
 
@@ -193,7 +194,7 @@ class DeviceWindow(DeviceMemory):
         if self._meeting is None:
             self._meeting = _Meeting(self)
         self._meeting.transfer.post()
-        if not self.capturing:
+        if not self.capturing:  # else its waits could see flags of earlier calls
             self._order(stream, self.streams.wait)
         self._meeting.wait()
         self.driver.run(self._meeting.reset, stream)
