@@ -76,7 +76,7 @@ from sf_xfuser.transport.base import CallMismatch, Parcel, Transfer, TransportEr
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import MAX_ROUNDS, Block
 from sf_xfuser.transport.gpu.driver import CopyBatch, Driver, WordBatch, acquire_streams, release_streams
-from sf_xfuser.transport.gpu.memory import DeviceMemory, closed_windows, completes
+from sf_xfuser.transport.gpu.memory import DeviceMemory, closed_windows, completes, kept_windows
 from sf_xfuser.transport.gpu.transfer import Chunk, DeviceTransfer, DeviceWait, NetworkPut
 from sf_xfuser.transport.gpu.watchdog import AwaitedFlag, Head, PendingCall, RoundWait, Watchdog
 
@@ -315,8 +315,7 @@ class DeviceWindow(DeviceMemory):
             self._watchdog.fail(TransportError(f"rank {rank}: closed {self.name} during call {self._epoch}"))
             self._abandon_call()
         self._watchdog.close()
-        if not self._in_graph:  # else a replay may still write to this memory: it is never freed
-            closed_windows.append(self)
+        (kept_windows if self._in_graph else closed_windows).append(self)
 
     # -- implemented by each transport --------------------------------------------------------------------------------
 
