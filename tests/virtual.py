@@ -381,10 +381,12 @@ def use_cpu_streams(monkeypatch) -> None:
         set_device=lambda index: None,
         synchronize=lambda: None,
     )
+    closed: list[Any] = []
     kept: list[Any] = []
     for module in (device, memory):
         monkeypatch.setattr(module, "torch", _Override(torch, cuda=cuda))
-        monkeypatch.setattr(module, "closed_windows", kept)
+        monkeypatch.setattr(module, "closed_windows", closed)
+        monkeypatch.setattr(module, "kept_windows", kept)
     monkeypatch.setattr(device, "Driver", CpuDriver)
     for kernel in ("check_flags", "poison_result", "add_one"):
         monkeypatch.setattr(device, kernel, launch(getattr(device, kernel)))

@@ -49,7 +49,8 @@ for it. There are two kinds.
   raises ``ready`` on its peers, waits for theirs, and resets them. A peer raises ``ready`` after it has ended all
   earlier calls. So when a rank puts, all flags of its peers are reset and no half is read, in any order of replays and
   other calls. ``s`` raises ``ready`` of the next call only after it has received a chunk that ``r`` put after it had
-  reset ``ready`` of this call. Waits of the host's calls follow the meeting, so they see no flags of earlier calls.
+  reset ``ready`` of this call. The stream of waits starts a meeting after all earlier calls, so it sees no flags of
+  them.
 
 ``tests/unit/test_protocol.py`` covers each case.
 
@@ -76,7 +77,7 @@ from sf_xfuser.transport.base import CallMismatch, Parcel, Transfer, TransportEr
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import MAX_ROUNDS, Block
 from sf_xfuser.transport.gpu.driver import CopyBatch, Driver, WordBatch, acquire_streams, release_streams
-from sf_xfuser.transport.gpu.memory import DeviceMemory, closed_windows, completes
+from sf_xfuser.transport.gpu.memory import DeviceMemory, closed_windows, completes, kept_windows
 from sf_xfuser.transport.gpu.transfer import Chunk, DeviceTransfer, DeviceWait, NetworkPut
 from sf_xfuser.transport.gpu.watchdog import AwaitedFlag, Head, PendingCall, RoundWait, Watchdog
 
@@ -196,7 +197,7 @@ class DeviceWindow(DeviceMemory):
         if self._meeting is None:
             self._meeting = _Meeting(self)
         self._meeting.transfer.post()
-        if not self.capturing:
+        if not self.capturing:  # else its waits could see flags of earlier calls
             self._order(stream, self.streams.wait)
         self._meeting.wait()
         self.driver.run(self._meeting.reset, stream)
@@ -324,8 +325,7 @@ class DeviceWindow(DeviceMemory):
             self._watchdog.fail(TransportError(f"rank {rank}: closed {self.name} during call {self._epoch}"))
             self._abandon_call()
         self._watchdog.close()
-        if not self._in_graph:  # else a replay may still write to this memory: it is never freed
-            closed_windows.append(self)
+        (kept_windows if self._in_graph else closed_windows).append(self)
 
     # -- implemented by each transport --------------------------------------------------------------------------------
 

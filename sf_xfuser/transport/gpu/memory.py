@@ -175,6 +175,9 @@ class DeviceMemory(OneSided):
 closed_windows: list[DeviceMemory] = []
 """Closed transports, with memory that a peer may still write to."""
 
+kept_windows: list[DeviceMemory] = []
+"""Closed transports with memory that a user's CUDA graph refers to. It is never freed, since a replay may write to it."""
+
 
 def free_closed_windows(control: ControlPlane, members: Sequence[int], position: int) -> bool:
     """Free the memory of closed transports of a group, of any kind. Returns False and frees nothing if a rank still
