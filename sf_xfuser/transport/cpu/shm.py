@@ -77,7 +77,8 @@ class Shm(OneSided):
     """``control`` connects the ranks of ``members``, which make the collective calls. This rank is at ``position`` and
     exchanges chunks with the positions ``peers``. Parcels name peers by position.
 
-    ``pause(where)`` is called between any two accesses to shared memory, so that a test can replace it with a delay.
+    ``pause(where)`` is called after the chunks of a round are written, and before each flag, wait and read, so that a
+    test can replace it with a delay.
     """
 
     host_writes = True
