@@ -176,7 +176,7 @@ closed_windows: list[DeviceMemory] = []
 """Closed transports, with memory that a peer may still write to."""
 
 kept_windows: list[DeviceMemory] = []
-"""Closed transports with memory that a user's CUDA graph refers to. It is never freed, since a replay may write to it."""
+"""Closed transports with memory that a user's CUDA graph refers to. It is never freed: a replay may write to it."""
 
 
 def free_closed_windows(control: ControlPlane, members: Sequence[int], position: int) -> bool:
