@@ -69,6 +69,7 @@ class Mesh:
     guard: CallGuard = field(init=False)
     graphs: Graphs = field(default_factory=Graphs)
     _scratch: torch.Tensor | None = None
+    _scratch_used: torch.cuda.Event | None = None  # by the last call
 
     def __post_init__(self) -> None:
         self.guard = CallGuard(self)
@@ -193,6 +194,8 @@ class Mesh:
         This is safe between two calls with the same memory map, which pass the same ``call``. Before any other call,
         the ranks that write to each other meet first."""
         guard = self.guard
+        if self._scratch_used is not None and not is_capturing():  # if the caller changed streams
+            torch.cuda.current_stream().wait_event(self._scratch_used)
         guard.status = f"is in {guard.describe_call()}: {digest}", True
         identity = zlib.crc32(f"{guard.number} {guard.requests} {guard.request} {self.layer} {digest}".encode())
         guard.started = guard.dirty = True
@@ -214,6 +217,8 @@ class Mesh:
         """End a call, after what ``Transport.record_end`` of each transport has returned. Nothing stays posted."""
         if self.compression is not None:
             self.compression.end_call()
+        if self._scratch is not None and self._scratch.is_cuda and not is_capturing():
+            self._scratch_used = torch.cuda.current_stream().record_event()
         self.guard.started = self.guard.dirty = False
 
     def end_exchanges(self, result: torch.Tensor) -> None:

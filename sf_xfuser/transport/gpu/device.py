@@ -31,9 +31,9 @@ either: waits of e+2 are enqueued after the host has seen the end of e. A reset 
 the other parity. The compute stream ends a call with a wait for all puts, so scratch memory needs one region only.
 
 **Waits** run on a separate stream, and the caller's stream waits for an event of it. A chunk that is forwarded is also
-awaited by the stream that forwards it. xDiT computes on CUDA's legacy
-stream, where a wait unknown to the driver would block every blocking stream. The host runs at most two calls ahead. It
-therefore sees a failure soon, and never fills a launch queue while it holds the GIL.
+awaited by the stream that forwards it. xDiT computes on CUDA's legacy stream, where a wait unknown to the driver would
+block every blocking stream. The host runs at most two calls ahead. It therefore sees a failure soon, and never fills a
+launch queue while it holds the GIL.
 
 **Graphs.** Waits and flags in a CUDA graph hold no value, so that it can be replayed. A wait expects any value but 0,
 and ``check_flags`` follows it at once: it turns ``poison`` into NaN if the flag does not match, and resets the flag. To
