@@ -36,6 +36,9 @@ class SoleRank:
     def abort_reason(self, peers: Collection[int] = ()) -> None:
         return None
 
+    def late_ranks(self) -> str:
+        return ""
+
     def report_failure(self, text: str, *, is_cause: bool, mismatch: bool = False, call: int = 0) -> str:
         return text
 

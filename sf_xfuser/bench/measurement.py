@@ -22,6 +22,7 @@ from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows
 from sf_xfuser.bench.variants import ALONE, SINGLE, Variant, open_variants
 from sf_xfuser.config import launch_environment
 from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.layout.topology import boot_id
 from sf_xfuser.simulator import CallShape, predict
 from sf_xfuser.simulator.cluster import Cluster
 from sf_xfuser.torus.trace import Trace
@@ -44,6 +45,9 @@ class Measurement:
         self.inputs = tuple(x.to(self.device) for x in shards[self.rank])
         self.keys, self.values = (torch.cat([shard[n] for shard in shards], dim=2) for n in (1, 2))
         self.queries = torch.cat([shard[0] for shard in shards], dim=2) if self.rank == 0 else None
+        # On one machine a call takes from the first rank's start to the last rank's end. With more ranks than cores, a
+        # rank may start late, and its own time would not show that. Other machines have other clocks.
+        self._one_clock = not cuda and len(set(self._gather(boot_id()))) == 1
         self.attention_s = 0.0  # time in attention kernels of the current call
         self.trace: Trace | None = None  # records kernels of variants without a mesh
 
@@ -200,14 +204,17 @@ class Measurement:
             end.record()
             end.synchronize()
             took = start.elapsed_time(end) / 1e3
+            started_s = 0.0
         else:
-            started = time.perf_counter()
+            started_s = time.perf_counter()
             self._call(variant)
-            took = time.perf_counter() - started
-        reports = self._gather([took, self.attention_s])
+            took = time.perf_counter() - started_s
+        reports = self._gather([took, self.attention_s, started_s])
         after = self._sent()
         if timed and self.rank == 0:
-            sample.times_s.append(max(r[0] for r in reports))
+            first_s = min(r[2] for r in reports)
+            late_s = [r[2] - first_s if self._one_clock else 0.0 for r in reports]
+            sample.times_s.append(max(r[0] + late for r, late in zip(reports, late_s, strict=True)))
             sample.attention_s.append(max(r[1] for r in reports))
             sample.exposed_s.append(statistics.fmean(r[0] - r[1] for r in reports))
             if before is not None and after is not None:
