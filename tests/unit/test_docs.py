@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -108,3 +109,10 @@ def test_architecture_shows_the_output_of_the_example():
     assert (
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True).stdout == expected
     )
+
+
+def test_the_table_of_host_times_shows_the_rows_of_its_file():
+    rows = json.loads((ROOT / "docs/results/host-2core.json").read_text())["rows"]
+    table = (ROOT / "docs/performance.md").read_text().partition("<!-- host: ")[2]
+    shown = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) \[[^]]+\] \| (\d+) \[", table, flags=re.M)
+    assert shown == [(r["layout"], r["granularity"], f"{r['host_us']:.0f}", str(r["launches"])) for r in rows]
