@@ -11,7 +11,8 @@ import torch
 
 CALL_TIMEOUT_FACTOR = 5
 """Ranks may start a call, or ``build_mesh``, up to this many ``--sp-timeout`` apart, since they load a model first, or
-write a video between two calls. During a call, each chunk must arrive within one ``--sp-timeout``."""
+write a video between two calls. While a rank has not started a call, this limits the waits in it. Otherwise each chunk
+must arrive within one ``--sp-timeout``."""
 
 
 class TransportError(RuntimeError):

@@ -12,7 +12,7 @@ from sf_xfuser.transport.control_plane import ControlPlane
 class Patience:
     """The limits of the waits of one link.
 
-    Each chunk must arrive within one timeout. While a rank has not started the call, the limit is
+    Each chunk must arrive within one timeout. While a rank that is alive has not started the call, the limit is
     ``CALL_TIMEOUT_FACTOR`` timeouts: for that rank's chunks, and for chunks of others that depend on them."""
 
     def __init__(self, timeout_s: float, control: ControlPlane) -> None:
@@ -35,7 +35,7 @@ class Patience:
             waited_s = now - max(started_at, arrived_at or 0.0)
             if waited_s >= CALL_TIMEOUT_FACTOR * self._timeout_s:
                 return f"{CALL_TIMEOUT_FACTOR * self._timeout_s:g} s, {CALL_TIMEOUT_FACTOR} x --sp-timeout"
-            if arrived_at is not None and min(waited_s, now - self._late_at) >= self._timeout_s:
+            if min(waited_s, now - self._late_at) >= self._timeout_s:
                 if not self._control.late_ranks():
                     return f"{self._timeout_s:g} s"
                 self._late_at = now

@@ -139,9 +139,10 @@ def case_late_start(rank):
 
 def late_start(rank, link):
     """Rank 1 starts its call two timeouts after the others."""
-    link.begin_call(1)
     if rank == 1:
         time.sleep(1.0)
+    link._control.call = 1
+    link.begin_call(1)
     sends = [parcel_of(torch.full((8,), float(rank)), peer, 0) for peer in PEERS[rank]]
     receives = [parcel_of(torch.empty(8), peer, 0) for peer in PEERS[rank]]
     link.exchange(0, sends, receives).wait()
@@ -191,6 +192,7 @@ def case_never_starts(rank):
 
 
 def never_starts(rank, link):
+    link._control.call = int(rank != 1)
     link.begin_call(1)
     if rank == 0:
         link.exchange(7, [], [parcel_of(torch.empty(8), 1, 0), parcel_of(torch.empty(8), 2, 1)]).wait()
@@ -202,6 +204,7 @@ def never_starts(rank, link):
 def case_send_timeout(rank):
     link = connect(timeout_s=0.4)
     if rank == 0:
+        link._control.call = 1
         link.exchange(0, [parcel_of(torch.ones(256 << 20, dtype=torch.uint8), 1, 0)], [])
         link.drain()
         return "no error"

@@ -228,21 +228,18 @@ class Watchdog:
             reason = "a rank of its group aborted"
         if reason is None and any(value for *_, value in late):
             reason, kind = "it makes another call", CallMismatch
-        if reason is None and (call.waits or call.done) and self._exceeds_limit(call, late, waited_s):
+        if reason is None and (call.waits or call.done) and self._exceeds_limit(waited_s):
             time.sleep(_POLL_S)  # the end of a call resets its flags just before it completes
             reason = f"waited {waited_s:.1f} s"
         if reason is not None and not call.completed():
             self.fail(kind(self._message(call, late, reason)), peers)
 
-    def _exceeds_limit(
-        self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]], waited_s: float
-    ) -> bool:
+    def _exceeds_limit(self, waited_s: float) -> bool:
         """Whether a call has made no progress for too long. Asks for late ranks once per timeout."""
         if waited_s < self._timeout_s or waited_s >= CALL_TIMEOUT_FACTOR * self._timeout_s:
             return waited_s >= self._timeout_s
-        missing = {(flag.peer, flag.number) for _, flag, _ in late}
         now = time.monotonic()
-        if any((flag.peer, 0) in missing for _, flag, _ in late) or now - self._late_at < self._timeout_s:
+        if now - self._late_at < self._timeout_s:
             return False
         if self._late_ranks():
             self._late_at = now
