@@ -55,6 +55,7 @@ from sf_xfuser.transport.sockets import FrameReader, close_on_fork, local_addres
 
 _CONNECT_S = 2.0  # one attempt to connect to the hub; short, so that a restored network is used soon
 _OUTCOME_S = 2.0  # time limit for an outcome to arrive, including the query
+_LATE_S = 1.0  # time limit for the names of late ranks, including the query
 _LOST_GRACE_S = 0.5  # data of a lost rank may still arrive for this long
 
 
@@ -176,7 +177,7 @@ class ControlPlane:
         with self._condition:
             self._late = None
         self._send(["late", self.call])
-        self._wait_for_outcome(_OUTCOME_S, lambda: self._late is not None)
+        self._wait_for_outcome(_LATE_S, lambda: self._late is not None)
         return self._late or ""
 
     def report_failure(self, text: str, *, is_cause: bool, mismatch: bool = False, call: int = 0) -> str:
