@@ -171,7 +171,7 @@ class OneRank:
 
     def fill(self, out: torch.Tensor) -> None:
         """Write the peers' chunks into the window; ``out`` [B, H, s, D]: the result of this rank's own tokens."""
-        memory_map = self.call_shape.memory_maps[0]
+        memory_map = self.call_shape.placement.memory_maps[0]
         for window in (memory_map.window_bytes and self.link.windows()) or []:
             for message in self._messages("receives"):
                 for (offset, _), chunk in zip(

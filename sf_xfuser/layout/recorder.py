@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -22,7 +23,6 @@ from sf_xfuser.layout.program import (
     Poison,
     Post,
     Program,
-    Strides,
     TransferSpec,
     View,
     Wait,
@@ -141,7 +141,8 @@ class _Recorder:
             for buffer, source, (offset, strides) in zip(self._names(message), sources, arrivals, strict=True):
                 slot = _SLOT[buffer]
                 if step.link in self.placement.host_links:
-                    target = View(message.peer, offset // self.sizes.itemsize, source.shape, strides or _packed(source))
+                    target = _contiguous(message.peer, offset // self.sizes.itemsize, source.shape)
+                    target = target if strides is None else target._replace(strides=strides)
                     if target != source:
                         copies.append((source, target))
                     sends.append(Chunk(message.peer, slot, None, offset))
@@ -218,11 +219,11 @@ class _Recorder:
 
     def _sources(self, message: Message) -> tuple[View, ...]:
         """The chunk to send: views of the inputs, of buffers, or of a final output."""
-        if message.tensor == "o":
-            return (self._outgoing(message.pieces),)
         if self._is_forward(message):
             return self._views(message.tensor, message.pieces)
         (piece,) = message.pieces
+        if message.tensor == "o":
+            return (self.final[piece],)
         return self._own_chunk(message.tensor, piece, self.head_group(message.peer))
 
     def _targets(self, message: Message) -> tuple[View, ...]:
@@ -256,7 +257,9 @@ class _Recorder:
         self.started.update(step.queries)
         if first and last and rows == slice(0, self.map.queries.total) and not self.placement.fused:
             self.ops.append(AttendOp(queries, keys, values, (), True, name))
-            self._store_output()
+            # The offset of a view of "output" is its first row; only the call knows the strides.
+            places = self._destinations(rows)
+            self._copy("outputs", [(View("output", start, view.shape), view) for start, _, view in places])
             return
         size = self.placement.max_rows or rows.stop - rows.start
         for start in range(rows.start, rows.stop, size):
@@ -267,39 +270,49 @@ class _Recorder:
 
     def _outputs(self, rows: slice, *, last: bool) -> tuple[Output, ...]:
         """The sums of these queries, split by the destination of their final outputs for the last keys."""
-        runs: list[tuple[int, int, View | None]] = [(rows.start, rows.stop, None)]
-        if last:
-            low, high = self.q_heads
-            runs = [(start, stop, self._result(start, stop, low, high)) for start, stop in _overlap(rows, 0, self.S)]
-            for piece, view in self.final.items():
-                at = self.map.queries[piece,]
-                for start, stop in _overlap(rows, at.start, at.stop):
-                    final = view.rows(start - at.start, stop - at.start)
-                    if runs and (merged := _adjacent(runs[-1][2], final)) is not None:
-                        runs[-1] = runs[-1][0], stop, merged
-                    else:
-                        runs.append((start, stop, final))
-        total = self.map.queries.total
-        if not hasattr(self, "_sums"):
-            item = self.placement.sum_itemsize
-            self._sums = self._allocate(total * self.B * self.H * self.D * item) // item
-            self._lse = self._allocate(total * self.B * self.H * item) // item
-        row = self.B * self.H * self.D
+        runs: Sequence[tuple[int, int, View | None]] = [(rows.start, rows.stop, None)]
+        total, (sums, lse) = self.map.queries.total, self._sums
         return tuple(
             Output(
                 start - rows.start,
                 stop - rows.start,
-                _contiguous("sums", self._sums + start * row, (stop - start, self.B, self.H, self.D)),
-                View("sums", self._lse + start, (self.B, self.H, stop - start), (self.H * total, total, 1)),
+                sums.rows(start, stop),
+                View("sums", lse + start, (self.B, self.H, stop - start), (self.H * total, total, 1)),
                 result,
             )
-            for start, stop, result in runs
+            for start, stop, result in (self._destinations(rows) if last else runs)
         )
+
+    def _destinations(self, rows: slice) -> list[tuple[int, int, View]]:
+        """Where the final output of these queries is written, as (first row, end, view): the result for this rank's own
+        queries, which come first, and what ``final`` has for the others."""
+        runs = [(start, stop, self._result(start, stop, *self.q_heads)) for start, stop in _overlap(rows, 0, self.S)]
+        for piece, view in self.final.items():
+            at = self.map.queries[piece,]
+            for start, stop in _overlap(rows, at.start, at.stop):
+                final = view.rows(start - at.start, stop - at.start)
+                if runs and (merged := _adjacent(runs[-1][2], final)) is not None:
+                    runs[-1] = runs[-1][0], stop, merged
+                else:
+                    runs.append((start, stop, final))
+        return runs
+
+    @cached_property
+    def _sums(self) -> tuple[View, int]:
+        """The sums of all queries, and the offset of their log-sum-exps."""
+        total, item = self.map.queries.total, self.placement.sum_itemsize
+        shape = total, self.B, self.H, self.D
+        sums = _contiguous("sums", self._allocate(prod(shape) * item) // item, shape)
+        return sums, self._allocate(total * self.B * self.H * item) // item
+
+    @cached_property
+    def _others(self) -> View:
+        """The final output of other ranks' queries, which are sent from here."""
+        return self._new("scratch", (self.map.queries.total - self.S, self.B, self.H, self.D))
 
     def _place_outputs(self) -> None:
         """Where the final output of each query of other ranks is written: the chunk to send, or with host links, the
         peer's window."""
-        row = self.B * self.H * self.D
         for step in self.schedule.steps:
             if not isinstance(step, Exchange):
                 continue
@@ -308,39 +321,14 @@ class _Recorder:
                     continue
                 (piece,) = message.pieces
                 at = self.map.queries[message.pieces]
-                shape = at.stop - at.start, self.B, self.H, self.D
                 if step.link in self.placement.host_links:
                     peer_map = self.placement.memory_maps[message.peer]
                     ((offset, _),) = peer_map.destinations(Message("o", message.pieces, self.position))
+                    shape = at.stop - at.start, self.B, self.H, self.D
                     self.final[piece] = _contiguous(message.peer, offset // self.sizes.itemsize, shape)
                 else:
-                    if not hasattr(self, "_others"):
-                        self._others = self._allocate((self.map.queries.total - self.S) * row * self.sizes.itemsize)
-                    offset = self._others // self.sizes.itemsize + (at.start - self.S) * row
-                    self.final[piece] = _contiguous("scratch", offset, shape)
+                    self.final[piece] = self._others.rows(at.start - self.S, at.stop - self.S)
         self.final = dict(sorted(self.final.items(), key=lambda item: self.map.queries[item[0],].start))
-
-    def _outgoing(self, pieces: Sequence[Piece]) -> View:
-        (piece,) = pieces
-        return self.final[piece]
-
-    def _store_output(self) -> None:
-        """Copy the output of the only attention call to the result and to the chunks to send. The offset of a view of
-        ``"output"`` is its first row; only the call knows the strides."""
-        low, high = self.q_heads
-        copies = []
-        if self.S:
-            own = View("output", 0, (self.S, self.B, self.H, self.D))
-            copies.append((own, self._result(0, self.S, low, high)))
-        runs: list[tuple[int, View]] = []
-        for piece, view in self.final.items():
-            at = self.map.queries[piece,]
-            if runs and (merged := _adjacent(runs[-1][1], view)) is not None:
-                runs[-1] = runs[-1][0], merged
-            elif at.stop > at.start:
-                runs.append((at.start, view))
-        copies += [(View("output", start, view.shape), view) for start, view in runs]
-        self._copy("outputs", copies)
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -446,11 +434,6 @@ class _Recorder:
 def _contiguous(memory: str | int, offset: int, shape: tuple[int, ...]) -> View:
     _, B, H, D = shape
     return View(memory, offset, shape, (B * H * D, H * D, D))
-
-
-def _packed(view: View) -> Strides:
-    _, B, H, D = view.shape
-    return B * H * D, H * D, D
 
 
 def _adjacent(view: View | None, following: View) -> View | None:

@@ -76,11 +76,10 @@ def torus_attention(
 
         def run(attention: Attention) -> torch.Tensor:
             call = negotiate_call(mesh, tensors, joint.strategy if joint else None, counts, granularity)
-            compressed = "none" if mesh.compression is None else mesh.compression.format
-            prepare(query.device, query.dtype, query.shape[3], compressed, attention == "fused")
+            prepare(query.device, query.dtype, query.shape[3], call.placement.compressed, attention == "fused")
             if is_capturing():
                 call.keep_programs(mesh, tensors, attention == "fused")
-            window = mesh.begin(call.memory_maps, call.digest)
+            window = mesh.begin(call.placement.memory_maps, call.digest)
             program = call.bound_program(mesh, tensors, window, attention == "fused")
             result_BSHD = program.call(tensors, attention)
             mesh.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -40,17 +40,16 @@ class Tokens(NamedTuple):
 class Call:
     """Everything that calls of one shape have in common; cached in ``Mesh.calls``.
 
-    ``digest``: the call as text, equal on all ranks. ``memory_maps[w]``: the map of the rank at position ``w``; of all
-    ranks with a one-sided transport, else only of this rank. ``programs``: recorded and bound programs, by what they
-    depend on besides the shape."""
+    ``digest``: the call as text, equal on all ranks. ``placement``: of its programs, except strides and the kernel of
+    attention; with the memory maps of all ranks if a transport is one-sided, else of this rank. ``programs``: recorded
+    and bound programs, by what they depend on besides the shape."""
 
     digest: str
     schedule: Schedule
     sizes: Sizes
-    memory_maps: Mapping[int, MemoryMap]
     kv_of_q: torch.Tensor | None  # local KV head of each local query head; None if equal
     grouped: bool  # regular GQA: each local KV head belongs to the same number of consecutive query heads
-    placement: Placement  # without strides and attention
+    placement: Placement
     programs: dict[Any, BoundProgram] = field(default_factory=dict)
 
     def bound_program(
@@ -255,7 +254,6 @@ def _make_call(
         f"{mesh.layout}, {chunking}",
         schedule=schedule,
         sizes=sizes,
-        memory_maps=memory_maps,
         kv_of_q=None if repeat == 1 else torch.tensor(kv_of_q, device=query.device),
         grouped=not left and kv_of_q == [head // each for head in range(len(kv_of_q))],
         placement=placement,

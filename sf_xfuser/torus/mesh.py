@@ -186,12 +186,12 @@ class Mesh:
                 self.transport_reason = "" if len(self.transports) > 1 else f"the only one left, since {refusal}"
                 self.use_transport(next(iter(self.transports)))
 
-    def begin(self, call: object, digest: str) -> torch.Tensor | None:
+    def begin(self, maps: object, digest: str) -> torch.Tensor | None:
         """Start a call. Returns the bytes of its window, if there is one. ``digest``: shapes, dtypes, tokens and layout
         as text, equal on all ranks.
 
         A window with one half allows a peer to write as soon as it has this rank's last chunk of the previous call.
-        This is safe between two calls with the same memory map, which pass the same ``call``. Before any other call,
+        This is safe between two calls with the same memory maps, which pass the same ``maps``. Before any other call,
         the ranks that write to each other meet first."""
         guard = self.guard
         if self._scratch_used is not None and not is_capturing():  # if the caller changed streams
@@ -205,12 +205,12 @@ class Mesh:
         if window is None:
             return None
         window_bytes = window.begin()
-        if window.halves == 1 and call is not window.last_call:
+        if window.halves == 1 and maps is not window.last_maps:
             for name in self.window_links:
                 peers = links.link_peers(self.layout, self.position)[name]
                 empty = [Parcel(None, peer, slot=0) for peer in peers]
                 self.links[name].exchange(0, empty, empty).wait()
-        window.last_call = call
+        window.last_maps = maps
         return window_bytes
 
     def end(self) -> None:

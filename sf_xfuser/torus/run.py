@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,29 +141,14 @@ class BoundProgram:
         if isinstance(op, Compress | Measure):
             return self._bind_compress(op)
         assert isinstance(op, Poison)
-        chunks, window = [self._tensor(view) for view in op.views], self._mesh.window
-        assert window is not None
-
-        def poison(slots: Slots) -> None:
-            for chunk in chunks:
-                window.poison(chunk)
-
-        return poison
+        assert self._mesh.window is not None
+        return _in_order([partial(self._mesh.window.poison, self._tensor(view)) for view in op.views])
 
     def _bind_post(self, op: Post) -> Callable[[Slots], object]:
         transport = self._mesh.links[self.program.transfers[op.transfer].link]
         by_transport = self._by_transport(op.after)
         post = transport.record_post(self._transfers[op.transfer], by_transport.pop(transport, []))
-        waits = [other.record_wait(transfers) for other, transfers in by_transport.items()]
-        if not waits:
-            return lambda slots: post()
-
-        def wait_and_post(slots: Slots) -> None:
-            for wait in waits:
-                wait()
-            post()
-
-        return wait_and_post
+        return _in_order([*(other.record_wait(transfers) for other, transfers in by_transport.items()), post])
 
     def _by_transport(self, numbers: Sequence[int]) -> dict[Transport, list[Transfer]]:
         found: dict[Transport, list[Transfer]] = {}
@@ -172,11 +158,8 @@ class BoundProgram:
         return found
 
     def _bind_wait(self, op: Wait) -> Callable[[Slots], object]:
-        waits = [transport.record_wait(transfers) for transport, transfers in self._by_transport(op.transfers).items()]
-        if len(waits) == 1:
-            (wait,) = waits
-            return lambda slots: wait()
-        return lambda slots: [wait() for wait in waits]
+        by_transport = self._by_transport(op.transfers)
+        return _in_order([transport.record_wait(transfers) for transport, transfers in by_transport.items()])
 
     def _bind_copy(self, op: Copy) -> Callable[[Slots], object]:
         sides = [tuple((self._base(view.memory), view) for view in copy) for copy in op.copies]
@@ -226,7 +209,7 @@ class BoundProgram:
             finals = [(sums, result) for _, _, sums, _, result in outputs if result is not None]
             return lambda slots: [slots[result].copy_(slots[sums]) for sums, result in finals]
         q, k, v = (self._slot(view, heads_first=True) for view in (op.queries, op.keys, op.values))
-        first, repeat, on_cpu = op.first, self._kv_of_q, self._device.type == "cpu"
+        first, repeat = op.first, self._kv_of_q
         if self._fused and outputs:
             return self._bind_fused(q, k, v, outputs, first)
         whole = len(outputs) == 1
@@ -239,8 +222,7 @@ class BoundProgram:
             if not outputs:
                 slots[_OUTPUT] = out if out.stride(3) == 1 else out.contiguous()
                 return
-            if on_cpu:
-                lse = fix_fully_masked_lse(queries, keys, out, lse)
+            lse = fix_fully_masked_lse(queries, keys, out, lse)
             for start, stop, sums, sums_lse, result in outputs:
                 part, part_lse = (out, lse) if whole else (out[:, :, start:stop], lse[:, :, start:stop])
                 final = None if result is None else slots[result]
@@ -296,6 +278,19 @@ class BoundProgram:
         memory = self._memories[view.memory]
         shape, strides = _geometry(view, heads_first)
         return memory.as_strided(shape, strides, memory.storage_offset() + view.offset)
+
+
+def _in_order(calls: Sequence[Callable[[], object]]) -> Callable[[Slots], object]:
+    """Operations that take no tensor of the call, one after another."""
+    if len(calls) == 1:
+        (only,) = calls
+        return lambda slots: only()
+
+    def run(slots: Slots) -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def _copy_function(

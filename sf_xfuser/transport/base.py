@@ -57,18 +57,10 @@ class Parcel:
         return 0 if self.data is None else self.data.nbytes
 
 
-def window_view(
-    window: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype, pitch: int | None = None
-) -> torch.Tensor:
-    """View the chunk [S, ..., H, D] at byte ``offset`` of a window. It is contiguous without ``pitch``. With ``pitch``,
-    memory holds [..., H, S, D] with that many elements from one head to the next."""
-    if pitch is None:
-        nbytes = math.prod(shape) * dtype.itemsize
-        return window[offset : offset + nbytes].view(dtype).view(tuple(shape))
-    *outer, head_size = shape[1:]
-    strides = [pitch * math.prod(outer[n + 1 :]) for n in range(len(outer))]
-    start = (window.storage_offset() + offset) // dtype.itemsize
-    return window.view(dtype).as_strided(shape, (head_size, *strides, 1), start)
+def window_view(window: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """View the contiguous chunk at byte ``offset`` of a window."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return window[offset : offset + nbytes].view(dtype).view(tuple(shape))
 
 
 class Transfer(ABC):
@@ -181,7 +173,7 @@ class OneSided(Transport):
     host_writes = False
     """Whether the host of a rank writes to the windows of its peers itself: see ``peer_window``."""
 
-    last_call: object = None
+    last_maps: object = None
     """The last argument of ``Mesh.begin``, which compares it with the next one."""
 
     @property
