@@ -133,16 +133,21 @@ def case_call_mismatch(rank):
     return "no error" if rank != 2 else "no transfer"
 
 
+def begin_late(link, is_late):
+    """Begin call 1; if this rank is late, two timeouts after the others."""
+    if is_late:
+        time.sleep(1.0)
+    link._control.call = 1
+    link.begin_call(1)
+
+
 def case_late_start(rank):
     return late_start(rank, connect(timeout_s=0.5))
 
 
 def late_start(rank, link):
     """Rank 1 starts its call two timeouts after the others."""
-    if rank == 1:
-        time.sleep(1.0)
-    link._control.call = 1
-    link.begin_call(1)
+    begin_late(link, rank == 1)
     sends = [parcel_of(torch.full((8,), float(rank)), peer, 0) for peer in PEERS[rank]]
     receives = [parcel_of(torch.empty(8), peer, 0) for peer in PEERS[rank]]
     link.exchange(0, sends, receives).wait()
@@ -156,10 +161,7 @@ def case_late_for_another(rank):
 
 def late_for_another(rank, link):
     """Rank 2 starts its call two timeouts after the others. Rank 1 waits for it before it sends its second chunk."""
-    if rank == 2:
-        time.sleep(1.0)
-    link._control.call = 1
-    link.begin_call(1)
+    begin_late(link, rank == 2)
     if rank == 0:
         link.exchange(0, [], [parcel_of(torch.empty(8), 1, 0)]).wait()
         link.exchange(1, [], [parcel_of(torch.empty(8), 1, 0)]).wait()

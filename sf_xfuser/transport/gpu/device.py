@@ -337,6 +337,8 @@ class DeviceWindow(DeviceMemory):
     def _reachable(self) -> Sequence[int]:
         """The other positions whose memory this rank can write: its peers, and ranks that use their results."""
 
+    # Only for transports with peers that are not mapped; never called by others.
+
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
         """Enqueue a copy from this rank's block to ``offset`` in the block of a peer that is not mapped."""
         raise NotImplementedError
