@@ -54,7 +54,7 @@ from sf_xfuser.transport.rendezvous import StoreGroup
 from sf_xfuser.transport.sockets import FrameReader, close_on_fork, local_address, send_frame, shut_down
 
 _CONNECT_S = 2.0  # one attempt to connect to the hub; short, so that a restored network is used soon
-_OUTCOME_S = 2.0  # time limit for an outcome to arrive, including the query
+_OUTCOME_S = 1.5  # time limit for an outcome to arrive, including the query
 _LATE_S = 1.0  # time limit for the names of late ranks, including the query
 _LOST_GRACE_S = 0.5  # data of a lost rank may still arrive for this long
 
