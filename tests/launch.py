@@ -59,6 +59,16 @@ def torchrun(
     return checked(finished, command, expect_failure)
 
 
+def on_cluster(
+    script: str | Path, *arguments: object, cluster: str = "2x2", timeout: float = 240,
+    env: dict[str, str] | None = None, expect_failure: bool = False,
+) -> Finished:  # fmt: skip
+    """Run ``tests/ranks/<script>`` on an emulated cluster, where calls are staged. Asserts as ``torchrun`` does."""
+    command = [sys.executable, "-m", "sf_xfuser.cli", "cluster", "run", "--cluster", cluster, "--timeout", f"{timeout}"]
+    command += ["--", sys.executable, str(RANKS / script), *map(str, arguments)]
+    return run(command, timeout=timeout + 30, env=env, expect_failure=expect_failure)
+
+
 class Launch:
     """``nproc`` ranks of a script, forked from the process of warm.py that this pytest shares."""
 
