@@ -21,6 +21,13 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as autocast passes it to PyTorch's attention. Kernels below that level would get mixed dtypes."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
+
+
 def torus_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -37,7 +44,8 @@ def torus_attention(
 
     ``query`` [B, H, S_q, D] and ``key``, ``value`` [B, H_kv, S_kv, D] hold this rank's tokens and all heads, with any
     strides. S_q and S_kv may differ from each other and between ranks, and may be 0. H_kv divides H. Returns
-    [B, H, S_q, D] (a view of [B, S_q, H, D]) in the input dtype.
+    [B, H, S_q, D] (a view of [B, S_q, H, D]) in the input dtype. Under autocast, inputs are cast as those of PyTorch's
+    own attention are.
 
     ``attention`` attends one piece (see ``kernels.attend``). Pieces are merged by log-sum-exp in fp32 (fp64 for fp64
     inputs) in a fixed order, so the same call gives the same bits. ``"fused"``: one Triton kernel attends and merges a
@@ -63,7 +71,7 @@ def torus_attention(
         if needs_gradient(*tensors):
             raise ValueError(f"{NO_GRADIENT}: call it under torch.no_grad(), or detach the inputs")
         if attention == "fused":
-            if reason := fused_unsupported_reason(query.device, query.dtype, query.shape[-1]):
+            if reason := fused_unsupported_reason(query.device, tensors[0].dtype, query.shape[-1]):
                 raise ValueError(
                     f"the fused kernel does not support this call: {reason}; use --sp-kernel library (from Python: "
                     f"omit attention='fused')"
@@ -76,7 +84,7 @@ def torus_attention(
 
         def run(attention: Attention) -> torch.Tensor:
             call = negotiate_call(mesh, tensors, joint.strategy if joint else None, counts, granularity)
-            prepare(query.device, query.dtype, query.shape[3], call.placement.compressed, attention == "fused")
+            prepare(query.device, tensors[0].dtype, query.shape[3], call.placement.compressed, attention == "fused")
             if is_capturing():
                 call.keep_programs(mesh, tensors, attention == "fused")
             window = mesh.begin(call.placement.memory_maps, call.digest)
@@ -92,10 +100,10 @@ _Inputs = Sequence[torch.Tensor]  # query, key, value and, with joint tokens, th
 
 
 def _plain(name: str, x: object) -> torch.Tensor:
-    """``x`` with D contiguous, which kernels need, and a lazy negation applied (views like ``conj().imag``), since
-    transports copy raw memory."""
+    """``x`` in the dtype of autocast, with D contiguous, which kernels need, and a lazy negation applied (views like
+    ``conj().imag``), since transports copy raw memory."""
     if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta:
-        x = x.resolve_neg()
+        x = autocast(x).resolve_neg()
         return x if x.dim() != 4 or x.stride(3) == 1 else x.contiguous()
     got = f"one of {x.layout} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
     raise TypeError(f"{name} must be a dense tensor [batch, heads, tokens, head size] with data, got {got}")

@@ -40,6 +40,7 @@ NUMBERS = [
     "values_near_overflow",
     "float64",
     "negated_views",
+    "mixed_dtypes_under_autocast",
 ]
 
 

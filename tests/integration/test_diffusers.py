@@ -50,13 +50,8 @@ CASES = {
     "wan_with_split_text": LOCAL.format(r"blocks\.0\.attn2", "WanAttnProcessor"),
     "forward_by_itself": r"RuntimeError: attention of a parallelized model ran outside the model's forward, .*",
     # caches
-    "cache_first_block": "equal; 9 on torus, 0 fell back",
-    "cache_first_block_by_rank": r"TransportError: ranks make different calls \(.* at .*\).*",
-    "cache_mag": "equal; 8 on torus, 0 fell back",
-    "cache_pyramid": "equal; 8 on torus, 0 fell back",
-    "cache_taylor": "equal; 12 on torus, 0 fell back",
-    "cache_taylor_lite": "equal; 12 on torus, 0 fell back",
     "cache_before_parallelize": LOCAL.format(r"single_transformer_blocks\.0\.attn", "LocalProcessor"),
+    "scores_skipped": "equal; 1 on torus, 0 fell back",
     # fewer tokens than ranks
     "qwen_one_text_token": "equal; 2 on torus, 0 fell back",
     "qwen_three_text_tokens": "equal; 2 on torus, 0 fell back",

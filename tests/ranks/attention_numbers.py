@@ -114,6 +114,13 @@ def case_negated_views(rank):
     return compare(*views, attention64(q, k, v), 1e-6)
 
 
+def case_mixed_dtypes_under_autocast(rank):
+    """As RMS norm leaves them on a GPU: autocast gives float32 for Q and K."""
+    q, k, v = tensors(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        return compare(q.float(), k.float(), v, attention64(q, k, v), 2e-2)
+
+
 def main() -> None:
     """``attention_numbers.py TRANSPORT CASE...``"""
     dist.init_process_group("gloo")

@@ -17,19 +17,18 @@ import torch.distributed as dist
 from cases import run_cases
 from diffusers import (
     DiffusionPipeline,
-    FirstBlockCacheConfig,
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
+    LayerSkipConfig,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
-    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
-    TaylorSeerCacheConfig,
     WanTransformer3DModel,
 )
+from diffusers.hooks import apply_layer_skip
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
@@ -356,23 +355,6 @@ def case_forward_by_itself(rank: int) -> None:
 PYRAMID = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
 
 
-def cached(config: object) -> str:
-    """Six steps with a cache that skips some attention calls or whole steps."""
-
-    def steps(model: torch.nn.Module, call: Callable[..., torch.Tensor]) -> torch.Tensor:
-        model.enable_cache(config)
-        results = []
-        for n in range(6):
-            with model.cache_context("cond"):
-                results.append(call(hidden_states=call.keywords["hidden_states"] * (1 - n / 10)))
-        return torch.cat(results)
-
-    whole, split = flux(layers=2), flux(layers=2)
-    wanted = steps(*whole)
-    torus = sf_xfuser.parallelize(split[0], args=args())
-    return difference(steps(*split), wanted, torus)
-
-
 def case_cache_before_parallelize(rank: int) -> str:
     """A cache that replaces the forward of attention, and a processor that attends on one rank only."""
     model, call = flux()
@@ -381,6 +363,16 @@ def case_cache_before_parallelize(rank: int) -> str:
     model.single_transformer_blocks[0].attn.set_processor(LocalProcessor())
     call()
     return "nothing was raised"
+
+
+def case_scores_skipped(rank: int) -> str:
+    """Perturbed-attention guidance takes V in place of the attention of a block."""
+    model, call = flux()
+    apply_layer_skip(
+        model,
+        LayerSkipConfig([0], "transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True),
+    )
+    return compare(model, call)
 
 
 # -- fewer tokens than ranks -----------------------------------------------------------------------------------------
@@ -674,18 +666,6 @@ CASES = {
     "flux_masked": lambda: compare(*masked(padded(7, 13)[:, None, None]), RING),
     "ltx_masked": lambda: compare(*ltx(text=16), RING),
     "mask_of_queries": lambda: compare(*masked(torch.ones(62, 62, dtype=torch.bool).tril())),
-    "cache_first_block": lambda: cached(FirstBlockCacheConfig(threshold=10)),
-    "cache_first_block_by_rank": lambda: cached(
-        FirstBlockCacheConfig(threshold=0.3)
-    ),  # ranks decide differently, from their own tokens
-    "cache_mag": lambda: cached(
-        MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=0.5, retention_ratio=0.2)
-    ),
-    "cache_pyramid": lambda: cached(PYRAMID),
-    "cache_taylor": lambda: cached(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2)),
-    "cache_taylor_lite": lambda: cached(
-        TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, use_lite_mode=True)
-    ),
     "qwen_one_text_token": lambda: short(1),
     "qwen_three_text_tokens": lambda: short(3),
     "qwen_three_text_tokens_masked": lambda: short(3, mask=True),

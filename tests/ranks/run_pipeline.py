@@ -126,7 +126,7 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
 
     from xfuser.core.distributed import get_pipeline_parallel_world_size, get_runtime_state, initialize_runtime_state
 
-    pipeline_class, transformer_class = _runner_classes(arguments.family)
+    pipeline_class, transformer_class = runner_classes(arguments.family)
     transformer = transformer_class.from_pretrained(arguments.model, subfolder="transformer", torch_dtype=torch.float32)
     pipeline = pipeline_class.from_pretrained(arguments.model, transformer=transformer, torch_dtype=torch.float32)
     # DiffusionPipeline.from_pretrained would silently load its own transformer instead.
@@ -139,29 +139,10 @@ def xdit_pipeline(arguments: argparse.Namespace, engine_config: Any) -> Any:
             max_condition_sequence_length=arguments.text_length,
             split_text_embed_in_sp=get_pipeline_parallel_world_size() == 1,
         )
-    if getattr(arguments, "cache_method", None) == "dbcache":  # since xfuser 0.6
-        _cache_blocks(pipeline, arguments.num_inference_steps)
     return pipeline
 
 
-def _cache_blocks(pipeline: Any, steps: int) -> None:
-    """DBCache as in Flux's runner model, but every step after the first skips all blocks that it may skip."""
-    from xfuser.model_executor.cache import apply_cache
-    from xfuser.model_executor.models.runner_models.flux import xFuserFluxModel
-
-    settings = xFuserFluxModel.settings.step_cache_config["dbcache"]
-    often = {"max_warmup_steps": 1, "Fn_compute_blocks": 1, "residual_diff_threshold": 2.0, "scm_policy": None}
-    apply_cache(
-        cache_method="dbcache",
-        num_steps=steps,
-        pipe=pipeline,
-        preset_kwargs=settings.preset,
-        adapter_config=settings.adapter,
-        cache_config=json.dumps(often),
-    )
-
-
-def _runner_classes(family: str) -> tuple[type, type]:
+def runner_classes(family: str) -> tuple[type, type]:
     """The diffusers pipeline and xDiT's transformer for it, as in ``xfuser.model_executor.models.runner_models``."""
     if family == "flux":
         from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper

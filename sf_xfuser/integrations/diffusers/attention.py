@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sf_xfuser.integrations import caches
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.integrations.hooks import Hook, HookSet
 from sf_xfuser.integrations.xdit.attention_backends import as_attend_function
@@ -82,6 +83,8 @@ class TorusContextParallel(DropIn):
                 "the model itself, not model.forward() or one of its modules"
             )
         self.attended.add(self.mesh.layer)
+        if _skips_scores() and query.shape[1] == value.shape[1]:
+            return value
         self._reject_ordered_keys(key, attn_mask, is_causal, forward_op)
         unsupported = {"attention dropout": dropout_p, "the caller requests the log-sum-exp": return_lse}
         reason = self.mesh.unavailable_reason() or next(
@@ -231,6 +234,12 @@ def _after_attention(attention: torch.nn.Module, processor: Any) -> None:
         )
 
 
+def _skips_scores() -> bool:
+    """Whether perturbed-attention guidance replaces PyTorch's attention by V, which the kernels below it do not see."""
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
+
+
 @lru_cache(maxsize=64)  # a CUDA graph of calls refers to the function
 def local_attention(forward_op: Callable[..., Any], scale: float | None) -> AttendFunction:
     """The local attention of a diffusers backend as ``attend(q, k, v)`` on [B, H, S, D]. ``forward_op`` is its operator
@@ -273,6 +282,7 @@ def install_hook() -> Callable[..., Any]:
     try:
         dispatch = importlib.import_module(_DISPATCH)
         _hook_set.install()
+        caches.install()
         original: Callable[..., Any] = dispatch._templated_context_parallel_attention.__wrapped__
         return original
     except (ImportError, AttributeError) as error:

@@ -188,10 +188,12 @@ def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any,
 
 def _use(mesh: Mesh, selector: Selector | None, args: TorusArgs) -> None:
     """Make ``mesh`` and ``selector`` active for attention and for yunchang's all-to-all."""
+    from sf_xfuser.integrations import caches
     from sf_xfuser.integrations.xdit import usp
     from sf_xfuser.integrations.xdit.attention_backends import XditState
     from sf_xfuser.integrations.yunchang.all_to_all import MeshAllToAll4D
 
+    caches.install()
     current.mesh, current.selector, current.usp, current.all_to_all = mesh, selector, None, None
     mesh.log = log
     for candidate_mesh in selector.meshes if selector else ():

@@ -14,7 +14,7 @@ from sf_xfuser.autotune.selector import Selector
 from sf_xfuser.integrations.fallback import DropIn
 from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, XditState, as_attend_function
 from sf_xfuser.layout.schedule import Granularity
-from sf_xfuser.torus.attention import NO_GRADIENT, needs_gradient, torus_attention
+from sf_xfuser.torus.attention import NO_GRADIENT, autocast, needs_gradient, torus_attention
 from sf_xfuser.torus.call import Joint, Tokens
 from sf_xfuser.torus.compression import EPS
 from sf_xfuser.torus.mesh import Mesh
@@ -107,7 +107,8 @@ class TorusUSP(DropIn):
         if torch.compiler.is_compiling():  # without a trial, so that the graph is the same on every rank
             if self.selector is not None and not self.selector.torus_first:
                 return usp()
-            compiled: torch.Tensor = _torus_usp(*arguments)
+            cast = [autocast(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            compiled: torch.Tensor = _torus_usp(*cast)
             return compiled
         if self.selector is None:
             out = self.attend(*arguments)
