@@ -1,49 +1,47 @@
-"""Writes the table of docs/models.md from the rows that tests check. Usage: python -m tests.support_table [--write]"""
+"""Writes the tables of docs/ that show the rows of tests. Usage: python -m tests.support_table [--write]
+
+A table stands between ``<!-- rows of tests/integration/test_x.py -->`` and ``<!-- end of rows -->``. The module has
+``ROWS``: named tuples, whose fields are the columns. ``Row`` is the one of docs/support.md.
+"""
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.integration.test_pipelines import FAMILIES
-from tests.ranks.model_table import HEIGHT, MODELS, SIZES, Limit
-
-START, END = "<!-- models: python -m tests.support_table --write -->", "<!-- end of models -->"
-PAGE = Path(__file__).parents[1] / "docs/models.md"
-
-# What tests/integration/ runs whole, by family, where it is not a wrapper of the rows.
-PIPELINES = {"flux": "Flux (pipeline)", "sd3": "SD3 (pipeline)", "cogvideox": "CogVideoX (pipeline)"}
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+TABLE = re.compile(r"(<!-- rows of (\S+)\.py -->\n)(.*?)(<!-- end of rows -->)", re.S)
 
 
-def table() -> str:
-    """Markdown: what torus gives for each model and size of input, and why it is not always what one process gives."""
-    assert PIPELINES.keys() <= set(FAMILIES)
-    lines = [f"| model | {' | '.join(SIZES)} | because |", "|---" * (len(SIZES) + 2) + "|"]
-    lines += [_line(name, {"odd": HEIGHT}) for name in PIPELINES.values()]
-    return "\n".join([*lines, *(_line(model.name, model.limits) for model in MODELS)])
+class Row(NamedTuple):
+    """What a user does, what torus gives ("exact", "as xDiT", "falls back", "refused"), and how or why."""
+
+    what: str
+    result: str
+    how: str = ""
 
 
-def _line(name: str, limits: Mapping[str, Limit]) -> str:
-    cells = [_result(limits.get("all") or limits.get(size)) + ", no ring" * (f"2x2 {size}" in limits) for size in SIZES]
-    if "2x2" in limits:
-        cells[0] += ", no ring"
-    return f"| {' | '.join([name, *cells, '; '.join(dict.fromkeys(x.why for x in limits.values()))])} |"
+def filled(page: str) -> str:
+    """The text of a page with all of its tables made from the rows."""
+    return TABLE.sub(lambda found: found[1] + _table(found[2].replace("/", ".")) + found[4], page)
 
 
-def _result(limit: Limit | None) -> str:
-    if limit is None:
-        return "exact"
-    return {"xdit": "as xDiT", "falls back": "falls back", "fails": "xDiT cannot", "never": "xDiT cannot"}[limit.kind]
+def _table(module: str) -> str:
+    rows = importlib.import_module(module).ROWS
+    names = [name.replace("_", " ") for name in rows[0]._fields]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ["---"] * len(names), *rows))
 
 
 def main() -> None:
-    if "--write" in sys.argv:
-        text = PAGE.read_text()
-        start, end = text.index(START) + len(START), text.index(END)
-        PAGE.write_text(f"{text[:start]}\n{table()}\n{text[end:]}")
-    else:
-        print(table())
+    for page in PAGES:
+        text = page.read_text()
+        if "--write" in sys.argv:
+            page.write_text(filled(text))
+        else:
+            print("\n".join(found[0] for found in TABLE.finditer(filled(text))), end="")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,60 @@
 """Every transformer of xDiT that calls USP, under ``--sp-backend torus`` on 2x2 ranks: the rows of ``model_table.py``.
 
 All of them run in one launch. A row says what torus has to equal; its exceptions are checked too, by the reason that is
-logged or by xDiT's own error. The table of docs/models.md is printed from the rows: ``python -m tests.support_table``.
+logged or by xDiT's own error. The table of docs/models.md is made from the rows: ``python -m tests.support_table``.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
+from tests.integration.test_pipelines import FAMILIES
 from tests.launch import records, reports, torchrun
 from tests.patched import copy_of_xdit
-from tests.ranks.model_table import HEADS, MODELS, SIZES, Model
-from tests.support_table import END, START, table
+from tests.ranks.model_table import HEADS, HEIGHT, MODELS, SIZES, Limit, Model
+from tests.support_table import PAGES, filled
 
 # Two machines of two ranks. Degrees: all heads split ("4x1"), or Ulysses across machines and a ring inside ("2x2").
 CASES = {"4x1": (4, 1), "2x2": (2, 2)}
 EXACT = 2e-5
 Measured = dict[tuple[str, str, str], list[dict]]  # (model, case, size) -> by rank
 VISIBLE = 5e-2  # smallest difference if a rank attends to its own keys only
+# What test_pipelines.py runs whole, where it is not a wrapper of the rows
+PIPELINES = {"flux": "Flux (pipeline)", "sd3": "SD3 (pipeline)", "cogvideox": "CogVideoX (pipeline)"}
+assert PIPELINES.keys() <= set(FAMILIES)
+
+
+class ModelRow(NamedTuple):
+    """What torus gives for a model and each size of input, and why it is not always what one process gives."""
+
+    model: str
+    even: str
+    text_13: str
+    odd: str
+    because: str
+
+
+def row_of(name: str, limits: Mapping[str, Limit]) -> ModelRow:
+    cells = [result(limits.get("all") or limits.get(size)) + ", no ring" * (f"2x2 {size}" in limits) for size in SIZES]
+    if "2x2" in limits:
+        cells[0] += ", no ring"
+    return ModelRow(name, *cells, "; ".join(dict.fromkeys(limit.why for limit in limits.values())))
+
+
+def result(limit: Limit | None) -> str:
+    if limit is None:
+        return "exact"
+    return {"xdit": "as xDiT", "falls back": "falls back", "fails": "xDiT cannot", "never": "xDiT cannot"}[limit.kind]
+
+
+ROWS = [row_of(name, {"odd": HEIGHT}) for name in PIPELINES.values()]
+ROWS += [row_of(model.name, model.limits) for model in MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +154,8 @@ def test_heads_are_read_from_the_models_folder(model: Model, tmp_path):
     assert facts.kv_heads == {"Lumina 2": 4}.get(model.name, HEADS) or "Krea" in model.name
 
 
-def test_the_page_of_models_has_the_table_of_the_rows():
-    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
-    assert text[text.index(START) + len(START) : text.index(END)].strip() == table().strip()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_the_tables_of_the_rows(page):
+    """``python -m tests.support_table --write`` makes them."""
+    text = page.read_text()
+    assert text == filled(text)
