@@ -16,4 +16,5 @@ mkdir -p out/example6 && cd out/example6
 OMP_NUM_THREADS=1 "${XDIT:-xdit}" --master_port "${PORT:-29571}" --model FLUX.1-dev --prompt "a red chair" --seed 1 \
     --height 128 --width 128 --num_inference_steps 1 --max_sequence_length 16 --num_iterations 1 --output_directory . \
     --sp-backend torus --sp-topology 2x2
+# shellcheck disable=SC2012 # the newest; xDiT chooses the names
 echo "picture: out/example6/$(ls -t ./*.png | head -1)"

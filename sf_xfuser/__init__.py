@@ -22,7 +22,9 @@ __all__ = [
     "explain",
     "parallelize",
     "set_seq_parallel_pg",
+    "stats",
     "torus_attention",
+    "tracing",
 ]
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from sf_xfuser.integrations.xdit.plugin import disable, enable
     from sf_xfuser.integrations.xdit.session import explain
     from sf_xfuser.integrations.yunchang.attention import LongContextAttention, set_seq_parallel_pg
+    from sf_xfuser.metrics import stats, tracing
     from sf_xfuser.torus.attention import torus_attention
     from sf_xfuser.torus.build import build_mesh
     from sf_xfuser.torus.call import Joint, Tokens
@@ -49,6 +52,8 @@ _MODULES = {
     "disable": "integrations.xdit.plugin",
     "enable": "integrations.xdit.plugin",
     "explain": "integrations.xdit.session",
+    "stats": "metrics",
+    "tracing": "metrics",
 }
 
 

@@ -235,6 +235,10 @@ class Selector:
         """Whether there are trials, and all have selected a candidate."""
         return bool(self.trials) and all(trial.selected is not None for trial in self.trials.values())
 
+    def xdit_calls(self) -> dict[str, int]:
+        """Number of calls by candidate, of those that are xDiT's own USP."""
+        return {name: n for name, n in self.calls.items() if self.candidates[name].mesh is None}
+
     def lines(self) -> list[str]:
         """The candidates, trials and calls, as text."""
         why = "torus sends no more bytes between machines" if self.torus_first else "torus saves no inter-machine bytes"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,13 @@ class DropIn:
     handled: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        drop_ins.add(self)
+
+    def calls(self) -> dict[str, int]:
+        """Number of calls by the path that ran them."""
+        return {"torus": self.handled, self.original_name: self.fallbacks.total()}
+
     def attention(self, library: AttendFunction, scale: float | None, head_size: int) -> Attention:
         """The local attention under ``kernel``. ``library`` applies ``scale`` itself; the fused kernel supports the
         default scale only."""
@@ -66,3 +74,7 @@ class DropIn:
         if reason not in self.fallbacks:
             self.log(f"call falls back to {self.original_name}: {reason}")
         self.fallbacks[reason] += 1
+
+
+drop_ins: WeakSet[DropIn] = WeakSet()
+"""All of this process, for ``sf_xfuser.stats``."""

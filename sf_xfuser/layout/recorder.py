@@ -176,12 +176,13 @@ class _Recorder:
         total = 0
         for message in step.receives:
             targets = self._targets(message)
-            total += sum(target.numel for target in targets) * self.sizes.itemsize
             if compressed != "none":
                 chunk, restores = self._compression(message, targets, compressed, restore=True)
                 self.restores.setdefault(index, []).extend(restores)
                 receives.append(Chunk(message.peer, _SLOT[message.tensor[0]], chunk))
+                total += chunk.numel
             else:
+                total += sum(target.numel for target in targets) * self.sizes.itemsize
                 names = self._names(message)
                 receives += [
                     Chunk(message.peer, _SLOT[name], target) for name, target in zip(names, targets, strict=True)

@@ -88,6 +88,7 @@ def _run(part: torch.Tensor, dim: int, lengths: list[int], mesh: Mesh) -> torch.
                     buffers[peer] = into, into
             receives = [Parcel(buffer, peer, slot=0) for peer, (buffer, _) in buffers.items()]
             pending.append((transport.exchange(round, sends, receives), buffers))
+            mesh.received_bytes[link] += sum(parcel.nbytes for parcel in receives)
         for transfer, buffers in pending:
             transfer.wait()
             for buffer, into in buffers.values():

@@ -29,7 +29,8 @@ class _CallBehind(TransportError):
 class CallGuard:
     """The call counters and failure state of one rank of a mesh.
 
-    ``number`` counts calls, ``requests`` counts requests. Both are part of the identity of a call.
+    ``number`` counts calls, ``requests`` counts requests. Both are part of the identity of a call. ``request``: the
+    description of the last request; ``first_call``: the number of its first call.
 
     | flag | meaning | effect on the next call |
     |---|---|---|
@@ -45,7 +46,7 @@ class CallGuard:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh: Mesh = weakref.proxy(mesh)  # a cycle would keep the threads and sockets of a closed mesh alive
         self._control = mesh.control
-        self.number = self.requests = 0
+        self.number = self.requests = self.first_call = 0
         self.failed = self.dirty = self.started = self.closed = False
         self.request = ""
         self.status = "has made no call yet", False
@@ -53,6 +54,7 @@ class CallGuard:
         self._refusal: ValueError | None = None
         self._failed_at: float | None = None  # time at which the caller got the exception of the last call
         self._caller: dict[str, int] = {}  # the thread in a call; ``setdefault`` tests and sets it atomically
+        self._requester: dict[str, int] = {}  # the thread in a request
         self._in_call = False
         self._pid = os.getpid()
         self._control.call_status = lambda: self.status
@@ -84,10 +86,9 @@ class CallGuard:
             if self.failed:
                 self._reconnect(entered)
             failure = self._control.failure
-            if failure is not None and not self.requests and self._control.failed_call == self.number - 1:
-                # The failed call has already returned here. If all ranks make call after call, they all make this one.
+            if self._has_returned():  # if all ranks make call after call, or request after request, all make this one
                 with suppress(TransportError):
-                    self._reconnect(entered, _NEXT_CALL_S)
+                    self._reconnect(entered, None if self.requests else _NEXT_CALL_S)
                     failure = None
             self.failed = True  # until the call has ended
             self._control.call = self.number
@@ -111,8 +112,47 @@ class CallGuard:
             self._in_call = False
             self._caller.clear()
 
+    @contextmanager
+    def in_request(self) -> Iterator[None]:
+        """See ``Mesh.request``."""
+        thread = threading.get_ident()
+        is_outer = not self._requester
+        if self._requester.setdefault("", thread) != thread:
+            raise RuntimeError(
+                f"a request is running in another thread ({self.request}), and ranks cannot tell the calls of two "
+                f"requests apart: start one request after the other"
+            )
+        try:
+            yield
+        except BaseException as error:
+            self.fail_request(error)
+            raise
+        finally:
+            if is_outer:
+                self._requester.clear()
+
+    def fail_request(self, error: BaseException) -> None:
+        """Fail the request on all ranks, after an error outside of its calls: the other ranks would wait for this one.
+        No effect after a failed call of this request, nor after one that all ranks have refused."""
+        has_called = self.number >= self.first_call
+        if self.closed or self.is_forked or error is self._refusal or (self.failed and has_called):
+            return
+        if self.failed or self._has_returned():  # since an earlier request: the other ranks reconnect for this one
+            try:
+                self._reconnect(time.monotonic())
+            except RuntimeError:  # they are past this request, or the group cannot reconnect
+                return
+        self._report(error, max(self.number, self.first_call))
+        self._abort()
+
+    def _has_returned(self) -> bool:
+        """Whether the group has failed in an earlier call or request, which has already returned here."""
+        if self._control.failure is None or (failed_call := self._control.failed_call) is None:
+            return False
+        return failed_call < self.first_call if self.requests else failed_call == self.number - 1
+
     def _enter(self) -> None:
-        """RuntimeError in a forked child, and if another thread is in a call."""
+        """RuntimeError in a forked child, and if another thread is in a call or in a request."""
         if self.is_forked:  # its writes to shared memory would be mistaken for those of the parent
             rank = self._mesh.members[self._mesh.position]
             raise RuntimeError(
@@ -120,19 +160,20 @@ class CallGuard:
                 f"built the mesh"
             )
         thread = threading.get_ident()
-        if self._caller.setdefault("", thread) != thread or self._in_call:
+        is_requested = self._requester.get("", thread) != thread
+        if is_requested or self._caller.setdefault("", thread) != thread or self._in_call:
             error = RuntimeError(
                 "two threads use one mesh at the same time, and ranks cannot tell their calls apart: make all calls of "
                 "a mesh from one thread"
             )
-            self._report(error)
+            self._report(error, self.number)
             raise error
 
     def _fail(self, error: BaseException) -> None:
         """Fail the call on all ranks. Replaces an ``error`` that only reports a missing chunk by a TransportError with
         the cause."""
         is_cause = self._is_cause(error)
-        cause = self._report(error)
+        cause = self._report(error, self.number)
         self._abort()
         if isinstance(error, GroupError) and not isinstance(error, TransportError):
             raise TransportError(str(error)) from error  # the same type as on all other ranks
@@ -140,12 +181,12 @@ class CallGuard:
             local = str(error)
             raise TransportError(cause if cause in local else f"{cause}. Error on this rank: {local}") from error
 
-    def _report(self, error: BaseException) -> str:
+    def _report(self, error: BaseException, call: int) -> str:
         is_cause = self._is_cause(error)
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         differs = isinstance(error, CallMismatch)
         return self._control.report_failure(
-            text if is_cause else str(error), is_cause=is_cause, mismatch=differs, call=self.number
+            text if is_cause else str(error), is_cause=is_cause, mismatch=differs, call=call
         )
 
     def _is_cause(self, error: BaseException) -> bool:
@@ -168,35 +209,41 @@ class CallGuard:
         try:
             reports = self._meet(entered, limit_s)
             self.number = max(number for _, number, *_ in reports)
-            self.requests = 0
+            self.requests = max(requests for _, _, (requests, _), *_ in reports)
             self._mesh.calls.clear()
             self._mesh.reconnect_links([report[3:] for report in reports], any(dirty for dirty, *_ in reports))
         except _CallBehind:
             raise
         except BaseException as error:
             self._mark_failed()
-            cause = self._report(error)
+            cause = self._report(error, self.number)
             if isinstance(error, GroupError):
                 raise TransportError(cause) from error
             raise
         self.dirty = False
 
     def _meet(self, entered: float, limit_s: float | None) -> list[list[Any]]:
-        """The state of every rank, once all are at the same call."""
+        """The state of every rank, once all are at the same call or request."""
         while True:
             agreed = self._control.reconnect(self._failed_at if self.failed else None, entered, limit_s)
             mesh = self._mesh
             transports = mesh.transport, mesh.transport_reason, list(mesh.transports)
-            reports = self._control.gather("reconnect", [self.dirty, self.number, self.requests, *transports])
-            numbers = [number for _, number, *_ in reports]
-            if len(set(numbers)) == 1 or agreed or any(requests for _, _, requests, *_ in reports):
+            request = self.requests, self.request
+            reports = self._control.gather("reconnect", [self.dirty, self.number, request, *transports])
+            steps, requests = [number for _, number, *_ in reports], [request for _, _, request, *_ in reports]
+            agreed |= len(set(steps)) == 1
+            if uses_requests := any(count for count, _ in requests):
+                steps = [count for count, _ in requests]
+                agreed = len(set(steps)) == 1 or len({text for _, text in requests}) == 1
+            if agreed:
                 return reports
-            # Some ranks noticed the failure one call later than others, in a program that makes call after call.
-            if self.number < max(numbers):
+            # Some ranks noticed the failure later than others, in a program that makes call after call.
+            if steps[mesh.position] < max(steps):
                 self._mark_failed()
-                ranks = zip(mesh.members, numbers, strict=True)
-                behind = [rank for rank, number in ranks if number < max(numbers)]
+                ranks = zip(mesh.members, steps, strict=True)
+                behind = [rank for rank, step in ranks if step < max(steps)]
+                what = f"request {self.requests} ({self.request})" if uses_requests else f"call {self.number}"
                 raise _CallBehind(
-                    f"rank(s) {behind} are a call behind: call {self.number} has failed on the other ranks and fails "
-                    f"here too, so that all ranks make the same next call"
+                    f"rank(s) {behind} are behind: {what} has failed on the other ranks and fails here too, so that "
+                    f"all ranks continue at the same {'request' if uses_requests else 'call'}"
                 )

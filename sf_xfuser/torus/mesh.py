@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -45,7 +47,7 @@ class Mesh:
     ``groups``: process groups for links. ``one_host``: all ranks share memory. ``compression``: of chunks between
     machines. ``calls``: cache of negotiated calls. ``layer``: the layer of the next call, if the caller knows it; part
     of the identity of the call. ``trace``, if set, records the spans of each call. ``log``: for decisions after
-    construction.
+    construction. ``received_bytes`` (by link), ``traced_calls`` and ``exposed_ms``: for ``sf_xfuser.stats``.
     """
 
     plan: Plan
@@ -68,11 +70,15 @@ class Mesh:
     layer: str = ""
     guard: CallGuard = field(init=False)
     graphs: Graphs = field(default_factory=Graphs)
+    received_bytes: Counter[str] = field(default_factory=Counter)
+    traced_calls: int = 0
+    exposed_ms: float = 0.0
     _scratch: torch.Tensor | None = None
     _scratch_used: torch.cuda.Event | None = None  # by the last call
 
     def __post_init__(self) -> None:
         self.guard = CallGuard(self)
+        meshes.add(self)
 
     @property
     def layout(self) -> Layout:
@@ -147,7 +153,7 @@ class Mesh:
         """Start a request (an image, a forward pass), described by values that are equal on all ranks. Ranks in
         different requests fail at their next call. Local with links. Without links collective: ValueError then."""
         self.guard.requests += 1
-        self.guard.request = description
+        self.guard.request, self.guard.first_call = description, self.guard.number + 1
         if not self.links:  # xDiT's own collectives carry no identity
             with self.call():
                 requests = self.control.gather("request", description)
@@ -156,6 +162,15 @@ class Mesh:
                     self.refuse(
                         f"ranks are in different requests: {seen}. Give all ranks the same requests in the same order"
                     )
+
+    @contextmanager
+    def request(self, description: str) -> Iterator[None]:
+        """``begin_request`` for a block, which may contain further requests of this thread. An exception in it on one
+        rank, also outside of its calls, fails the request on all ranks; the next request works. RuntimeError if another
+        thread is in a request."""
+        with self.guard.in_request():
+            self.begin_request(description)
+            yield
 
     def call(self, check: Callable[[], _T] = lambda: None) -> AbstractContextManager[_T]:  # type: ignore[assignment, return-value]
         """The context of one call. Collective: after a failed call, the ranks reconnect first. ``check`` returns the
@@ -331,6 +346,10 @@ class Mesh:
         rank = self.members[self.position]
         text.append(f"this rank: {rank} at torus {t}, ulysses {u}, ring {r_x} across and {r_i} inside")
         return text
+
+
+meshes: WeakSet[Mesh] = WeakSet()
+"""All of this process, for ``sf_xfuser.stats``."""
 
 
 def _size(memory: torch.Tensor | None) -> int:

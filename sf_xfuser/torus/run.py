@@ -7,6 +7,7 @@ the functions in order. Shapes are in names: B batch, H heads, S tokens, D head 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,10 @@ class BoundProgram:
             self._transfers = [self._record(number) for number in range(len(program.transfers))]
             self._calls = [self._bind(op) for op in program.ops]
             self.ends = [transport.record_end() for transport in transports]
+        received = Counter[str]()
+        for spec in program.transfers:
+            received[spec.link] += spec.nbytes
+        self._received = tuple(received.items())
         self._can_capture = mesh.graphs.unavailable_reason(mesh, example.device) is None
         self._graph: Graph | None = None
         self._calls_alike = 0
@@ -68,6 +73,8 @@ class BoundProgram:
 
     def call(self, inputs: Sequence[torch.Tensor], attention: Attention) -> torch.Tensor:
         """The result of the call, [B, S, H, D]. After ``Mesh.begin``, in the half for which the program was bound."""
+        for link, nbytes in self._received:
+            self._mesh.received_bytes[link] += nbytes
         if self._can_capture and self._mesh.trace is None and not is_capturing():
             if self._graph is None or self._graph.attention is not attention:
                 self._count_call(inputs, attention)
@@ -103,6 +110,7 @@ class BoundProgram:
     def _run_traced(self, slots: Slots) -> None:
         trace, posted = self._mesh.trace, {}
         assert trace is not None
+        trace.calls += 1
         for op, call in zip(self.program.ops, self._calls, strict=True):
             if isinstance(op, Post):
                 posted[op.transfer] = time.perf_counter()

@@ -25,8 +25,9 @@ class Span:
 
 @dataclass(eq=False)
 class Trace:
-    """Collects the spans of a mesh while it is set as ``Mesh.trace``."""
+    """Collects the spans of a mesh while it is set as ``Mesh.trace``, and counts its calls."""
 
+    calls: int = 0
     spans: list[Span] = field(default_factory=list)
     _pending: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _origin: torch.cuda.Event | None = None

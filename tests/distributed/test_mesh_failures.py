@@ -57,6 +57,24 @@ CASES = {
         "correct", rf"{MISMATCH}a dog[^|]*?a cow[^|]*?", "correct", "correct", rf"{MISMATCH}third[^|]*?", "correct"
     ),
     "different_requests_without_links": ("correct, ValueError: ranks are in different .*rank 3: a cow.*, correct",) * 4,
+    "request_fails_outside_its_calls": tuple(
+        " \\| ".join(
+            f"{t}: {failed}, {failed}, correct, {failed}, correct, {late}, correct" for t in TRANSPORTS
+        )
+        for failed, late in [
+            ("MemoryError: planted",) * 2 if rank == 1
+            else (r"TransportError: rank 1 on \S+ failed: MemoryError: planted", "correct")
+            for rank in range(4)
+        ]
+    ),
+    "request_of_another_thread": each(
+        "correct", r"RuntimeError: a request is running in another thread \(ours\)[^|]*?", "correct", "began"
+    ),
+    "forward_fails_outside_attention": tuple(
+        rf"{'' if rank == 1 else r'TransportError: rank 1 on .* failed: '}ZeroDivisionError: [^,]*, "
+        r"RuntimeError: a request is running in another thread.*, correct, correct"
+        for rank in range(4)
+    ),
     "two_threads": (
         *[r"\[\], (correct|TransportError: rank 2 on \S+ failed: RuntimeError: two threads use .*), correct"] * 2,
         r"RuntimeError: two threads use one mesh.*, (correct|TransportError: rank 2 on \S+ failed: .*), correct",

@@ -118,7 +118,8 @@ def test_ray_workers(flux, tmp_path):
 
 
 def test_http_service(flux, tmp_path):
-    """examples/08_http_service.py: xDiT's service, with a parser that does not know the flags, returns a picture."""
+    """examples/08_http_service.py: xDiT's service, with a parser that does not know the flags, returns a picture. It
+    returns the same one after requests that fail."""
     model = shutil.copytree(flux, tmp_path / flux.name)
     vae = model / "vae" / "config.json"  # the service warms up with 1024 x 1024 pixels: no attention over them
     vae.write_text(json.dumps(json.loads(vae.read_text()) | {"mid_block_add_attention": False}))
@@ -142,6 +143,10 @@ def test_http_service(flux, tmp_path):
             time.sleep(0.5)
             if any("Torus Attention" in line for line in list(lines)):
                 picture = generate(timeout_s=deadline - time.monotonic())
+        for bad in ({"height": 1 << 24, "width": 1 << 24}, {"height": "tall"}, {"prompt": ""}):
+            with pytest.raises(AssertionError, match=r"detail|Internal Server Error"):
+                generate(timeout_s=60, **bad)
+        assert generate(timeout_s=60) == picture
     finally:
         if service.poll() is None:
             os.killpg(service.pid, signal.SIGTERM)
@@ -153,9 +158,9 @@ def test_http_service(flux, tmp_path):
     assert len(picture.getcolors(maxcolors=128 * 128)) > 1000  # random weights give noise, not one colour
 
 
-def generate(timeout_s: float) -> Image.Image | None:
-    """The picture from the service; None if it is not listening yet."""
-    order = {"prompt": PROMPT, "num_inference_steps": 1, "cfg": 3.5, "height": 128, "width": 128}
+def generate(timeout_s: float, **changes: object) -> Image.Image | None:
+    """The picture from the service; None if it is not listening yet. AssertionError with the service's answer."""
+    order = {"prompt": PROMPT, "num_inference_steps": 1, "cfg": 3.5, "height": 128, "width": 128, **changes}
     request = urllib.request.Request(
         "http://127.0.0.1:6000/generate", json.dumps(order).encode(), {"Content-Type": "application/json"}
     )

@@ -12,9 +12,14 @@ from tests.launch import check, reports, torchrun
 
 TORUS = ["--sp-backend", "torus", "--sp-topology", "2x2"]
 REFUSED = {
-    "backend without lse": (
-        [*TORUS, "--attention_backend", "SDPA"],
-        "ValueError: --sp-backend torus with --attention_backend SDPA: it returns no log-sum-exp.*one of AITER, CUDNN",
+    "backend without lse in a ring": (
+        [*TORUS, "--sp-plan", "torus=2,ulysses=1,ring=2", "--attention_backend", "NVTE_FP8"],
+        "ValueError: --sp-backend torus with --attention_backend NVTE_FP8: it returns no log-sum-exp, which xDiT's own "
+        r"USP needs as well, .* \(ring_degree 2\); use one of AITER, CUDNN.*, or a --sp-plan with ring=1",
+    ),
+    "strict backend without lse": (
+        [*TORUS, "--sp-strict", "--attention_backend", "SDPA"],
+        "ValueError: --sp-backend torus with --attention_backend SDPA: .* --sp-strict does not allow; use one of AITER",
     ),
     "heads": (
         [*TORUS, "--sp-plan", "torus=2,ulysses=2,ring=1"],
@@ -87,6 +92,7 @@ def test_the_job_ends_soon_with_an_error_status(folders, tmp_path):
         "--out",
         tmp_path / "x.pt",
         *TORUS,
+        "--sp-strict",
         "--attention_backend",
         "SDPA",
     ]

@@ -219,4 +219,4 @@ def test_candidates_inside_one_machine_are_timed_and_checked():
     assert selected_of(found, {torus, OWN}) == {torus}
     assert all("--sp-check first: 2 shape(s), at most" in text for text, _ in found["explain"])
     fallback = "fell back to xDiT's own USP 1 times: attention backend SDPA returns no log-sum-exp"
-    assert all(fallback in text for text, _ in found["explain"])  # --sp-backend torus refuses such a backend
+    assert all(fallback in text for text, _ in found["explain"])

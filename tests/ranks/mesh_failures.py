@@ -288,6 +288,107 @@ def case_different_requests_without_links(rank):
     return ", ".join(results)
 
 
+def case_request_fails_outside_its_calls(rank):
+    """Rank 1 fails before the calls of requests 0 and 1, between those of 3, and after those of 5. A request begins
+    when all ranks have answered the one before."""
+
+    def work(transport):
+        mesh, results = mesh_of(transport, timeout=3.0), []
+        for number in range(7):
+            dist.barrier()
+            started = time.monotonic()
+            try:
+                with mesh.request(f"request {number}"):
+                    for step in range(2):
+                        if rank == 1 and (number, step) in ((0, 0), (1, 0), (3, 1)):
+                            raise MemoryError("planted")
+                        out = torus_attention(*qkv(rank, step), mesh=mesh, **COUNTS)
+                    if rank == 1 and number == 5:
+                        raise MemoryError("planted")
+                results.append(compare(out, rank, step))
+            except (MemoryError, TransportError) as error:
+                results.append(f"{type(error).__name__}: {error}")
+            assert time.monotonic() - started < 3.0
+        mesh.close()
+        return ", ".join(results)
+
+    return over_each(work)
+
+
+def case_request_of_another_thread(rank):
+    """A second thread begins a request, and makes a call without one, between two calls of a request."""
+
+    def work(transport):
+        mesh, results = mesh_of(transport), []
+
+        def other():
+            try:
+                with mesh.request("theirs"):
+                    results.append("began")
+            except RuntimeError as error:
+                results.append(f"{type(error).__name__}: {error}")
+
+        with mesh.request("ours"):
+            results.append(attempt(mesh, rank, 0))
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            results.append(attempt(mesh, rank, 1))
+        thread = threading.Thread(target=other)  # afterwards it may
+        thread.start()
+        thread.join()
+        mesh.close()
+        return ", ".join(results)
+
+    return over_each(work)
+
+
+def case_forward_fails_outside_attention(rank):
+    """One rank of a parallelized model fails in a feed-forward layer. During the next forward, another thread calls the
+    model."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=0, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    parallelize(model, args=TorusArgs(backend="torus", topology="2x2", timeout=3.0))
+    fail = rank == 1
+    in_second_forward = False
+
+    def after_feed_forward(*_):
+        nonlocal in_second_forward
+        if fail:
+            raise ZeroDivisionError("planted")
+        if in_second_forward:
+            in_second_forward = False
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+
+    model.transformer_blocks[0].ff.register_forward_hook(after_feed_forward)
+    inputs = {
+        "hidden_states": torch.ones(1, 16, 16), "encoder_hidden_states": torch.ones(1, 8, 32),
+        "pooled_projections": torch.ones(1, 32), "timestep": torch.ones(1), "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }  # fmt: skip
+    results = []
+
+    def forward():
+        started = time.monotonic()
+        try:
+            with torch.no_grad():
+                results.append("correct" if model(**inputs).sample.isfinite().all() else "not finite")
+        except (ArithmeticError, RuntimeError) as error:
+            results.append(f"{type(error).__name__}: {error}")
+        assert time.monotonic() - started < 3.0
+
+    forward()
+    fail, in_second_forward = False, True
+    forward()
+    forward()
+    return ", ".join(results)
+
+
 def case_two_threads(rank):
     """A second thread makes a call while the first one computes."""
     mesh = mesh_of("tcp")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from PIL import Image
@@ -79,17 +82,21 @@ def test_noise_from_the_default_generator():
     assert drawn(1, latents=latents) == drawn(2, latents=latents)
 
 
-def test_a_request_begins_on_every_mesh():
+def test_a_request_begins_and_ends_on_every_mesh():
     class Mesh:
-        def begin_request(self, request: str) -> None:
-            begun.append((self, request))
+        @contextmanager
+        def request(self, request: str) -> Iterator[None]:
+            seen.append((self, request))
+            yield
+            seen.append((self, "end"))
 
     class Selector:
         meshes = (Mesh(), Mesh())
 
-    begun: list[tuple[Mesh, str]] = []
+    seen: list[tuple[Mesh, str]] = []
     mesh, selector = Mesh(), Selector()
-    session.Session(mesh=mesh, selector=selector).begin_request(REQUEST)
-    assert begun == [(one, describe(REQUEST)) for one in (mesh, *selector.meshes)]
-    session.Session().begin_request(REQUEST)  # without --sp-backend
-    assert len(begun) == 3
+    with session.Session(mesh=mesh, selector=selector).request(REQUEST):
+        assert seen == [(one, describe(REQUEST)) for one in (mesh, *selector.meshes)]
+    assert seen[3:] == [(one, "end") for one in (*selector.meshes[::-1], mesh)]
+    with session.Session().request(REQUEST):  # without --sp-backend
+        assert len(seen) == 6

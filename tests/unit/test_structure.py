@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the bottom up: a room imports from itself and from the rooms before it.
 ROOMS = [
-    "files", "config", "kernels", "layout", "simulator", "transport", "torus", "autotune", "integrations", "bench",
-    "doctor", "cli",
+    "files", "config", "kernels", "layout", "simulator", "transport", "torus", "autotune", "integrations",
+    "metrics", "bench", "doctor", "cli",
 ]  # fmt: skip
 # Every file with its path inside the package. __init__ and _autoload import lazily and are in no room.
 FILES = {path.relative_to(ROOT / "sf_xfuser"): path for path in (ROOT / "sf_xfuser").rglob("*.py")}

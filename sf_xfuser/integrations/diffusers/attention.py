@@ -51,6 +51,7 @@ class TorusContextParallel(DropIn):
 
     def __post_init__(self) -> None:
         """Create ``config``; ``enable_parallelism`` of diffusers would set its own on the model and its processors."""
+        super().__post_init__()
         parallel = importlib.import_module("diffusers.models._modeling_parallel")
         layout = self.mesh.layout
         config = parallel.ContextParallelConfig(ring_degree=layout.ring_degree, ulysses_degree=layout.ulysses_degree)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -41,12 +44,16 @@ class ParallelForward:
         self.torus, self.mesh, self.plan = torus, torus.mesh, plan
         self.num_ranks = self.mesh.layout.world_size
         self._compared: set[tuple[str, str]] = set()  # (session, input shapes) that all ranks compared
+        self._requests: dict[int, AbstractContextManager[None]] = {}  # by thread; one at most
         self._hooked: list[tuple[str, torch.nn.Module, Any]] = []
         self._handles: list[RemovableHandle] = []
 
     @uncompiled
     def pre_forward(self, model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Check and split the inputs of the model. Collective."""
+        """Check and split the inputs of the model. Collective. Its thread has the mesh until ``post_forward``."""
+        request = self.mesh.guard.in_request()
+        request.__enter__()
+        self._requests[get_ident()] = request
         if torch.is_grad_enabled():
             raise ValueError("a parallelized model computes no gradients: call it under torch.no_grad()")
         self.torus.is_uneven = False
@@ -64,9 +71,13 @@ class ParallelForward:
         inputs = self._split_joint_mask(name, self._pad_text(model, inputs))
         return self._split_inputs(entries, model, (), inputs)
 
+    @uncompiled
     def post_forward(self, model: torch.nn.Module, args: Any, output: Any) -> None:
-        """Runs after failed forwards, too."""
-        self.torus.in_forward = False
+        """Runs after failed forwards, too: without output then."""
+        request = self._requests.pop(get_ident(), None)
+        if request is not None:  # else another thread has the mesh
+            self.torus.in_forward = False
+            request.__exit__(*(sys.exc_info() if output is None else (None, None, None)))
 
     # diffusers' own ContextParallelSplitHook and ContextParallelGatherHook fail 31 of 74 cases in test_diffusers.py
     # (0.42.1): they cannot gather uneven parts over Gloo, torch.compile traces their collectives, they do not split

@@ -19,6 +19,23 @@ LSE_BACKENDS = frozenset(
 )
 
 
+_LSE_IN_A_RING = frozenset({"AITER_SAGE", "AITER_SAGE_V2"})  # xDiT checks that the version of AITER can
+
+
+def no_fallback_reason(backend: str, ring_degree: int, strict: bool) -> str | None:
+    """Why calls of a backend without log-sum-exp cannot fall back to xDiT's own USP, with the remedy; None if they can.
+    ``ring_degree``: that of xDiT's groups."""
+    remedy = f"use one of {', '.join(sorted(LSE_BACKENDS))}"
+    if ring_degree > 1 and backend not in _LSE_IN_A_RING:
+        return (
+            f"which xDiT's own USP needs as well, to merge the results of its ring (ring_degree {ring_degree}); "
+            f"{remedy}, or a --sp-plan with ring=1"
+        )
+    if strict:
+        return f"so every call would fall back to xDiT's own USP, which --sp-strict does not allow; {remedy}"
+    return None
+
+
 def with_lse(attention_backend: Any) -> Any:
     """``attention_backend``, a member of xDiT's ``AttentionBackendType``, or the fastest one with log-sum-exp."""
     if attention_backend.name in LSE_BACKENDS:

@@ -236,8 +236,8 @@ def _select_backend(original: Any, self: Any, engine_config: Any = None) -> Any:
 def _pipeline_call(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs before data parallelism splits the prompts, so all ranks have the same arguments."""
     names = list(inspect.signature(original).parameters)[1:]
-    session.current.begin_request({**dict(zip(names, args, strict=False)), **kwargs})
-    return original(self, *args, **kwargs)
+    with session.current.request({**dict(zip(names, args, strict=False)), **kwargs}):
+        return original(self, *args, **kwargs)
 
 
 @wrapper
@@ -253,8 +253,8 @@ def _initialize_runtime_state(original: Any, pipeline: Any = None, *args: Any, *
 def _runner_run(original: Any, self: Any, input_args: dict[str, Any]) -> Any:
     """``input_args`` also holds the runner's flags, which may differ between ranks (such as the output directory)."""
     names = {"prompt", "seed", "input_images", "task", *vars(self.default_input_values)}
-    session.current.begin_request({name: value for name, value in input_args.items() if name in names})
-    return original(self, input_args)
+    with session.current.request({name: value for name, value in input_args.items() if name in names}):
+        return original(self, input_args)
 
 
 # -- the hooks -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +41,20 @@ class Session:
     usp: TorusUSP | None = None
     all_to_all: MeshAllToAll4D | None = None
 
-    def begin_request(self, values: Mapping[str, Any]) -> None:
-        """Start a request with these arguments on every mesh, so that ranks in different requests raise an error
-        instead of exchanging chunks. Local."""
+    @contextmanager
+    def request(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """A request with these arguments on every mesh (see ``Mesh.request``): ranks in different requests raise an
+        error instead of exchanging chunks, and an error on one rank is raised on all."""
         if self.mesh is None:
+            yield
             return
         from sf_xfuser.integrations.request import describe
 
         request = describe(values)
-        for mesh in [self.mesh, *(self.selector.meshes if self.selector else [])]:
-            mesh.begin_request(request)
+        with ExitStack() as stack:
+            for mesh in [self.mesh, *(self.selector.meshes if self.selector else [])]:
+                stack.enter_context(mesh.request(request))
+            yield
 
 
 _DEGREES = ("dp", "cfg", "pp", "tp", "ulysses", "ring")  # of xDiT's ParallelConfig
@@ -275,32 +279,32 @@ def without_torus() -> Iterator[None]:
 @contextmanager
 def torus_on(mesh: Mesh) -> Iterator[None]:
     """Run Torus Attention on another mesh of the same ranks inside the block, for comparisons."""
-    saved = current.usp
-    assert saved is not None
-    current.usp = replace(saved, mesh=mesh)
+    usp = current.usp
+    assert usp is not None
+    saved, usp.mesh = usp.mesh, mesh
     try:
         yield
     finally:
-        current.usp = saved
+        usp.mesh = saved
 
 
 def require_lse(attention_backend: Any) -> None:
-    """Raise RuntimeError if Torus Attention cannot use this member of xDiT's ``AttentionBackendType``."""
-    if not _requires_lse():
+    """Raise RuntimeError if neither Torus Attention nor xDiT's own USP can use this member of xDiT's
+    ``AttentionBackendType``."""
+    if current.usp is None or current.mesh is None:
         return
-    from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS
+    from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, no_fallback_reason
 
     if attention_backend.name not in LSE_BACKENDS:
-        raise RuntimeError(
-            f"attention backend {attention_backend.name} returns no log-sum-exp, which --sp-backend "
-            f"{current.args.backend if current.args else 'torus'} needs to merge partial results; use "
-            f"--attention_backend with one of {', '.join(sorted(LSE_BACKENDS))}"
-        )
+        ring_degree = current.mesh.plan.even.ring_degree
+        why = no_fallback_reason(attention_backend.name, ring_degree, current.usp.strict)
+        if why is not None:
+            raise RuntimeError(f"attention backend {attention_backend.name} returns no log-sum-exp, {why}")
 
 
 def prefer_lse(attention_backend: Any) -> Any:
     """``attention_backend``, or another member of xDiT's ``AttentionBackendType`` that Torus Attention can use."""
-    if not _requires_lse():
+    if current.usp is None or current.selector is not None:  # auto: its calls fall back, and may be faster
         return attention_backend
     from sf_xfuser.integrations.xdit.attention_backends import with_lse
 
@@ -308,11 +312,6 @@ def prefer_lse(attention_backend: Any) -> Any:
     if replacement is not attention_backend:
         log(f"attention backend {replacement.name} replaces {attention_backend.name}, which returns no log-sum-exp")
     return replacement
-
-
-def _requires_lse() -> bool:
-    """False under ``auto``: a backend without log-sum-exp may be faster, and its calls fall back to xDiT's own USP."""
-    return current.usp is not None and current.selector is None
 
 
 def log(message: str) -> None:

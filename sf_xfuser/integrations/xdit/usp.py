@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,6 +129,11 @@ class TorusUSP(DropIn):
         self.handled += 1
         return out
 
+    def calls(self) -> dict[str, int]:
+        """As ``explain()``: under ``--sp-backend auto`` also by candidate of xDiT's own USP."""
+        xdit = {} if self.selector is None else self.selector.xdit_calls()
+        return dict(Counter(super().calls()) + Counter(xdit))
+
     def attend(
         self,
         query: torch.Tensor,
@@ -226,7 +232,7 @@ class TorusUSP(DropIn):
         if options.get("valid_kv_len") is not None and self.ring_degree > 1:
             return "attention_kwargs['valid_kv_len'] counts keys of all ranks, but a step of xDiT's ring has only some"
         if backend not in LSE_BACKENDS:
-            return f"attention backend {backend} returns no log-sum-exp"
+            return f"attention backend {backend} returns no log-sum-exp, so its calls hide no transfer"
         if self.host.fp8_communication():
             return "FP8 communication (--use_fp8_comms) compresses xDiT's own all-to-all"
         if self.host.cached_by_pipefusion(attn_layer):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sf_xfuser.config import XDIT_BACKENDS, TorusArgs
-from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS
+from sf_xfuser.integrations.xdit.attention_backends import LSE_BACKENDS, no_fallback_reason
 from sf_xfuser.integrations.xdit.degrees import ModelFacts
 
 # Their attention processors pass the layer to USP, which caches its keys for PipeFusion after the all-to-all.
@@ -51,10 +51,9 @@ def _problems(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> It
     for name in ("attention_backend", "hybrid_attn_low_precision_backend", "hybrid_attn_high_precision_backend"):
         named = flag(name)
         if named and named.upper() not in LSE_BACKENDS:
-            yield (
-                f"{backend} with --{name} {named}: it returns no log-sum-exp, which the merge of partial results "
-                f"needs; use one of {', '.join(sorted(LSE_BACKENDS))}"
-            )
+            why = no_fallback_reason(named.upper(), xfuser_args.ring_degree or 1, args.strict)
+            if why is not None:
+                yield f"{backend} with --{name} {named}: it returns no log-sum-exp, {why}"
     if args.strict and flag("use_fp8_comms"):
         yield (
             "--sp-strict with --use_fp8_comms: with FP8 communication every attention call falls back to xDiT's own "

@@ -85,20 +85,21 @@ def _run(input: torch.Tensor, scatter_dim: int, gather_dim: int, mesh: Mesh) -> 
     # Ring neighbours write into each other's windows in attention calls, so they get an empty chunk. Its arrival proves
     # that the sender has finished its previous call, which one-sided links rely on (transport/cpu/shm.py).
     empty = input.new_empty(0)
-    pending: list[tuple[Transfer, dict[int, torch.Tensor]]] = []
+    pending: list[tuple[Link, Transfer, dict[int, torch.Tensor]]] = []
     peers = link_peers(layout, own)
     for link in _LINKS:
         transport = mesh.links[link]
         buffers = {peer: buffer(peer, transport.one_sided is not None) for peer in peers[link] if peer in slot}
         sends = [Parcel(outgoing.get(peer, empty), peer, slot=0, offset=slot[own]) for peer in peers[link]]
         receives = [Parcel(buffers.get(peer, empty), peer, slot=0) for peer in peers[link]]
-        pending.append((transport.exchange(0, sends, receives), buffers))
+        pending.append((link, transport.exchange(0, sends, receives), buffers))
     incoming[own].copy_(outgoing[own])
-    for transfer, buffers in pending:
+    for link, transfer, buffers in pending:
         transfer.wait()
         for peer, chunk in buffers.items():
             if chunk is not incoming[peer]:
                 incoming[peer].copy_(chunk)
+        mesh.received_bytes[link] += sum(chunk.nbytes for chunk in buffers.values())
     mesh.end_exchanges(out)
     return out
 
@@ -111,6 +112,9 @@ class MeshAllToAll4D(DropIn):
     original_name = "yunchang's own all-to-all"
 
     original: Callable[..., torch.Tensor]
+
+    def calls(self) -> dict[str, int]:
+        return {"all-to-all over the mesh": self.handled, self.original_name: self.fallbacks.total()}
 
     def __call__(
         self, input: torch.Tensor, scatter_idx: int = 2, gather_idx: int = 1, group: Any = None, use_sync: bool = False
