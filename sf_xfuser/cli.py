@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from sf_xfuser import __version__
+from sf_xfuser import __version__, doctor
 from sf_xfuser.bench import emulate
-
-_STYLE = {"ok": "green", "info": "cyan", "warn": "yellow", "fail": "bold red"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"sf-xfuser {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser(
-        "doctor",
-        help="check this installation",
-        description="Checks versions, hooks into xDiT, accelerators, transports, topology and environment variables. "
-        "Exit status: 0 if xDiT can run with --sp-backend here, 1 if not.",
-    )
-    doctor.add_argument("--verbose", action="store_true", help="print every finding, for example every hook")
-    doctor.add_argument("--json", action="store_true", help="print every finding as JSON")
+    doctor.add_doctor_arguments(commands.add_parser("doctor", help="check this installation"))
     bench = commands.add_parser(
         "bench",
         help="benchmark Torus Attention against xDiT's own sequence parallelism",
@@ -69,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan_command.add_simulate_arguments(simulate)
         plan.set_defaults(run=plan_command.plan_command)
         simulate.set_defaults(run=plan_command.simulate_command)
-    doctor.set_defaults(run=_doctor)
     text = "run a command on an emulated cluster"
     cluster = commands.add_parser("cluster", help=text, description=f"{text.capitalize()}.")
     run = cluster.add_subparsers(dest="verb", required=True).add_parser(
@@ -123,30 +111,6 @@ def _cluster_run(options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps({"spec": asdict(spec), **asdict(outcome)}, indent=1) + "\n")
     return outcome.status
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from sf_xfuser import doctor
-
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # xDiT and transformers log warnings during import
-    with Console(stderr=True).status("importing xDiT and checking its hooks ..."):
-        findings = doctor.examine()
-    usable = doctor.usable(findings)
-    if options.json:
-        print(doctor.to_json(findings))
-        return 0 if usable else 1
-    console = Console()
-    if options.verbose:
-        table = Table(*(Column(name, overflow="fold") for name in ("section", "check", "status", "detail")))
-        for finding in findings:
-            table.add_row(finding.section, finding.name, finding.status, finding.detail, style=_STYLE[finding.status])
-        console.print(table)
-    else:
-        for status, line in doctor.summary(findings):
-            console.print(line, style=_STYLE[status], markup=False, highlight=False, soft_wrap=True)
-    console.print("[bold green]usable[/]" if usable else "[bold red]not usable: see the failures above[/]")
-    return 0 if usable else 1
 
 
 if __name__ == "__main__":

@@ -289,6 +289,11 @@ def environment(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def variables_named(prefix: str) -> list[str]:
+    """The names of the environment variables that are set and start with ``prefix``."""
+    return [name for name in os.environ if name.startswith(prefix)]
+
+
 def with_environment(values: Mapping[str, str]) -> dict[str, str]:
     """The environment of this process, updated with ``values``, to start another process."""
     return {**os.environ, **values}

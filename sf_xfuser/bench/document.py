@@ -15,6 +15,8 @@ from typing import Any
 
 from sf_xfuser import __version__
 
+COMMIT_FILE = "commit.txt"  # in the package; setup.py writes it into distributions
+
 ROW = "@row "
 """Starts a line of a process's output that is one row, as JSON."""
 
@@ -24,8 +26,8 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]:
-    """A document without rows: date, commit, command line, hardware and versions. PyTorch is asked for the
-    ``accelerator`` unless it is given."""
+    """A document without rows: date, commit of this package, command line, hardware and versions. PyTorch is asked
+    for the ``accelerator`` unless it is given."""
     if accelerator is None:
         import torch
 
@@ -34,7 +36,7 @@ def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]
     return {
         "schema": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join([*shlex.split(command), *sys.argv[1:]]),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_bytes": memory, "accelerator": accelerator},
         "versions": {
@@ -47,14 +49,26 @@ def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]
     }
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that holds this package, if any."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def commit() -> str | None:
+    """The commit of this package: of its checkout, or recorded when it was built. None if neither is known.
+
+    A repository that only contains the folder of an installed package is not its checkout.
+    """
+    package = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        if git("ls-files", "--full-name", "__init__.py") == "sf_xfuser/__init__.py":
+            return git("describe", "--always", "--dirty") or None
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # no git: it may be recorded
+    try:
+        return (package / COMMIT_FILE).read_text().strip() or None
     except OSError:
         return None
-    return result.stdout.strip() or None
 
 
 def _cpu() -> str:

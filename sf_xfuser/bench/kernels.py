@@ -7,16 +7,15 @@ memory and spills. Exits with status 1 if a configuration spills more than ``KNO
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from sf_xfuser.bench.document import new_document, write_json
 from sf_xfuser.kernels.shipped import all_shipped, compile_for
 
 KNOWN_SPILLS = {
@@ -57,7 +56,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.kernels", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the rows to this file; - for standard output instead of a table"
+    )
     options = parser.parse_args(argv)
     try:
         import triton
@@ -66,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         sys.exit("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     rows = usages()
-    Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+    document = new_document("python -m sf_xfuser.bench.kernels", accelerator="none: kernels are compiled, not run")
+    if not write_json(options.json, {**document, "rows": rows}, indent=1):
+        Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     known = KNOWN_SPILLS.get(".".join(triton.__version__.split(".")[:2]), {})
     spilled = {f"{row['kernel']} on {row['architecture']}": row["spilled_bytes"] for row in rows}
     spilling = [name for name, nbytes in spilled.items() if nbytes > known.get(name, 0)]

@@ -293,7 +293,8 @@ class _Figures:
 
 
 def _head(document: Mapping[str, Any]) -> str:
-    facts = {"commit": document.get("commit"), "created": document.get("created")}
+    version = document.get("versions", {}).get("sf_xfuser")
+    facts = {"sf-xfuser": version, "commit": document.get("commit"), "created": document.get("created")}
     system = {**document.get("hardware", {}), **document.get("versions", {})}
     return (
         "<h1>sf-xfuser bench</h1>\n"

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, get_args
 
+from sf_xfuser import __version__
+from sf_xfuser.bench.document import commit
 from sf_xfuser.layout.chunking import granularities_to_try
 from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, make_plan
 from sf_xfuser.layout.schedule import Granularity
@@ -113,3 +115,4 @@ def _ratio(torus: Prediction, compared: Comparison) -> str:
 
 if __name__ == "__main__":
     print("\n".join(markdown()))
+    print(f"sf-xfuser {__version__}, commit {commit() or 'unknown'}")
