@@ -26,7 +26,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sf_xfuser import __version__, config
-from sf_xfuser.bench.document import check_output_paths, commit, write_json
+from sf_xfuser.bench.document import commit
+from sf_xfuser.bench.outputs import Outputs
 from sf_xfuser.layout import topology
 
 Status = Literal["fail", "warn", "ok", "info"]  # from the worst
@@ -94,27 +95,21 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def doctor_command(options: argparse.Namespace) -> int:
     try:
-        check_output_paths(options, "json")
+        outputs = Outputs("sf-xfuser doctor", options)
     except ValueError as error:
         print(f"sf-xfuser doctor: {error}", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # xDiT and transformers log warnings during import
-    try:
-        with (
-            Console(stderr=True).status("importing xDiT and checking its hooks ..."),
-            contextlib.redirect_stdout(sys.stderr),  # packages print during import
-        ):
-            findings = examine()
-    except KeyboardInterrupt:
-        return 130
-    try:
-        if not write_json(options.json, to_json(findings), indent=2):
-            _show(findings, verbose=options.verbose)
-    except OSError as error:
-        print(f"sf-xfuser doctor: {error}", file=sys.stderr)
-        return 2
-    return 0 if usable(findings) else 1
+    with (
+        Console(stderr=True).status("importing xDiT and checking its hooks ..."),
+        contextlib.redirect_stdout(sys.stderr),  # packages print during import
+    ):
+        findings = examine()
+    outputs.json(to_json(findings))
+    if not outputs.on_stdout:
+        _show(findings, verbose=options.verbose)
+    return 0 if usable(findings) and not outputs.failed else 1
 
 
 def _show(findings: list[Finding], *, verbose: bool) -> None:

@@ -78,6 +78,16 @@ class ClusterSpec:
     def world_size(self) -> int:
         return self.num_machines * self.ranks_per_machine
 
+    @property
+    def unshaped(self) -> str:
+        """What an unlimited rate between machines means for the times; empty if there is a limit."""
+        if self.inter_rate_bps is not None or self.num_machines == 1:
+            return ""
+        return (
+            "no --inter-rate: the links between machines are not shaped, so a transfer takes as long as a copy in "
+            "memory, and times do not show what a network costs"
+        )
+
     def __str__(self) -> str:
         rate = "" if self.inter_rate_bps is None else f" at {self.inter_rate_bps / 1e6:g} Mbit/s"
         delay = f" with {self.inter_delay_s * 1e3:g} ms delay" if self.inter_delay_s else ""

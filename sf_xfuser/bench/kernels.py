@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.document import new_document, write_json
+from sf_xfuser.bench.document import new_document
+from sf_xfuser.bench.outputs import Outputs
 from sf_xfuser.kernels.shipped import all_shipped, compile_for
 
 KNOWN_SPILLS = {
@@ -56,10 +57,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.kernels", description=__doc__)
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the rows to this file; - for standard output instead of a table"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file; -: to standard output")
     options = parser.parse_args(argv)
+    try:
+        outputs = Outputs(parser.prog, options)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         import triton
     except ImportError:
@@ -68,14 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     rows = usages()
     document = new_document("python -m sf_xfuser.bench.kernels", accelerator="none: kernels are compiled, not run")
-    if not write_json(options.json, {**document, "rows": rows}, indent=1):
+    outputs.json({**document, "rows": rows})
+    if not outputs.on_stdout:
         Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     known = KNOWN_SPILLS.get(".".join(triton.__version__.split(".")[:2]), {})
     spilled = {f"{row['kernel']} on {row['architecture']}": row["spilled_bytes"] for row in rows}
     spilling = [name for name, nbytes in spilled.items() if nbytes > known.get(name, 0)]
     if spilling:
         print(f"kernels that spill registers: {', '.join(spilling)}", file=sys.stderr)
-    return int(bool(spilling))
+    return int(bool(spilling) or outputs.failed)
 
 
 if __name__ == "__main__":

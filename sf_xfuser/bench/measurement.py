@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import Progress
 
 from sf_xfuser.bench import calibrate, emulate, usp_variants
 from sf_xfuser.bench.case import AttentionOptions, Case
+from sf_xfuser.bench.progress import Progress
 from sf_xfuser.bench.report import SUBJECT
 from sf_xfuser.bench.rows import TOLERANCE, Sample, attention_rows
 from sf_xfuser.bench.variants import ALONE, SINGLE, Variant, open_variants
@@ -51,33 +50,36 @@ class Measurement:
         self.attention_s = 0.0  # time in attention kernels of the current call
         self.trace: Trace | None = None  # records kernels of variants without a mesh
 
-    def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Rows and timelines, on rank 0."""
+    def run(self, progress: Progress) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows and timelines, on rank 0. ``progress``: shown by rank 0."""
+        if self.options.predict:
+            progress.doing("calibrating the simulator")
         sampler = self._calibrate() if self.options.predict else None
         runnable = [variant for variant in self.variants if variant.call is not None or variant.name == SINGLE]
-        total = len(runnable) * (self.options.repeat + self.options.warmup + 3)
+        progress.total = len(runnable) * (self.options.repeat + self.options.warmup + 2)
         with ExitStack() as stack:
             if usp_variants.unavailable() is None:
                 stack.enter_context(usp_variants.attention_timer(self._kernel_ran))
-            advance = stack.enter_context(self._progress(total))
             for variant in runnable:
-                advance(f"{variant.name}: checking the result")
+                progress.doing(f"{variant.name}: checking the result")
                 self._check(variant)
                 while variant.selector is not None and not variant.selector.finished:  # autotune before timing
                     self._call(variant)
+                progress.advance()
             passed = [variant for variant in runnable if not self.samples[variant.name].failure]
             for variant in passed:
-                advance(f"{variant.name}: recording memory and timeline")
+                progress.doing(f"{variant.name}: recording memory and timeline")
                 self._observe(variant)
+                progress.advance()
             for number in range(self.options.warmup + self.options.repeat):
                 if sampler is not None:
                     sampler.sample()
                 shift = number % len(passed) if passed else 0
                 for variant in (*passed[shift:], *passed[:shift]):
-                    advance(f"{variant.name}: call {number + 1}")
-                    if variant.name == SINGLE and number >= 2:
-                        continue  # the reference is slow; two calls are enough
-                    self._time(variant, timed=number >= self.options.warmup or variant.name == SINGLE)
+                    progress.doing(f"{variant.name}: call {number + 1}")
+                    if variant.name != SINGLE or number < 2:  # the reference is slow; two calls are enough
+                        self._time(variant, timed=number >= self.options.warmup or variant.name == SINGLE)
+                    progress.advance()
         if sampler is not None:
             self._predict(sampler.cluster())
         if self.rank != 0:
@@ -270,17 +272,6 @@ class Measurement:
         if self.rank != 0 or not self.options.emulated or self.case.num_machines == 1:
             return None
         return emulate.read_matrix(self.case.num_machines)
-
-    @contextmanager
-    def _progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """Yields ``advance(text)``, which moves a progress bar on rank 0's terminal."""
-        console = Console(stderr=True)
-        if self.rank != 0 or not console.is_terminal:
-            yield lambda text: None
-            return
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(self.case.id, total=total)
-            yield lambda text: progress.update(task, advance=1, description=f"{self.case.id}  {text}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from os import PathLike
-from textwrap import shorten
+from textwrap import shorten, wrap
 from typing import IO, TYPE_CHECKING, Any
 
 from sf_xfuser.bench import report
@@ -109,11 +109,18 @@ def save(panels: Sequence[Panel], to: str | PathLike[str] | IO[str], file_type: 
         figure.savefig(to, format=file_type, dpi=150)
 
 
+def set_title(axes: Axes, text: str) -> None:
+    """A bold title, left, in lines that the figure does not cut."""
+    lines = [line for part in text.split("\n") for line in wrap(part, 95)]
+    axes.set_title("\n".join(lines), loc="left", fontweight="bold")
+
+
 def bars_panel(rows: Sequence[Row]) -> Panel:
     """Median time per variant of one case, split into attention and exposed communication."""
 
     def draw(axes: Axes) -> None:
         seconds, limit_name = report.bound(rows)
+        unit = "denoising step" if rows[0].get("kind") == "pipeline" else "call"
         measured = [report.spread(row)[1] or row.get("median_s") for row in rows if report.succeeded(row)]
         limit = max((x for x in map(report.finite, [*measured, seconds]) if x is not None), default=1e-3) * 1e3
         for y, row in enumerate(rows):
@@ -141,8 +148,8 @@ def bars_panel(rows: Sequence[Row]) -> Panel:
             keys |= {"whole call": "other"} if whole else {"attention": "compute", "exposed": "wait"}
         _legend(axes, {name: _COLOURS[colour] for name, colour in keys.items()})
         axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-        axes.set(xlim=(0, limit * 1.22), ylim=(len(rows) - 0.4, -0.6), xlabel="ms per call, median and spread")
-        axes.set_title(rows[0]["case"]["id"], loc="left", fontweight="bold")
+        axes.set(xlim=(0, limit * 1.22), ylim=(len(rows) - 0.4, -0.6), xlabel=f"ms per {unit}, median and spread")
+        set_title(axes, rows[0]["case"]["id"])
 
     return Panel(1.0 + 0.32 * len(rows), draw)
 
@@ -171,7 +178,7 @@ def ratio_panel(rows: Sequence[Row]) -> Panel:
         _legend(axes, {name: _COLOURS[colour] for name, (_, colour) in kinds.items()})
         axes.set_yticks(range(len(cases)), list(cases))
         axes.set(xlim=(0, largest * 1.1), ylim=(len(cases) - 0.4, -0.6), xlabel="speedup (higher is better)")
-        axes.set_title(f"{report.SUBJECT} against xDiT", loc="left", fontweight="bold")
+        set_title(axes, f"{report.SUBJECT} against xDiT")
 
     return Panel(1.0 + 0.42 * len(cases), draw)
 
@@ -204,7 +211,7 @@ def timeline_panel(timeline: Mapping[str, Any]) -> Panel:
         axes.set(xlim=(0, duration * 1e3), ylim=(max(len(ranks), 1) * height - 0.75, -0.75), xlabel="ms")
         names = {"other": "other tensors"}
         _legend(axes, {names.get(key, key): colour for key, colour in _COLOURS.items() if key in colours}, left=1.03)
-        axes.set_title(f"one call of {timeline['variant']}, {timeline['case']}", loc="left", fontweight="bold")
+        set_title(axes, f"one call of {timeline['variant']}, {timeline['case']}")
 
     return Panel(1.1 + 0.15 * len(ranks) * (len(links) + 0.5), draw)
 
@@ -327,8 +334,9 @@ def _variant(row: Row, best: bool) -> str:
         kind = "skipped" if row.get("status") == "skipped" else "skipped failed"
         span = len(report.COLUMNS) - 1
         return f'<tr class="{kind}">{variant}<td class="text" colspan="{span}">{escape(report.reason(row))}</td></tr>'
-    layout, *values = report.cells(row)[1:]
-    rest = f'<td class="text">{escape(layout)}</td>' + "".join(f"<td>{escape(text)}</td>" for text in values)
+    named = zip(report.COLUMNS[1:], report.cells(row)[1:], strict=True)
+    tags = (('<td class="text">' if name in report.TEXTS else "<td>", text) for name, text in named)
+    rest = "".join(f"{tag}{escape(text)}</td>" for tag, text in tags)
     return f'<tr class="best">{variant}{rest}</tr>' if best else f"<tr>{variant}{rest}</tr>"
 
 

@@ -9,7 +9,8 @@ from math import gcd
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from sf_xfuser.bench.page import Panel, save
+from sf_xfuser.bench.page import Panel, save, set_title
+from sf_xfuser.bench.progress import Progress
 from sf_xfuser.layout.plan import paper_layout
 from sf_xfuser.simulator import CallShape, TorusVariant, predict
 from sf_xfuser.simulator.cluster import Cluster
@@ -18,11 +19,12 @@ from sf_xfuser.simulator.planner import PATTERN_OF, Ranking, rank
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Colour, line width and style. The best of each kind is drawn first and wide, so that a line that equals it shows.
 _LINES = {
-    "torus, best layout": "#0072B2",
-    "torus, paper's rule": "#56B4E9",
-    "xDiT's USP": "#E69F00",
-    "xDiT's best": "#D55E00",
+    "torus, best layout": ("#0072B2", 4.0, "-"),
+    "xDiT's best": ("#D55E00", 4.0, "-"),
+    "torus, paper's rule": ("#9AD5F5", 1.5, "--"),
+    "xDiT's USP": ("#F5C542", 1.5, "--"),
 }
 _MACHINES = (1, 2, 3, 4, 6, 8, 12, 16)
 _FACTORS = tuple(2.0 ** (n / 2) for n in range(-6, 7))
@@ -38,23 +40,32 @@ class Sweep:
     seconds: dict[str, list[float | None]]
 
 
-def plot(ranking: Ranking, transport: str, path: str | PathLike[str]) -> None:
+def plot(ranking: Ranking, transport: str, title: str, path: str | PathLike[str]) -> None:
     """Write three panels that mark where torus and xDiT are equally fast. The suffix selects the file type."""
-    save([_panel(sweep) for sweep in sweeps(ranking, transport)], path)
+    with Progress("sf-xfuser plan") as progress:
+        panels = [
+            _panel(sweep, title if n == 0 else "") for n, sweep in enumerate(sweeps(ranking, transport, progress))
+        ]
+    save(panels, path)
 
 
-def sweeps(ranking: Ranking, transport: str) -> list[Sweep]:
-    """One sweep per panel. Pure."""
+def sweeps(ranking: Ranking, transport: str, progress: Progress) -> list[Sweep]:
+    """One sweep per panel."""
     cluster, shape = ranking.cluster, ranking.shape
     n, m = cluster.num_machines, cluster.ranks_per_machine
     rate = cluster.across.machine_gbps or cluster.across.rank_gbps
 
     def swept(label: str, at: Sequence[float], base: float, of: Callable[[float], tuple[Cluster, CallShape]]) -> Sweep:
-        times = [_lines(*of(x), transport) for x in at]
+        times = []
+        for x in at:
+            progress.doing(f"ranking the layouts for {x:,g} {label}")
+            times.append(_lines(*of(x), transport))
+            progress.advance()
         return Sweep(label, tuple(at), base, {line: [seconds[line] for seconds in times] for line in _LINES})
 
     machines = [x for x in sorted({*_MACHINES, n}) if x * m <= shape.seq_len]
     lengths = [x for x in (round(shape.seq_len * f) for f in _FACTORS) if x >= cluster.world_size]
+    progress.total = len(machines) + len(_FACTORS) + len(lengths)
     unit = "out of a machine" if cluster.across.machine_gbps else "out of a rank"
     return [
         swept("machines", machines, n, lambda x: (cluster.with_size(int(x), m), shape)),
@@ -103,25 +114,27 @@ def crossings(sweep: Sweep) -> list[tuple[float, float]]:
     return points
 
 
-def _panel(sweep: Sweep) -> Panel:
+def _panel(sweep: Sweep, title: str) -> Panel:
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-        for line, colour in _LINES.items():
+        for line, (colour, width, style) in _LINES.items():
             known = [(x, y * 1e3) for x, y in zip(sweep.at, sweep.seconds[line], strict=True) if y is not None]
             if known:
-                style = "--" if line in ("torus, paper's rule", "xDiT's USP") else "-"
-                axes.plot(*zip(*known, strict=True), style, marker=".", color=colour, label=line)
+                axes.plot(*zip(*known, strict=True), style, marker=".", color=colour, linewidth=width, label=line)
         axes.axvline(sweep.requested, color="#A0A0A0", linewidth=1, linestyle=":", label="requested")
         for at, seconds in crossings(sweep):
             axes.plot(at, seconds * 1e3, "o", color="#202020", fillstyle="none")
             axes.annotate(f"{at:,.3g}", (at, seconds * 1e3), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        set_title(axes, f"{title}\n" * bool(title) + f"Time of an attention call over {sweep.label}")
         axes.set(xscale="log", yscale="log", xlabel=sweep.label, ylabel="ms per attention call")
         for axis in (axes.xaxis, axes.yaxis):  # plain numbers, not powers of ten
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_formatter(NullFormatter())
-        axes.set_xticks([*sweep.at[::2]], [f"{at:,.3g}" if at < 1000 else f"{at:,.0f}" for at in sweep.at[::2]])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ticks = sweep.at[:: 1 if len(sweep.at) < 10 else 2]
+        axes.set_xticks([*ticks], [f"{at:,.3g}" if at < 1000 else f"{at:,.0f}" for at in ticks])
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
         axes.grid(alpha=0.3, which="both")
 
-    return Panel(3.0, draw)
+    return Panel(3.2, draw)

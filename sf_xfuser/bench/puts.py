@@ -17,7 +17,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.document import new_document, write_json
+from sf_xfuser.bench.document import new_document
+from sf_xfuser.bench.outputs import Outputs
 from sf_xfuser.transport.base import Parcel
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu.shm import Shm
@@ -72,10 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.puts", description=__doc__)
     parser.add_argument("--chunks", type=int, default=8, help="chunks per round. Default: 8")
     parser.add_argument("--repeat", type=int, default=101, help="rounds per kind and size. Default: 101")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the rows to FILE; - for standard output instead of a table"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE; -: to standard output")
     options = parser.parse_args()
+    try:
+        outputs = Outputs(parser.prog, options)
+    except ValueError as error:
+        parser.error(str(error))
     dist.init_process_group("gloo")
     if dist.get_world_size() != 2:
         raise SystemExit(
@@ -89,7 +92,8 @@ def main() -> None:
             us = (f"{row[name] * 1e6:.1f}" for name in ("put_s", "copy_s"))
             table.add_row(f"{row['bytes']:,}", *us, f"{row['ratio']:.2f}x")
         document = new_document("torchrun --nproc-per-node 2 -m sf_xfuser.bench.puts")
-        if not write_json(options.json, {**document, "rows": rows}, indent=1):
+        outputs.json({**document, "rows": rows})
+        if not outputs.on_stdout:
             Console().print(table)
     dist.barrier()
     dist.destroy_process_group()

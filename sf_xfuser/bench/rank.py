@@ -23,6 +23,7 @@ from sf_xfuser.bench import usp_variants
 from sf_xfuser.bench.case import AttentionOptions, Case
 from sf_xfuser.bench.measurement import Measurement
 from sf_xfuser.bench.pipeline import MODELS, PipelineOptions, measure
+from sf_xfuser.bench.progress import Progress
 from sf_xfuser.bench.rows import pipeline_rows
 from sf_xfuser.config import launch_environment
 from sf_xfuser.integrations.xdit import plugin
@@ -41,12 +42,15 @@ def run(options: AttentionOptions, on_results: Callable[[list[dict[str, Any]], l
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=options.timeout_s))
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.timeout_s))
-        for case in options.cases:
+        for number, case in enumerate(options.cases, 1):
             if dist.get_world_size() != case.world_size:
                 raise ValueError(f"case {case.id} needs {case.world_size} ranks, the job has {dist.get_world_size()}")
-            measurement = Measurement(options, case, control, cuda)
-            rows, timelines = measurement.run()
-            measurement.close()
+            title = f"{case.id} (case {number} of {len(options.cases)})" if len(options.cases) > 1 else case.id
+            with Progress(title, visible=dist.get_rank() == 0) as progress:
+                progress.doing("opening the variants")
+                measurement = Measurement(options, case, control, cuda)
+                rows, timelines = measurement.run(progress)
+                measurement.close()
             if dist.get_rank() == 0:
                 on_results(rows, timelines)
         dist.barrier(control)
@@ -59,13 +63,16 @@ def run_pipeline(options: PipelineOptions, case: Mapping[str, Any]) -> list[dict
     if (missing := usp_variants.unavailable()) is not None:
         raise ValueError(f"--pipeline needs xDiT: {missing}")
     with ExitStack() as stack:
+        visible = launch_environment().rank in (None, 0)
+        progress = stack.enter_context(Progress(str(case["id"]), visible=visible))
         if (tiny := MODELS.get(options.model)) is not None:
             from sf_xfuser.bench.tiny_models import save_tiny_model
 
+            progress.doing("making the model")
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             model = str(save_tiny_model(options.model, folder, **tiny.arguments))
             options = replace(options, model=model, size=tiny.size, text_length=tiny.text_length)
-        records = measure(options)
+        records = measure(options, progress)
         rank = dist.get_rank()
         dist.barrier()
         dist.destroy_process_group()

@@ -11,30 +11,86 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, zip_longest
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
-from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+from sf_xfuser.config import environment
 
 Row = Mapping[str, Any]
 
 SUBJECT = "torus"
 DASH = "–"
-COLUMNS = ("variant", "layout", "median ms", "spread ms", "first ms", "exposed ms", "peak MB", "out MB", "max error",
-           "eff. %", "vs USP", "vs best xDiT")  # fmt: skip
+#: By importance: where not all fit, the last ones are printed below.
+COLUMNS = ("variant", "median ms", "spread ms", "vs USP", "vs best xDiT", "max error", "out MB", "eff. %", "exposed ms",
+           "peak MB", "first ms", "layout")  # fmt: skip
 GRID_COLUMNS = ("case", "torus ms", "USP ms", "best xDiT", "best xDiT ms", "vs USP", "vs best xDiT", "eff. %",
                 "bound by")  # fmt: skip
-_STYLES = {"ok": "", "skipped": "dim"}  # of a table row, by status; other statuses are red
+#: Columns of text; the others hold numbers.
+TEXTS = frozenset({"variant", "layout", "case", "variant, case", "machine", "model", "default degrees", SUBJECT, ""})
+_STYLES = {"skipped": "dim"}  # of a reason, by status; other statuses are red
 
 
-def console(width: int = 150) -> Console:
-    """Standard output, ``width`` columns wide if it is not a terminal."""
+def console() -> Console:
+    """Standard output. If it is not a terminal, it has 150 columns, or as many as ``$COLUMNS`` says."""
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=width)
+    return terminal if terminal.is_terminal or environment(["COLUMNS"]) else Console(width=150)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedTable:
+    """A table for rich in which no cell is cut. Columns that do not fit the width are printed as further tables below,
+    each with the first column.
+
+    ``lines``: the cells. ``styles``: of the lines. ``reasons``: (name, text, style) of what has no cells, printed below
+    the table, followed by ``caption``.
+    """
+
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    styles: Sequence[str] = ()
+    title: str = ""
+    reasons: Sequence[tuple[str, str, str]] = ()
+    caption: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.title, "bold")
+        rest = [*range(1, len(self.columns))]
+        while rest and self.lines:
+            count = 1
+            while count < len(rest) and self._width(console, rest[: count + 1]) <= options.max_width:
+                count += 1
+            yield self._part(rest[:count])
+            rest = rest[count:]
+        if self.reasons:
+            reasons = Table.grid(padding=(0, 2))
+            for name, text, style in self.reasons:
+                reasons.add_row(Text(name), Text(text), style=style)
+            yield reasons
+        if self.caption:
+            yield Text(self.caption, "italic")
+
+    def _width(self, console: Console, numbers: Sequence[int]) -> int:
+        unlimited = console.options.update(width=10_000)
+        return console.measure(self._part(numbers), options=unlimited).maximum
+
+    def _part(self, numbers: Sequence[int]) -> Table:
+        """The table of the first column and of those with these ``numbers``."""
+        result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for n in (0, *numbers):
+            name = self.columns[n]
+            if name in TEXTS:
+                result.add_column(name, overflow="fold")
+            else:
+                result.add_column("\n".join(name.rsplit(" ", 1)), justify="right", no_wrap=True)
+        for line, style in zip_longest(self.lines, self.styles):
+            result.add_row(*(Text(line[n]) for n in (0, *numbers)), style=style)
+        return result
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -140,35 +196,44 @@ def cells(row: Row) -> list[str]:
     noise = "" if psnr_db is None else f" ({psnr_db:.1f} dB)"
     return [
         row["variant"],
-        row.get("layout") or DASH,
         fmt(row.get("median_s"), 1e3),
         DASH if low is None or high is None else f"{fmt(low, 1e3)}..{fmt(high, 1e3)}",
-        fmt(row.get("first_call_s"), 1e3),
-        fmt(row.get("exposed_s"), 1e3),
-        fmt(peak(row), 1e-6),
-        fmt(bytes_out(row), 1e-6),
-        DASH if error is None else f"{error:.1e}{noise}",
-        fmt(row.get("efficiency"), 1e2),
         fmt_ratio(row.get("ratio_to_usp")),
         fmt_ratio(row.get("ratio_to_best_xdit")),
+        DASH if error is None else f"{error:.1e}{noise}",
+        fmt(bytes_out(row), 1e-6),
+        fmt(row.get("efficiency"), 1e2),
+        fmt(row.get("exposed_s"), 1e3),
+        fmt(peak(row), 1e-6),
+        fmt(row.get("first_call_s"), 1e3),
+        row.get("layout") or DASH,
     ]
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The variants of one case, the fastest highlighted. A variant without numbers shows the reason."""
-    best = fastest_parallel(rows)
-    lines = [cells(row) if succeeded(row) else [row["variant"], reason(row)] for row in rows]
-    styles = ["bold green" if row is best else _STYLES.get(row.get("status", ""), "red") for row in rows]
-    title = rows[0]["case"]["id"] if rows else ""
-    return _table(COLUMNS, lines, left=2, styles=styles, title=title, caption=bound_text(rows))
+def table(rows: Sequence[Row]) -> FittedTable:
+    """The variants of one case, the fastest highlighted, then the variants without numbers with their reasons."""
+    best, measured = fastest_parallel(rows), [row for row in rows if succeeded(row)]
+    return FittedTable(
+        columns=COLUMNS,
+        lines=[cells(row) for row in measured],
+        styles=["bold green" if row is best else "" for row in measured],
+        title=rows[0]["case"]["id"] if rows else "",
+        reasons=[
+            (row["variant"], reason(row), _STYLES.get(row.get("status", ""), "red"))
+            for row in rows
+            if not succeeded(row)
+        ],
+        caption=bound_text(rows),
+    )
 
 
-def matrix_table(row: Row) -> Table:
-    """Measured MB per call between machines."""
-    matrix = row.get("wire_bytes") or []
-    lines = [[f"from {machine}", *(fmt(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)]
-    columns = ["machine", *(f"to {machine}" for machine in range(len(matrix)))]
-    return _table(columns, lines, left=1, title=f"{row['variant']}, MB sent")
+def matrix_table(title: str, matrix: Sequence[Sequence[object]]) -> FittedTable:
+    """MB between machines: a line per sender, a column per receiver."""
+    return FittedTable(
+        columns=["machine", *(f"to {machine}" for machine in range(len(matrix)))],
+        lines=[[f"from {machine}", *(fmt(size, 1e-6) for size in line)] for machine, line in enumerate(matrix)],
+        title=title,
+    )
 
 
 def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
@@ -186,9 +251,9 @@ def grid_cells(rows: Iterable[Row]) -> list[list[str]]:
     return lines
 
 
-def grid_table(rows: Iterable[Row]) -> Table:
+def grid_table(rows: Iterable[Row]) -> FittedTable:
     """One line per case: torus against USP and against xDiT's fastest variant."""
-    return _table(GRID_COLUMNS, grid_cells(rows), left=1)
+    return FittedTable(columns=GRID_COLUMNS, lines=grid_cells(rows))
 
 
 def markdown_table(rows: Iterable[Row]) -> str:
@@ -252,8 +317,8 @@ def summary_cells(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    return _table((SUBJECT, ""), summary_cells(summary), left=2)
+def summary_table(summary: Mapping[str, Any]) -> FittedTable:
+    return FittedTable(columns=(SUBJECT, ""), lines=summary_cells(summary))
 
 
 def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
@@ -290,7 +355,7 @@ def predictions(rows: Iterable[Row]) -> dict[str, Any] | None:
     }
 
 
-def prediction_table(rows: Sequence[Row]) -> Table | None:
+def prediction_table(rows: Sequence[Row]) -> FittedTable | None:
     """Predicted and measured times; None if no row has a prediction."""
     accuracy = predictions(rows)
     if accuracy is None:
@@ -300,32 +365,14 @@ def prediction_table(rows: Sequence[Row]) -> Table | None:
         if succeeded(row) and finite(row.get("predicted_s")) is not None:
             measured_s, predicted_s = row["median_s"], row["predicted_s"]
             seconds = fmt(measured_s, 1e3), fmt(predicted_s, 1e3)
-            lines.append([row["variant"], row["case"]["id"], *seconds, fmt_ratio(predicted_s / measured_s)])
+            lines.append([f"{row['variant']}, {row['case']['id']}", fmt_ratio(predicted_s / measured_s), *seconds])
     worst, wrong = accuracy["worst"], accuracy["wrong_order"]
     caption = (
         f"median error {fmt(accuracy['median_error'], 1e2, ' %')} over {accuracy['variants']} rows, worst "
         f"{fmt_ratio(worst['ratio'])} ({worst['variant']}, {worst['case']}); order wrong in {len(wrong)} of "
         f"{accuracy['pairs']} pairs that differ by over 10 %"
     )
-    return _table(("variant", "case", "measured ms", "predicted ms", "ratio"), lines, left=2, caption=caption)
-
-
-def _table(
-    columns: Sequence[str], lines: Sequence[Sequence[str]], left: int, styles: Sequence[str] = (), title: str = "",
-    caption: str = "",
-) -> Table:  # fmt: skip
-    """The first ``left`` columns hold text, the others numbers. The first column is never shortened."""
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    result.title, result.caption = Text(title) if title else None, Text(caption) if caption else None
-    for n, name in enumerate(columns):
-        first = max((cell_len(line[0]) for line in lines), default=0) if n == 0 else None
-        header = name if n < left else "\n".join(name.rsplit(" ", 1))
-        side: Literal["left", "right"] = "left" if n < left else "right"
-        overflow: Literal["fold", "ellipsis"] = "fold" if n < left else "ellipsis"
-        result.add_column(header, justify=side, no_wrap=n == 0 or n >= left, min_width=first, overflow=overflow)
-    for line, style in zip_longest(lines, styles):
-        result.add_row(*map(Text, line), style=style)
-    return result
+    return FittedTable(columns=("variant, case", "ratio", "measured ms", "predicted ms"), lines=lines, caption=caption)
 
 
 def _ratios(torus: Mapping[str, Row], key: str) -> dict[str, Any]:

@@ -172,14 +172,23 @@ def refuse(capsys, *arguments: object) -> str:
         ("--cluster 2x2 --seq-len 3", ["must be at least the number of ranks, 4, got 3"]),
         ("--cluster 2x1 --plan best", ["best"]),
         ("--cluster 2x1 --variants torus,warp", ["unknown variant 'warp'", "usp-allgather", "torus-no-overlap"]),
-        ("--cluster 2x1 --repeat 0", ["--repeat", "at least 1"]),
+        ("--cluster 2x1 --variants usp-allgather --predict", ["--predict calibrates with the variant torus"]),
+        ("--cluster 2x1 --repeat 0", ["--repeat must be at least 1, got 0"]),
         ("--cluster 2x1 --warmup -1", ["--warmup", "at least 0"]),
         ("--cluster 2x1 --timeout nan", ["--timeout", "nan"]),
         ("--grid {folder}/none.toml", ["none.toml", "No such file"]),
+        ("--grid {folder}/none.toml --cluster 2x1", ["--cluster cannot be used with --grid, whose file has"]),
+        ("--grid x --seq-len 64 --dtype float16 --steps 1", ["--seq-len, --dtype, --steps cannot be used with --grid"]),
+        ("--grid x --pipeline flux", ["--pipeline cannot be used with --grid"]),
+        ("--cluster 2x1 --steps 2", ["--steps needs --pipeline"]),
+        ("--cluster 2x1 --topology 2x1", ["--topology is torchrun's topology and cannot be used with --cluster"]),
         (
-            "--grid {folder}/none.toml --cluster 2x1",
-            ["--grid", "remove --cluster, --inter-rate, --inter-delay and --pipeline"],
+            "--cluster 2x1 --pipeline flux --seq-len 4096 --heads 8 --kv-heads 8 --head-dim 64 --batch 1 --warmup 2 "
+            "--predict --trace {folder}/t.json",
+            ["--seq-len, --heads, --kv-heads, --head-dim, --batch, --warmup, --predict, --trace cannot be used with"],
         ),
+        ("--cluster 2x1 --plot {folder}/x.docx", ["--plot", "x.docx", "the suffix selects"]),
+        ("--cluster 2x1 --markdown /sys/x.md", ["--markdown /sys/x.md: "]),
         ("--cluster 2x1 --json {folder}/no/rows.json", ["--json", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --report {folder}/no/page.html", ["--report", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --json {folder}", ["--json {folder}"]),
@@ -346,17 +355,20 @@ def test_the_table_shows_the_rows(one_run):
     for row in one_run.document["rows"]:
         line = lines[row["variant"]]
         if row["status"] != "ok":
-            assert f"skipped: {row['reason'][:20]}" in line
+            assert f"skipped: {row['reason']}" in " ".join(one_run.out.split())
             continue
-        _, _, numbers = line.partition(row["layout"] or report.DASH)
+        numbers = line.strip().removeprefix(row["variant"]).rpartition(row["layout"] or report.DASH)[0]
         shown = [None if cell == report.DASH else cell.rstrip("x") for cell in numbers.split()]
         assert len(shown) == 10, line
         low, high = shown.pop(1).split("..")
         sent = max(map(sum, row["wire_bytes"])) / 1e6
         peak = max(row["peak_bytes"]) / 1e6 if row["peak_bytes"] else None
-        times = [1e3 * row[name] for name in ("q1_s", "q3_s", "median_s", "first_call_s", "exposed_s")]
-        ratios = [row["efficiency"] and 100 * row["efficiency"], row["ratio_to_usp"], row["ratio_to_best_xdit"]]
-        for cell, value in zip([low, high, *shown], [*times, peak, sent, row["max_abs_error"], *ratios], strict=True):
+        low_ms, high_ms, median, first, exposed = (
+            1e3 * row[name] for name in ("q1_s", "q3_s", "median_s", "first_call_s", "exposed_s")
+        )
+        ratios, efficiency = (row["ratio_to_usp"], row["ratio_to_best_xdit"]), row["efficiency"]
+        expected = [median, *ratios, row["max_abs_error"], sent, efficiency and 100 * efficiency, exposed, peak, first]
+        for cell, value in zip([low, high, *shown], [low_ms, high_ms, *expected], strict=True):
             assert (cell is None) == (value is None), line
             assert value is None or float(cell) == pytest.approx(value, rel=0.06, abs=0.005), line
     assert one_run.document["rows"][0]["case"]["id"] in one_run.out
@@ -612,6 +624,28 @@ def test_ctrl_c_ends_everything(driver):
     assert "sf-xfuser bench: stopped" in err and "Traceback" not in err
 
 
+@pytest.mark.skipif(REASON is not None or usp_variants.unavailable() is not None, reason=REASON or "xDiT is missing")
+def test_sigterm_ends_a_pipeline_that_says_how_long_it_takes(tmp_path):
+    """Ranks of one machine: they have shared memory, and each has made the model in the temporary folder."""
+    shared = {*os.listdir("/dev/shm")}
+    arguments = ["--cluster", "1x2", "--pipeline", "flux", "--steps", 100, "--json", tmp_path / "rows.json"]
+    with (tmp_path / "err").open("w+") as err:
+        process = subprocess.Popen(bench_argv(*arguments), stdout=err, stderr=err, env=environment(TMPDIR=tmp_path))
+        try:
+            wait_for(lambda: "left" in (tmp_path / "err").read_text(), "an estimate after the first step", 120)
+            assert len([*tmp_path.glob("sf-xfuser-bench-*/*/model_index.json")]) == 2
+            below = descendants(process.pid)
+            process.terminate()
+            assert process.wait(30) == 143
+        finally:
+            process.kill()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "all processes end", 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"err"} and {*os.listdir("/dev/shm")} <= shared
+    said = (tmp_path / "err").read_text()
+    assert re.search(r"flux on 1x2: one process, plain diffusers, 1 of 1700 steps, about \d+ (s|min) left", said), said
+    assert "Traceback" not in said and said.endswith("sf-xfuser bench: stopped\n"), said
+
+
 # --- cluster run ----------------------------------------------------------------------------------------------------
 
 # One write per line, because ranks share the stream.
@@ -620,22 +654,16 @@ SAY = "import os; os.write(1, '{RANK} of {WORLD_SIZE} on {0}\\n'.format(os.uname
 
 @needs_namespaces
 def test_cluster_run(tmp_path):
-    argv = [
-        sys.executable,
-        "-m",
-        "sf_xfuser.cli",
-        "cluster",
-        "run",
-        "--cluster",
-        "2x1",
-        "--json",
-        tmp_path / "run.json",
-    ]
-    done = subprocess.run([*argv, "--", sys.executable, "-c", SAY], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 of 2 on machine0", "1 of 2 on machine1"]
-    assert "MB sent" in done.stderr
-    assert strict_json((tmp_path / "run.json").read_text())["status"] == 0
+    argv = [sys.executable, "-m", "sf_xfuser.cli", "cluster", "run", "--cluster", "2x1"]
+    said = ["0 of 2 on machine0", "1 of 2 on machine1"]
+    for output, shaped in ((tmp_path / "run.json", []), ("-", ["--inter-rate", "1gbit"])):
+        command = [*argv, *shaped, "--json", output, "--", sys.executable, "-c", SAY]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "MB sent" in done.stderr
+        assert ("links between machines are not shaped" in done.stderr) == (not shaped)
+        document, printed = (done.stdout, done.stderr) if output == "-" else (output.read_text(), done.stdout)
+        assert strict_json(document)["status"] == 0 and {*said} <= {*printed.splitlines()}
 
 
 def test_an_invalid_cluster_is_refused(unlaunched, capsys):
@@ -649,11 +677,11 @@ def test_old_names_work_with_one_warning_each(capsys):
     command.add_bench_arguments(parser)
     assert parser.parse_args([]).variants is None
     options = parser.parse_args(["--cluster", "2x1", "--arms", "torus,torus-together"])
-    command._check(options)
+    command._check(options, None)
     assert options.variants == ("torus", "torus-unstaged")
     assert capsys.readouterr().err.splitlines() == [
         "sf-xfuser: --arms is now --variants; old names will be removed in 0.2",
         "sf-xfuser: the variant torus-together is now torus-unstaged; old names will be removed in 0.2",
     ]
-    command._check(parser.parse_args(["--cluster", "2x1", "--variants", ",".join(NAMES)]))
+    command._check(parser.parse_args(["--cluster", "2x1", "--variants", ",".join(NAMES)]), None)
     assert capsys.readouterr().err == ""

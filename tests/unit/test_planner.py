@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pytest
 
-from sf_xfuser.bench import ablation, report
+from sf_xfuser.bench import ablation, plan_page, report
 from sf_xfuser.bench.predicted import markdown
 from sf_xfuser.cli import main
 from sf_xfuser.files import MAX_CHARACTERS
@@ -376,6 +376,66 @@ def test_invalid_arguments_are_reported(capsys, arguments, message):
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("sf-xfuser plan: ") and error.count("\n") == 1 and re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*SMALL, "--frames", "9", "--width", "64"], "--width, --frames needs --model"),
+        ([*SMALL, "--sp-plan", "ulysses=2,ring=2", "--no-overlap"], "--no-overlap and --transport are of torus"),
+        ([*SMALL, "--sp-plan", "ulysses=2,ring=2", "--transport", "one_sided"], "--no-overlap and --transport are of"),
+        ([*SMALL, "--measured-variant", "torus"], "--measured-variant needs --measured"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(capsys, arguments, message):
+    assert main(["simulate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sf-xfuser simulate: {message}") and error.count("\n") == 1, error
+
+
+def test_a_measured_timeline_of_another_cluster_or_call_warns(capsys, tmp_path):
+    """The case is in the file, as ``simulate`` and ``bench`` write it."""
+    path = tmp_path / "measured.json"
+
+    def warning(*changes: str) -> str:
+        capsys.readouterr()
+        assert main(["simulate", *SMALL, *changes, "--measured", str(path), "--measured-variant", variant]) == 0
+        error = capsys.readouterr().err
+        assert error.count("\n") == bool(error)
+        return error
+
+    assert main(["simulate", *SMALL, "--batch", "2", "--json", str(path)]) == 0
+    (timeline,) = json.loads(path.read_text())["timelines"]
+    variant = timeline["variant"]
+    assert warning("--batch", "2") == ""
+    error = warning("--preset", "p5", "--dtype", "float16", "--heads", "4")
+    assert f"warning: --measured {path} is of another cluster or call" in error
+    assert "cluster p4de, simulated p5; heads 8, simulated 4; batch 2, simulated 1; dtype bfloat16, simulated" in error
+    variant, timeline["case"] = "torus", "4x1 100mbit L8192 H8/2 D64 bfloat16"
+    measured = {"hardware": {"accelerator": "cpu"}, "timelines": [timeline | {"variant": "torus"}]}
+    path.write_text(json.dumps(measured))
+    error = warning()
+    assert "device cpu, simulated cuda; machines x ranks 4x1, simulated 2x2" in error
+    assert "Mbit/s between machines 100, simulated 400000; heads 8/2, simulated 8\n" in error
+    timeline["case"] = "2x2 100mbit L8192 H8 D64 bfloat16"
+    path.write_text(json.dumps({"timelines": [timeline | {"variant": "torus"}]}))
+    assert warning("--across-gbps", "0.1") == ""
+
+
+def test_the_plot_of_a_plan_shows_every_line_and_what_it_is_of():
+    """A line that equals another is drawn on top of it, dashed and thinner."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    names = "torus, best layout", "xDiT's best", "torus, paper's rule", "xDiT's USP"
+    sweep = plan_page.Sweep("machines", (1.0, 2.0, 4.0), 2.0, {name: [3e-3, 4e-3, 5e-3] for name in names})
+    axes = figure.add_subplot()
+    plan_page._panel(sweep, "p5, 4 machines x 8").draw(axes)
+    figure.draw_without_rendering()
+    lines = {line.get_label(): (n, line) for n, line in enumerate(axes.get_lines())}
+    for below, above in (names[0::2], names[1::2]):
+        assert lines[below][0] < lines[above][0]
+        assert lines[below][1].get_linewidth() > lines[above][1].get_linewidth() and lines[above][1].is_dashed()
+    assert axes.get_title("left") == "p5, 4 machines x 8\nTime of an attention call over machines"
+    assert {label.get_text() for label in axes.get_yticklabels()} >= {"3", "5"}, "within one power of ten"
 
 
 @pytest.mark.parametrize(

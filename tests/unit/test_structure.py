@@ -15,11 +15,11 @@ ROOMS = [
     "files", "config", "kernels", "layout", "simulator", "transport", "torus", "autotune", "integrations",
     "metrics", "bench", "doctor", "cli",
 ]  # fmt: skip
-# Every file with its path inside the package. __init__ and _autoload import lazily and are in no room.
+# Every file with its path inside the package. __init__, __main__ and _autoload are in no room.
 FILES = {path.relative_to(ROOT / "sf_xfuser"): path for path in (ROOT / "sf_xfuser").rglob("*.py")}
 FILES |= {path.relative_to(ROOT): path for path in (ROOT / "kernels").rglob("*.py")}
 SOURCES = [(name.parts[0].removesuffix(".py"), path) for name, path in FILES.items()]
-SOURCES = [(room, path) for room, path in SOURCES if room not in ("__init__", "_autoload")]
+SOURCES = [(room, path) for room, path in SOURCES if room not in ("__init__", "__main__", "_autoload")]
 
 
 def imports(path: Path) -> list[str]:
