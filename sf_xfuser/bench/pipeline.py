@@ -34,6 +34,7 @@ from sf_xfuser.integrations.xdit import plugin, session
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.layout.plan import UNEVEN, make_plan
+from sf_xfuser.layout.topology import MachineGrid
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs
 from sf_xfuser.torus.build import build_mesh, gather_topology
 from sf_xfuser.transport.rendezvous import StoreGroup
@@ -50,6 +51,7 @@ class PipelineOptions:
     such as height, width and num_frames; empty: those of the model's ``small_input.json``, if any. ``topology``,
     ``plan``: ``--sp-topology`` and ``--sp-plan`` of the torus variant. ``compress``: formats of ``--sp-compress``, one
     more variant each. Each variant makes one untimed call, then ``rounds`` timed calls of ``steps`` denoising steps.
+    ``output_type``: what a call returns, ``"latent"`` or ``"pt"`` (decoded).
     """
 
     model: str
@@ -63,6 +65,20 @@ class PipelineOptions:
     dtype: str = "float32"
     seed: int = 42
     timeout_s: float = 300.0
+    prompt: str = _PROMPT
+    output_type: str = "latent"
+
+
+class Opened(NamedTuple):
+    """``single``: the record of plain diffusers; ``expected``: its result. ``pipeline``: xDiT's, on this rank, with
+    attention on torus. ``grid``: machines and ranks. ``heads``: the head counts, as arguments of ``make_plan``."""
+
+    flags: TorusArgs
+    single: dict[str, Any]
+    expected: torch.Tensor
+    pipeline: Any
+    grid: MachineGrid
+    heads: dict[str, Any]
 
 
 class TinyModel(NamedTuple):
@@ -106,23 +122,10 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
     Initializes xDiT in this process. Raises ValueError for an unknown model. Raises RuntimeError if torus
     cannot run the attention, because the times would then be xDiT's.
     """
-    family = _family(options.model)
-    facts = read_model_facts(options.model)
-    if facts is None:
-        raise ValueError(f"{options.model} has no transformer/config.json with a head count")
-    flags = TorusArgs(
-        backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
-    )
-    plugin.enable(flags)
-    engine_config = _start(options)
-    records = [_single(options)]
-    expected: torch.Tensor = records[0].pop("latents")
-    pipeline = _load(family, options, engine_config)
-
-    world_size = dist.get_world_size()
-    grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
+    flags, single, expected, pipeline, grid, heads = open_pipeline(options)
+    records = [single]
     shape = grid.num_machines, grid.ranks_per_machine
-    heads: dict[str, Any] = {"heads": facts.heads, "kv_heads": facts.kv_heads}
+    world_size = dist.get_world_size()
     own = make_plan(*shape, **heads, rule="usp").layout
     torus = make_plan(*shape, **heads, rule=flags.rule, explicit=flags.explicit_plan(), max_imbalance=UNEVEN)
     variants = [_Variant("torus", str(torus.layout), nullcontext)]
@@ -146,6 +149,28 @@ def measure(options: PipelineOptions) -> list[dict[str, Any]]:
         for variant in variants if number % 2 == 0 else reversed(variants):
             variant.call(pipeline, options, expected, timed=True)
     return [*records, *(variant.record() for variant in variants)]
+
+
+def open_pipeline(options: PipelineOptions) -> Opened:
+    """Run plain diffusers on rank 0, then load xDiT's pipeline under ``--sp-backend torus``. Collective over the world.
+
+    Initializes xDiT in this process. Raises ValueError for an unknown model.
+    """
+    family = _family(options.model)
+    facts = read_model_facts(options.model)
+    if facts is None:
+        raise ValueError(f"{options.model} has no transformer/config.json with a head count")
+    flags = TorusArgs(
+        backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
+    )
+    plugin.enable(flags)
+    engine_config = _start(options)
+    single = _single(options)
+    expected: torch.Tensor = single.pop("latents")
+    pipeline = _load(family, options, engine_config)
+    world_size = dist.get_world_size()
+    grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
+    return Opened(flags, single, expected, pipeline, grid, {"heads": facts.heads, "kv_heads": facts.kv_heads})
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------
@@ -181,7 +206,7 @@ class _Variant:
 
         dist.barrier(_cpu_group())
         with self.selected(), attention_timer(add_attention_time):
-            latents, call_s, steps = _denoise(pipeline, options, lambda: attention[0])
+            latents, call_s, steps = denoise(pipeline, options, lambda: attention[0])
         # Some pipelines return the result on some ranks only.
         error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
         times, parts = [step[0] for step in steps], [step[1] for step in steps]
@@ -209,7 +234,7 @@ def _single(options: PipelineOptions) -> dict[str, Any]:
 
         loader: Any = diffusers.DiffusionPipeline
         pipeline = loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
-        latents, call_s, steps = _denoise(pipeline.to(_device()), options, lambda: 0.0)
+        latents, call_s, steps = denoise(pipeline.to(_device()), options, lambda: 0.0)
         assert latents is not None, "plain diffusers returns its latents"
         times_s = [step[0] for step in steps]
         variant = _Variant("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
@@ -220,7 +245,7 @@ def _single(options: PipelineOptions) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _denoise(
+def denoise(
     pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float]
 ) -> tuple[torch.Tensor | None, float, list[tuple[float, float]]]:
     """Call the pipeline. Returns the latents (or None), the seconds of the call, and for each step its
@@ -246,12 +271,12 @@ def _denoise(
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
     result = pipeline(
-        prompt=_PROMPT,
+        prompt=options.prompt,
         max_sequence_length=options.text_length,
         num_inference_steps=options.steps,
         generator=torch.Generator("cpu").manual_seed(options.seed),
         callback_on_step_end=step_ended,
-        output_type="latent",
+        output_type=options.output_type,
         return_dict=False,
         **_size(options),
     )

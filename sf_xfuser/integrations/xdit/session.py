@@ -271,11 +271,12 @@ def without_torus() -> Iterator[None]:
 
 
 @contextmanager
-def torus_on(mesh: Mesh) -> Iterator[None]:
-    """Run Torus Attention on another mesh of the same ranks inside the block, for comparisons."""
+def torus_on(mesh: Mesh, selector: Selector | None = None) -> Iterator[None]:
+    """Run Torus Attention on another mesh of the same ranks inside the block, or, with a ``selector``, attention as
+    under ``--sp-backend auto``. For comparisons."""
     saved = current.usp
     assert saved is not None
-    current.usp = replace(saved, mesh=mesh)
+    current.usp = replace(saved, mesh=mesh, selector=selector)
     try:
         yield
     finally:
