@@ -1,10 +1,17 @@
-"""xDiT's Flux pipeline with ``--sp-backend torus`` on four ranks, which emulate two machines of two ranks.
+"""xDiT's Flux pipeline on an emulated cluster of four machines: USP, flat Ulysses, Torus Attention, and auto.
 
-    make demo                                        # or: python examples/demo.py --prompt "a small cat on a red chair"
+    make demo
+    make demo DEMO_ARGS='--prompt "a red chair" --steps 8'
+    python examples/demo.py --model path/to/a/flux/folder --out out/mine
+    python examples/demo.py --json > figures.json
 
-Runs the same prompt with plain diffusers on one process, with xDiT's USP and with Torus Attention, and compares the
-pictures. Without --model it creates a small Flux with random weights (real classes, real tokenizers), so all pictures
-show the same noise. Both parallel runs start examples/03_flux_with_the_flag.py.
+Four processes on this computer are four machines, each with its own network and a link that is slow on purpose. They
+run the same prompt with each kind of attention, and their pictures are compared with that of plain diffusers in one
+process. Without --model, the demo first saves a small Flux with random weights. Everything is in --out: demo.html (one
+page with all results), figures.json, timeline.png, the pictures and the log of the ranks.
+
+The cluster needs Linux, iproute2, and root or user namespaces. Without them the four ranks run side by side on this
+host, and the demo says why.
 """
 
 from __future__ import annotations
@@ -12,208 +19,161 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import shlex
 import signal
 import subprocess
 import sys
-import time
-from itertools import pairwise
+import tempfile
+import threading
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sf_xfuser.bench import demo_page, emulate, page
+from sf_xfuser.bench.demo import PROGRESS, TOLERANCE, DemoOptions
+from sf_xfuser.bench.pipeline import PipelineOptions
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
-from sf_xfuser.layout.plan import Plan, make_plan
 
-SCRIPT = Path(__file__).with_name("03_flux_with_the_flag.py")
-MACHINES, RANKS_PER_MACHINE = 2, 2
-WORLD = MACHINES * RANKS_PER_MACHINE
-TOLERANCE = 1e-3  # of pixel values in [0, 1], in fp32, after the VAE
+CLUSTER = "4x1"
+# The heads of Flux. With heads of 16, the matrix products of a block take about as long beside the attention of 2,560
+# tokens as those of Flux beside the attention at 4096 px.
+SMALL_FLUX = {"heads": 24, "head_dim": 16, "layers": 1, "single_layers": 1}
+TIMEOUT_S = 900.0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", default="a small cat sits on a red chair near the window")
-    parser.add_argument("--model", type=Path, default=None, help="folder of a Flux model (default: create a small one)")
-    parser.add_argument("--size", type=int, default=512, help="height and width in pixels (default: 512)")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for pictures and results")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
-    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)  # a subprocess runs this variant
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--prompt", default="a small cat sits on a red chair near the window")
+    add("--model", type=Path, help="folder of a Flux model (default: save a small one in --out)")
+    add("--size", type=int, default=768, help="height and width in pixels, a multiple of 32 (default: 768)")
+    add("--steps", type=int, default=4, help="denoising steps of the pictures (default: 4)")
+    add("--rounds", type=int, default=9, help="timed denoising steps of each kind of attention (default: 9)")
+    add("--seed", type=int, default=42)
+    add("--out", type=Path, default=Path("out/demo"), help="folder for all results (default: out/demo)")
+    add("--json", action="store_true", help="print figures.json instead of the table")
+    options = parser.parse_args()
+    if options.size < 32 or options.size % 32 or options.steps < 1 or options.rounds < 1:
+        parser.error("--size must be a multiple of 32, --steps and --rounds at least 1")
+    return options
 
 
 def main() -> int:
     options = parse_arguments()
-    if options.single:
-        run_single(options)
-        return 0
-    console = Console(stderr=True)
-    options.model = options.model or small_model(options.out, console)
-    facts = read_model_facts(str(options.model))
-    if facts is None:
-        sys.exit(f"{options.model} has no transformer/config.json with a head count; give a diffusers Flux model")
-    usp = make_plan(MACHINES, RANKS_PER_MACHINE, heads=facts.heads, rule="usp")
-    torus = make_plan(MACHINES, RANKS_PER_MACHINE, heads=facts.heads)
-    degrees = ["--ulysses_degree", usp.layout.ulysses_degree, "--ring_degree", usp.layout.ring_degree]
-    variants: dict[str, tuple[list[object], Plan | None]] = {
-        "single process": (single_process(options), None),
-        "xDiT USP": (launch(options, "usp", *degrees), usp),
-        "torus": (launch(options, "torus", "--sp-backend", "torus", "--sp-topology", f"{MACHINES}x2"), torus),
-    }
-    rows = []
-    for name, (command, plan) in variants.items():
-        folder = options.out / str(command[command.index("--out") + 1]).rpartition("/")[2]
-        for old_file in folder.glob("*"):
-            old_file.unlink()
-        with console.status(f"{name} ..."):
-            started = time.perf_counter()
-            run(command, options.out / f"{folder.name}.log")
-            seconds = time.perf_counter() - started
-        console.print(f"{name}: done in {seconds:.0f} s (start-up included)")
-        rows.append(result(name, folder, options, plan))
-    compare(rows, options.out)
-    (options.out / "results.json").write_text(json.dumps(rows, indent=2))
-    print(json.dumps(rows, indent=2)) if options.json else show(rows, options)
-    return 0 if all(row["max_abs_difference"] <= TOLERANCE for row in rows) else 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(options)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: stopped", file=sys.stderr)
+        return 130
 
 
-def small_model(out: Path, console: Console) -> Path:
-    """Create a Flux with few layers and random weights, where attention takes a measurable part of a step."""
-    folder = out / "model"
-    with console.status("creating a small Flux model ..."):
-        command = [sys.executable, "-m", "sf_xfuser.bench.tiny_models", "flux", folder, "--heads", 8, "--head-dim", 32]
-        run([*command, "--layers", 4], out / "model.log")
-    return folder
-
-
-def single_process(options: argparse.Namespace) -> list[object]:
-    """The command of the variant without xDiT: this script with ``--single``."""
-    return [
-        sys.executable, __file__, "--single", "--model", options.model, "--prompt", options.prompt, "--size",
-        options.size, "--steps", options.steps, "--seed", options.seed, "--out", options.out / "single",
-    ]  # fmt: skip
-
-
-def launch(options: argparse.Namespace, name: str, *flags: object) -> list[object]:
-    """The torchrun command of a variant. Variants differ only in ``flags``."""
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", SCRIPT,
-        "--model", options.model, "--prompt", options.prompt, "--height", options.size, "--width", options.size,
-        "--num_inference_steps", options.steps, "--seed", options.seed, "--out", options.out / name, *flags,
-    ]  # fmt: skip
-
-
-def run(command: list[object], log: Path) -> None:
-    """Run ``command`` with its output in ``log``. Ctrl-C and errors terminate its whole process group."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    line = [str(part) for part in command]
-    with log.open("w") as output:
-        output.write(shlex.join(line) + "\n")
-        output.flush()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            line, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            status = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
-    if status:
-        sys.exit(f"exit status {status} of {shlex.join(line)}\n" + "".join(log.read_text()[-3000:]))
-
-
-def run_single(options: argparse.Namespace) -> None:
-    """Plain diffusers on one process: the reference for the parallel runs."""
-    import torch
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(options.model, torch_dtype=torch.float32)
-    ends: list[float] = []
-
-    def step_ended(pipeline, step, timestep, tensors):
-        ends.append(time.perf_counter())
-        return tensors
-
-    picture = pipe(
-        prompt=options.prompt,
-        height=options.size,
-        width=options.size,
-        num_inference_steps=options.steps,
-        max_sequence_length=256,
-        guidance_scale=3.5,
-        generator=torch.Generator("cpu").manual_seed(options.seed),
-        callback_on_step_end=step_ended,
-        output_type="pt",
-    ).images
+def run(options: argparse.Namespace) -> int:
+    page.require_matplotlib()
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.save(picture, options.out / "image.pt")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps = [after - before for before, after in pairwise(ends)]
-    (options.out / "rank0.json").write_text(json.dumps({"step_seconds": steps, "peak_memory_bytes": memory}))
+    with tempfile.TemporaryFile(dir=options.out) as probe:  # before the run: can this folder be written?
+        probe.write(bytes(1 << 24))
+    model = options.model or options.out / "model"
+    if options.model is not None and read_model_facts(str(model)) is None:
+        raise ValueError(f"{model} has no transformer/config.json with a head count; give a folder of a Flux model")
+    reason = emulate.unavailable()
+    pipeline = PipelineOptions(
+        model=str(model), topology="auto" if reason is None else CLUSTER, prompt=options.prompt, steps=options.steps,
+        size={"height": options.size, "width": options.size, "guidance_scale": 3.5}, seed=options.seed,
+        output_type="pt",
+    )  # fmt: skip
+    job = DemoOptions(
+        pipeline=pipeline, make_model=SMALL_FLUX if options.model is None else None, emulated=reason is None,
+        rounds=options.rounds, out=str(options.out),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    if reason is not None:
+        console.print(f"No emulated cluster: {reason}", style="yellow", highlight=False)
+    results = launch(job, console)
+    found = demo_page.figures(results, reason)
+    (options.out / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
+    demo_page.draw_timeline(results["timelines"], options.out / "timeline.png")
+    title = f'Flux, {options.size} px, fp32, four ranks: "{options.prompt}"'
+    (options.out / "demo.html").write_text(demo_page.html(found, title, options.out))
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        shown = Console()
+        shown.print(title, demo_page.table(found), *demo_page.sentences(found), sep="\n", highlight=False)
+        shown.print(f"One page with everything: {options.out / 'demo.html'}", highlight=False)
+    if found["max_abs_difference"] <= TOLERANCE:
+        return 0
+    print(f"demo: a picture differs by {found['max_abs_difference']:.1e}, allowed {TOLERANCE:g}", file=sys.stderr)
+    return 1
 
 
-def result(name: str, folder: Path, options: argparse.Namespace, plan: Plan | None) -> dict:
-    """One row of the results: the median time of a step on the slowest rank."""
-    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-    steps = sorted(max(times) for times in zip(*(rank["step_seconds"] for rank in ranks), strict=True))
-    return {
-        "variant": name,
-        "degrees": f"{x.torus} x {x.ulysses} x {x.ring_degree}" if (x := plan and plan.layout) else "-",
-        "folder": str(folder),
-        "seconds_per_step": steps[len(steps) // 2] if steps else None,
-        "bytes_between_machines_per_step": bytes_between_machines(options, plan) if plan else 0,
-        "peak_memory_bytes_per_rank": max(rank["peak_memory_bytes"] for rank in ranks),
-    }
+def launch(job: DemoOptions, console: Console) -> dict:
+    """Run the ranks with their output in ranks.log and return their results. Ctrl-C ends every process."""
+    path, log = Path(job.out, "job.json"), Path(job.out, "ranks.log")
+    path.write_text(json.dumps(asdict(job)))
+    path.with_suffix(".result").unlink(missing_ok=True)
+    ends, write = os.pipe()
+    reader = threading.Thread(target=follow, args=(ends, log, console), daemon=True)
+    reader.start()
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # CPU ranks, one core each
+    ranks = ["-m", "sf_xfuser.bench.demo", str(path)]
+    try:
+        if job.emulated:
+            spec = emulate.ClusterSpec.parse(CLUSTER, inter_rate="10gbit")  # the ranks set the rate
+            command = [sys.executable, *ranks]
+            status = emulate.run(spec, command, timeout_s=TIMEOUT_S, env=environment, output=write).status
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", *ranks]
+            status = run_on_this_host(command, {**os.environ, **environment}, write)
+    finally:
+        os.close(write)
+        reader.join(timeout=5)
+    if status:
+        raise RuntimeError(f"the ranks failed with status {status}; the end of {log}:\n{log.read_text()[-2000:]}")
+    return json.loads(path.with_suffix(".result").read_text())
 
 
-def bytes_between_machines(options: argparse.Namespace, plan: Plan) -> int:
-    """Attention traffic between machines in one step, computed from the layout."""
-    config = json.loads((options.model / "transformer" / "config.json").read_text())
-    tokens = (options.size // 16) ** 2 + 256
-    layers = config["num_layers"] + config["num_single_layers"]
-    elements = plan.layout.egress() * MACHINES * tokens * config["num_attention_heads"] * config["attention_head_dim"]
-    return int(elements * layers * 4)
+def run_on_this_host(command: list[str], environment: dict[str, str], output: int) -> int:
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        return process.wait(TIMEOUT_S)
+    except BaseException:
+        process.terminate()  # torchrun ends its ranks
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
-def compare(rows: list[dict], out: Path) -> None:
-    import torch
+def follow(ends: int, log: Path, console: Console) -> None:
+    """Copy the ranks' output to ``log``, and show rank 0's reports: a bar on a terminal, else a line every 15 s."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    finished = threading.Event()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task("starting four ranks", total=None)
+        (task,) = bar.tasks
 
-    pictures = [torch.load(Path(row["folder"]) / "image.pt") for row in rows]
-    for row, picture in zip(rows, pictures, strict=True):
-        row["max_abs_difference"] = (picture - pictures[0]).abs().max().item()
+        def print_lines() -> None:
+            while not finished.wait(15):
+                done = f", {100 * task.completed / task.total:.0f} %" if task.total else ""
+                console.print(f"{task.elapsed:.0f} s{done}: {task.description}", highlight=False)
 
-
-def show(rows: list[dict], options: argparse.Namespace) -> None:
-    console = Console()
-    table = Table(title=f'Flux, {options.size} px, {options.steps} steps, fp32: "{options.prompt}"')
-    table.add_column("variant")
-    table.add_column("torus x ulysses\nx ring", justify="center")
-    for column in ("max abs\ndifference", "seconds\nper step", "MB across\nmachines",
-                   "peak MB\nper rank"):  # fmt: skip
-        table.add_column(column, justify="right")
-    for row in rows:
-        step = row["seconds_per_step"]
-        table.add_row(
-            row["variant"],
-            row["degrees"],
-            f"{row['max_abs_difference']:.1e}",
-            "-" if step is None else f"{step:.3f}",
-            f"{row['bytes_between_machines_per_step'] / 1e6:.1f}",
-            f"{row['peak_memory_bytes_per_rank'] / 1e6:.0f}",
-        )
-    console.print(table)
-    console.print(
-        "Differences are in pixel values (0..1) from the first row. MB across machines are per step, computed from "
-        "the layout. All ranks share the cores and loopback of this host, so times do not predict real machines. On "
-        "two machines both layouts send the same bytes, on more torus sends fewer (examples/01_explain_a_plan.py)."
-    )
-    console.print(f"picture: {rows[-1]['folder']}/image.png; results: {options.out / 'results.json'}")
+        if not console.is_terminal:
+            threading.Thread(target=print_lines, daemon=True).start()
+        with os.fdopen(ends, errors="replace") as lines, log.open("w") as file:
+            for line in lines:
+                if line.startswith(PROGRESS):
+                    done, total, text = json.loads(line.removeprefix(PROGRESS))
+                    bar.update(task.id, completed=done, total=total, description=text)
+                else:
+                    file.write(line)
+                    file.flush()
+        finished.set()
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class Measurement:
             return
         sample, mesh = self.samples[variant.name], variant.mesh
         self._barrier()
-        with _peak_memory(self.device) as peak:
+        with peak_memory(self.device) as peak:
             self._call(variant)
         window = mesh.window if mesh is not None else None  # PyTorch's allocator does not count it
         sample.peak_bytes = self._gather(peak[0] + (window.window_bytes if window is not None else 0))
@@ -275,7 +275,7 @@ class Measurement:
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
     """Yields ``[bytes]``: the peak memory that PyTorch allocates inside the block, set when the block ends."""
     peak = [0]
     if device.type == "cuda":

@@ -139,9 +139,14 @@ def draw_timeline(figure: Any, results: Path) -> None:
     timelines = {timeline["variant"]: timeline for timeline in document["timelines"]}
     usp = report.usp_row(document["rows"])
     assert usp is not None
+    draw_timelines(figure, timelines[usp["variant"]], timelines["torus"])
+
+
+def draw_timelines(figure: Any, usp: Mapping[str, Any], torus: Mapping[str, Any]) -> None:
+    """One measured call of each, on the same scale."""
     shown = {
-        "xDiT's USP waits for its collectives": timelines[usp["variant"]],
-        "Torus Attention attends while chunks arrive": timelines["torus"],
+        "xDiT's USP waits for its collectives": usp,
+        "Torus Attention attends while chunks arrive": torus,
     }
     longest = max(timeline["duration_s"] for timeline in shown.values())
     for axes, (title, timeline) in zip(

@@ -35,6 +35,7 @@ from sf_xfuser.integrations.xdit import plugin, session
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
 from sf_xfuser.layout.plan import UNEVEN, make_plan
+from sf_xfuser.layout.topology import MachineGrid
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs
 from sf_xfuser.torus.build import build_mesh, gather_topology
 from sf_xfuser.transport.rendezvous import StoreGroup
@@ -51,6 +52,7 @@ class PipelineOptions:
     such as height, width and num_frames; empty: those of the model's ``small_input.json``, if any. ``topology``,
     ``plan``: ``--sp-topology`` and ``--sp-plan`` of the torus variant. ``compress``: formats of ``--sp-compress``, one
     more variant each. Each variant makes one untimed call, then ``rounds`` timed calls of ``steps`` denoising steps.
+    ``output_type``: what a call returns, ``"latent"`` or ``"pt"`` (decoded).
     """
 
     model: str
@@ -64,6 +66,20 @@ class PipelineOptions:
     dtype: str = "float32"
     seed: int = 42
     timeout_s: float = 300.0
+    prompt: str = _PROMPT
+    output_type: str = "latent"
+
+
+class Opened(NamedTuple):
+    """``single``: the record of plain diffusers; ``expected``: its result. ``pipeline``: xDiT's, on this rank, with
+    attention on torus. ``grid``: machines and ranks. ``heads``: the head counts, as arguments of ``make_plan``."""
+
+    flags: TorusArgs
+    single: dict[str, Any]
+    expected: torch.Tensor
+    pipeline: Any
+    grid: MachineGrid
+    heads: dict[str, Any]
 
 
 class TinyModel(NamedTuple):
@@ -110,30 +126,15 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
     cannot run the attention, because the times would then be xDiT's.
     """
     progress = progress or Progress("", visible=False)
-    family = _family(options.model)
-    facts = read_model_facts(options.model)
-    if facts is None:
-        raise ValueError(f"{options.model} has no transformer/config.json with a head count")
-    flags = TorusArgs(
-        backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
-    )
-    plugin.enable(flags)
-    progress.doing("starting xDiT")
-    engine_config = _start(options)
-    world_size = dist.get_world_size()
-    grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
+    flags, single, expected, pipeline, grid, heads = open_pipeline(options, progress)
+    records = [single]
     shape = grid.num_machines, grid.ranks_per_machine
-    heads: dict[str, Any] = {"heads": facts.heads, "kv_heads": facts.kv_heads}
+    world_size = dist.get_world_size()
     own = make_plan(*shape, **heads, rule="usp").layout
     torus = make_plan(*shape, **heads, rule=flags.rule, explicit=flags.explicit_plan(), max_imbalance=UNEVEN)
     configs = [config for config in legal_configs(world_size, grid.ranks_per_machine, **heads)
                if config.ulysses_degree == own.ulysses_degree]  # fmt: skip
     progress.total = options.steps * (1 + (1 + len(configs) + len(options.compress)) * (1 + options.rounds))
-    records = [_single(options, progress)]
-    expected: torch.Tensor = records[0].pop("latents")
-    progress.doing("loading the pipeline")
-    pipeline = _load(family, options, engine_config)
-
     variants = [_Variant("torus", str(torus.layout), nullcontext)]
     groups = make_groups(configs, ranks_per_machine=shape[1], members=grid.members)
     variants += [_Variant(str(config), str(config), functools.partial(_xdit, groups, config)) for config in configs]
@@ -153,6 +154,31 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
         for variant in variants if number % 2 == 0 else reversed(variants):
             variant.call(pipeline, options, expected, progress, timed=True)
     return [*records, *(variant.record() for variant in variants)]
+
+
+def open_pipeline(options: PipelineOptions, progress: Progress | None = None) -> Opened:
+    """Run plain diffusers on rank 0, then load xDiT's pipeline under ``--sp-backend torus``. Collective over the world.
+
+    Initializes xDiT in this process. Raises ValueError for an unknown model.
+    """
+    progress = progress or Progress("", visible=False)
+    family = _family(options.model)
+    facts = read_model_facts(options.model)
+    if facts is None:
+        raise ValueError(f"{options.model} has no transformer/config.json with a head count")
+    flags = TorusArgs(
+        backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
+    )
+    plugin.enable(flags)
+    progress.doing("starting xDiT")
+    engine_config = _start(options)
+    single = _single(options, progress)
+    expected: torch.Tensor = single.pop("latents")
+    progress.doing("loading the pipeline")
+    pipeline = _load(family, options, engine_config)
+    world_size = dist.get_world_size()
+    grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
+    return Opened(flags, single, expected, pipeline, grid, {"heads": facts.heads, "kv_heads": facts.kv_heads})
 
 
 # ---- variants --------------------------------------------------------------------------------------------------------
@@ -189,7 +215,7 @@ class _Variant:
         dist.barrier(_cpu_group())
         progress.doing(f"{self.name}: {'timed' if timed else 'first'} call")
         with self.selected(), attention_timer(add_attention_time):
-            latents, call_s, steps = _denoise(pipeline, options, progress, lambda: attention[0])
+            latents, call_s, steps = denoise(pipeline, options, lambda: attention[0], progress)
         # Some pipelines return the result on some ranks only.
         error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
         times, parts = [step[0] for step in steps], [step[1] for step in steps]
@@ -218,7 +244,7 @@ def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
         loader: Any = diffusers.DiffusionPipeline
         pipeline = loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
         progress.doing("one process, plain diffusers")
-        latents, call_s, steps = _denoise(pipeline.to(_device()), options, progress, lambda: 0.0)
+        latents, call_s, steps = denoise(pipeline.to(_device()), options, lambda: 0.0, progress)
         assert latents is not None, "plain diffusers returns its latents"
         times_s = [step[0] for step in steps]
         variant = _Variant("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
@@ -229,8 +255,8 @@ def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _denoise(
-    pipeline: Any, options: PipelineOptions, progress: Progress, attention_s: Callable[[], float]
+def denoise(
+    pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float], progress: Progress | None = None
 ) -> tuple[torch.Tensor | None, float, list[tuple[float, float]]]:
     """Call the pipeline. Returns the latents (or None), the seconds of the call, and for each step its
     seconds and those in attention.
@@ -249,19 +275,20 @@ def _denoise(
 
     def step_ended(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         mark()
-        progress.advance()
+        if progress is not None:
+            progress.advance()
         return tensors
 
     hook = pipeline.transformer.register_forward_pre_hook(first_forward)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
     result = pipeline(
-        prompt=_PROMPT,
+        prompt=options.prompt,
         max_sequence_length=options.text_length,
         num_inference_steps=options.steps,
         generator=torch.Generator("cpu").manual_seed(options.seed),
         callback_on_step_end=step_ended,
-        output_type="latent",
+        output_type=options.output_type,
         return_dict=False,
         **_size(options),
     )

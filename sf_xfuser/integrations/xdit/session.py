@@ -277,15 +277,17 @@ def without_torus() -> Iterator[None]:
 
 
 @contextmanager
-def torus_on(mesh: Mesh) -> Iterator[None]:
-    """Run Torus Attention on another mesh of the same ranks inside the block, for comparisons."""
+def torus_on(mesh: Mesh, selector: Selector | None = None) -> Iterator[None]:
+    """Run Torus Attention on another mesh of the same ranks inside the block, or, with a ``selector``, attention as
+    under ``--sp-backend auto``. For comparisons."""
     usp = current.usp
     assert usp is not None
-    saved, usp.mesh = usp.mesh, mesh
+    saved = usp.mesh, usp.selector
+    usp.mesh, usp.selector = mesh, selector
     try:
         yield
     finally:
-        usp.mesh = saved
+        usp.mesh, usp.selector = saved
 
 
 def require_lse(attention_backend: Any) -> None:
