@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sf_xfuser.bench import emulate, report
+from sf_xfuser.bench import comparison, emulate, peers, report
 from sf_xfuser.bench.case import DTYPES, AttentionOptions, Case, launches, make_case, read_grid
 from sf_xfuser.bench.deprecated import DeprecatedFlag, current_variants
 from sf_xfuser.bench.document import check_output_paths, new_document, write_json
@@ -64,6 +64,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variants", metavar="A,B", help=f"measure only these: {', '.join(NAMES)}. Default: every legal variant "
         "except auto, torus-unstaged, named transports and compression. With --pipeline: torus-fp8 and torus-int8, "
         "measured in addition to the default")  # fmt: skip
+    add("--against", metavar="A,B", help="compare with these packages as well, where they are installed and can run: "
+        f"{', '.join(peers.PACKAGES)}, or all. With --pipeline: diffusers")  # fmt: skip
     add("--arms", dest="variants", action=DeprecatedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--pipeline", metavar="MODEL", help=f"measure whole denoising steps of xDiT's pipelines instead of attention "
         f"calls: {', '.join(MODELS)} (few layers, random weights), or a diffusers folder")  # fmt: skip
@@ -144,6 +146,7 @@ def _check(options: argparse.Namespace) -> None:
         if name not in allowed and (options.pipeline or not name.startswith("xdit-u")):
             pipeline = " with --pipeline" if options.pipeline else ""
             raise ValueError(f"--variants{pipeline}: unknown variant {name!r}; choose from {', '.join(allowed)}")
+    options.against = peers.names_of(options.against.split(",")) if options.against else ()
     check_output_paths(options, "json", "plot", "trace", "report", "markdown")
     if options.plot or options.report:
         from sf_xfuser.bench import page
@@ -157,8 +160,8 @@ def _check(options: argparse.Namespace) -> None:
 def _bench_attention(options: argparse.Namespace, document: dict[str, Any], world_size: int | None) -> int:
     """Run every case and add the results to ``document``. Returns 1 if ranks of an emulated cluster failed."""
     attention = AttentionOptions(
-        cases=(), variants=options.variants, repeat=options.repeat, warmup=options.warmup, seed=options.seed,
-        topology=options.topology, timeout_s=options.timeout, predict=options.predict,
+        cases=(), variants=options.variants, against=options.against, repeat=options.repeat, warmup=options.warmup,
+        seed=options.seed, topology=options.topology, timeout_s=options.timeout, predict=options.predict,
     )  # fmt: skip
     if world_size is None:
         cases = read_grid(options.grid) if options.grid else [_case(options, options.cluster)]
@@ -264,7 +267,8 @@ def _finish(options: argparse.Namespace, document: dict[str, Any]) -> int:
     if options.trace:
         Path(options.trace).write_text(json.dumps(chrome_trace(document)))
     if options.markdown and rows:
-        Path(options.markdown).write_text(report.markdown_table(rows))
+        compared = "\n" + comparison.markdown(rows) if comparison.has_peers(rows) else ""
+        Path(options.markdown).write_text(report.markdown_table(rows) + compared)
     if (options.plot or options.report) and rows:
         from sf_xfuser.bench import page
 
@@ -286,5 +290,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if len(cases) > 1:
         console.print(report.grid_table(rows))
         console.print(report.summary_table(report.summary(rows)))
+    if comparison.has_peers(rows):
+        console.print(comparison.table(rows))
+        console.print("\n".join(comparison.refusals(rows)), markup=False, highlight=False)
     if (predicted := report.prediction_table(rows)) is not None:
         console.print(predicted)
