@@ -146,7 +146,10 @@ def _check(options: argparse.Namespace) -> None:
         if name not in allowed and (options.pipeline or not name.startswith("xdit-u")):
             pipeline = " with --pipeline" if options.pipeline else ""
             raise ValueError(f"--variants{pipeline}: unknown variant {name!r}; choose from {', '.join(allowed)}")
-    options.against = peers.names_of(options.against.split(",")) if options.against else ()
+    packages = options.against.split(",") if options.against else []
+    options.against = peers.names_of(packages)
+    if options.pipeline and not {*packages} <= {"diffusers", peers.ALL}:
+        raise ValueError(f"--against with --pipeline must be diffusers, got {','.join(packages)}")
     check_output_paths(options, "json", "plot", "trace", "report", "markdown")
     if options.plot or options.report:
         from sf_xfuser.bench import page
@@ -215,6 +218,7 @@ def _bench_pipeline(options: argparse.Namespace, document: dict[str, Any], world
     pipeline = PipelineOptions(
         model=options.pipeline, topology=options.topology, plan=options.plan, steps=options.steps,
         compress=tuple(name for name in COMPRESSED if torus_name(name) in (options.variants or ())),
+        against=options.against,
         rounds=options.repeat, dtype=options.dtype, seed=options.seed, timeout_s=options.timeout,
     )  # fmt: skip
     if world_size is not None:

@@ -25,49 +25,52 @@ def has_peers(rows: Iterable[Row]) -> bool:
 
 
 def opponents(rows: Sequence[Row]) -> dict[str, Callable[[Sequence[Row]], Row | None]]:
-    """Column -> the fastest row of one case. Packages without any row are left out."""
+    """Column -> the fastest row of one case. A package that ran in no case has no column; ``refusals`` names it."""
     found: dict[str, Callable[[Sequence[Row]], Row | None]] = {
         "xDiT's USP": report.usp_row,
         "best xDiT": report.best_xdit_row,
     }
     for package in PACKAGES:
-        if any(_is_of(package, row) for row in rows):
+        if any(_is_of(package, row) and report.succeeded(row) for row in rows):
             found[_NAMES.get(package, package)] = partial(_fastest_of, package)
     return found
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
-    """Case -> column -> median of the fastest variant of the column over that of torus; None if either cannot run."""
+    """Case -> column -> median of the fastest variant of the column over that of torus; None if none can run.
+
+    Without a case that torus did not run.
+    """
     columns = opponents(rows)
     result: dict[str, dict[str, float | None]] = {}
     for case, of_case in report.by_case(rows).items():
-        torus = report.fastest(row for row in of_case if row["variant"] == report.SUBJECT)
-        fastest = {column: find(of_case) for column, find in columns.items()}
-        result[case] = {
-            column: None if row is None or torus is None else row["median_s"] / torus["median_s"]
-            for column, row in fastest.items()
-        }
+        torus = report.variant_row(of_case, report.SUBJECT)
+        if torus is not None and report.succeeded(torus):
+            fastest = {column: find(of_case) for column, find in columns.items()}
+            result[case] = {
+                column: None if row is None else row["median_s"] / torus["median_s"] for column, row in fastest.items()
+            }
     return result
 
 
 def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells."""
-    cells = []
-    for case, of_case in ratios(rows).items():
-        torus = report.variant_row(report.by_case(rows)[case], report.SUBJECT)
-        shown = [CANNOT if ratio is None else report.fmt_ratio(ratio) for ratio in of_case.values()]
-        cells.append([case, report.fmt((torus or {}).get("median_s"), 1e3), *shown])
-    return ["case", "torus ms", *opponents(rows)], cells
+    columns, compared, cells = list(opponents(rows)), ratios(rows), []
+    for case, of_case in report.by_case(rows).items():
+        torus = report.variant_row(of_case, report.SUBJECT) or {}
+        shown = [CANNOT if ratio is None else report.fmt_ratio(ratio) for ratio in compared.get(case, {}).values()]
+        cells.append([case, report.fmt(torus.get("median_s"), 1e3), *(shown or [report.DASH] * len(columns))])
+    return ["case", "torus ms", *columns], cells
 
 
 def refusals(rows: Iterable[Row]) -> list[str]:
-    """Why peers did not run, one line per reason with its variants and cases, or ``in all cases``."""
+    """Why variants of xDiT and of peers did not run: a line per reason, with the variants and the cases."""
     cases = report.by_case(rows)
     found: dict[str, dict[str, list[str]]] = {}
     for case, of_case in cases.items():
         for row in of_case:
             if row.get("family") in ("peer", "xdit") and not report.succeeded(row):
-                found.setdefault(report.reason(row), {}).setdefault(row["variant"], []).append(case)
+                found.setdefault(str(row.get("reason")), {}).setdefault(row["variant"], []).append(case)
     texts = []
     for reason, variants in found.items():
         where = list(dict.fromkeys(case for of_variant in variants.values() for case in of_variant))

@@ -15,6 +15,7 @@ from typing import Any
 
 from sf_xfuser import __version__
 
+_PACKAGES = ("torch", "triton", "xfuser", "diffusers", "yunchang", "para-attn")
 ROW = "@row "
 """Starts a line of a process's output that is one row, as JSON."""
 
@@ -40,7 +41,7 @@ def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]
         "versions": {
             "sf_xfuser": __version__,
             "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
+            **{name: installed_version(name) for name in _PACKAGES},
         },
         "rows": [],
         "timelines": [],

@@ -11,11 +11,13 @@ Importing this module imports no peer.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import gcd
 from typing import Any, Literal
 
@@ -39,13 +41,15 @@ _ZERO_SM_NCCL = (2, 30, 7)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """``split``: over how much of the ranks Ulysses goes (all, a machine, none). ``uneven``: whether token and head
-    counts need not divide. ``needs``: why it cannot run on this device, if so. ``open``: its call; collective."""
+    counts need not divide. ``needs``: why it cannot run on this device, if so. ``open(case, degrees, **options)``: its
+    call; collective."""
 
     name: str
     description: str
     package: str
     split: Literal["ulysses", "unified", "ring"]
-    open: Callable[[Case, XditConfig], Call]
+    open: Callable[..., Call]
+    options: Mapping[str, Any] = field(default_factory=dict)
     uneven: bool = False
     needs: Callable[[], str | None] = lambda: None
 
@@ -93,7 +97,7 @@ def open_peer(peer: Peer, case: Case) -> tuple[Call | None, str]:
     if (why := reason(peer, case)) is not None:
         return None, why
     try:
-        return peer.open(case, degrees(peer, case)), ""
+        return peer.open(case, degrees(peer, case), **peer.options), ""
     except Exception as error:  # code of another package, in a version that nobody tested here
         return None, f"{type(error).__name__}: {error}"
 
@@ -136,7 +140,39 @@ def _register_flash_for_cpu() -> torch.library.Library | None:
 # -- diffusers: ContextParallelConfig ----------------------------------------------------------------------------------
 
 
-def diffusers_config(config: XditConfig, **options: bool) -> Any:
+def parallelize(transformer: Any, peer: Peer, config: XditConfig) -> Any:
+    """A copy of a diffusers model that shares its weights, under diffusers' context parallelism. Collective.
+
+    Raises diffusers' error, such as ValueError for a model without a ``_cp_plan``.
+    """
+    shared = {id(tensor): tensor for tensor in (*transformer.parameters(), *transformer.buffers())}
+    model = copy.deepcopy(transformer, shared)
+    model.set_attention_backend(_backend(config))
+    with _counting_the_cpu():
+        model.enable_parallelism(config=_context_parallel(config, **peer.options))
+    return model
+
+
+@contextmanager
+def _counting_the_cpu() -> Iterator[None]:
+    """diffusers takes a rank modulo the number of accelerators, of which a CPU rank has none."""
+    count = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: count() or 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
+
+
+def _backend(config: XditConfig) -> str:
+    """A ring needs the log-sum-exp, which diffusers' default backend has not."""
+    if config.ring_degree == 1:
+        return "native"
+    _register_flash_for_cpu()
+    return "_native_flash"
+
+
+def _context_parallel(config: XditConfig, **options: bool) -> Any:
     diffusers: Any = importlib.import_module("diffusers")
     degrees = {"ulysses_degree": config.ulysses_degree, "ring_degree": config.ring_degree}
     return diffusers.ContextParallelConfig(**degrees, **options)
@@ -146,12 +182,9 @@ def _diffusers(case: Case, config: XditConfig, **options: bool) -> Call:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     diffusers: Any = importlib.import_module("diffusers")
-    parallel = diffusers.ParallelConfig(context_parallel_config=diffusers_config(config, **options))
+    parallel = diffusers.ParallelConfig(context_parallel_config=_context_parallel(config, **options))
     parallel.setup(dist.get_rank(), case.world_size, _device(), mesh=_mesh(config))
-    ring = config.ring_degree > 1
-    if ring:
-        _register_flash_for_cpu()
-    backend: Any = "_native_flash" if ring else "native"  # a ring needs the log-sum-exp, which "native" has not
+    backend: Any = _backend(config)
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -311,13 +344,13 @@ PEERS = (
     Peer(name="diffusers-ulysses", description="diffusers, Ulysses over all ranks", package="diffusers",
          split="ulysses", open=_diffusers),
     Peer(name="diffusers-ulysses-anything", description="diffusers, Ulysses for any token and head count",
-         package="diffusers", split="ulysses", uneven=True, open=functools.partial(_diffusers, ulysses_anything=True)),
+         package="diffusers", split="ulysses", uneven=True, open=_diffusers, options={"ulysses_anything": True}),
     Peer(name="diffusers-unified", description="diffusers, Ulysses inside machines and Ring across",
          package="diffusers", split="unified", open=_diffusers),
     Peer(name="diffusers-ring", description="diffusers, Ring over all ranks", package="diffusers", split="ring",
          open=_diffusers),
     Peer(name="diffusers-ring-anything", description="diffusers, Ring for any token count", package="diffusers",
-         split="ring", uneven=True, open=functools.partial(_diffusers, ring_anything=True)),
+         split="ring", uneven=True, open=_diffusers, options={"ring_anything": True}),
     Peer(name="yunchang-ulysses", description="yunchang, LongContextAttention with Ulysses over all ranks",
          package="yunchang", split="ulysses", open=_yunchang),
     Peer(name="yunchang-unified", description="yunchang, LongContextAttention, Ulysses inside machines and Ring across",
@@ -333,9 +366,9 @@ PEERS = (
     Peer(name="para-attn-ring", description="ParaAttention, Ring over all ranks", package="para-attn", split="ring",
          open=_para_attn, needs=_no_cuda),
     Peer(name="torch-allgather", description="PyTorch's context_parallel, which gathers KV", package="torch",
-         split="ring", open=functools.partial(_torch, rotation="allgather")),
+         split="ring", open=_torch, options={"rotation": "allgather"}),
     Peer(name="torch-alltoall", description="PyTorch's context_parallel, which rotates KV", package="torch",
-         split="ring", open=functools.partial(_torch, rotation="alltoall")),
+         split="ring", open=_torch, options={"rotation": "alltoall"}),
     Peer(name="nccl-zero-sm", description="Ulysses over NCCL's all-to-all that uses no SM", package="nccl",
          split="ulysses", open=_zero_sm, needs=_no_zero_sm),
 )  # fmt: skip

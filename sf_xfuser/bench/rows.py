@@ -84,20 +84,21 @@ def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping
     rows = []
     for record in records:
         name = SINGLE if record["variant"] == "single" else record["variant"]
-        ours = name.startswith("torus")
-        if name != SINGLE and not ours:
+        ours, peer = name.startswith("torus"), name.startswith("diffusers")
+        if name != SINGLE and not ours and not peer:
             name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["variant"]), "ulysses")
         psnr_db = record.get("psnr_db")
-        wrong = ""
+        wrong, refused = "", record["reason"]
         if psnr_db is not None:
             if psnr_db < PSNR_DB:
                 wrong = f"PSNR of the latents against the uncompressed run is {psnr_db:.1f} dB, required {PSNR_DB:g} dB"
-        elif not record["max_abs_error"] <= TOLERANCE[dtype] * _LATENT_FACTOR:
+        elif not refused and not record["max_abs_error"] <= TOLERANCE[dtype] * _LATENT_FACTOR:
             wrong = f"wrong latents: error {record['max_abs_error']:.2e} against one process"
         rows.append(_row(
             kind="pipeline", case=dict(case), variant=name, description="seconds per denoising step",
-            family="reference" if name == SINGLE else "ours" if ours else "xdit",
-            status="failed" if wrong else "ok", reason=wrong, layout=record["layout"], **_times(record["times_s"]),
+            family="reference" if name == SINGLE else "ours" if ours else "peer" if peer else "xdit",
+            status="skipped" if refused else "failed" if wrong else "ok", reason=refused or wrong,
+            layout=record["layout"], **_times(record["times_s"]),
             first_call_s=record["first_call_s"],
             attention_s=statistics.median(record["attention_s"]) if any(record["attention_s"]) else None,
             max_abs_error=None if name == SINGLE else record["max_abs_error"], psnr_db=psnr_db,
