@@ -65,7 +65,7 @@ test-upstream: $(STAMP)
 # Measures the rows of docs/performance.md on an emulated cluster (Linux, iproute2, root or user namespaces).
 bench: $(STAMP)
 	mkdir -p out
-	$(BIN)/sf-xfuser bench --grid examples/grid.toml --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
+	$(BIN)/sf-xfuser bench --grid examples/grid.toml --against all --json out/grid.json --report out/grid.html --markdown out/grid.md $(BENCH_ARGS)
 
 # Measures one GPU, in at most 8 minutes and without a network: docs/gpu.md. Installs the package into $(PYTHON), which
 # has PyTorch.

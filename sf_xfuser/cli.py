@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from sf_xfuser import __version__, doctor
 from sf_xfuser.bench import emulate, report

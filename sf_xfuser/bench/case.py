@@ -89,13 +89,15 @@ class Case(ClusterSpec):
 class AttentionOptions:
     """The attention calls to measure.
 
-    ``variants``: names; None for the default variants. Each makes ``warmup`` untimed calls, then ``repeat`` timed ones.
+    ``variants``: names; None for the default variants. ``against``: peers in addition to these. Each variant makes
+    ``warmup`` untimed calls, then ``repeat`` timed ones.
     ``emulated``: the cluster is emulated, so ranks set the rate of links and count bytes. ``predict``: also calibrate
     the simulator and predict each variant's time.
     """
 
     cases: tuple[Case, ...]
     variants: tuple[str, ...] | None = None
+    against: tuple[str, ...] = ()
     repeat: int = 7
     warmup: int = 2
     seed: int = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sf_xfuser.bench import emulate, report
+from sf_xfuser.bench import comparison, emulate, peers, report
 from sf_xfuser.bench.case import DTYPES, AttentionOptions, Case, launches, make_case, read_grid
 from sf_xfuser.bench.deprecated import DeprecatedFlag, current_variants
 from sf_xfuser.bench.document import new_document
@@ -68,6 +68,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variants", metavar="A,B", help=f"measure only these: {', '.join(NAMES)}. Default: every legal variant "
         "except auto, torus-unstaged, named transports and compression. With --pipeline: torus-fp8 and torus-int8, "
         "measured in addition to the default")  # fmt: skip
+    add("--against", metavar="A,B", help="compare with these packages as well, where they are installed and can run: "
+        f"{', '.join(peers.PACKAGES)}, or all. With --pipeline: diffusers")  # fmt: skip
     add("--arms", dest="variants", action=DeprecatedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--pipeline", metavar="MODEL", help=f"measure whole denoising steps of xDiT's pipelines instead of attention "
         f"calls: {', '.join(MODELS)} (few layers, random weights), or a diffusers folder")  # fmt: skip
@@ -165,6 +167,10 @@ def _check(options: argparse.Namespace, world_size: int | None) -> None:
             raise ValueError(f"--variants{pipeline}: unknown variant {name!r}; choose from {', '.join(allowed)}")
     if options.predict and report.SUBJECT not in (options.variants or NAMES):
         raise ValueError(f"--predict calibrates with the variant {report.SUBJECT}; add it to --variants")
+    packages = options.against.split(",") if options.against else []
+    options.against = peers.names_of(packages)
+    if options.pipeline and not {*packages} <= {"diffusers", peers.ALL}:
+        raise ValueError(f"--against with --pipeline must be diffusers, got {','.join(packages)}")
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def _bench_attention(
 ) -> int:
     """Run every case and add the results to ``document``. Returns 1 if ranks of an emulated cluster failed."""
     attention = AttentionOptions(
-        cases=(), variants=options.variants, repeat=options.repeat,
+        cases=(), variants=options.variants, against=options.against, repeat=options.repeat,
         warmup=2 if options.warmup is None else options.warmup, seed=options.seed,
         topology=options.topology or "auto", timeout_s=options.timeout, predict=options.predict,
     )  # fmt: skip
@@ -232,7 +238,8 @@ def _bench_pipeline(options: argparse.Namespace, document: dict[str, Any], world
         model=options.pipeline, topology=options.topology or "auto", plan=options.plan or "auto",
         steps=options.steps or 2,
         compress=tuple(name for name in COMPRESSED if torus_name(name) in (options.variants or ())),
-        rounds=options.repeat, dtype=options.dtype or "float32", seed=options.seed, timeout_s=options.timeout,
+        against=options.against, rounds=options.repeat, dtype=options.dtype or "float32", seed=options.seed,
+        timeout_s=options.timeout,
     )  # fmt: skip
     if world_size is not None:
         document["rows"] += run_pipeline(
@@ -293,7 +300,8 @@ def _finish(outputs: Outputs, document: dict[str, Any]) -> int:
     if rows:
         from sf_xfuser.bench import page
 
-        outputs.text("markdown", lambda: report.markdown_table(rows))
+        compared = "\n" + comparison.markdown(rows) if comparison.has_peers(rows) else ""
+        outputs.text("markdown", lambda: report.markdown_table(rows) + compared)
         with Progress("sf-xfuser bench") as progress:
             progress.doing("drawing")
             outputs.file("plot", partial(page.plot, document))
@@ -312,5 +320,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if len(cases) > 1:
         console.print(report.grid_table(rows))
         console.print(report.summary_table(report.summary(rows)))
+    if comparison.has_peers(rows):
+        console.print(comparison.table(rows))
+        console.print("\n".join(comparison.refusals(rows)), markup=False, highlight=False)
     if (predicted := report.prediction_table(rows)) is not None:
         console.print(predicted)

@@ -17,6 +17,7 @@ from sf_xfuser import __version__
 
 COMMIT_FILE = "commit.txt"  # in the package; setup.py writes it into distributions
 
+_PACKAGES = ("torch", "triton", "xfuser", "diffusers", "yunchang", "para-attn")
 ROW = "@row "
 """Starts a line of a process's output that is one row, as JSON."""
 
@@ -42,7 +43,7 @@ def new_document(command: str, accelerator: str | None = None) -> dict[str, Any]
         "versions": {
             "sf_xfuser": __version__,
             "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "triton", "xfuser", "diffusers", "yunchang")},
+            **{name: installed_version(name) for name in _PACKAGES},
         },
         "rows": [],
         "timelines": [],

@@ -38,7 +38,7 @@ class Measurement:
             if launch_environment().local_rank == 0:
                 emulate.shape(case.inter_rate_bps)
             dist.barrier(control)
-        self.variants = open_variants(case, options.topology, options.timeout_s, options.variants)
+        self.variants = open_variants(case, options.topology, options.timeout_s, options.variants, options.against)
         self.samples = {variant.name: Sample() for variant in self.variants}
         shards = [self._shard(rank) for rank in range(case.world_size)]
         self.inputs = tuple(x.to(self.device) for x in shards[self.rank])
@@ -66,7 +66,8 @@ class Measurement:
                 while variant.selector is not None and not variant.selector.finished:  # autotune before timing
                     self._call(variant)
                 progress.advance()
-            passed = [variant for variant in runnable if not self.samples[variant.name].failure]
+            samples = self.samples
+            passed = [v for v in runnable if not samples[v.name].failure and not samples[v.name].refusal]
             for variant in passed:
                 progress.doing(f"{variant.name}: recording memory and timeline")
                 self._observe(variant)
@@ -124,16 +125,24 @@ class Measurement:
     # -- correctness, memory, timeline and time --------------------------------------------------------------------
 
     def _check(self, variant: Variant) -> None:
-        """Make the first call and compare its result with the single process's."""
+        """Make the first call and compare its result with the single process's. Code of a peer may raise any error."""
         sample = self.samples[variant.name]
         started = time.perf_counter()
-        out = self._call(variant)
-        self._synchronize()
+        try:
+            out = self._call(variant)
+            self._synchronize()
+        except Exception as error:
+            if variant.family != "peer":
+                raise
+            sample.refusal = f"{type(error).__name__}: {error}"
         took = time.perf_counter() - started
+        if refusals := [text for text in self._gather(sample.refusal) if text]:
+            sample.refusal = refusals[0]
+            return
         errors = [0.0, 0.0, 0.0]
         if variant.name not in (SINGLE, ALONE):
-            error = (out.float().cpu() - self._expected).abs()
-            errors = [x.item() for x in (error.max(), error.square().mean(), self._expected.square().mean())]
+            difference = (out.float().cpu() - self._expected).abs()
+            errors = [x.item() for x in (difference.max(), difference.square().mean(), self._expected.square().mean())]
         reports = self._gather([took, *errors])
         sample.first_call_s = max(r[0] for r in reports)
         if variant.name in (SINGLE, ALONE):
@@ -163,7 +172,7 @@ class Measurement:
         return tuple(x.to(self.device).repeat_interleave(repeat, dim=1) for x in (self.keys, self.values))
 
     def _observe(self, variant: Variant) -> None:
-        """Make two untimed calls: one measures peak memory, one records the timeline."""
+        """Make two untimed calls: one measures peak memory, one records the timeline (not of a peer)."""
         if variant.name == SINGLE:
             return
         sample, mesh = self.samples[variant.name], variant.mesh
@@ -172,6 +181,8 @@ class Measurement:
             self._call(variant)
         window = mesh.window if mesh is not None else None  # PyTorch's allocator does not count it
         sample.peak_bytes = self._gather(peak[0] + (window.window_bytes if window is not None else 0))
+        if variant.family == "peer":
+            return  # nothing of it can be recorded
         trace = Trace()
         if mesh is None:
             self.trace = trace

@@ -1,6 +1,7 @@
 """Draws the pictures of README.md and docs/ from the schedules and the rows in docs/results. Usage: make pictures
 
-``traffic.svg``: the messages between ranks. ``timeline.svg``: one measured call. ``speedups.svg``: the grids.
+``traffic.svg``: the messages between ranks. ``timeline.svg``: one measured call. ``speedups.svg``: torus against xDiT
+and other packages.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sf_xfuser.bench import report
+from sf_xfuser.bench import comparison, report
 from sf_xfuser.layout.chunking import CallSize, choose_chunking
 from sf_xfuser.layout.plan import UNEVEN, Layout, make_plan
 from sf_xfuser.layout.schedule import Exchange, build_schedule
@@ -22,7 +23,6 @@ WIRE = {"Q": "#e9a23b", "KV": ACROSS, "O": "#5a9e7c"}
 HEADS = 6  # not divisible by the four ranks, so the layout has a ring
 TOKENS_PER_RANK = 16384
 MACHINES = (2, 3, 4, 8)
-GRIDS = {"Intel Xeon": "emulated-2core-xeon-grid.json", "AMD EPYC": "emulated-2core-grid.json"}
 
 Traffic = dict[tuple[int, int], list[tuple[str, float]]]
 """(sender, receiver) -> the chunks sent, in order: name of the tensor, size as a fraction of Q."""
@@ -186,35 +186,34 @@ def _bars(spans: list[Mapping[str, Any]], link: str) -> list[tuple[float, float]
 
 
 def draw_speedups(figure: Any, results: Path) -> None:
-    for axes, (cpu, name) in zip(figure.subplots(1, 2, sharey=True, sharex=True), GRIDS.items(), strict=True):
-        cases = report.by_case(json.loads((results / name).read_text())["rows"])
-        labels, ratios = [], []
-        for rows in cases.values():
-            case, torus = rows[0]["case"], next(row for row in rows if row["variant"] == "torus")
-            usp = report.usp_row(rows)
-            assert usp is not None
-            rate = case["inter_rate_bps"] / 1e6
-            labels.append(
-                f"{case['num_machines']}x{case['ranks_per_machine']}, {rate:.0f} Mbit/s, {case['seq_len']} tokens"
-            )
-            ratios.append(usp["median_s"] / torus["median_s"])
-        bars = axes.barh(labels, ratios, color=[COMPUTE if ratio >= 1.05 else INSIDE for ratio in ratios])
-        axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=11)
+    rows = json.loads((results / "emulated-2core-peers.json").read_text())["rows"]
+    ratios = comparison.ratios(rows)
+    cases = {case: of_case[0]["case"] for case, of_case in report.by_case(rows).items() if case in ratios}
+    labels = [
+        f"{case['cluster']}, {case['inter_rate_bps'] / 1e6:.0f} Mbit/s, {case['seq_len']} tokens, {case['heads']} heads"
+        for case in cases.values()
+    ]
+    columns = list(comparison.opponents(rows))
+    for axes, column in zip(figure.subplots(1, len(columns), sharey=True, sharex=True), columns, strict=True):
+        values = [ratios[case][column] for case in cases]
+        colors = [COMPUTE if (ratio or 0) >= 1.05 else INSIDE for ratio in values]
+        bars = axes.barh(labels, [ratio or 0 for ratio in values], color=colors)
+        texts = [comparison.CANNOT if ratio is None else report.fmt_ratio(ratio) for ratio in values]
+        axes.bar_label(bars, texts, padding=3, fontsize=9, color=TEXT, bbox={"fc": "white", "ec": "none", "pad": 1})
         axes.axvline(1, color=TEXT, lw=1, ls="--")
-        axes.set(xlim=(0, 2.4), xticks=[0, 1, 2])
-        axes.set_xticklabels(["0", "1 = USP", "2x"], fontsize=11)
-        axes.tick_params(left=False, labelsize=11)
+        axes.set(xlim=(0, 3.2), xticks=[0, 1, 2])
+        axes.set_xticklabels(["0", "1", "2x"], fontsize=10)
+        axes.tick_params(left=False, labelsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(cpu, fontsize=13, fontweight="bold")
+        axes.set_title(column, fontsize=12, fontweight="bold")
     axes.invert_yaxis()
-    figure.supylabel("machines x ranks, link, length", fontsize=11)
-    figure.suptitle("Speed-up over xDiT's USP, one attention call (emulated cluster on 2 CPU cores)", fontsize=14)
+    figure.suptitle("Speed-up of Torus Attention over the fastest variant of each (emulated cluster, 2 CPU cores)")
 
 
 PICTURES: dict[str, tuple[Callable[[Any, Path], None], tuple[float, float]]] = {
     "traffic": (draw_traffic, (11, 6.4)),
     "timeline": (draw_timeline, (11, 6.4)),
-    "speedups": (draw_speedups, (11, 4.6)),
+    "speedups": (draw_speedups, (12, 5.2)),
 }
 
 

@@ -5,7 +5,8 @@ in the same process group. A variant selects the attention behind xDiT's ``USP``
 xDiT's own, the layout. Weights, prompt, noise, local attention and the gathering of the result are the same for all
 variants.
 
-Plain diffusers on rank 0 runs first. The result of every call is compared with its latents.
+Plain diffusers on rank 0 runs first. The result of every call is compared with its latents. ``--against diffusers``
+adds diffusers' own context parallelism, on a pipeline of its own.
 
 Importing this module needs no xfuser and no diffusers.
 """
@@ -27,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from sf_xfuser.bench import peers
+from sf_xfuser.bench.case import Case
 from sf_xfuser.bench.progress import Progress
 from sf_xfuser.bench.usp_variants import attention_timer, make_groups
 from sf_xfuser.config import TorusArgs
@@ -51,14 +54,16 @@ class PipelineOptions:
     ``model``: a diffusers folder (Flux, HunyuanVideo, CogVideoX or Wan). ``size``: arguments of the pipeline's call,
     such as height, width and num_frames; empty: those of the model's ``small_input.json``, if any. ``topology``,
     ``plan``: ``--sp-topology`` and ``--sp-plan`` of the torus variant. ``compress``: formats of ``--sp-compress``, one
-    more variant each. Each variant makes one untimed call, then ``rounds`` timed calls of ``steps`` denoising steps.
-    ``output_type``: what a call returns, ``"latent"`` or ``"pt"`` (decoded).
+    more variant each. ``against``: names of peers; those of diffusers without a flat ring are measured. Each variant
+    makes one untimed call, then ``rounds`` timed calls of ``steps`` denoising steps. ``output_type``: what a call
+    returns, ``"latent"`` or ``"pt"`` (decoded).
     """
 
     model: str
     topology: str = "auto"
     plan: str = "auto"
     compress: Sequence[str] = ()
+    against: Sequence[str] = ()
     size: Mapping[str, Any] = field(default_factory=dict)
     text_length: int = 256
     steps: int = 3
@@ -93,7 +98,7 @@ class TinyModel(NamedTuple):
     text_length: int = 256
 
 
-#: About 4k tokens each. CogVideoX has 24 heads of size 64, as in the paper.
+#: About 4k tokens each. CogVideoX has 24 heads of size 64, as in the paper; Wan has those of Wan 2.1 1.3B.
 MODELS: Mapping[str, TinyModel] = {
     "flux": TinyModel(
         {"heads": 24, "head_dim": 128, "layers": 0, "single_layers": 2},
@@ -108,6 +113,10 @@ MODELS: Mapping[str, TinyModel] = {
         {"height": 512, "width": 704, "num_frames": 9, "guidance_scale": 1.0},
         text_length=224,
     ),
+    "wan": TinyModel(
+        {"heads": 12, "head_dim": 128, "layers": 1},
+        {"height": 512, "width": 512, "num_frames": 13, "guidance_scale": 1.0},
+    ),
 }
 
 
@@ -116,7 +125,8 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
 
     ``progress`` counts the denoising steps.
 
-    A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
+    A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"``, a peer or the text of an ``XditConfig``),
+    ``layout``, ``reason`` (why a peer cannot run; it has no times then),
     ``times_s`` (each timed step on the slowest rank), ``attention_s`` (the part of each step in local attention
     kernels), ``first_call_s`` (the untimed call, with text encoding), ``max_abs_error`` (largest difference of the
     final latents from ``"single"``) and ``psnr_db`` (of the final latents of a variant that compresses against
@@ -135,24 +145,31 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
     configs = [config for config in legal_configs(world_size, grid.ranks_per_machine, **heads)
                if config.ulysses_degree == own.ulysses_degree]  # fmt: skip
     progress.total = options.steps * (1 + (1 + len(configs) + len(options.compress)) * (1 + options.rounds))
-    variants = [_Variant("torus", str(torus.layout), nullcontext)]
+    variants = [_Variant("torus", str(torus.layout), nullcontext, pipeline)]
     groups = make_groups(configs, ranks_per_machine=shape[1], members=grid.members)
-    variants += [_Variant(str(config), str(config), functools.partial(_xdit, groups, config)) for config in configs]
+    variants += [
+        _Variant(str(config), str(config), functools.partial(_xdit, groups, config), pipeline) for config in configs
+    ]
     for name in options.compress:
         args = replace(flags, compress=name)
         mesh = build_mesh([range(world_size)], args, **heads, max_imbalance=UNEVEN)
         selected = functools.partial(session.torus_on, mesh)
-        variants.append(_Variant(f"torus-{name}", str(mesh.layout), selected, compresses=True))
-    first = [variant.call(pipeline, options, expected, progress, timed=False) for variant in variants]
+        variants.append(_Variant(f"torus-{name}", str(mesh.layout), selected, pipeline, compresses=True))
+    first = [variant.call(options, expected, progress, timed=False) for variant in variants]
     for variant, latents in zip(variants, first, strict=True):
         if variant.compresses:
             variant.psnr_db = _psnr_db(latents, first[0])
     handled = re.search(r"by torus: (\d+)", session.explain())
     if handled is None or handled[1] == "0":
         raise RuntimeError(f"no attention call of this pipeline ran on torus:\n{session.explain()}")
+    case = Case(num_machines=shape[0], ranks_per_machine=shape[1], seq_len=world_size, **heads)
+    against = _diffusers_variants(options, case, expected, progress)
+    progress.total += options.steps * (1 + options.rounds) * sum(not variant.reason for variant in against)
+    variants += against
+    runnable = [variant for variant in variants if not variant.reason]
     for number in range(options.rounds):
-        for variant in variants if number % 2 == 0 else reversed(variants):
-            variant.call(pipeline, options, expected, progress, timed=True)
+        for variant in runnable if number % 2 == 0 else reversed(runnable):
+            variant.call(options, expected, progress, timed=True)
     return [*records, *(variant.record() for variant in variants)]
 
 
@@ -196,7 +213,9 @@ class _Variant:
     name: str
     layout: str
     selected: Callable[[], AbstractContextManager[None]]
+    pipeline: Any
     compresses: bool = False
+    reason: str = ""
     first_call_s: float = 0.0
     max_abs_error: float = 0.0
     psnr_db: float | None = None
@@ -204,7 +223,7 @@ class _Variant:
     attention_s: list[float] = field(default_factory=list)
 
     def call(
-        self, pipeline: Any, options: PipelineOptions, expected: torch.Tensor, progress: Progress, *, timed: bool
+        self, options: PipelineOptions, expected: torch.Tensor, progress: Progress, *, timed: bool
     ) -> torch.Tensor | None:
         """Call the pipeline. Collective. Returns the final latents, or None on ranks without a result."""
         attention = [0.0]
@@ -215,7 +234,7 @@ class _Variant:
         dist.barrier(_cpu_group())
         progress.doing(f"{self.name}: {'timed' if timed else 'first'} call")
         with self.selected(), attention_timer(add_attention_time):
-            latents, call_s, steps = denoise(pipeline, options, lambda: attention[0], progress)
+            latents, call_s, steps = denoise(self.pipeline, options, lambda: attention[0], progress)
         # Some pipelines return the result on some ranks only.
         error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
         times, parts = [step[0] for step in steps], [step[1] for step in steps]
@@ -231,7 +250,7 @@ class _Variant:
         return latents
 
     def record(self) -> dict[str, Any]:
-        names = ("layout", "times_s", "attention_s", "first_call_s", "max_abs_error", "psnr_db")
+        names = ("layout", "reason", "times_s", "attention_s", "first_call_s", "max_abs_error", "psnr_db")
         return {"variant": self.name, **{name: getattr(self, name) for name in names}}
 
 
@@ -239,19 +258,51 @@ def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
     """Run plain diffusers on rank 0 while the other ranks wait. Returns its record and ``latents`` on every rank."""
     record: list[Any] = [None]
     if dist.get_rank() == 0:
-        import diffusers
-
-        loader: Any = diffusers.DiffusionPipeline
-        pipeline = loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
         progress.doing("one process, plain diffusers")
-        latents, call_s, steps = denoise(pipeline.to(_device()), options, lambda: 0.0, progress)
+        pipeline = _plain_diffusers(options)
+        latents, call_s, steps = denoise(pipeline, options, lambda: 0.0, progress)
         assert latents is not None, "plain diffusers returns its latents"
-        times_s = [step[0] for step in steps]
-        variant = _Variant("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
+        variant = _Variant("single", "one process, diffusers", nullcontext, pipeline, first_call_s=call_s)
+        variant.times_s += [step[0] for step in steps]
         record = [{**variant.record(), "latents": latents.cpu().float()}]
     dist.broadcast_object_list(record, src=0, group=_cpu_group())
     single: dict[str, Any] = record[0]
     return single
+
+
+def _plain_diffusers(options: PipelineOptions) -> Any:
+    import diffusers
+
+    loader: Any = diffusers.DiffusionPipeline
+    return loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).to(_device())
+
+
+def _diffusers_variants(
+    options: PipelineOptions, case: Case, expected: torch.Tensor, progress: Progress
+) -> list[_Variant]:
+    """diffusers' context parallelism after its first call, or with the reason why it cannot run. Collective."""
+    measured = [peer for peer in peers.PEERS
+                if peer.name in options.against and peer.package == "diffusers" and peer.split != "ring"]  # fmt: skip
+    if not measured:
+        return []
+    plain = _plain_diffusers(options)
+    variants = []
+    for peer in measured:
+        config = peers.degrees(peer, case)
+        layout = f"ulysses={config.ulysses_degree} ring={config.ring_degree}"
+        variant = _Variant(peer.name, layout, nullcontext, plain, reason=peers.reason(peer, case) or "")
+        variants.append(variant)
+        if peer.uneven and not variants[0].reason:
+            variant.reason = f"equals {variants[0].name} where counts divide"
+        if variant.reason:
+            continue
+        try:
+            transformer = peers.parallelize(plain.transformer, peer, config)
+            variant.pipeline = type(plain)(**{**plain.components, "transformer": transformer})
+            variant.call(options, expected, progress, timed=False)
+        except Exception as error:  # code of another package
+            variant.reason = f"{type(error).__name__}: {error}"
+    return variants
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ PSNR_DB = 40.0
 @dataclass
 class Sample:
     """The measurements of one variant, on rank 0. ``times_s``, ``attention_s``, ``exposed_s`` and ``wire`` (bytes from
-    machine to machine) have one entry per timed call. ``predicted_s`` and ``cluster`` are set with ``--predict``."""
+    machine to machine) have one entry per timed call. ``failure``: what is wrong with the result. ``refusal``: the
+    error of a peer that cannot run the case. ``predicted_s`` and ``cluster`` are set with ``--predict``."""
 
     times_s: list[float] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Sample:
     max_abs_error: float | None = None
     rms_error: float | None = None
     failure: str = ""
+    refusal: str = ""
     timeline: dict[str, Any] | None = None
     predicted_s: float | None = None
     cluster: dict[str, Any] | None = None
@@ -53,8 +55,9 @@ def attention_rows(
         description, layout = variant.described()
         timed = _times(sample.times_s)
         median_s = timed["median_s"]
-        attention_s = statistics.median(sample.attention_s) if sample.attention_s else None
-        exposed_s = statistics.median(sample.exposed_s) if sample.exposed_s else None
+        measured = any(sample.attention_s)  # kernels of peers are not timed
+        attention_s = statistics.median(sample.attention_s) if measured else None
+        exposed_s = statistics.median(sample.exposed_s) if measured else None
         if on_gpu and median_s is not None and compute_s is not None:
             attention_s, exposed_s = compute_s, median_s - compute_s
         wire_s = bound_s = None
@@ -66,8 +69,9 @@ def attention_rows(
         copied = ("first_call_s", "peak_bytes", "max_abs_error", "rms_error", "predicted_s", "cluster")
         rows.append(_row(
             kind="attention", case=case.to_json(), variant=variant.name, description=description,
-            family=variant.family, status=status, reason=sample.failure or variant.reason, layout=layout, **timed,
-            attention_s=attention_s, exposed_s=exposed_s, wire_bytes=_mean(sample.wire),
+            family=variant.family, status=status, layout=layout, **timed,
+            reason=sample.failure or sample.refusal or variant.reason, attention_s=attention_s, exposed_s=exposed_s,
+            wire_bytes=_mean(sample.wire),
             formula_bytes=variant.formula_bytes, bound_s=bound_s, bound_compute_s=compute_s, bound_wire_s=wire_s,
             efficiency=bound_s / median_s if bound_s is not None and median_s else None,
             **{name: getattr(sample, name) for name in copied},
@@ -80,20 +84,21 @@ def pipeline_rows(case: Mapping[str, Any], dtype: str, records: Sequence[Mapping
     rows = []
     for record in records:
         name = SINGLE if record["variant"] == "single" else record["variant"]
-        ours = name.startswith("torus")
-        if name != SINGLE and not ours:
+        ours, peer = name.startswith("torus"), name.startswith("diffusers")
+        if name != SINGLE and not ours and not peer:
             name = "usp-" + next((r for r in ("allgather", "alltoall") if r in record["variant"]), "ulysses")
         psnr_db = record.get("psnr_db")
-        wrong = ""
+        wrong, refused = "", record["reason"]
         if psnr_db is not None:
             if psnr_db < PSNR_DB:
                 wrong = f"PSNR of the latents against the uncompressed run is {psnr_db:.1f} dB, required {PSNR_DB:g} dB"
-        elif not record["max_abs_error"] <= TOLERANCE[dtype] * _LATENT_FACTOR:
+        elif not refused and not record["max_abs_error"] <= TOLERANCE[dtype] * _LATENT_FACTOR:
             wrong = f"wrong latents: error {record['max_abs_error']:.2e} against one process"
         rows.append(_row(
             kind="pipeline", case=dict(case), variant=name, description="seconds per denoising step",
-            family="reference" if name == SINGLE else "ours" if ours else "xdit",
-            status="failed" if wrong else "ok", reason=wrong, layout=record["layout"], **_times(record["times_s"]),
+            family="reference" if name == SINGLE else "ours" if ours else "peer" if peer else "xdit",
+            status="skipped" if refused else "failed" if wrong else "ok", reason=refused or wrong,
+            layout=record["layout"], **_times(record["times_s"]),
             first_call_s=record["first_call_s"],
             attention_s=statistics.median(record["attention_s"]) if any(record["attention_s"]) else None,
             max_abs_error=None if name == SINGLE else record["max_abs_error"], psnr_db=psnr_db,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
 
 from sf_xfuser.autotune.selector import Selector, build_selector
-from sf_xfuser.bench import usp_variants
+from sf_xfuser.bench import peers, usp_variants
 from sf_xfuser.bench.case import Case
+from sf_xfuser.bench.peers import Call
 from sf_xfuser.bench.usp_variants import call_usp
 from sf_xfuser.config import COMPRESSIONS, TRANSPORTS, TorusArgs
 from sf_xfuser.integrations.xdit.usp_groups import XditGroups
@@ -24,8 +25,6 @@ from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import OneSided, Parcel, Transfer, Transport, TransportError
-
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 SINGLE = "single"
 ALONE = "attention-alone"
@@ -46,7 +45,7 @@ NAMED_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")
 NAMES = (
     SINGLE, ALONE, "usp-allgather", "usp-alltoall", "usp-ulysses", "ulysses", "ring-allgather", "ring-alltoall",
     "xdit-uUrR-ROTATION", "mapping", "mapping-allgather", "mapping-alltoall", "torus-no-overlap", "torus", UNSTAGED,
-    AUTO, *map(torus_name, (*NAMED_TRANSPORTS, *COMPRESSED)),
+    AUTO, *map(torus_name, (*NAMED_TRANSPORTS, *COMPRESSED)), *(peer.name for peer in peers.PEERS),
 )  # fmt: skip
 
 
@@ -54,9 +53,9 @@ NAMES = (
 class Variant:
     """``call`` takes and returns this rank's [B,H,S,D]; it is None if the variant cannot run, because of ``reason``.
 
-    ``family``: ``"reference"``, ``"xdit"`` or ``"ours"``. ``formula_bytes``: bytes that the busiest machine sends to
-    others. ``mesh``: set for variants that can record a trace. ``relative_error``: allowed root mean square error of a
-    variant that compresses; None for rounding errors only. ``simulated``: its counterpart in the simulator, if any.
+    ``family``: ``"reference"``, ``"xdit"``, ``"peer"`` or ``"ours"``. ``formula_bytes``: bytes that the busiest machine
+    sends to others. ``mesh``: set for variants that can record a trace. ``relative_error``: allowed root mean square
+    error of a variant that compresses; None for rounding errors only. ``simulated``: its counterpart in the simulator.
     ``selector``: the autotuner of ``auto``.
     """
 
@@ -80,11 +79,21 @@ class Variant:
         return f"{self.description}: {trial}", trial.selected or ""
 
 
-def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[str] | None) -> list[Variant]:
+def open_variants(
+    case: Case, topology: str, timeout_s: float, names: Sequence[str] | None, against: Sequence[str] = ()
+) -> list[Variant]:
     """The variants of ``case`` with these names, and ``attention-alone``. Collective; the same on every rank.
 
-    ``names``: None for all except ``auto``, ``torus-unstaged``, named transports and compression.
+    ``names``: None for all except ``auto``, ``torus-unstaged``, named transports, compression and peers. ``against``:
+    peers in addition to these.
     """
+    opened = _open_variants(case, topology, timeout_s, names)
+    first_of_ours = next((n for n, variant in enumerate(opened) if variant.family == "ours"), len(opened))
+    opened[first_of_ours:first_of_ours] = _peer_variants(case, {*(names or ()), *against})
+    return opened
+
+
+def _open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[str] | None) -> list[Variant]:
     single = Variant(name=SINGLE, description="one process; the other ranks wait", family="reference")
     args = TorusArgs(backend="torus", plan=case.plan, topology=topology, timeout=timeout_s)
     kv_heads = case.kv_heads or case.heads
@@ -120,6 +129,21 @@ def open_variants(case: Case, topology: str, timeout_s: float, names: Sequence[s
     if not needs_torus:
         mesh.close()  # attention-alone needs only its layout
     return [variant for variant in variants if names is None or variant.name in (ALONE, *names)]
+
+
+def _peer_variants(case: Case, names: Collection[str]) -> Iterator[Variant]:
+    for peer in peers.PEERS:
+        if peer.name not in names:
+            continue
+        call, reason = peers.open_peer(peer, case)
+        variant = Variant(name=peer.name, description=peer.description, family="peer", call=call, reason=reason)
+        if call is not None:
+            config = peers.degrees(peer, case)
+            layout = f"ulysses={config.ulysses_degree} ring={config.ring_degree}"
+            even = case.seq_len % case.world_size == case.heads % config.ulysses_degree == 0
+            formula = egress(config, case.num_machines, case.ranks_per_machine) * _tensor_bytes(case) if even else None
+            variant = replace(variant, layout=layout, formula_bytes=formula)
+        yield variant
 
 
 def _optional_variants(

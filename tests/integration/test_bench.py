@@ -193,6 +193,9 @@ def refuse(capsys, *arguments: object) -> str:
         ("--cluster 2x1 --report {folder}/no/page.html", ["--report", "there is no folder {folder}/no"]),
         ("--cluster 2x1 --json {folder}", ["--json {folder}"]),
         ("--cluster 2x1 --pipeline nothing", ["nothing"]),
+        ("--cluster 2x1 --against flash", ["--against: unknown package 'flash'", "diffusers, yunchang, para-attn"]),
+        ("--cluster 2x1 --against ,", ["--against: unknown package ''"]),
+        ("--cluster 2x1 --pipeline flux --against yunchang", ["--pipeline must be diffusers, got yunchang"]),
     ],
 )
 def test_an_invalid_request_is_refused(unlaunched, capsys, tmp_path, arguments, words):
@@ -503,11 +506,11 @@ def test_auto_selects_a_candidate_before_it_is_timed(tmp_path):
 
 @pytest.fixture(scope="module")
 def wrong_run(tmp_path_factory) -> Run:
-    """Under torchrun, with two variants that return wrong results."""
+    """Under torchrun, with two variants and a peer that return wrong results, and a peer that raises."""
     folder = tmp_path_factory.mktemp("wrong")
     variants = "usp-alltoall,torus-no-overlap,torus"
     arguments = ["--variants", variants, "--topology", "2x1", "--seq-len", 64, *SHAPE, *QUICK]
-    arguments += ["--json", folder / "rows.json"]
+    arguments += ["--against", "torch", "--json", folder / "rows.json"]
     done = torchrun("bench_wrong_variants.py", *arguments, nproc=2, expect_failure=True)
     return Run(folder, done.returncode, done.output, "")
 
@@ -523,6 +526,13 @@ def test_a_wrong_variant_fails_and_the_others_are_measured(wrong_run):
         assert usp["status"] == "ok" and len(usp["times_s"]) == 2
         assert torus["ratio_to_usp"] is None and torus["efficiency"] is None
     assert "failed: wrong result" in wrong_run.out
+
+
+def test_a_peer_may_raise_or_be_wrong(wrong_run):
+    raises, wrong = wrong_run.row("torch-allgather"), wrong_run.row("torch-alltoall")
+    assert (raises["status"], raises["reason"]) == ("skipped", "NotImplementedError: no kernel for this device")
+    assert wrong["status"] == "failed" and "error 1.00e+00" in wrong["reason"]
+    assert "torch-allgather: NotImplementedError: no kernel for this device" in " ".join(wrong_run.out.split())
 
 
 def test_every_reader_takes_the_json_of_a_wrong_variant(wrong_run):

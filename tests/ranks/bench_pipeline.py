@@ -13,6 +13,7 @@ import torch.distributed as dist
 from cases import report
 
 import sf_xfuser
+from sf_xfuser.bench import peers
 from sf_xfuser.bench.pipeline import PipelineOptions, measure
 
 
@@ -31,8 +32,9 @@ def main() -> None:
     usp._templated_ring_attention = recorded
     model, text_length = sys.argv[1], int(sys.argv[2])
     options = PipelineOptions(
-        model=model, topology="2x2", text_length=text_length, steps=2, rounds=1, compress=("fp8", "int8")
-    )
+        model=model, topology="2x2", text_length=text_length, steps=2, rounds=1, compress=("fp8", "int8"),
+        against=peers.names_of(["diffusers"]),
+    )  # fmt: skip
     records = measure(options)
     torus_calls = int(re.search(r"by torus: (\d+)", sf_xfuser.explain())[1])
     report("variants", {"records": records, "rings": rings, "torus_calls": torus_calls})

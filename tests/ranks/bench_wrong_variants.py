@@ -1,15 +1,19 @@
 """Rank side of test_bench.py: ``sf-xfuser bench`` with two wrong variants. Takes the arguments of the command.
 
-The variant torus is off by 0.01 on one rank, torus-no-overlap has one NaN.
+The variant torus is off by 0.01 on one rank, torus-no-overlap has one NaN. The peer torch-alltoall is off by 1,
+torch-allgather raises.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+
+import torch
 
 from sf_xfuser import cli
-from sf_xfuser.bench import variants
+from sf_xfuser.bench import peers, variants
 
 
 def main() -> int:
@@ -30,7 +34,16 @@ def main() -> int:
 
         return changed
 
+    def wrong_peer(case, config, rotation):
+        def call(query, key, value):
+            if rotation == "allgather":
+                raise NotImplementedError("no kernel for this device")
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value) + 1
+
+        return call
+
     variants._torus = wrong
+    peers.PEERS = tuple(replace(peer, open=wrong_peer) for peer in peers.PEERS if peer.package == "torch")
     return cli.main(["bench", *sys.argv[1:]])
 
 
