@@ -14,7 +14,7 @@ from typing import Literal
 from sf_xfuser import config
 from sf_xfuser.layout import topology
 from sf_xfuser.transport.cpu import segment
-from sf_xfuser.transport.gpu import nvshmem, symm_mem
+from sf_xfuser.transport.gpu import nccl_put, nvshmem, symm_mem
 
 Status = Literal["ok", "info", "warn", "fail"]
 
@@ -95,7 +95,7 @@ def to_json(findings: list[Finding]) -> str:
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", platform.python_version())
     required = ("sf-xfuser", "torch", "xfuser", "diffusers", "yunchang")
-    optional = ("triton", "flash-attn", "nvshmem4py-cu12", "nvshmem4py-cu13")
+    optional = ("triton", "flash-attn", "nccl4py", "nvshmem4py-cu12", "nvshmem4py-cu13")
     for name in (*required, *optional):
         try:
             detail, status = importlib.metadata.version(name), "ok"
@@ -149,6 +149,7 @@ def _transports() -> Iterator[Finding]:
         "two_sided over gloo": None if dist.is_gloo_available() else "this torch was built without gloo",
         "shm": segment.unavailable(),
         "symm_mem": symm_mem.unavailable(),
+        "nccl_put": nccl_put.unavailable(),
         "nvshmem": nvshmem.unavailable(),
     }
     for name, reason in reasons.items():
