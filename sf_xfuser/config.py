@@ -20,7 +20,8 @@ CHECKS = ("off", "first")
 KERNELS = ("library", "fused")
 GRAPHS = ("auto", "off")
 COMPRESSIONS = ("none", "fp8", "int8")
-TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nvshmem")
+TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nccl_put", "nvshmem")
+UNCOMPRESSED = ("shm", "nccl_put", "nvshmem")  # they write chunks into remote memory as they are
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")
 _COUNT = "[1-9][0-9]{0,5}"
@@ -95,7 +96,7 @@ class TorusArgs:
             )
         if self.backend in XDIT_BACKENDS:
             self._refuse_flags_of_torus()
-        if self.compress != "none" and self.transport in ("shm", "nvshmem"):
+        if self.compress != "none" and self.transport in UNCOMPRESSED:
             raise ValueError(
                 f"--sp-compress {self.compress} cannot be used with --sp-transport {self.transport}, which writes "
                 f"uncompressed chunks into remote memory; use two_sided, tcp (CPU ranks), symm_mem or auto"
@@ -191,8 +192,9 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         default="auto",
         help="How chunks move between ranks: shm (CPU ranks of one host), tcp (CPU ranks), two_sided "
         "(torch.distributed send and recv, over NCCL or gloo), symm_mem (GPUs connected by NVLink; two_sided between "
-        "others), nvshmem (NVIDIA GPUs) or auto (benchmark the available transports on the first call and use the "
-        "fastest). With usp and ulysses, a named transport is used for yunchang's all-to-all. Default: auto",
+        "others), nccl_put (NCCL's one-sided operations), nvshmem (NVIDIA GPUs) or auto (benchmark the available "
+        "transports on the first call and use the fastest). With usp and ulysses, a named transport is used for "
+        "yunchang's all-to-all. Default: auto",
     )
     add(
         "timeout",

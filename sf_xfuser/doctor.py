@@ -265,7 +265,7 @@ def _versions() -> Iterator[Finding]:
             except (Exception, SystemExit) as error:
                 problem = f"{version} cannot be imported: {type(error).__name__}: {error}"
                 yield Finding("versions", name, "fail", problem, f"pip install --force-reinstall torch=={version}")
-    for name in ("triton", "flash-attn", "nvshmem4py-cu12", "nvshmem4py-cu13"):
+    for name in ("triton", "flash-attn", "nccl4py", "nvshmem4py-cu12", "nvshmem4py-cu13"):
         version = _installed(name)
         yield Finding("versions", name, "ok" if version else "info", version or "not installed (optional)")
     yield from _conflicts()
@@ -358,7 +358,7 @@ def _transports() -> Iterator[Finding]:
     import torch.distributed as dist
 
     from sf_xfuser.transport.cpu import segment
-    from sf_xfuser.transport.gpu import nvshmem, symm_mem
+    from sf_xfuser.transport.gpu import nccl_put, nvshmem, symm_mem
 
     nccl = None if dist.is_nccl_available() else "this torch was built without NCCL"
     reasons = {
@@ -367,6 +367,8 @@ def _transports() -> Iterator[Finding]:
         "two_sided over gloo": None if dist.is_gloo_available() else "this torch was built without gloo",
         "shm": segment.unavailable(),
         "symm_mem": symm_mem.unavailable(),
+        "nccl_put": nccl_put.unavailable(),
+        "nccl_put": nccl_put.unavailable(),
         "nvshmem": nvshmem.unavailable(),
     }
     for name, reason in reasons.items():

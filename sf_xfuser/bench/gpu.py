@@ -89,10 +89,13 @@ _ESTIMATES_S = {
     "symm_mem-4": 45,
     "accuracy-fused": 60,
     "bandwidth": 30,
+    "nccl_put-2": 35,
     "nvshmem-2": 35,
     "fused": 40,
     "flags": 15,
+    "nccl_put-4": 45,
     "nvshmem-4": 45,
+    "nccl_put-graph": 30,
     "nvshmem-graph": 30,
 }
 """The parts in order of value, with estimated seconds on one H200. No GPU has measured them yet."""

@@ -50,7 +50,6 @@ from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.graphs import EAGER_CALLS
-from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from sf_xfuser.transport.gpu.driver import Driver, WordBatch
 
 KERNELS: dict[str, Attention] = {"library": sdpa_attend, "fused": "fused"}
@@ -63,7 +62,7 @@ LAYOUTS = {"T4U2R4": (4, 2, 1, 4), "T4U8R1": (4, 8, 1, 1), "T4U1R1": (4, 1, 1, 1
 def machine(bench: Bench) -> None:
     """The GPU, and what is installed."""
     row: dict[str, Any] = {"name": "facts", "gpu": None, "torch": torch.__version__, "cuda": torch.version.cuda}
-    row |= {name: installed_version(name) for name in ("triton", "nvshmem4py-cu13", "nvshmem4py-cu12")}
+    row |= {name: installed_version(name) for name in ("triton", "nccl4py", "nvshmem4py-cu13", "nvshmem4py-cu12")}
     if bench.on_gpu:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -71,7 +70,7 @@ def machine(bench: Bench) -> None:
         except OSError:
             row["driver"] = None
         row |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-    row |= {"symm_mem": symm_mem.unavailable() or "available", "nvshmem": nvshmem.unavailable() or "available"}
+    row |= {name: reason() or "available" for name, reason in gpu_ranks.UNAVAILABLE.items()}
     print_row(row)
 
 
@@ -419,7 +418,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     part.__name__.replace("_", "-"): part
     for part in (machine, accuracy, host, launches, chunking, accuracy_fused, bandwidth, fused, flags)
 }
-for _transport in ("symm_mem", "nvshmem"):
+for _transport in gpu_ranks.UNAVAILABLE:
     PARTS[f"{_transport}-2"] = partial(gpu_ranks.attention, transport=_transport, ranks=2)
     PARTS[f"{_transport}-4"] = partial(gpu_ranks.attention, transport=_transport, ranks=4)
     PARTS[f"{_transport}-graph"] = partial(gpu_ranks.graph, transport=_transport)

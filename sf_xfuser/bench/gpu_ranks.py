@@ -22,17 +22,22 @@ from sf_xfuser.torus.attention import attend_nothing, torus_attention
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import TransportUnavailable
-from sf_xfuser.transport.gpu import nvshmem, symm_mem
+from sf_xfuser.transport.gpu import nccl_put, nvshmem, symm_mem
 
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
     "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
     "NVSHMEM_DISABLE_NCCL": "1",
     "NVSHMEM_REMOTE_TRANSPORT": "none",
     "GLOO_SOCKET_IFNAME": "lo",
 }
-UNAVAILABLE = {"symm_mem": symm_mem.unavailable, "nvshmem": nvshmem.unavailable}
+UNAVAILABLE = {
+    "symm_mem": symm_mem.unavailable,
+    "nccl_put": nccl_put.unavailable,
+    "nvshmem": nvshmem.unavailable,
+}
 _HEADS, _D, _SEEDS = 8, 128, 3
 _GRIDS = {2: "2x1", 4: "2x2"}
 

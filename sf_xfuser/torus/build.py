@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sf_xfuser import config
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.layout.plan import EVEN, Plan, make_plan
 from sf_xfuser.layout.schedule import Link
@@ -77,7 +78,8 @@ def build_mesh(
     link_groups = _link_groups(rank_info, backend) if links.needs_process_groups(requested, backend) else {}
     transports = {} if requested is None else links.candidates(requested, rank_info, shared[index], link_groups)
     if args.compress != "none":
-        transports.pop("nvshmem", None)
+        for name in config.UNCOMPRESSED:
+            transports.pop(name, None)
     mesh = Mesh(
         graphs=Graphs(enabled=args.graphs == "auto"),
         plan=plan,

@@ -21,6 +21,7 @@ from sf_xfuser.transport.cpu.shm import Shm
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from sf_xfuser.transport.gpu.memory import free_closed_windows
 from sf_xfuser.transport.gpu.nccl import Nccl
+from sf_xfuser.transport.gpu.nccl_put import NcclPut
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from sf_xfuser.transport.gpu.symm_mem import SymmMem
 from sf_xfuser.transport.rendezvous import StoreGroup, run_with_timeout
@@ -179,7 +180,7 @@ def shared_links(requested: str | None, domains: Sequence[MemoryDomain], layout:
     if requested == "symm_mem" and not shared:
         raise ValueError(
             f"--sp-transport symm_mem needs several ranks per machine on GPUs of one NVLink domain, got "
-            f"{list(map(str, domains))}: use two_sided or nvshmem, which work between machines"
+            f"{list(map(str, domains))}: use two_sided, nccl_put or nvshmem, which work between machines"
         )
     return shared
 
@@ -196,8 +197,9 @@ def candidates(
         if shared and requested != "two_sided":
             name = "symm_mem" if len(shared) == 2 else "symm_mem inside, two_sided across"
             found[name] = partial(_connect_groups, rank_info, group_of, shared)
-    if requested == "nvshmem" or (requested == "auto" and group_of):
-        found["nvshmem"] = partial(_connect_nvshmem, rank_info)
+    for kind in (NcclPut, Nvshmem):
+        if requested == kind.name or (requested == "auto" and group_of):
+            found[kind.name] = partial(_connect_one_sided, rank_info, kind)
     if found:
         return found
     if shared and requested != "tcp":
@@ -253,9 +255,8 @@ def _connect_groups(
     return made
 
 
-def _connect_nvshmem(rank_info: RankInfo, control: ControlPlane) -> Links:
-    """One NVSHMEM transport for both links."""
+def _connect_one_sided(rank_info: RankInfo, kind: type[NcclPut] | type[Nvshmem], control: ControlPlane) -> Links:
+    """One transport for both links."""
     peers = [peer for found in link_peers(rank_info.layout, rank_info.position).values() for peer in found]
-    return dict.fromkeys(
-        ("inside", "across"), Nvshmem(control, rank_info.members, rank_info.position, peers, rank_info.timeout_s)
-    )
+    window = kind(control, rank_info.members, rank_info.position, peers, rank_info.timeout_s)
+    return dict.fromkeys(("inside", "across"), window)

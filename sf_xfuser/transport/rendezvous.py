@@ -20,12 +20,15 @@ import torch.distributed as dist
 _world_groups = itertools.count()
 _GRACE_S = 5.0  # added to a gather's timeout, for a store that answers late
 
+_SILENT_STORE = "the store of torch.distributed did not answer; its host (MASTER_ADDR) is down or cannot be reached"
+
 _T = TypeVar("_T")
 
 
-def run_with_timeout(work: Callable[[], _T], timeout_s: float, description: str) -> _T:
+def run_with_timeout(work: Callable[[], _T], timeout_s: float, description: str, silent: str = _SILENT_STORE) -> _T:
     """Return the result of ``work`` or raise its error. Raises RuntimeError after ``timeout_s``; ``work`` then runs on
-    in a daemon thread, because an operation on a store that does not answer cannot be interrupted."""
+    in a daemon thread, because an operation that waits for another process cannot be interrupted. ``silent``: what this
+    means."""
     results: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -34,14 +37,11 @@ def run_with_timeout(work: Callable[[], _T], timeout_s: float, description: str)
         except BaseException as error:
             results.put((None, error))
 
-    threading.Thread(target=run, name="sf-xfuser store", daemon=True).start()
+    threading.Thread(target=run, name="sf-xfuser set-up", daemon=True).start()
     try:
         value, error = results.get(timeout=timeout_s)
     except queue.Empty:
-        raise RuntimeError(
-            f"{description}: the store of torch.distributed did not answer within {timeout_s:g} s; its host "
-            f"(MASTER_ADDR) is down or cannot be reached"
-        ) from None
+        raise RuntimeError(f"{description}: waited {timeout_s:g} s, {silent}") from None
     if error is not None:
         raise error
     return value  # type: ignore[return-value]

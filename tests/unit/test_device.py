@@ -14,6 +14,7 @@ import torch
 from sf_xfuser.transport.base import CallMismatch, Parcel, TransportError, TransportUnavailable
 from sf_xfuser.transport.gpu import driver, memory
 from sf_xfuser.transport.gpu.block import MAX_ROUNDS, Block, round_up_window
+from sf_xfuser.transport.gpu.nccl_put import NcclPut
 from sf_xfuser.transport.gpu.nvshmem import Nvshmem
 from tests import virtual
 from tests.virtual import launch, succeeded
@@ -68,8 +69,8 @@ class Network(virtual.Virtual):
     def _reachable(self):
         return [peer for peer in range(len(self._members)) if peer != self._position]
 
-    _put, put_round, network_launches = Nvshmem._put, Nvshmem.put_round, Nvshmem.network_launches
-    await_network_flag = Nvshmem.await_network_flag
+    _put, put_network, _put_round = Nvshmem._put, Nvshmem.put_network, Nvshmem._put_round
+    network_launches, await_network_flag = Nvshmem.network_launches, Nvshmem.await_network_flag
 
 
 class CpuNvshmem:
@@ -102,6 +103,51 @@ class CpuNvshmem:
         if comparison == 0:
             batch.values.fill(value)
         virtual.CpuDriver().run(batch, stream)
+
+
+class NcclNetwork(Network):
+    """As ``Network``, over the stand-in of NCCL."""
+
+    def _allocate(self, nbytes):
+        block = super()._allocate(nbytes)
+        self._nccl = CpuNccl(self._bindings._starts)
+        self._window = self._communicator = None
+        self._lock = threading.Lock()
+        return block
+
+    sees_flags, put_network, _put = NcclPut.sees_flags, NcclPut.put_network, NcclPut._put
+    network_launches, _groups = NcclPut.network_launches, NcclPut._groups
+    _put_all, _exclusive = NcclPut._put_all, NcclPut._exclusive
+
+
+class CpuNccl:
+    """The functions of nccl4py's bindings that ``NcclPut`` uses. Of NCCL's documented semantics, only this: the puts of
+    a group run at once, and the stream goes on when all have been delivered. Groups of all streams run one after
+    another, as in NCCL 2.30."""
+
+    def __init__(self, starts):
+        self._starts, self._group = starts, []
+        self._last = virtual.CpuDriver().new_event()
+
+    def group_start(self):
+        assert not self._group
+
+    def put_signal(self, source, nbytes, dtype, peer, window, offset, signal, context, flags, communicator, stream):
+        assert (dtype, window, signal, context, flags, communicator) == (1, None, 0, 0, 0, None) and nbytes > 0
+        self._group.append((self._starts[peer] + offset, source, nbytes, stream))
+
+    def group_end(self):
+        group, self._group = self._group, []
+        driver = virtual.CpuDriver()
+        (stream,) = {stream for *_, stream in group}
+        random.shuffle(group)
+        in_graph = virtual._capture() is not None  # its groups run in order as well
+        if not in_graph:
+            driver.wait_event(stream, self._last)
+        for target, source, nbytes, _ in group:
+            driver.copy(target, source, nbytes, stream)
+        if not in_graph:
+            driver.record(self._last, stream)
 
 
 def windows(ranks, timeout_s=20.0, kind=virtual.Virtual, pattern="pairs"):
@@ -262,11 +308,12 @@ def test_calls_with_delays_are_correct(kinds, ranks, pattern, monkeypatch):
     succeeded(virtual.run_ranks(ranks, rank))
 
 
+@pytest.mark.parametrize("network", [Network, NcclNetwork])
 @pytest.mark.parametrize("kinds", KINDS)
-def test_calls_over_a_network_are_correct(kinds, monkeypatch):
+def test_calls_over_a_network_are_correct(kinds, network, monkeypatch):
     virtual.use_cpu_streams(monkeypatch)
     monkeypatch.setattr(virtual.Stream, "pause_s", 2e-3)
-    make, rng = windows(4, kind=Network), random.Random(kinds)
+    make, rng = windows(4, kind=network), random.Random(kinds)
     order = ["host", "host"] + [rng.choice(KINDS[kinds]) for _ in range(30)]
 
     def rank(position):

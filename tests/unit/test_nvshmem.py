@@ -198,10 +198,8 @@ def test_auto_tries_every_gpu_transport():
         return list(candidates(requested, rank_info, shared, groups))
 
     everywhere, mixed = ["inside", "across"], "symm_mem inside, two_sided across"
-    assert names("auto", everywhere) == ["two_sided", "symm_mem", "nvshmem"]
-    assert names("auto", ["inside"]) == ["two_sided", mixed, "nvshmem"] and names("auto", []) == [
-        "two_sided",
-        "nvshmem",
-    ]
+    assert names("auto", everywhere) == ["two_sided", "symm_mem", "nccl_put", "nvshmem"]
+    assert names("auto", ["inside"]) == ["two_sided", mixed, "nccl_put", "nvshmem"]
+    assert names("auto", []) == ["two_sided", "nccl_put", "nvshmem"] and names("nccl_put", [], {}) == ["nccl_put"]
     assert names("two_sided", everywhere) == ["two_sided"] and names("nvshmem", everywhere, {}) == ["nvshmem"]
     assert names("symm_mem", everywhere) == ["symm_mem"] and names("symm_mem", ["inside"]) == [mixed]

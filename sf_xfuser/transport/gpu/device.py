@@ -1,5 +1,5 @@
-"""One-sided transfers between GPUs, shared by ``nvshmem`` and ``symm_mem``. A subclass adds how to allocate memory, and
-how to reach a peer whose memory is not mapped. ``transfer.py`` enqueues the rounds.
+"""One-sided transfers between GPUs, shared by ``nccl_put``, ``nvshmem`` and ``symm_mem``. A subclass adds how to allocate
+memory, and how to reach a peer whose memory is not mapped. ``transfer.py`` enqueues the rounds.
 
 The protocol resembles that of ``shm.py``, in stream order instead of program order. Each rank owns one *block* of
 memory that its peers write to (``Block``). A *window* has two halves that calls use in turn. There is no barrier. An
@@ -343,16 +343,16 @@ class DeviceWindow(DeviceMemory):
         """Enqueue a copy from this rank's block to ``offset`` in the block of a peer that is not mapped."""
         raise NotImplementedError
 
-    def put_round(self, put: NetworkPut, stream: int) -> None:
-        """Enqueue the chunks for a peer that is not mapped, then its flag."""
+    def put_network(self, puts: Sequence[NetworkPut], stream: int) -> None:
+        """Enqueue the chunks of a round for peers that are not mapped, each before the flag of its peer."""
         raise NotImplementedError
 
-    def network_launches(self, put: NetworkPut) -> int:
-        """Launches of ``put_round``."""
-        raise NotImplementedError
+    def network_launches(self, puts: Sequence[NetworkPut]) -> int:
+        """Launches of ``put_network``."""
+        return len(puts)
 
     def await_network_flag(self, address: int, stream: int) -> None:
-        """Block the stream until the word at this local address, written by a peer that is not mapped, is not 0."""
+        """Block the stream until the word at this local address, for which ``sees_flags`` is False, is not 0."""
         raise NotImplementedError
 
     # -- addresses and streams, for transfers -------------------------------------------------------------------------
@@ -360,6 +360,13 @@ class DeviceWindow(DeviceMemory):
     def maps(self, peer: int) -> bool:
         """Whether this GPU can write to the peer's memory directly. Then any memory may be the source of a put."""
         return peer in self._address
+
+    def sees_flags(self, peer: int) -> bool:
+        """Whether a stream memory operation may wait for the flags of the peer."""
+        return self.maps(peer)
+
+    wait_flags = 0
+    """Of these operations: see ``Driver.flush_flag``."""
 
     def address_of(self, peer: int) -> int:
         return self._address[peer]

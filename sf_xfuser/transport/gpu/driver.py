@@ -21,12 +21,13 @@ _HIGH_PRIORITY = -1
 _BLOCKING_SYNC, _NO_TIMING = 1, 2  # CUevent_flags
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
-_CAN_USE_64_BIT_STREAM_MEM_OPS = 122
+_CAN_FLUSH_REMOTE_WRITES, _CAN_USE_64_BIT_STREAM_MEM_OPS = 98, 122
 _REQUIRED = ("cuStreamBatchMemOp_v2", "cuStreamWriteValue32_v2")
 _MIN_VERSION = 12050  # older drivers do not support stream memory operations on memory that peers map
 
 _WAIT_64, _WRITE_64 = 4, 5  # CUstreamBatchMemOpType
 _EQUAL, _AND = 1, 2  # CUstreamWaitValue_flags; and: until (word & value) != 0
+_FLUSH = 1 << 30  # then make all remote writes visible that have arrived before
 _MAX_BATCH = 255  # operations; the driver takes less than 256
 # CUstreamBatchMemOpParams of waits and writes
 _OPERATION = np.dtype(
@@ -77,14 +78,14 @@ class WordBatch:
         return cls(_WRITE_64, 0, addresses)
 
     @classmethod
-    def waits(cls, addresses: Sequence[int]) -> WordBatch:
-        """Waits until each word equals its value. They occupy no multiprocessor."""
-        return cls(_WAIT_64, _EQUAL, addresses)
+    def waits(cls, addresses: Sequence[int], flags: int = 0) -> WordBatch:
+        """Waits until each word equals its value. They occupy no multiprocessor. ``flags``: ``Driver.flush_flag``."""
+        return cls(_WAIT_64, _EQUAL | flags, addresses)
 
     @classmethod
-    def waits_for_any(cls, addresses: Sequence[int]) -> WordBatch:
+    def waits_for_any(cls, addresses: Sequence[int], flags: int = 0) -> WordBatch:
         """Waits until each word is not zero."""
-        batch = cls(_WAIT_64, _AND, addresses)
+        batch = cls(_WAIT_64, _AND | flags, addresses)
         batch.values.fill((1 << 64) - 1)
         return batch
 
@@ -122,6 +123,13 @@ class Driver:
             self._call("cuDeviceGet", ctypes.byref(device), 0)
             self._call("cuDeviceGetAttribute", ctypes.byref(supported), _CAN_USE_64_BIT_STREAM_MEM_OPS, device)
         return {"driver": version.value, "missing": missing, "stream_operations": bool(supported.value)}
+
+    def flush_flag(self, device: int) -> int:
+        """A flag of waits that makes writes by network cards visible, if the device supports it; else 0."""
+        handle, supported = c_int(), c_int()
+        self._call("cuDeviceGet", ctypes.byref(handle), device)
+        self._call("cuDeviceGetAttribute", ctypes.byref(supported), _CAN_FLUSH_REMOTE_WRITES, handle)
+        return _FLUSH if supported.value else 0
 
     def allow_queries_during_capture(self) -> None:
         """Allow event queries on this thread while another thread captures a CUDA graph."""

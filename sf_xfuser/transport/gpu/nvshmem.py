@@ -289,7 +289,12 @@ class Nvshmem(DeviceWindow):
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
         self._bindings.putmem_on_stream(self._base + offset, source, nbytes, peer, stream)
 
-    def put_round(self, put: NetworkPut, stream: int) -> None:
+    def put_network(self, puts: Sequence[NetworkPut], stream: int) -> None:
+        """As ``DeviceWindow.put_network``."""
+        for put in puts:
+            self._put_round(put, stream)
+
+    def _put_round(self, put: NetworkPut, stream: int) -> None:
         """The flag follows its own chunk on every fabric, and earlier chunks because of the ``quiet``."""
         bindings, peer, flag = self._bindings, put.peer, self._base + put.flag
         chunks = put.chunks
@@ -308,8 +313,8 @@ class Nvshmem(DeviceWindow):
             offset, source, nbytes = chunks[-1]
             bindings.putmem_signal_on_stream(self._base + offset, source, nbytes, flag, self.value, _SET, peer, stream)
 
-    def network_launches(self, put: NetworkPut) -> int:
-        return len(put.chunks) + 1 if len(put.chunks) > 1 else 1
+    def network_launches(self, puts: Sequence[NetworkPut]) -> int:
+        return sum(len(put.chunks) + 1 if len(put.chunks) > 1 else 1 for put in puts)
 
     def await_network_flag(self, address: int, stream: int) -> None:
         comparison = (_NOT_EQUAL, 0) if self.capturing else (_EQUAL, self.value)

@@ -71,7 +71,7 @@ class DeviceTransfer(Transfer):
             window.driver.copy_launches(self._copies)
             + self._flags.launches
             + len(self._far_flags)
-            + sum(map(window.network_launches, self._network))
+            + window.network_launches(self._network)
         )
         self.wait_launches = self.alone.launches
 
@@ -108,8 +108,7 @@ class DeviceTransfer(Transfer):
                 driver.wait_event(streams.network, streams.handoff)
                 if after is not None:
                     after.enqueue(streams.network)
-                for network_put in self._network:
-                    window.put_round(network_put, streams.network)
+                window.put_network(self._network, streams.network)
         except BaseException as error:
             window.fail(f"could not post round {self._round}", error)
 
@@ -133,9 +132,10 @@ class DeviceWait:
         self._rounds = tuple(wait for wait in waits if wait.flags)
         flags = [flag for each in self._rounds for flag in each.flags]
         found = [(flag.peer, window.flag_address(flag.word)) for flag in flags] + [*words]
-        mapped = [address for peer, address in found if window.maps(peer)]
-        self._exact, self._any = WordBatch.waits(mapped), WordBatch.waits_for_any(mapped)
-        self._network = [address for peer, address in found if not window.maps(peer)]
+        seen = [address for peer, address in found if window.sees_flags(peer)]
+        self._exact = WordBatch.waits(seen, window.wait_flags)
+        self._any = WordBatch.waits_for_any(seen, window.wait_flags)
+        self._network = [address for peer, address in found if not window.sees_flags(peer)]
         self._index = window.index_of([(flag.peer, flag.number) for flag in flags])  # checked in a graph
         self.launches = self._exact.launches + len(self._network)
 

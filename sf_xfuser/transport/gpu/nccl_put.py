@@ -1,0 +1,281 @@
+"""One-sided transfers between NVIDIA GPUs of one or many machines: NCCL's host operations (2.29 or newer) through the
+bindings of nccl4py. ``device.py`` describes the protocol.
+
+NCCL's own plugins and variables apply, so a fabric that NCCL uses needs no further setup. Copy engines and stream
+memory operations reach peers that NCCL maps, as with ``symm_mem``. ``ncclPutSignal`` reaches the others: a CPU thread
+of NCCL moves the data, and no multiprocessor is used.
+
+A flag is the data of one more put, after all puts of its round have completed on the stream, so it arrives last on
+every fabric. Waits are waits for this word. NCCL's signals, which each put also counts, are not waited for, for three
+reasons in NCCL 2.30:
+
+- ``ncclWaitSignal`` cannot be released. After the loss of a peer, a stream would never continue.
+- Operations of one communicator run one after another, on all streams. A wait would hold all later puts.
+- Captured puts and other puts count different signals, so either all ranks would replay a call, or none.
+
+Puts of one group run at once, and a put holds its stream until the peer has the data, so puts have a stream of their
+own. At most ``_IN_FLIGHT`` are in one group: NCCL 2.29 loses puts beyond 256 (NVIDIA/nccl#2119).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sf_xfuser.config import environment
+from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError, raise_if_unavailable
+from sf_xfuser.transport.control_plane import ControlPlane
+from sf_xfuser.transport.gpu.device import DeviceWindow
+from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
+from sf_xfuser.transport.gpu.nvshmem import has_efa
+from sf_xfuser.transport.gpu.transfer import NetworkPut
+from sf_xfuser.transport.rendezvous import run_with_timeout
+
+_OLDEST_NCCL = (2, 29)
+_OLDEST_BINDINGS = (0, 3)  # of nccl4py, the first with one-sided operations
+_IN_FLIGHT = 64
+_UINT8 = 1  # ncclDataType_t
+_SYMMETRIC, _STRICT_ORDERING = 1, 2  # flags of ncclCommWindowRegister
+_LOCK_LIMIT_S = 5.0  # time limit for another thread to enqueue its puts
+_PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")
+# Values of NCCL's variables that turn one-sided operations off.
+_DISABLING = {"NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0", "NCCL_RMA_DISABLE": "1", "NCCL_NUM_RMA_CTX": "0"}
+_SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts(DriverFacts):
+    """Capabilities of one rank, gathered by all.
+
+    ``bindings``: version of nccl4py. ``library``: version of the loaded NCCL, such as 23007 for 2.30.7. ``efa``: the
+    machine has AWS EFA cards. ``product``: name of the machine's type.
+    """
+
+    bindings: str = ""
+    library: int = 0
+    host: str = ""
+    gpu: str = ""
+    efa: bool = False
+    product: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def probe() -> Facts:
+    """Probe this process. Local; never raises, creates no CUDA context and no communicator."""
+    facts: dict[str, Any] = {
+        "cuda": torch.version.cuda,
+        "gpus": torch.cuda.device_count(),
+        "host": socket.gethostname(),
+        "environment": environment((*_DISABLING, _SHARED_GPU)),
+    }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        facts["bindings"] = importlib.metadata.version("nccl4py")
+    if not facts["gpus"] or not facts["bindings"]:
+        return Facts(**facts)
+    try:
+        from nccl.bindings import nccl
+
+        facts |= Driver().facts()
+        facts["library"] = int(nccl.get_version())
+        facts["efa"] = has_efa()
+        facts["product"] = _PRODUCT.read_text().strip() if _PRODUCT.exists() else ""
+    except Exception as error:
+        facts["problem"] = f"{type(error).__name__}: {error}"
+    return Facts(**facts)
+
+
+def unsupported_reason(facts: Facts) -> str | None:
+    """Why a process with these facts cannot use ``nccl_put``, regardless of its peers, or None. Pure."""
+    if reason := facts.no_gpu_reason():
+        return reason
+    if not facts.bindings:
+        return "nccl4py is not installed: pip install 'sf-xfuser[nccl]'"
+    if _numbers(facts.bindings) < _OLDEST_BINDINGS:
+        return f"nccl4py {facts.bindings} is too old: pip install 'sf-xfuser[nccl]'"
+    if facts.problem:
+        return f"NCCL cannot be used: {facts.problem}"
+    if _version(facts.library) < _OLDEST_NCCL:
+        loaded = ".".join(map(str, _version(facts.library)))
+        return f"NCCL {loaded} is loaded, one-sided operations need 2.29: use a newer PyTorch, or two_sided"
+    if reason := facts.old_driver_reason():
+        return reason
+    for name, value in _DISABLING.items():
+        if facts.environment.get(name) == value:
+            return f"{name}={value} turns off NCCL's one-sided operations: unset it"
+    return None
+
+
+def group_unsupported_reasons(ranks: Sequence[Facts]) -> list[str | None]:
+    """For each rank of a group, why the group cannot use ``nccl_put``, or None. Pure."""
+    own_reasons = [unsupported_reason(facts) for facts in ranks]
+    if any(own_reasons):
+        return own_reasons
+    hosts = {facts.host for facts in ranks}
+    on_gpu = Counter((facts.host, facts.gpu) for facts in ranks)
+    libraries = {facts.library for facts in ranks}
+
+    def reason(facts: Facts) -> str | None:
+        if len(libraries) > 1:
+            return f"has NCCL {facts.library}, but other ranks have a different version"
+        if on_gpu[facts.host, facts.gpu] > 1 and facts.environment.get(_SHARED_GPU) != "1":
+            return f"shares its GPU with another rank, which NCCL allows with {_SHARED_GPU}=1 only"
+        if len(hosts) > 1 and facts.efa and facts.product.startswith("p4d"):  # also p4de
+            return f"AWS's NCCL plugin has no one-sided operations on {facts.product}: use two_sided or nvshmem"
+        return None
+
+    return [reason(facts) for facts in ranks]
+
+
+def unavailable() -> str | None:
+    """Why this process cannot use ``nccl_put``, regardless of its peers, or None. Local."""
+    return unsupported_reason(probe())
+
+
+class NcclPut(DeviceWindow):
+    """As ``DeviceWindow``. A position is a rank of the communicator."""
+
+    name = "nccl_put"
+
+    def __init__(
+        self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
+    ) -> None:
+        self._require_no_capture()
+        self._communicator, self._nccl, ranks = _connect(control, members, position, timeout_s)
+        own = ranks[position]
+        self._ranks_on_gpu = sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
+        self.other_hosts = {w for w, facts in enumerate(ranks) if facts.host != own.host}
+        self._window: Any = None  # NCCL's handle of the block
+        self._allocated = 0  # address of the block
+        self._lock = threading.Lock()  # a communicator serves one thread at a time
+        super().__init__(control, members, position, peers, timeout_s)
+        self.wait_flags = self.driver.flush_flag(self.device)
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        nccl, communicator = self._nccl, self._communicator
+        self._allocated = nccl.mem_alloc(nbytes)
+        # Strict: otherwise a flag could pass chunks on the receiver's PCIe bus.
+        flags = _SYMMETRIC | _STRICT_ORDERING
+        self._window = nccl.comm_window_register(communicator, self._allocated, nbytes, flags)
+        if not self._window:
+            raise RuntimeError("NCCL has not registered the window")
+        addresses = {peer: nccl.get_peer_device_pointer(self._window, 0, peer) for peer in self._reachable}
+        self._address = {peer: address for peer, address in addresses.items() if address}
+        return torch.as_tensor(_Bytes(self._allocated, nbytes), device=torch.device("cuda", self.device))
+
+    def _free(self) -> None:
+        if self._window:
+            self._nccl.comm_window_deregister(self._communicator, self._window)
+        if self._allocated:
+            self._nccl.mem_free(self._allocated)
+        self._window, self._allocated = None, 0
+        if self._closed:
+            end = self._nccl.comm_destroy if self._watchdog.error is None else self._nccl.comm_abort
+            end(self._communicator)
+
+    @property
+    def _reachable(self) -> Sequence[int]:
+        return [peer for peer in range(len(self._members)) if peer != self._position]
+
+    def sees_flags(self, peer: int) -> bool:
+        """As ``DeviceWindow.sees_flags``: also flags of unmapped peers are plain words."""
+        return True
+
+    def put_network(self, puts: Sequence[NetworkPut], stream: int) -> None:
+        """As ``DeviceWindow.put_network``."""
+        for group in self._groups(puts):
+            self._put_all(group, stream)
+
+    def network_launches(self, puts: Sequence[NetworkPut]) -> int:
+        return len(self._groups(puts))
+
+    def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
+        self._put_all([(peer, offset, source, nbytes)], stream)
+
+    def _groups(self, puts: Sequence[NetworkPut]) -> list[list[tuple[int, int, int, int]]]:
+        """Puts as (peer, offset, address, bytes): all chunks, then all flags."""
+        chunks = [(put.peer, *chunk) for put in puts for chunk in put.chunks]
+        flags = [(put.peer, put.flag, self.expected_address, 8) for put in puts]
+        return [part[at : at + _IN_FLIGHT] for part in (chunks, flags) for at in range(0, len(part), _IN_FLIGHT)]
+
+    def _put_all(self, puts: Sequence[tuple[int, int, int, int]], stream: int) -> None:
+        """Enqueue a group of puts. They complete in any order, before later work of the stream."""
+        nccl, window, communicator = self._nccl, self._window, self._communicator
+        with self._exclusive():
+            nccl.group_start()
+            try:
+                for peer, offset, source, nbytes in puts:
+                    nccl.put_signal(source, nbytes, _UINT8, peer, window, offset, 0, 0, 0, communicator, stream)
+            finally:
+                nccl.group_end()
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=_LOCK_LIMIT_S):
+            raise TransportError("another thread does not return from NCCL")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _connect(
+    control: ControlPlane, members: Sequence[int], position: int, timeout_s: float
+) -> tuple[Any, Any, list[Facts]]:
+    """A communicator of the group, nccl4py's bindings, and the facts of all ranks. Collective; raises TransportError on
+    every rank."""
+    facts = asdict(probe())
+    device = torch.cuda.current_device() if facts["gpus"] else None
+    if device is not None:
+        facts["gpu"] = gpu_name(device)
+    ranks = [Facts(**values) for values in control.gather("nccl_put", facts)]
+    raise_if_unavailable("nccl_put", members, group_unsupported_reasons(ranks))
+
+    from nccl.bindings import nccl
+
+    unique_id = bytes(nccl.get_unique_id()).hex() if position == 0 else ""
+    (unique_id, *_) = control.gather("nccl_put unique id", unique_id)
+
+    def connect() -> Any:
+        torch.cuda.set_device(device)
+        return nccl.comm_init_rank(len(members), nccl.UniqueId.from_buffer(bytes.fromhex(unique_id)), position)
+
+    communicator, problem = None, None
+    try:
+        communicator = run_with_timeout(connect, CALL_TIMEOUT_FACTOR * timeout_s, "connecting NCCL", "a rank did not")
+        if not nccl.comm_query_properties(communicator).host_rma_support:
+            problem = (
+                "NCCL has no one-sided operations between these ranks: they need peer-to-peer access between the GPUs "
+                "of a host, GPUDirect RDMA, and network cards that all reach each other (not a rail-only fabric)"
+            )
+    except Exception as error:
+        problem = f"NCCL did not connect: {error}"
+    problems = control.gather("nccl_put connected", problem)
+    if any(problems) and communicator is not None:
+        nccl.comm_abort(communicator)
+    raise_if_unavailable("nccl_put", members, problems)
+    return communicator, nccl, ranks
+
+
+class _Bytes:
+    """Memory of NCCL, for ``torch.as_tensor``, which does not own it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+
+def _version(library: int) -> tuple[int, int, int]:
+    return library // 10000, library // 100 % 100, library % 100
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
