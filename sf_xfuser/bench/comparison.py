@@ -17,7 +17,6 @@ from sf_xfuser.bench.peers import PACKAGES
 from sf_xfuser.bench.report import Row
 
 CANNOT = "cannot run"
-_NAMES = {"para-attn": "ParaAttention", "torch": "PyTorch"}
 
 
 def has_peers(rows: Iterable[Row]) -> bool:
@@ -32,7 +31,7 @@ def opponents(rows: Sequence[Row]) -> dict[str, Callable[[Sequence[Row]], Row | 
     }
     for package in PACKAGES:
         if any(_is_of(package, row) and report.succeeded(row) for row in rows):
-            found[_NAMES.get(package, package)] = partial(_fastest_of, package)
+            found[package] = partial(_fastest_of, package)
     return found
 
 
@@ -64,13 +63,17 @@ def lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def refusals(rows: Iterable[Row]) -> list[str]:
-    """Why variants of xDiT and of peers did not run: a line per reason, with the variants and the cases."""
+    """Why variants of xDiT and of peers cannot run: a line per reason, with the variants and the cases.
+
+    Without those that would repeat another variant, whose reason the table of their case shows.
+    """
     cases = report.by_case(rows)
     found: dict[str, dict[str, list[str]]] = {}
     for case, of_case in cases.items():
         for row in of_case:
-            if row.get("family") in ("peer", "xdit") and not report.succeeded(row):
-                found.setdefault(str(row.get("reason")), {}).setdefault(row["variant"], []).append(case)
+            reason = str(row.get("reason"))
+            if row.get("family") in ("peer", "xdit") and not report.succeeded(row) and " it equals " not in reason:
+                found.setdefault(reason, {}).setdefault(row["variant"], []).append(case)
     texts = []
     for reason, variants in found.items():
         where = list(dict.fromkeys(case for of_variant in variants.values() for case in of_variant))
@@ -81,7 +84,7 @@ def refusals(rows: Iterable[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Table:
     header, cells = lines(rows)
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title="Speed-up of torus over")
+    result = Table(box=box.SIMPLE_HEAD, padding=0, title="Speed-up of torus over")
     for n, name in enumerate(header):
         result.add_column("\n".join(name.split(" ")), justify="left" if n == 0 else "right", no_wrap=n > 0)
     for line in cells:

@@ -74,6 +74,8 @@ def reason(peer: Peer, case: Case) -> str | None:
     config, w = degrees(peer, case), case.world_size
     if importlib.util.find_spec(PACKAGES[peer.package]) is None:
         return f"{peer.package} is not installed"
+    if (missing := peer.needs()) is not None:
+        return missing
     if case.kv_heads not in (None, case.heads):
         return "needs as many key heads as query heads"
     if w == 1:
@@ -83,13 +85,13 @@ def reason(peer: Peer, case: Case) -> str | None:
         return f"with ulysses={config.ulysses_degree} it equals {peer.name.replace('unified', same)}"
     if case.seq_len % w and not peer.uneven:
         return f"needs equal token counts; {case.seq_len} tokens cannot be split over {w} ranks"
-    if missing := case.heads % config.ulysses_degree:
-        padding, per_rank = config.ulysses_degree - missing, case.heads // config.ulysses_degree + 1
+    if rest := case.heads % config.ulysses_degree:
+        padding, per_rank = config.ulysses_degree - rest, case.heads // config.ulysses_degree + 1
         if not peer.uneven:
             return f"{case.heads} heads cannot be split over {config.ulysses_degree} ranks"
         if padding >= per_rank:
             return f"{case.heads} heads on {w} ranks: {padding} heads of padding exceed the {per_rank} of a rank"
-    return peer.needs()
+    return None
 
 
 def open_peer(peer: Peer, case: Case) -> tuple[Call | None, str]:

@@ -24,7 +24,7 @@ def rows():
 
 def test_a_cell_is_the_fastest_of_a_package_over_torus():
     header, cells = comparison.lines(rows())
-    assert header == ["case", "torus ms", "xDiT's USP", "best xDiT", "diffusers", "PyTorch"]
+    assert header == ["case", "torus ms", "xDiT's USP", "best xDiT", "diffusers", "torch"]
     assert cells == [
         ["A 2x2", "500", "1.80x", "1.20x", "1.60x", "0.80x"],
         ["B 2x2", "500", "cannot run", "cannot run", "1.40x", "cannot run"],
@@ -48,10 +48,16 @@ def test_without_torus_nothing_is_compared():
 
 
 def test_the_table_fits_80_columns():
+    case = a_case("4x2 100mbit 0.2ms L4096 H24 D64")
+    names = ["diffusers-ring", "yunchang-ring", "para-attn-ring", "torch-allgather", "nccl-zero-sm"]
+    all_of_them = [a_row(case, name, 10.0, "peer") for name in names]
+    all_of_them += [a_row(case, "usp-allgather", 11.0), a_row(case, "torus", 1.0, "ours")]
+    lines = [row | {"case": {**row["case"], "id": "5x1 200mbit L2561 H24 D64"}} for row in rows()]
     console = Console(width=80, record=True)
-    console.print(comparison.table(rows()))
+    console.print(comparison.table([*all_of_them, *lines]))
     text = console.export_text()
-    assert "…" not in text and text.count("cannot") == 3 and "1.60x" in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert text.count("cannot") == 3 and text.count("10.00x") == 5 and "L4096 H24" in text
 
 
 def test_rows_without_peers_have_no_comparison():
