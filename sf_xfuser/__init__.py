@@ -7,7 +7,11 @@ of yunchang's) or ``parallelize`` (for diffusers models).
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout: kernels/ is beside this folder
+    __path__.append(os.path.dirname(__path__[0]))
 
 __version__ = "0.1.0"
 __all__ = [

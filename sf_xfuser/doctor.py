@@ -138,7 +138,8 @@ def _show(findings: list[Finding], *, verbose: bool) -> None:
     else:
         console.print("\n[bold red]not usable with xDiT[/]: fix the failures above")
     if line := launch_line(findings):
-        console.print("Try next:" if usable(findings) else "Without xDiT, this works already:")
+        works = "Try next, then add --sp-backend torus to your xDiT launch line:"
+        console.print(works if usable(findings) else "Without xDiT, this works already:")
         command(f"  {line}")
 
 
@@ -220,10 +221,10 @@ def launch_line(findings: list[Finding]) -> str:
     gpus = sum(finding.section == "accelerators" and finding.status == "ok" for finding in findings)
     if gpus == 1:
         return f"{'python' if own else sys.executable} -m sf_xfuser.bench.gpu"
-    ranks = 1 << min(gpus, 8).bit_length() - 1 if gpus else 2  # the small Flux of bench has 8 heads
+    ranks = 1 << min(gpus, 8).bit_length() - 1 if gpus else 2  # a power of two divides the heads
     run = f"{'torchrun' if own else f'{sys.executable} -m torch.distributed.run'} --nproc-per-node {ranks}"
-    attention = "--seq-len 1024 --variants single,torus" if failed else "--pipeline flux"
-    return f"{run} -m sf_xfuser.cli bench {attention}"
+    call = "--seq-len 32768 --heads 24 --head-dim 128 --dtype bfloat16" if gpus else "--seq-len 1024"
+    return f"{run} -m sf_xfuser.cli bench {call}{' --variants single,torus' if failed else ''}"
 
 
 def _merge_repeated(details: Iterable[str]) -> list[str]:
@@ -244,11 +245,12 @@ def to_json(findings: list[Finding]) -> dict[str, Any]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", platform.python_version())
-    own = _installed("sf-xfuser")
-    missing = own is None or importlib.util.find_spec("sf_xfuser.kernels") is None
-    detail = f"{Path(__file__).parent} is a source folder that is not installed" if missing else __version__
-    fix = f"pip install -e {Path(__file__).parents[1]}, or leave that folder"
-    yield Finding("versions", "sf-xfuser", "fail" if missing else "ok", detail, fix if missing else "")
+    if _installed("sf-xfuser"):
+        yield Finding("versions", "sf-xfuser", "ok", __version__)
+    else:
+        root = Path(__file__).parents[1]
+        detail = f"{root} is not installed, so --sp-backend is not registered"
+        yield Finding("versions", "sf-xfuser", "fail", detail, f"pip install -e {root}")
     accepted = {needed.name: str(needed.specifier) for needed in _requirements("sf-xfuser")}
     absent = [f"'{name}{accepted.get(name, '')}'" for name in _PACKAGES if _installed(name) is None]
     for name in _PACKAGES:
@@ -306,7 +308,7 @@ def _conflicts() -> Iterator[Finding]:
                 limit.operator not in (">", ">=") and not limit.contains(version) for limit in needed.specifier
             )
             install.append(owner if is_too_new and owner != "sf-xfuser" else wanted)
-            found.append((needed.name, "fail" if owner == "sf-xfuser" else "warn", detail))
+            found.append((needed.name, "fail" if version and owner == "sf-xfuser" else "warn", detail))
     fix = "pip install --upgrade " + " ".join(f"'{name}'" for name in dict.fromkeys(install))
     for name, status, detail in found:
         yield Finding("versions", name, status, detail, fix)  # type: ignore[arg-type]

@@ -1,14 +1,9 @@
 """Settings for the whole suite."""
 
-import importlib.util
 import os
 import signal
 
-import pytest
 from hypothesis import settings
-
-if importlib.util.find_spec("sf_xfuser.kernels") is None:  # the folder sf_xfuser hides an installed wheel
-    pytest.exit("the tests need an editable install of this folder: pip install -e '.[dev]'", returncode=4)
 
 # Kernels run in Triton's interpreter in this process. Triton reads it when it is first imported, as xfuser does;
 # programs that tests start do not see it (launch.py).

@@ -42,13 +42,14 @@ def test_a_usable_installation_is_one_line_per_section_and_a_launch_line(tmp_pat
     shown = [line.split()[1] for line in lines[: lines.index("")] if not line.startswith(" ")]
     assert shown == SECTIONS and all(len(line.rstrip()) <= 80 for line in lines[: lines.index("")])
     assert "warn  environment  NCCL_P2P_DISABLE=1: GPUs" in text and "fix: unset NCCL_P2P_DISABLE\n" in text
-    assert f"\nusable\nTry next:\n  {report['try']}\n" in text
+    assert f"\nusable\nTry next, then add --sp-backend torus to your xDiT launch line:\n  {report['try']}\n" in text
 
 
 @pytest.mark.slow
 def test_the_launch_line_runs(tmp_path):
     report, _ = examine(tmp_path)
-    assert "torus" in run(shlex.split(report["try"]), timeout=240, cwd=tmp_path).output
+    output = run(shlex.split(report["try"]), timeout=240).output
+    assert "usp-alltoall" in output and "torus" in output
 
 
 def test_modules_that_fail_for_one_reason_are_one_failure(tmp_path):
