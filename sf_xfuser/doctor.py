@@ -370,7 +370,6 @@ def _transports() -> Iterator[Finding]:
         "shm": segment.unavailable(),
         "symm_mem": symm_mem.unavailable(),
         "nccl_put": nccl_put.unavailable(),
-        "nccl_put": nccl_put.unavailable(),
         "nvshmem": nvshmem.unavailable(),
     }
     for name, reason in reasons.items():
