@@ -117,7 +117,7 @@ class NcclNetwork(Network):
 
     sees_flags, put_network, _put = NcclPut.sees_flags, NcclPut.put_network, NcclPut._put
     network_launches, _groups = NcclPut.network_launches, NcclPut._groups
-    _put_all, _exclusive = NcclPut._put_all, NcclPut._exclusive
+    _put_all = NcclPut._put_all
 
 
 class CpuNccl:

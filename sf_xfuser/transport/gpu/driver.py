@@ -8,6 +8,7 @@ releases the GIL during each call. Streams, events and addresses are integers.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -287,3 +288,8 @@ class DriverFacts:
 def gpu_name(device: int) -> str:
     """UUID of the GPU: equal in all processes of a host that use it, regardless of CUDA_VISIBLE_DEVICES."""
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """``(0, 4, 1)`` of ``"0.4.1.post2"``."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])

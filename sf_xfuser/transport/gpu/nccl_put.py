@@ -6,26 +6,19 @@ memory operations reach peers that NCCL maps, as with ``symm_mem``. ``ncclPutSig
 of NCCL moves the data, and no multiprocessor is used.
 
 A flag is the data of one more put, after all puts of its round have completed on the stream, so it arrives last on
-every fabric. Waits are waits for this word. NCCL's signals, which each put also counts, are not waited for, for three
-reasons in NCCL 2.30:
-
-- ``ncclWaitSignal`` cannot be released. After the loss of a peer, a stream would never continue.
-- Operations of one communicator run one after another, on all streams. A wait would hold all later puts.
-- Captured puts and other puts count different signals, so either all ranks would replay a call, or none.
-
-Puts of one group run at once, and a put holds its stream until the peer has the data, so puts have a stream of their
-own. At most ``_IN_FLIGHT`` are in one group: NCCL 2.29 loses puts beyond 256 (NVIDIA/nccl#2119).
+every fabric. Streams wait for this word, not for NCCL's signals, which each put also counts. In NCCL 2.30 a wait for a
+signal cannot be released after the loss of a peer, holds all later puts of its communicator, and sees no signals of
+captured puts. Puts of one group run at once, at most ``_IN_FLIGHT``: NCCL loses puts beyond 256 (NVIDIA/nccl#2119).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +29,7 @@ from sf_xfuser.config import environment
 from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.device import DeviceWindow
-from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
+from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name, version_numbers
 from sf_xfuser.transport.gpu.nvshmem import has_efa
 from sf_xfuser.transport.gpu.transfer import NetworkPut
 from sf_xfuser.transport.rendezvous import run_with_timeout
@@ -48,7 +41,7 @@ _UINT8 = 1  # ncclDataType_t
 _SYMMETRIC, _STRICT_ORDERING = 1, 2  # flags of ncclCommWindowRegister
 _LOCK_LIMIT_S = 5.0  # time limit for another thread to enqueue its puts
 _PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")
-# Values of NCCL's variables that turn one-sided operations off.
+# They turn one-sided operations off:
 _DISABLING = {"NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0", "NCCL_RMA_DISABLE": "1", "NCCL_NUM_RMA_CTX": "0"}
 _SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 
@@ -71,7 +64,7 @@ class Facts(DriverFacts):
 
 
 def probe() -> Facts:
-    """Probe this process. Local; never raises, creates no CUDA context and no communicator."""
+    """Probe this process. Local; never raises, creates no CUDA context."""
     facts: dict[str, Any] = {
         "cuda": torch.version.cuda,
         "gpus": torch.cuda.device_count(),
@@ -100,7 +93,7 @@ def unsupported_reason(facts: Facts) -> str | None:
         return reason
     if not facts.bindings:
         return "nccl4py is not installed: pip install 'sf-xfuser[nccl]'"
-    if _numbers(facts.bindings) < _OLDEST_BINDINGS:
+    if version_numbers(facts.bindings) < _OLDEST_BINDINGS:
         return f"nccl4py {facts.bindings} is too old: pip install 'sf-xfuser[nccl]'"
     if facts.problem:
         return f"NCCL cannot be used: {facts.problem}"
@@ -154,8 +147,7 @@ class NcclPut(DeviceWindow):
         own = ranks[position]
         self._ranks_on_gpu = sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
         self.other_hosts = {w for w, facts in enumerate(ranks) if facts.host != own.host}
-        self._window: Any = None  # NCCL's handle of the block
-        self._allocated = 0  # address of the block
+        self._window, self._allocated = None, 0  # NCCL's handle and the address of the block
         self._lock = threading.Lock()  # a communicator serves one thread at a time
         super().__init__(control, members, position, peers, timeout_s)
         self.wait_flags = self.driver.flush_flag(self.device)
@@ -164,11 +156,11 @@ class NcclPut(DeviceWindow):
         nccl, communicator = self._nccl, self._communicator
         self._allocated = nccl.mem_alloc(nbytes)
         # Strict: otherwise a flag could pass chunks on the receiver's PCIe bus.
-        flags = _SYMMETRIC | _STRICT_ORDERING
-        self._window = nccl.comm_window_register(communicator, self._allocated, nbytes, flags)
-        if not self._window:
+        window = nccl.comm_window_register(communicator, self._allocated, nbytes, _SYMMETRIC | _STRICT_ORDERING)
+        self._window = window
+        if not window:
             raise RuntimeError("NCCL has not registered the window")
-        addresses = {peer: nccl.get_peer_device_pointer(self._window, 0, peer) for peer in self._reachable}
+        addresses = {peer: nccl.get_peer_device_pointer(window, 0, peer) for peer in self._reachable}
         self._address = {peer: address for peer, address in addresses.items() if address}
         return torch.as_tensor(_Bytes(self._allocated, nbytes), device=torch.device("cuda", self.device))
 
@@ -210,20 +202,15 @@ class NcclPut(DeviceWindow):
     def _put_all(self, puts: Sequence[tuple[int, int, int, int]], stream: int) -> None:
         """Enqueue a group of puts. They complete in any order, before later work of the stream."""
         nccl, window, communicator = self._nccl, self._window, self._communicator
-        with self._exclusive():
+        if not self._lock.acquire(timeout=_LOCK_LIMIT_S):
+            raise TransportError("another thread does not return from NCCL")
+        try:
             nccl.group_start()
             try:
                 for peer, offset, source, nbytes in puts:
                     nccl.put_signal(source, nbytes, _UINT8, peer, window, offset, 0, 0, 0, communicator, stream)
             finally:
                 nccl.group_end()
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=_LOCK_LIMIT_S):
-            raise TransportError("another thread does not return from NCCL")
-        try:
-            yield
         finally:
             self._lock.release()
 
@@ -275,7 +262,3 @@ class _Bytes:
 
 def _version(library: int) -> tuple[int, int, int]:
     return library // 10000, library // 100 % 100, library % 100
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])

@@ -18,7 +18,6 @@ peer has the data, so it has a stream of its own.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from sf_xfuser.transport.base import TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import round_up
 from sf_xfuser.transport.gpu.device import DeviceWindow
-from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
+from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name, version_numbers
 from sf_xfuser.transport.gpu.transfer import NetworkPut
 
 _SET = 9  # NVSHMEM_SIGNAL_SET
@@ -120,11 +119,11 @@ def unsupported_reason(facts: Facts) -> str | None:
     ((installed, version),) = facts.bindings.items()
     if installed != flavour:
         return f"nvshmem4py is installed for {installed}, but PyTorch is built for CUDA {facts.cuda}: {install}"
-    if _numbers(version) < _OLDEST_BINDINGS:
+    if version_numbers(version) < _OLDEST_BINDINGS:
         return f"nvshmem4py {version} is too old: {install}"
     if facts.problem:
         return f"NVSHMEM cannot be used: {facts.problem}"
-    if _numbers(facts.library) < _OLDEST_LIBRARY:
+    if version_numbers(facts.library) < _OLDEST_LIBRARY:
         return f"libnvshmem {facts.library} may crash on signals from other machines: update nvidia-nvshmem-{flavour}"
     if reason := facts.old_driver_reason():
         return reason
@@ -378,7 +377,3 @@ def _installed_bindings() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
