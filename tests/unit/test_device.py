@@ -115,6 +115,7 @@ class NcclNetwork(Network):
         self._lock = threading.Lock()
         return block
 
+    notify_limit_s = NcclPut.notify_limit_s
     sees_flags, put_network, _put = NcclPut.sees_flags, NcclPut.put_network, NcclPut._put
     network_launches, _groups = NcclPut.network_launches, NcclPut._groups
     _put_all = NcclPut._put_all
@@ -504,11 +505,12 @@ def test_a_missing_chunk_poisons_the_result_and_the_next_call_raises(mode, monke
     succeeded(virtual.run_ranks(2, rank))
 
 
+@pytest.mark.parametrize("network", [virtual.Virtual, Network, NcclNetwork])
 @pytest.mark.parametrize("kind", ["host", "replay", "graph"])
-def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, monkeypatch):
+def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, network, monkeypatch):
     """Rank 1 stops before a call. The others have already enqueued theirs, and more of them."""
     virtual.use_cpu_streams(monkeypatch)
-    make, stopped = windows(3, timeout_s=0.2), threading.Barrier(3, timeout=20)
+    make, stopped = windows(3, timeout_s=0.2, kind=network), threading.Barrier(3, timeout=20)
 
     def rank(position):
         calls = Calls(make(position), "pairs")
@@ -529,11 +531,12 @@ def test_a_rank_that_stops_turns_all_later_results_into_nan(kind, monkeypatch):
     succeeded(virtual.run_ranks(3, rank))
 
 
+@pytest.mark.parametrize("network", [virtual.Virtual, Network, NcclNetwork])
 @pytest.mark.parametrize("kind", ["host", "replay"])
-def test_a_call_with_another_identity_turns_results_into_nan_everywhere(kind, monkeypatch):
+def test_a_call_with_another_identity_turns_results_into_nan_everywhere(kind, network, monkeypatch):
     """Rank 0 makes another call. Rank 3 exchanges nothing with it, but its result depends on it."""
     virtual.use_cpu_streams(monkeypatch)
-    make, ended = windows(4, timeout_s=2.0, pattern="grid"), threading.Barrier(4, timeout=20)
+    make, ended = windows(4, timeout_s=2.0, kind=network, pattern="grid"), threading.Barrier(4, timeout=20)
 
     def rank(position):
         calls = Calls(make(position), "grid")

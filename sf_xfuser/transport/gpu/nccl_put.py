@@ -138,6 +138,9 @@ class NcclPut(DeviceWindow):
     """As ``DeviceWindow``. A position is a rank of the communicator."""
 
     name = "nccl_put"
+    # A put runs after all earlier ones of its communicator, which may depend on waits that are released only after the
+    # notification. Their flags are poisoned then, so no peer accepts their chunks.
+    notify_limit_s = 1.0
 
     def __init__(
         self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
