@@ -73,6 +73,11 @@ def test_the_source_distribution_has_every_file_of_the_checkout(checkout, source
     assert [name for name in tracked if not (source / name).exists()] == []
 
 
+def test_the_kernels_of_a_checkout_are_found_without_an_install(source):
+    program = "from importlib.util import find_spec; print(find_spec('sf_xfuser.kernels').origin)"
+    assert run(sys.executable, "-S", "-c", program, cwd=source) == str(source / "kernels/__init__.py")
+
+
 def test_the_wheel_has_the_version_and_every_module_of_the_package(source, wheel):
     assert metadata(wheel)["Version"] == sf_xfuser.__version__
     with zipfile.ZipFile(wheel) as archive:
