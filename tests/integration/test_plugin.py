@@ -205,8 +205,8 @@ REFUSED = {
         ["--sp-backend", "torus", "--sp-plan", "torus=1,ulysses=2,ring=1", "--ring_degree", "2"],
         r"--sp-plan torus=1,ulysses=2,ring=1 means ulysses_degree=2 and ring_degree=1, but ulysses_degree=1 and ring_",
     ),
-    "no lse": (
-        [*TORUS, "--attention_backend", "sdpa"],
+    "strict without lse": (
+        [*TORUS, "--sp-strict", "--attention_backend", "sdpa"],
         r"--sp-backend torus with --attention_backend sdpa: .* one of AITER, CUDNN",
     ),
     "compressed twice": (
@@ -246,6 +246,7 @@ ACCEPTED = {  # similar to the refused ones
     "lse": [*TORUS, "--attention_backend", "flash"],
     "fp8 communication": [*TORUS, "--use_fp8_comms"],
     "compiled": [*TORUS, "--use_torch_compile", "--sp-strict", "--sp-compress", "fp8"],
+    "no lse": [*TORUS, "--attention_backend", "sdpa"],
     "no lse where xDiT may run": ["--sp-backend", "auto", "--ulysses_degree", "2", "--attention_backend", "SDPA"],
     "xDiT's own": ["--sp-backend", "usp", "--ulysses_degree", "2", "--attention_backend", "SDPA", "--use_fp8_comms"],
     "strict all-to-all": ["--sp-backend", "ulysses", "--sp-strict", "--sp-transport", "tcp"],
@@ -278,11 +279,13 @@ def test_accepted_flags(launched, case):
     assert xFuserArgs.from_cli_args(parser.parse_args(["--model", "m", *ACCEPTED[case]])).ulysses_degree == 2
 
 
-def test_a_hybrid_schedule_needs_log_sum_exps():
-    xfuser_args = SimpleNamespace(hybrid_attn_low_precision_backend="AITER_FP8")
+def test_a_hybrid_schedule_needs_log_sum_exps_in_a_ring():
+    xfuser_args = SimpleNamespace(hybrid_attn_low_precision_backend="AITER_FP8", ring_degree=2)
     with pytest.raises(ValueError, match="--sp-backend torus with --hybrid_attn_low_precision_backend AITER_FP8: "):
         validation.refuse(xfuser_args, TorusArgs(backend="torus"), None)
     validation.refuse(xfuser_args, TorusArgs(backend="usp"), None)
+    xfuser_args.ring_degree = 1
+    validation.refuse(xfuser_args, TorusArgs(backend="torus"), None)
 
 
 @pytest.mark.parametrize("transformer", ["SD3Transformer2DModel", "FluxTransformer2DModel"])

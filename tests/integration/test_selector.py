@@ -182,6 +182,10 @@ def test_a_candidate_that_is_slow_on_one_rank_is_selected_by_none():
         assert re.search(rf"{OWN}: \S+ ms \(median of \d\); {re.escape(FLAT)}: failed", text)
         assert f"attention calls handled by {OWN}: " in text
         assert "fell back to xDiT's own USP 1 times: causal attention needs keys in order" in text
+    for text, counted in found["explain"]:
+        for name in (OWN, FLAT, "torus"):
+            own = re.findall(rf"(?:handled by {re.escape(name)}: |fell back to {name} )(\d+)", text)
+            assert counted.get(name, 0) == sum(map(int, own))
     assert len(re.findall(r"--sp-backend auto: calls of \[.*?: selected xDiT's own USP; ", output)) == 2
 
 

@@ -1,7 +1,7 @@
 """Rank side of test_selector.py: xDiT's USP by name under ``--sp-backend auto``, 32 calls of each of two shapes.
 
 Reports for each shape the largest difference from xDiT's own USP and the candidates that
-ran, in order; then ``explain()``.
+ran, in order; then ``explain()`` and the calls of ``stats()``.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
     if get_runtime_state().parallel_config.ring_degree == 1:  # xDiT's own ring needs a log-sum-exp
         get_runtime_state().set_attention_backend(AttentionBackendType.SDPA)
         usp.USP(*tensors(12))
-    report("explain", [sf_xfuser.explain(), ""])
+    report("explain", [sf_xfuser.explain(), sf_xfuser.stats().calls])
     dist.barrier()
     get_runtime_state().destroy_distributed_env()
     assert session.current.selector is None

@@ -51,7 +51,7 @@ def _problems(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> It
     for name in ("attention_backend", "hybrid_attn_low_precision_backend", "hybrid_attn_high_precision_backend"):
         named = flag(name)
         if named and named.upper() not in LSE_BACKENDS:
-            why = no_fallback_reason(named.upper(), xfuser_args.ring_degree or 1, args.strict)
+            why = no_fallback_reason(named.upper(), flag("ring_degree") or 1, args.strict)
             if why is not None:
                 yield f"{backend} with --{name} {named}: it returns no log-sum-exp, {why}"
     if args.strict and flag("use_fp8_comms"):
