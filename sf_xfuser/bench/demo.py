@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -45,7 +45,7 @@ PROGRESS = "@progress "
 SINGLE, USP, ULYSSES, TORUS, AUTO = "one process", "xDiT USP", "flat Ulysses", "torus", "auto"
 TOLERANCE = 1e-3  # of pixel values in [0, 1], and of latents, in fp32
 _GBPS = 400
-_SAMPLES = 9  # attention calls before the rate is set
+_SAMPLES = 5  # attention calls after each picture, before the rate is set
 _TRACED = 3  # attention calls per timeline; the one with the median duration is shown
 
 
@@ -65,6 +65,12 @@ class DemoOptions:
 def picture_name(variant: str) -> str:
     """The file of a variant's picture."""
     return f"{variant.replace(' ', '-').lower()}.png"
+
+
+def save_picture(folder: str, variant: str, picture: torch.Tensor) -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(picture))[0].save(Path(folder, picture_name(variant)))
 
 
 def wire_to_compute() -> float:
@@ -103,11 +109,12 @@ class Demo:
         self.options = options
         self.step = replace(options.pipeline, steps=1, output_type="latent")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._done, self._total = 0, 18 + 4 * options.rounds
+        self._done, self._total = 0, 14 + 4 * options.rounds
         self._advance("one process: plain diffusers makes the picture", 4)
         self.opened = open_pipeline(options.pipeline)
         self.latents: torch.Tensor | None = None  # after one step; of the first variant
-        self._save_picture(SINGLE, self.opened.expected)
+        if self.rank == 0:
+            save_picture(options.out, SINGLE, self.opened.expected)
         config = self.opened.pipeline.transformer.config
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
         size = options.pipeline.size
@@ -120,22 +127,19 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """The results, the same on every rank."""
-        matched = self._set_rate() if self.options.emulated else None
-        timelines = []
-        for variant in self.variants:
-            self._advance(f"{variant.name}: makes the picture", 2)
-            while variant.name == AUTO and not self.selector.finished:
-                self._call(variant)
-            picture, _ = self._denoise(variant, self.options.pipeline, self.opened.expected)
-            self._save_picture(variant.name, picture)
-            self._advance(f"{variant.name}: records memory and an attention call")
-            with peak_memory(torch.device("cpu")) as peak:
-                self._denoise(variant, self.step, self.latents)
-            variant.peak_bytes = max(self._gather(peak[0]))
-            if variant.name in (USP, TORUS):
-                timelines.append(self._timeline(variant))
+        *configured, auto = self.variants
+        samples: list[float] = []
+        for variant in configured:
+            self._make_picture(variant)
+            samples += [self._attend() for _ in range(_SAMPLES)]
+        matched = self._set_rate(samples) if self.options.emulated else None
+        while not self.selector.finished:
+            self._call(auto)
+        self._make_picture(auto)
+        self._advance("recording one attention call of USP and of torus", 2)
+        timelines = [self._timeline(variant) for variant in configured if variant.name in (USP, TORUS)]
         (trial,) = self.selector.trials.values()  # one call shape: that of the pipeline
-        self.variants[-1].layout = trial.selected or ""
+        auto.layout = trial.selected or ""
         attended: list[float] = []
         for number in range(self.options.rounds):
             attended.append(self._attend())
@@ -151,6 +155,15 @@ class Demo:
         single = _Variant(SINGLE, "-", nullcontext, times_s=self.opened.single["times_s"])
         rows = [single.row(emulated=False), *(v.row(emulated=self.options.emulated) for v in self.variants)]
         return {"rows": rows, "timelines": timelines, "wire_to_compute": matched}
+
+    def _make_picture(self, variant: _Variant) -> None:
+        self._advance(f"{variant.name}: makes the picture", 2)
+        picture, _ = self._denoise(variant, self.options.pipeline, self.opened.expected)
+        if self.rank == 0:
+            save_picture(self.options.out, variant.name, picture)
+        with peak_memory(torch.device("cpu")) as peak:
+            self._denoise(variant, self.step, self.latents)
+        variant.peak_bytes = max(self._gather(peak[0]))
 
     def _denoise(
         self, variant: _Variant, options: PipelineOptions, expected: torch.Tensor | None
@@ -233,10 +246,9 @@ class Demo:
 
     # -- the links -----------------------------------------------------------------------------------------------------
 
-    def _set_rate(self) -> dict[str, float]:
-        """Set the rate of the links to the target ratio, by the attention of this computer."""
-        self._advance("measuring the attention of this computer")
-        attention_s = statistics.median(self._attend() for _ in range(_SAMPLES))
+    def _set_rate(self, samples: Sequence[float]) -> dict[str, float]:
+        """Set the rate of the links to the target ratio. ``samples``: of ``_attend``; other programs may slow some."""
+        attention_s = statistics.quantiles(samples, n=4)[0]
         wire_s = wire_to_compute() * attention_s
         rate_bps = round(self.torus_bytes * 8 / wire_s)
         if launch_environment().local_rank == 0:
@@ -268,13 +280,6 @@ class Demo:
         if self.rank == 0:
             print(PROGRESS + json.dumps([self._done, self._total, text]), flush=True)
         self._done += units
-
-    def _save_picture(self, name: str, picture: torch.Tensor) -> None:
-        if self.rank == 0:
-            from diffusers.image_processor import VaeImageProcessor
-
-            path = Path(self.options.out, picture_name(name))
-            VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(picture))[0].save(path)
 
     def _gather(self, value: Any) -> list[Any]:
         reports: list[Any] = [None] * self.world_size
