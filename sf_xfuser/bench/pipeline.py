@@ -98,7 +98,7 @@ MODELS: Mapping[str, TinyModel] = {
 def measure(options: PipelineOptions, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Run every variant and return one record for each, the same on every rank. Collective over the world.
 
-    ``progress`` counts the denoising steps.
+    ``progress`` counts the calls of the pipeline.
 
     A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"`` or the text of an ``XditConfig``), ``layout``,
     ``times_s`` (each timed step on the slowest rank), ``attention_s`` (the part of each step in local attention
@@ -118,23 +118,22 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
         backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
     )
     plugin.enable(flags)
-    progress.doing("starting xDiT")
     engine_config = _start(options)
+    progress.doing("one process, plain diffusers")
+    records = [_single(options)]
+    progress.advance()
+    expected: torch.Tensor = records[0].pop("latents")
+    pipeline = _load(family, options, engine_config)
+
     world_size = dist.get_world_size()
     grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
     shape = grid.num_machines, grid.ranks_per_machine
     heads: dict[str, Any] = {"heads": facts.heads, "kv_heads": facts.kv_heads}
     own = make_plan(*shape, **heads, rule="usp").layout
     torus = make_plan(*shape, **heads, rule=flags.rule, explicit=flags.explicit_plan(), max_imbalance=UNEVEN)
+    variants = [_Variant("torus", str(torus.layout), nullcontext)]
     configs = [config for config in legal_configs(world_size, grid.ranks_per_machine, **heads)
                if config.ulysses_degree == own.ulysses_degree]  # fmt: skip
-    progress.total = options.steps * (1 + (1 + len(configs) + len(options.compress)) * (1 + options.rounds))
-    records = [_single(options, progress)]
-    expected: torch.Tensor = records[0].pop("latents")
-    progress.doing("loading the pipeline")
-    pipeline = _load(family, options, engine_config)
-
-    variants = [_Variant("torus", str(torus.layout), nullcontext)]
     groups = make_groups(configs, ranks_per_machine=shape[1], members=grid.members)
     variants += [_Variant(str(config), str(config), functools.partial(_xdit, groups, config)) for config in configs]
     for name in options.compress:
@@ -142,7 +141,15 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
         mesh = build_mesh([range(world_size)], args, **heads, max_imbalance=UNEVEN)
         selected = functools.partial(session.torus_on, mesh)
         variants.append(_Variant(f"torus-{name}", str(mesh.layout), selected, compresses=True))
-    first = [variant.call(pipeline, options, expected, progress, timed=False) for variant in variants]
+    progress.total = 1 + len(variants) * (1 + options.rounds)
+
+    def call(variant: _Variant, *, timed: bool) -> torch.Tensor | None:
+        progress.doing(f"{variant.name}: {'timed' if timed else 'first'} call")
+        latents = variant.call(pipeline, options, expected, timed=timed)
+        progress.advance()
+        return latents
+
+    first = [call(variant, timed=False) for variant in variants]
     for variant, latents in zip(variants, first, strict=True):
         if variant.compresses:
             variant.psnr_db = _psnr_db(latents, first[0])
@@ -151,7 +158,7 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
         raise RuntimeError(f"no attention call of this pipeline ran on torus:\n{session.explain()}")
     for number in range(options.rounds):
         for variant in variants if number % 2 == 0 else reversed(variants):
-            variant.call(pipeline, options, expected, progress, timed=True)
+            call(variant, timed=True)
     return [*records, *(variant.record() for variant in variants)]
 
 
@@ -178,7 +185,7 @@ class _Variant:
     attention_s: list[float] = field(default_factory=list)
 
     def call(
-        self, pipeline: Any, options: PipelineOptions, expected: torch.Tensor, progress: Progress, *, timed: bool
+        self, pipeline: Any, options: PipelineOptions, expected: torch.Tensor, *, timed: bool
     ) -> torch.Tensor | None:
         """Call the pipeline. Collective. Returns the final latents, or None on ranks without a result."""
         attention = [0.0]
@@ -187,9 +194,8 @@ class _Variant:
             attention[0] += end_s - start_s
 
         dist.barrier(_cpu_group())
-        progress.doing(f"{self.name}: {'timed' if timed else 'first'} call")
         with self.selected(), attention_timer(add_attention_time):
-            latents, call_s, steps = _denoise(pipeline, options, progress, lambda: attention[0])
+            latents, call_s, steps = _denoise(pipeline, options, lambda: attention[0])
         # Some pipelines return the result on some ranks only.
         error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
         times, parts = [step[0] for step in steps], [step[1] for step in steps]
@@ -209,7 +215,7 @@ class _Variant:
         return {"variant": self.name, **{name: getattr(self, name) for name in names}}
 
 
-def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
+def _single(options: PipelineOptions) -> dict[str, Any]:
     """Run plain diffusers on rank 0 while the other ranks wait. Returns its record and ``latents`` on every rank."""
     record: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -217,8 +223,7 @@ def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
 
         loader: Any = diffusers.DiffusionPipeline
         pipeline = loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
-        progress.doing("one process, plain diffusers")
-        latents, call_s, steps = _denoise(pipeline.to(_device()), options, progress, lambda: 0.0)
+        latents, call_s, steps = _denoise(pipeline.to(_device()), options, lambda: 0.0)
         assert latents is not None, "plain diffusers returns its latents"
         times_s = [step[0] for step in steps]
         variant = _Variant("single", "one process, diffusers", nullcontext, first_call_s=call_s, times_s=times_s)
@@ -230,7 +235,7 @@ def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
 
 @torch.no_grad()
 def _denoise(
-    pipeline: Any, options: PipelineOptions, progress: Progress, attention_s: Callable[[], float]
+    pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float]
 ) -> tuple[torch.Tensor | None, float, list[tuple[float, float]]]:
     """Call the pipeline. Returns the latents (or None), the seconds of the call, and for each step its
     seconds and those in attention.
@@ -249,7 +254,6 @@ def _denoise(
 
     def step_ended(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         mark()
-        progress.advance()
         return tensors
 
     hook = pipeline.transformer.register_forward_pre_hook(first_forward)

@@ -8,8 +8,10 @@ in the same state. The time per chunk is rank 0's, from the call until the chunk
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.outputs import Outputs
 from sf_xfuser.transport.base import Parcel
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu.shm import Shm
@@ -72,12 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sf_xfuser.bench.puts", description=__doc__)
     parser.add_argument("--chunks", type=int, default=8, help="chunks per round. Default: 8")
     parser.add_argument("--repeat", type=int, default=101, help="rounds per kind and size. Default: 101")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE; -: to standard output")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     options = parser.parse_args()
-    try:
-        outputs = Outputs(parser.prog, options)
-    except ValueError as error:
-        parser.error(str(error))
     dist.init_process_group("gloo")
     if dist.get_world_size() != 2:
         raise SystemExit(
@@ -90,9 +87,9 @@ def main() -> None:
         for row in rows:
             us = (f"{row[name] * 1e6:.1f}" for name in ("put_s", "copy_s"))
             table.add_row(f"{row['bytes']:,}", *us, f"{row['ratio']:.2f}x")
-        outputs.json(rows)
-        if not outputs.on_stdout:
-            Console().print(table)
+        Console().print(table)
+        if options.json:
+            Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()
 
