@@ -123,7 +123,7 @@ MODELS: Mapping[str, TinyModel] = {
 def measure(options: PipelineOptions, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Run every variant and return one record for each, the same on every rank. Collective over the world.
 
-    ``progress`` counts the denoising steps.
+    ``progress`` counts the calls of the pipeline.
 
     A record: ``variant`` (``"single"``, ``"torus"``, ``"torus-FORMAT"``, a peer or the text of an ``XditConfig``),
     ``layout``, ``reason`` (why a peer cannot run; it has no times then),
@@ -144,7 +144,6 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
     torus = make_plan(*shape, **heads, rule=flags.rule, explicit=flags.explicit_plan(), max_imbalance=UNEVEN)
     configs = [config for config in legal_configs(world_size, grid.ranks_per_machine, **heads)
                if config.ulysses_degree == own.ulysses_degree]  # fmt: skip
-    progress.total = options.steps * (1 + (1 + len(configs) + len(options.compress)) * (1 + options.rounds))
     variants = [_Variant("torus", str(torus.layout), nullcontext, pipeline)]
     groups = make_groups(configs, ranks_per_machine=shape[1], members=grid.members)
     variants += [
@@ -155,7 +154,15 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
         mesh = build_mesh([range(world_size)], args, **heads, max_imbalance=UNEVEN)
         selected = functools.partial(session.torus_on, mesh)
         variants.append(_Variant(f"torus-{name}", str(mesh.layout), selected, pipeline, compresses=True))
-    first = [variant.call(options, expected, progress, timed=False) for variant in variants]
+
+    def call(variant: _Variant, *, timed: bool) -> torch.Tensor | None:
+        progress.doing(f"{variant.name}: {'timed' if timed else 'first'} call")
+        latents = variant.call(options, expected, timed=timed)
+        progress.advance()
+        return latents
+
+    progress.total = 1 + len(variants) * (1 + options.rounds)
+    first = [call(variant, timed=False) for variant in variants]
     for variant, latents in zip(variants, first, strict=True):
         if variant.compresses:
             variant.psnr_db = _psnr_db(latents, first[0])
@@ -163,13 +170,12 @@ def measure(options: PipelineOptions, progress: Progress | None = None) -> list[
     if handled is None or handled[1] == "0":
         raise RuntimeError(f"no attention call of this pipeline ran on torus:\n{session.explain()}")
     case = Case(num_machines=shape[0], ranks_per_machine=shape[1], seq_len=world_size, **heads)
-    against = _diffusers_variants(options, case, expected, progress)
-    progress.total += options.steps * (1 + options.rounds) * sum(not variant.reason for variant in against)
-    variants += against
+    variants += _diffusers_variants(options, case, expected)
     runnable = [variant for variant in variants if not variant.reason]
+    progress.total = 1 + len(first) + len(runnable) * options.rounds
     for number in range(options.rounds):
         for variant in runnable if number % 2 == 0 else reversed(runnable):
-            variant.call(options, expected, progress, timed=True)
+            call(variant, timed=True)
     return [*records, *(variant.record() for variant in variants)]
 
 
@@ -187,11 +193,11 @@ def open_pipeline(options: PipelineOptions, progress: Progress | None = None) ->
         backend="torus", plan=options.plan, topology=options.topology, timeout=options.timeout_s, strict=True
     )
     plugin.enable(flags)
-    progress.doing("starting xDiT")
     engine_config = _start(options)
-    single = _single(options, progress)
+    progress.doing("one process, plain diffusers")
+    single = _single(options)
+    progress.advance()
     expected: torch.Tensor = single.pop("latents")
-    progress.doing("loading the pipeline")
     pipeline = _load(family, options, engine_config)
     world_size = dist.get_world_size()
     grid = gather_topology(flags, StoreGroup.world(options.timeout_s), world_size).fold(range(world_size))
@@ -222,9 +228,7 @@ class _Variant:
     times_s: list[float] = field(default_factory=list)
     attention_s: list[float] = field(default_factory=list)
 
-    def call(
-        self, options: PipelineOptions, expected: torch.Tensor, progress: Progress, *, timed: bool
-    ) -> torch.Tensor | None:
+    def call(self, options: PipelineOptions, expected: torch.Tensor, *, timed: bool) -> torch.Tensor | None:
         """Call the pipeline. Collective. Returns the final latents, or None on ranks without a result."""
         attention = [0.0]
 
@@ -232,9 +236,8 @@ class _Variant:
             attention[0] += end_s - start_s
 
         dist.barrier(_cpu_group())
-        progress.doing(f"{self.name}: {'timed' if timed else 'first'} call")
         with self.selected(), attention_timer(add_attention_time):
-            latents, call_s, steps = denoise(self.pipeline, options, lambda: attention[0], progress)
+            latents, call_s, steps = denoise(self.pipeline, options, lambda: attention[0])
         # Some pipelines return the result on some ranks only.
         error = -1.0 if latents is None else (latents.cpu().float() - expected).abs().max().item()
         times, parts = [step[0] for step in steps], [step[1] for step in steps]
@@ -254,13 +257,12 @@ class _Variant:
         return {"variant": self.name, **{name: getattr(self, name) for name in names}}
 
 
-def _single(options: PipelineOptions, progress: Progress) -> dict[str, Any]:
+def _single(options: PipelineOptions) -> dict[str, Any]:
     """Run plain diffusers on rank 0 while the other ranks wait. Returns its record and ``latents`` on every rank."""
     record: list[Any] = [None]
     if dist.get_rank() == 0:
-        progress.doing("one process, plain diffusers")
         pipeline = _plain_diffusers(options)
-        latents, call_s, steps = denoise(pipeline, options, lambda: 0.0, progress)
+        latents, call_s, steps = denoise(pipeline, options, lambda: 0.0)
         assert latents is not None, "plain diffusers returns its latents"
         variant = _Variant("single", "one process, diffusers", nullcontext, pipeline, first_call_s=call_s)
         variant.times_s += [step[0] for step in steps]
@@ -277,9 +279,7 @@ def _plain_diffusers(options: PipelineOptions) -> Any:
     return loader.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).to(_device())
 
 
-def _diffusers_variants(
-    options: PipelineOptions, case: Case, expected: torch.Tensor, progress: Progress
-) -> list[_Variant]:
+def _diffusers_variants(options: PipelineOptions, case: Case, expected: torch.Tensor) -> list[_Variant]:
     """diffusers' context parallelism after its first call, or with the reason why it cannot run. Collective."""
     measured = [peer for peer in peers.PEERS
                 if peer.name in options.against and peer.package == "diffusers" and peer.split != "ring"]  # fmt: skip
@@ -299,7 +299,7 @@ def _diffusers_variants(
         try:
             transformer = peers.parallelize(plain.transformer, peer, config)
             variant.pipeline = type(plain)(**{**plain.components, "transformer": transformer})
-            variant.call(options, expected, progress, timed=False)
+            variant.call(options, expected, timed=False)
         except Exception as error:  # code of another package
             variant.reason = f"{type(error).__name__}: {error}"
     return variants
@@ -307,7 +307,7 @@ def _diffusers_variants(
 
 @torch.no_grad()
 def denoise(
-    pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float], progress: Progress | None = None
+    pipeline: Any, options: PipelineOptions, attention_s: Callable[[], float]
 ) -> tuple[torch.Tensor | None, float, list[tuple[float, float]]]:
     """Call the pipeline. Returns the latents (or None), the seconds of the call, and for each step its
     seconds and those in attention.
@@ -326,8 +326,6 @@ def denoise(
 
     def step_ended(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         mark()
-        if progress is not None:
-            progress.advance()
         return tensors
 
     hook = pipeline.transformer.register_forward_pre_hook(first_forward)

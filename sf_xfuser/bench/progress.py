@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import time
 from types import TracebackType
@@ -17,12 +18,12 @@ class Progress:
     """Shows the steps of a run inside a ``with`` block. Local; one rank of a job has a visible one.
 
     ``total``: number of steps; None while it is unknown. The estimate of the remaining time assumes that the other
-    steps take the median time of those that ended. It is printed after the first step if it exceeds 15 s.
+    steps take the median time of those that ended. It is printed when it is known, if it exceeds 15 s.
     """
 
     def __init__(self, title: str, total: int | None = None, *, visible: bool = True) -> None:
         self._title, self.total, self._visible = title, total, visible
-        self._text, self._times_s = "", list[float]()
+        self._text, self._times_s, self._estimated = "", list[float](), False
         self._started_s = self._last_s = time.monotonic()
         self._ended = threading.Event()
         self._bar: rich.progress.Progress | None = None
@@ -31,7 +32,7 @@ class Progress:
     def __enter__(self) -> Progress:
         console = Console(stderr=True)
         if self._visible and console.is_terminal:
-            columns = "{task.description}", rich.progress.BarColumn(20), "{task.fields[left]}"
+            columns = "{task.description}", rich.progress.BarColumn(12), "{task.fields[left]}"
             self._bar = rich.progress.Progress(*columns, console=console, transient=True, refresh_per_second=2)
             self._bar.add_task(self._title, total=self.total, left="")
             self._bar.start()
@@ -53,6 +54,11 @@ class Progress:
         """Name what begins; time until now is in no step."""
         self._text, self._last_s = text, time.monotonic()
         self._update()
+        left_s = self._left_s()
+        if self._thread is not None and not self._estimated and left_s is not None:
+            self._estimated = True
+            if left_s > LINE_S:
+                self._print()
 
     def advance(self) -> None:
         """Count a step that has ended."""
@@ -60,9 +66,6 @@ class Progress:
         self._times_s.append(now_s - self._last_s)
         self._last_s = now_s
         self._update()
-        left_s = self._left_s()
-        if len(self._times_s) == 1 and self._thread is not None and left_s is not None and left_s > LINE_S:
-            self._print()
 
     def _left_s(self) -> float | None:
         if self.total is None or not self._times_s:
@@ -86,10 +89,8 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
-        parts = [self._text, self._left(), f"{_duration(time.monotonic() - self._started_s)} so far"]
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"{self._title}: {', '.join(filter(None, parts))}", markup=False
-        )
+        parts = self._text, self._left(), f"{_duration(time.monotonic() - self._started_s)} so far"
+        print(f"{self._title}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -124,10 +124,11 @@ def test_progress_prints_lines_with_an_estimate(monkeypatch, capsys):
         shown.doing("second")
         time.sleep(0.8)
     lines = [line for line in capsys.readouterr().err.splitlines() if "preparing" not in line]
-    assert re.fullmatch(r"case: first, 1 of 11 steps, about [1-5] s left, \d s so far", lines[0]), lines
+    assert re.fullmatch(r"case: second, 1 of 11 steps, about [1-5] s left, \d s so far", lines[0]), lines
     assert 3 <= len(lines) <= 4 and all(re.match("case: second, 1 of 11 steps, about", line) for line in lines[1:])
     with progress.Progress("short", 2) as shown:
         shown.advance()
+        shown.doing("second")
     with progress.Progress("hidden", 1000, visible=False) as shown:
         time.sleep(0.4)
         shown.advance()

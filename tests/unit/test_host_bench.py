@@ -65,7 +65,7 @@ def test_launches_are_those_of_the_program(name, rows):
             ["--json", "/no/such/folder/rows.json"],
             "--json /no/such/folder/rows.json: there is no folder /no/such/folder",
         ),
-        (["--json", "/"], "--json /: it is a folder; use the path of a file"),
+        (["--json", "/"], "--json / is a folder; use the path of a file"),
         (["--calls", "0"], "--calls must be at least 1, got 0"),
     ],
 )
