@@ -37,10 +37,9 @@ Exit status: 0 if xDiT can run with --sp-backend here, 1 if not, 2 if the report
 cannot be written.
 
 examples:
-  sf-xfuser doctor                one line per section, then problems with fixes
-  sf-xfuser doctor --verbose      every check, for example every hook
-  sf-xfuser doctor --json         the same as JSON on standard output
-  sf-xfuser doctor --json my.json && echo usable
+  sf-xfuser doctor
+  sf-xfuser doctor --verbose
+  sf-xfuser doctor --json findings.json
 """
 _PACKAGES = ("torch", "xfuser", "diffusers", "transformers", "yunchang")
 _SMALL_SHM = 1 << 30
