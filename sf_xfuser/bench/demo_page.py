@@ -53,28 +53,27 @@ def figures(results: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """What was shown, how the links were chosen, and what was not shown."""
     rows = {row["variant"]: row for row in found["rows"]}
-    equal = f"all pictures equal that of one process up to {found['max_abs_difference']:.0e} of the pixel range"
+    equal = f"all pictures equal that of one process up to {found['max_abs_difference']:.0e} (1 is white)"
     not_shown = (
-        "Not shown: GPUs, NCCL, links inside a machine, latency, and a trained model (the weights of the default model "
-        "are random, so its pictures are noise)"
+        "Not shown: GPUs, NCCL, links inside a machine, latency, a trained model (the weights of the default model are "
+        "random, so its pictures are noise)"
     )
     if found["reason"] is not None:
         return [
             f"Shown: xDiT's Flux pipeline ran on four ranks of this host, and {equal}.",
-            "The times do not predict real machines, because the ranks share one host without links: "
-            f"{found['reason']}.",
-            f"{not_shown}; no speed-up either.",
+            f"The times mean nothing, because the ranks share one host without links: {found['reason']}.",
+            f"{not_shown}, and any speed-up.",
         ]
     matched = found["wire_to_compute"]
-    others = [f"{rows[name]['speedup_of_torus']:.2f}x over {name}" for name in (USP, ULYSSES) if name in rows]
+    faster = [f"{rows[name]['speedup_of_torus']:.2f}x over {name}" for name in (USP, ULYSSES) if name in rows]
     return [
         f"Shown: on four emulated machines (network namespaces, real sockets, {matched['rate_bps'] / 1e6:.0f} Mbit/s "
-        f"each), a denoising step with torus is faster: {', '.join(others)}; and {equal}.",
+        f"each), the speed-up of a denoising step by torus is {' and '.join(faster)}, and {equal}.",
         f"The rate was chosen such that a call of torus needs {matched['target']:.2f} times as long on the wire as in "
         "attention, as the simulator computes for Flux at 4096 px on 4 machines x 8 H100 with 400 Gbit/s each; here "
         f"it was {matched['measured']:.2f} while the steps were timed.",
-        f"{not_shown}; a speed-up over one process, as the four machines share {found['hardware']['cores']} cores; and "
-        "that on 32 GPUs xDiT refuses flat Ulysses, because they do not divide Flux's 24 heads.",
+        f"{not_shown}, and a gain over one process, as the four machines share {found['hardware']['cores']} cores; "
+        "32 GPUs cannot run flat Ulysses, because they do not divide Flux's 24 heads.",
     ]
 
 

@@ -56,14 +56,12 @@ def test_demo(tmp_path):
     assert 0 < found["max_abs_difference"] < 1e-4
     usp, ulysses, torus = (rows[name]["bytes_between_machines"] for name in ("xDiT USP", "flat Ulysses", "torus"))
     # Torus: 3/4 of Q in each of two calls, of 320 tokens and 384 fp32 elements, and 64 tokens of latents. USP: twice.
-    assert torus == pytest.approx(ulysses, rel=0.1) == pytest.approx(usp / 2, rel=0.1)
-    assert torus == pytest.approx(2 * 0.75 * 320 * 384 * 4, rel=0.15)
-    assert all(
-        len(row["times_s"]) == 2 and row["peak_bytes"] > 1e5 for name, row in rows.items() if name != "one process"
-    )
+    assert [usp / 2, ulysses, torus] == pytest.approx([2 * 0.75 * 320 * 384 * 4] * 3, rel=0.15)
+    assert all(len(row["times_s"]) == 2 and row["peak_bytes"] > 1e5 for row in found["rows"][1:])
     matched = found["wire_to_compute"]
     assert matched["target"] == pytest.approx(2.18, rel=0.01) and matched["measured"] > 0
-    assert f"{found['speedup_over_usp']:.2f}x over xDiT USP" in output and "Not shown: GPUs" in output
+    text = " ".join(output.split())
+    assert f"{found['speedup_over_usp']:.2f}x over xDiT USP" in text and "Not shown: GPUs" in text
     page = (tmp_path / "demo.html").read_text()
     assert page.count("<img") == page.count('src="data:image/') == len(rows) + 1 and "href" not in page
 
