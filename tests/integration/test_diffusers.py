@@ -68,8 +68,7 @@ CASES = {
     "compiled_blocks_wrapped": "equal; 2 on torus, 0 fell back",
     "compiled_full_graph": "Unsupported: .*compile without fullgraph=True.*",
     # inputs
-    "controlnet_without_a_plan": "ValueError: .* cannot take controlnet_block_samples across ranks: .*cp_plan=.*",
-    "controlnet_with_a_plan": "equal; 2 on torus, 0 fell back",
+    "controlnet_samples": "equal; 2 on torus, 0 fell back",
     "controlnet_itself": "equal; 2 on torus, 0 fell back",
     "ltx2": "ValueError: LTX2VideoTransformer3DModel._cp_plan does not work: .*cross_attn_rope.*",
     "ltx2_with_a_plan": "equal; 6 on torus, 0 fell back",
@@ -85,7 +84,7 @@ CASES = {
     "other_models_are_unchanged": "equal",
     "operators_with_log_sum_exp": "equal",
     "twice": "ValueError: Flux2Transformer2DModel is parallelized already; .*",
-    "no_plan": "ValueError: SD3Transformer2DModel has no _cp_plan, .*: give cp_plan=.*",
+    "no_plan": "ValueError: Flux2Transformer2DModel has no _cp_plan, .*: give cp_plan=.*",
     "no_processor": "ValueError: SD3Transformer2DModel has no attention processor that takes .*",
     "unknown_argument": r"ValueError: Flux2Transformer2DModel has no input \['tokens'\], which its plan splits; .*",
     "unknown_module": r"ValueError: Flux2Transformer2DModel has no module 'blocks\.\*', which its plan names",

@@ -470,23 +470,13 @@ def case_compiled_full_graph(rank: int) -> None:
 # -- inputs ----------------------------------------------------------------------------------------------------------
 
 SAMPLE = ContextParallelInput(split_dim=1, expected_dims=3)
-SAMPLES = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
-def controlnet(model: torch.nn.Module, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """``call`` with the samples of a ControlNet."""
-    return partial(call, **{name: [random(2, 49, model.inner_dim)] for name in SAMPLES})
-
-
-def case_controlnet_without_a_plan(rank: int) -> str:
+def case_controlnet_samples(rank: int) -> str:
+    """The samples of a ControlNet."""
     model, call = flux()
-    return compare(model, controlnet(model, call))
-
-
-def case_controlnet_with_a_plan(rank: int) -> str:
-    model, call = flux()
-    plan = model._cp_plan
-    return compare(model, controlnet(model, call), cp_plan={**plan, "": {**plan[""], **dict.fromkeys(SAMPLES, SAMPLE)}})
+    samples = [random(2, 49, model.inner_dim)]
+    return compare(model, partial(call, controlnet_block_samples=samples, controlnet_single_block_samples=samples))
 
 
 def case_controlnet_itself(rank: int) -> str:
@@ -607,6 +597,12 @@ def case_twice(rank: int) -> None:
     sf_xfuser.parallelize(model, args=args())
 
 
+def case_no_plan(rank: int) -> None:
+    model = flux2()[0]
+    model._cp_plan = None
+    sf_xfuser.parallelize(model, args=args())
+
+
 def case_backend_without_context_parallelism(rank: int) -> None:
     with attention_backend("_native_math"):
         sf_xfuser.parallelize(flux2()[0], args=args())
@@ -670,8 +666,7 @@ CASES = {
     "flux_three_text_tokens": lambda: compare(*flux(text=3)),
     "adapter_added": lambda: adapted(add_adapter, add_adapter),
     "ltx2": lambda: compare(*ltx2()),
-    "no_plan": lambda: sf_xfuser.parallelize(sd3(), args=args()),
-    "no_processor": lambda: sf_xfuser.parallelize(sd3(), args=args(), cp_plan={}),
+    "no_processor": lambda: sf_xfuser.parallelize(sd3(), args=args()),
     "unknown_module": lambda: sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"blocks.*": {}}),
     "unknown_argument": lambda: sf_xfuser.parallelize(flux2()[0], args=args(), cp_plan={"": {"tokens": SAMPLE}}),
     "heads_that_no_plan_splits": lambda: sf_xfuser.parallelize(flux2()[0], args=args("torus=2,ulysses=2,ring=2")),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ from sf_xfuser.torus.all_gather import all_gather
 
 _TEXT_FIRST = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # in joint attention the text comes first
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
+# Plans omit the samples of a ControlNet, one for each image token.
+_SAMPLES = dict.fromkeys(
+    ("controlnet_block_samples", "controlnet_single_block_samples"), SimpleNamespace(split_dim=1, expected_dims=3)
+)
 _NOT_SPLIT = {
-    "controlnet_block_samples": "its plan does not split them; give cp_plan=, as help(sf_xfuser.parallelize) shows",
     "controlnet_mode": "every rank would add the mode token; do not parallelize a union ControlNet",
     "kv_cache_mode": "reference tokens start the whole sequence, not the part of each rank; run without a KV cache",
 }
-_NOT_SPLIT["controlnet_single_block_samples"] = _NOT_SPLIT["controlnet_block_samples"]
 
 
 class ParallelForward:
@@ -62,7 +65,7 @@ class ParallelForward:
         modules = dict(model.named_modules())
         self._hook(planned_modules(model, modules, self.plan))
         self.torus.configure(attention_modules(modules))
-        name, entries = type(model).__name__, input_entries(self.plan.get(""))
+        name, entries = type(model).__name__, _SAMPLES | input_entries(self.plan.get(""))
         inputs = _by_name(model, args, kwargs)
         self._require_same(name, inputs)
         for unsplit, reason in _NOT_SPLIT.items():

@@ -55,9 +55,7 @@ def parallelize(
         mesh: An existing mesh, for example ``torus.mesh`` for a pipeline's second transformer. A DeviceMesh: a
             new mesh of its ranks (see ``build_mesh``). None: a new mesh of all ranks.
         args: Topology, plan, transport and timeout of a new mesh. Default: ``TorusArgs(backend="torus")``.
-        cp_plan: Replaces ``model._cp_plan``. To split the samples of a Flux ControlNet, for example, give
-            ``{**plan, "": {**plan[""], "controlnet_block_samples": part}}`` with ``plan = model._cp_plan`` and
-            ``part = ContextParallelInput(split_dim=1, expected_dims=3)``.
+        cp_plan: Replaces ``model._cp_plan``. Samples of a ControlNet are split without an entry.
 
     Returns:
         The model's attention: its ``mesh``, and how many calls ran on torus (``handled``) or fell back to diffusers'
@@ -68,8 +66,14 @@ def parallelize(
     """
     args = args or TorusArgs(backend="torus")
     model = getattr(model, "_orig_mod", model)  # inside torch.compile()
+    name, modules = type(model).__name__, dict(model.named_modules())
+    layers = attention.attention_modules(modules)
+    if not any(hasattr(processor, "_parallel_config") for _, _, processor in layers):
+        raise ValueError(
+            f"{name} has no attention processor that takes a context-parallel configuration: diffusers "
+            f"{importlib.import_module('diffusers').__version__} cannot split this model over tokens"
+        )
     plan = cp_plan if cp_plan is not None else getattr(model, "_cp_plan", None)
-    name = type(model).__name__
     if plan is None:
         raise ValueError(
             f"{name} has no _cp_plan, which names the tensors to split over tokens: give cp_plan=, in the format of "
@@ -80,17 +84,10 @@ def parallelize(
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError(f"{name} is parallelized already; load a new one")
     original = attention.install_hook()
-    modules = dict(model.named_modules())
     for part, module, entry in forward.planned_modules(model, modules, plan):
         inputs = forward.parameters(module)
         if unknown := forward.input_entries(entry).keys() - set(inputs):
             raise ValueError(f"{part or name} has no input {sorted(unknown)}, which its plan splits; it has {inputs}")
-    layers = attention.attention_modules(modules)
-    if not any(hasattr(processor, "_parallel_config") for _, _, processor in layers):
-        raise ValueError(
-            f"{name} has no attention processor that takes a context-parallel configuration: diffusers "
-            f"{importlib.import_module('diffusers').__version__} cannot split this model over tokens"
-        )
     attention.require_backend(layers)
     if not isinstance(mesh, Mesh):
         if args.backend != "torus":
