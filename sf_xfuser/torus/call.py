@@ -124,7 +124,8 @@ def negotiate_call(
     error = _argument_error(mesh, tensors, joint_strategy, counts)
     described = [[list(x.shape), str(x.dtype), x.device.type] for x in tensors]
     report = {"error": error, "tensors": described, "options": options, "counts": counts}
-    reports = mesh.control.gather("attention call", report)
+    reports = mesh.control.gather("attention call", report | {"request": mesh.guard.request})
+    mesh.require_same_request([each["request"] for each in reports])
     if reason := _refusal(mesh, reports):
         mesh.refuse(reason)
     gathered = tuple(r["tensors"][0][0][2] for r in reports), tuple(r["tensors"][1][0][2] for r in reports)

@@ -156,12 +156,13 @@ class Mesh:
         self.guard.request, self.guard.first_call = description, self.guard.number + 1
         if not self.links:  # xDiT's own collectives carry no identity
             with self.call():
-                requests = self.control.gather("request", description)
-                if len(set(requests)) > 1:
-                    seen = "; ".join(f"rank {rank}: {text}" for rank, text in zip(self.members, requests, strict=True))
-                    self.refuse(
-                        f"ranks are in different requests: {seen}. Give all ranks the same requests in the same order"
-                    )
+                self.require_same_request(self.control.gather("request", description))
+
+    def require_same_request(self, requests: Sequence[str]) -> None:
+        """Refuse the call if the ``requests`` of the ranks, by position, differ."""
+        if len(set(requests)) > 1:
+            seen = "; ".join(f"rank {rank}: {text}" for rank, text in zip(self.members, requests, strict=True))
+            self.refuse(f"ranks are in different requests: {seen}. Give all ranks the same requests in the same order")
 
     @contextmanager
     def request(self, description: str) -> Iterator[None]:
