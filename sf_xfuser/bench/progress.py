@@ -10,6 +10,7 @@ from types import TracebackType
 
 import rich.progress
 from rich.console import Console
+from rich.table import Column
 
 LINE_S = 15.0
 
@@ -32,7 +33,8 @@ class Progress:
     def __enter__(self) -> Progress:
         console = Console(stderr=True)
         if self._visible and console.is_terminal:
-            columns = "{task.description}", rich.progress.BarColumn(12), "{task.fields[left]}"
+            text = rich.progress.TextColumn("{task.description}", table_column=Column())  # wraps, and is not cut
+            columns = text, rich.progress.BarColumn(12), "{task.fields[left]}"
             self._bar = rich.progress.Progress(*columns, console=console, transient=True, refresh_per_second=2)
             self._bar.add_task(self._title, total=self.total, left="")
             self._bar.start()
