@@ -1,9 +1,9 @@
 """Measures this package on one GPU: ``make gpu`` in a checkout, ``python -m sf_xfuser.bench.gpu`` once installed.
 
-Needs PyTorch and no network. In a checkout it installs the package first, since only an install maps ``kernels/`` to
-``sf_xfuser.kernels``. Each part (``gpu_parts``) is a process of its own with a time limit, and each row is written to
-the document as soon as it is measured. So a part that fails, hangs or is interrupted loses no other row. A part starts
-only if its estimated time is left. At the end, a table compares the rows with ``GOALS``.
+Needs PyTorch and no network. In a checkout it installs the package first. Each part (``gpu_parts``) is a process of its
+own with a time limit, and each row is written to the document as soon as it is measured. So a part that fails, hangs or
+is interrupted loses no other row. A part starts only if its estimated time is left. At the end, a table compares the
+rows with ``GOALS``.
 
 This module needs nothing but the standard library and ``config``, so that it runs before the install.
 """

@@ -101,10 +101,10 @@ def test_ctrl_c_leaves_the_rows_so_far(tmp_path):
 
 
 def test_a_plain_checkout_is_installed_first(tmp_path):
-    """Into a Python that has PyTorch and no sf_xfuser: only an install maps ``kernels/``."""
+    """Into a Python that has PyTorch and no sf_xfuser."""
     for name in ("sf_xfuser", "kernels"):
         shutil.copytree(gpu.CHECKOUT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(gpu.CHECKOUT / name, tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "v"], check=True)
     (packages,) = (tmp_path / "v").glob("lib/*/site-packages")

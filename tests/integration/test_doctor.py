@@ -49,7 +49,7 @@ def test_a_usable_installation_is_one_line_per_section_and_a_launch_line(tmp_pat
 def test_the_launch_line_runs(tmp_path):
     report, _ = examine(tmp_path)
     output = run(shlex.split(report["try"]), timeout=240).output
-    assert "usp-alltoall" in output and "torus" in output
+    assert "ring-alltoall" in output and "torus" in output
 
 
 def test_modules_that_fail_for_one_reason_are_one_failure(tmp_path):
