@@ -274,13 +274,14 @@ def without_torus() -> Iterator[None]:
 def torus_on(mesh: Mesh, selector: Selector | None = None) -> Iterator[None]:
     """Run Torus Attention on another mesh of the same ranks inside the block, or, with a ``selector``, attention as
     under ``--sp-backend auto``. For comparisons."""
-    saved = current.usp
-    assert saved is not None
-    current.usp = replace(saved, mesh=mesh, selector=selector)
+    usp = current.usp
+    assert usp is not None
+    saved = usp.mesh, usp.selector
+    usp.mesh, usp.selector = mesh, selector
     try:
         yield
     finally:
-        current.usp = saved
+        usp.mesh, usp.selector = saved
 
 
 def require_lse(attention_backend: Any) -> None:
