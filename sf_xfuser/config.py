@@ -10,7 +10,8 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -35,7 +36,17 @@ AUTOLOAD_VARIABLE = "SF_XFUSER_AUTOLOAD"
 ARGS_VARIABLE = "SF_XFUSER_ARGS"
 MACHINE_VARIABLE = "SF_XFUSER_MACHINE"
 UNTESTED_VARIABLE = "SF_XFUSER_ALLOW_UNTESTED"
+TRACEBACK_VARIABLE = "SF_XFUSER_TRACEBACK"
 QUEUES_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` with the name of ``known`` that is most like ``name``; empty if none is like it."""
+    from difflib import get_close_matches  # torch imports this module at every start
+
+    by_lower_case = {other.lower(): other for other in known}
+    close = get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.75) if isinstance(name, str) else []
+    return f"; did you mean {by_lower_case[close[0]]}?" if close else ""
 
 
 def parse_grid(text: object) -> tuple[int, int] | None:
@@ -105,7 +116,8 @@ class TorusArgs:
     def _require_one_of(self, name: str, allowed: Sequence[str]) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"--sp-{name} must be one of {', '.join(allowed)}, got {_SHORT.repr(value)}")
+            got = f"{_SHORT.repr(value)}{did_you_mean(value, allowed)}"
+            raise ValueError(f"--sp-{name} must be one of {', '.join(allowed)}, got {got}")
 
     def _refuse_flags_of_torus(self) -> None:
         runs = f"--sp-backend {self.backend} runs xDiT's own code"
@@ -157,9 +169,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
-    """Add the options to ``group``; ``backend=False`` if xDiT itself has ``--sp_backend``."""
+    """Add the options to ``group``; ``backend=False`` if xDiT itself has ``--sp_backend``.
 
-    def add(name: str, **options: Any) -> None:
+    ``TorusArgs`` checks the values: for a wrong one argparse would print all flags of xDiT on every rank.
+    """
+
+    def add(name: str, choices: Sequence[str] = (), **options: Any) -> None:
+        if choices:
+            options["metavar"] = f"{{{','.join(choices)}}}"
         # xDiT's parser rewrites dashes to underscores and looks the result up; a plain ArgumentParser does not.
         group.add_argument(f"--sp-{name}", f"--sp_{name}", dest=f"sp_{name}", **options)
 
@@ -198,7 +215,7 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
     )
     add(
         "timeout",
-        type=float,
+        type=_number_or_text,
         default=60.0,
         metavar="SECONDS",
         help="Longest wait for a chunk from another rank. Ranks may start a call up to five times this long apart. "
@@ -231,10 +248,28 @@ def add_options(group: argparse._ArgumentGroup, *, backend: bool) -> None:
         choices=CHECKS,
         default="off",
         help="first: compare the first attention call of each shape with xDiT's own USP. If they differ, all ranks "
-        "warn and fall back to xDiT's own USP (with --sp-strict: raise an error). Not under torch.compile. Default: "
-        "off",
+        "fall back to xDiT's own USP, with a warning (with --sp-strict: raise an error). Not under torch.compile. "
+        "Default: off",
     )
     add("strict", action="store_true", help="Raise an error instead of falling back to xDiT's own USP.")
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def require_known_flags(argv: Iterable[str], options: Iterable[str]) -> None:
+    """Raise ValueError if ``argv`` has a misspelled ``--sp-*`` flag. ``options``: all those of its parser."""
+    known = [f"--sp-{field.name}" for field in fields(TorusArgs)]
+    others = tuple(option.replace("_", "-") for option in options)
+    for arg in argv:
+        name = arg.partition("=")[0].replace("_", "-")
+        is_option = any(option.startswith(name) for option in others)  # argparse completes flags
+        if name.startswith("--s") and not is_option and (suggestion := did_you_mean(name, known)):
+            raise ValueError(f"{name} is not a flag{suggestion}")
 
 
 def from_mapping(values: Mapping[str, Any]) -> TorusArgs | None:
@@ -272,7 +307,24 @@ class LaunchEnvironment:
     machine: str | None = None
 
 
+_assumed: LaunchEnvironment | None = None
+
+
+@contextmanager
+def launched_as(launched: LaunchEnvironment) -> Iterator[None]:
+    """Let :func:`launch_environment` return ``launched`` inside the block: what a rank finds that is to be started."""
+    global _assumed
+    _assumed = launched
+    try:
+        yield
+    finally:
+        _assumed = None
+
+
 def launch_environment() -> LaunchEnvironment:
+    if _assumed is not None:
+        return _assumed
+
     def number(name: str) -> int | None:
         value = os.environ.get(name, "")
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else None
@@ -309,6 +361,11 @@ def set_defaults(values: Mapping[str, str]) -> None:
 
 def autoload_wanted() -> bool:
     return os.environ.get(AUTOLOAD_VARIABLE, "1").lower() not in ("0", "false", "no", "off")
+
+
+def traceback_wanted() -> bool:
+    """Whether a refused launch prints a traceback on every rank, not one sentence."""
+    return os.environ.get(TRACEBACK_VARIABLE, "") == "1"
 
 
 def untested_allowed() -> bool:

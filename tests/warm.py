@@ -21,7 +21,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -153,18 +152,25 @@ def _rank(request: dict[str, Any], rank: int, port: int) -> NoReturn:
                 importlib.import_module("sitecustomize")
         runpy.run_path(script, run_name="__main__")
     except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        if isinstance(exit.code, str):
-            print(exit.code, file=sys.stderr)
+        code = _status(exit)
     except BaseException:
-        traceback.print_exc()
         code = 1
+        try:
+            sys.excepthook(*sys.exc_info())
+        except SystemExit as exit:
+            code = _status(exit)
     finally:
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _status(exit: SystemExit) -> int:
+    if isinstance(exit.code, str):
+        print(exit.code, file=sys.stderr)
+    return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
 
 
 if __name__ == "__main__":

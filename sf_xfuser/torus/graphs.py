@@ -8,11 +8,13 @@ and all later calls of the program without a graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from sf_xfuser.kernels import Attention
 from sf_xfuser.transport.base import TransportError
@@ -73,7 +75,8 @@ class Graphs:
             raise
         except Exception as error:
             self.problem = (str(error) or type(error).__name__).splitlines()[0]
-            mesh.log(f"this rank makes a call without a CUDA graph, whose capture has failed: {self.problem}")
+            own = f"rank {dist.get_rank()} makes a call without a CUDA graph, whose capture has failed: {self.problem}"
+            logging.getLogger("sf_xfuser").warning(own)  # the other ranks may have theirs
             return None
         self.captured += 1
         return graph

@@ -16,7 +16,7 @@ from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.schedule import Link
 from sf_xfuser.transport.base import Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
-from sf_xfuser.transport.cpu import shm, tcp
+from sf_xfuser.transport.cpu import segment, shm, tcp
 from sf_xfuser.transport.cpu.shm import Shm
 from sf_xfuser.transport.gpu import nvshmem, symm_mem
 from sf_xfuser.transport.gpu.memory import free_closed_windows
@@ -136,6 +136,17 @@ def requested_transport(args: TorusArgs, backend: str) -> str | None:
             f"--sp-transport {args.transport} moves tensors of CPU ranks, but torch.distributed's backend is {backend}"
         )
     return args.transport
+
+
+def refused_here(args: TorusArgs, backend: str) -> str | None:
+    """Why this rank cannot use the named transport, regardless of the other ranks, or None. Local."""
+    try:
+        requested = requested_transport(args, backend)
+    except ValueError as error:
+        return str(error)
+    probes = {"shm": segment.unavailable, "symm_mem": symm_mem.unavailable, "nvshmem": nvshmem.unavailable}
+    reason = probes[requested]() if requested in probes else None
+    return f"--sp-transport {requested} cannot be used here: {reason}; use --sp-transport auto" if reason else None
 
 
 def needs_process_groups(requested: str | None, backend: str) -> bool:

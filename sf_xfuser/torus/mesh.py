@@ -35,6 +35,11 @@ _PROBE_CALLS, _MAX_PROBE_S = 5, 0.5  # timed calls per transport: no further one
 _T = TypeVar("_T")
 
 
+def _log_on_rank_0(message: str) -> None:
+    if dist.get_rank() == 0:
+        logging.getLogger("sf_xfuser").info(message)
+
+
 @dataclass(eq=False)
 class Mesh:
     """One sequence-parallel group as seen by this rank. Made by :func:`build_mesh`; holds no tensors.
@@ -46,8 +51,9 @@ class Mesh:
     ``transport``: the selected one; ``transport_reason``: why, empty until the first call has timed all of them.
     ``groups``: process groups for links. ``one_host``: all ranks share memory. ``compression``: of chunks between
     machines. ``calls``: cache of negotiated calls. ``layer``: the layer of the next call, if the caller knows it; part
-    of the identity of the call. ``trace``, if set, records the spans of each call. ``log``: for decisions after
-    construction. ``received_bytes`` (by link), ``traced_calls`` and ``exposed_ms``: for ``sf_xfuser.stats``.
+    of the identity of the call. ``trace``, if set, records the spans of each call. ``log``: for decisions of all
+    ranks after construction; it logs on rank 0. ``received_bytes`` (by link), ``traced_calls`` and ``exposed_ms``: for
+    ``sf_xfuser.stats``.
     """
 
     plan: Plan
@@ -66,7 +72,7 @@ class Mesh:
     compression: Compression | None = None
     calls: dict[Any, Any] = field(default_factory=dict)
     trace: Trace | None = None
-    log: Callable[[str], object] = logging.getLogger("sf_xfuser").info
+    log: Callable[[str], object] = _log_on_rank_0
     layer: str = ""
     guard: CallGuard = field(init=False)
     graphs: Graphs = field(default_factory=Graphs)

@@ -22,6 +22,7 @@ from sf_xfuser.layout.topology import Topology
 # Names that diffusers' transformer configs use, most specific first.
 _HEADS = ("num_attention_heads", "n_heads", "num_heads")
 _KV_HEADS = ("num_kv_heads", "num_key_value_heads", "num_key_value_attention_heads", "n_kv_heads")
+_PADS_HEADS = "ZImageTransformer2DModel"  # xDiT pads its heads to a multiple of ulysses_degree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,37 +60,42 @@ def facts_of_config(config: Any, source: str) -> ModelFacts | None:
     return ModelFacts(heads=heads, kv_heads=kv_heads, source=source, transformer=str(config.get("_class_name", "")))
 
 
-def model_facts(model: str, settings: Any = None) -> ModelFacts | None:
-    """:func:`read_model_facts` of ``model``, else of the hub id in ``settings`` of the runner's registry."""
-    name = getattr(settings, "model_name", None)
-    return read_model_facts(model) or (read_model_facts(str(name)) if name else None)
-
-
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     values = (config.get(name) for name in names)
     return next((x for x in values if isinstance(x, int) and not isinstance(x, bool) and x > 0), None)
 
 
-def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) -> str | None:
+def needs_heads(xfuser_args: Any, args: TorusArgs) -> bool:
+    """Whether :func:`fill_degrees` plans by the number of heads. Raises ValueError."""
+    world_size = _world_size(xfuser_args)
+    if world_size is None or (xfuser_args.ulysses_degree or 1) * (xfuser_args.ring_degree or 1) != 1:
+        return False
+    is_planned = args.backend in ("torus", "usp", "auto") and (args.backend == "auto" or not args.explicit_plan())
+    return is_planned and _sequence_parallel_size(xfuser_args, world_size) > 1
+
+
+def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None, unknown: str = "") -> str | None:
     """Set ulysses_degree and ring_degree of ``xfuser_args`` if the user gave none, else check them.
 
-    Returns the plan as text, for the log. Does nothing while the number of processes is unknown; ``create_config``
-    calls it again later. Raises ValueError.
+    ``unknown``: why ``model`` is None. Returns the plan as text, for the log. Does nothing while the number of
+    processes is unknown; ``create_config`` calls it again later. Raises ValueError.
     """
     world_size = _world_size(xfuser_args)
     if world_size is None:
         return None
+    launched = _launched_topology(args, world_size)
     sp_size = _sequence_parallel_size(xfuser_args, world_size)
     ulysses, ring = xfuser_args.ulysses_degree or 1, xfuser_args.ring_degree or 1
-    if ulysses * ring > 1 or sp_size == 1:
+    if ulysses * ring != 1 or sp_size == 1:
         _check_degrees(args, model, ulysses, ring, sp_size, world_size)
         return None
     if args.backend in ("ulysses", "ring"):
         ulysses, ring = (sp_size, 1) if args.backend == "ulysses" else (1, sp_size)
+        _check_heads(model, ulysses, sp_size)
         planned = f"{sp_size} ranks"
     else:
         stride = xfuser_args.tensor_parallel_degree  # xDiT's rank order: tensor parallel first, then sequence parallel
-        grid = _launched_topology(args, world_size).fold(range(0, stride * sp_size, stride))
+        grid = launched.fold(range(0, stride * sp_size, stride))
         try:
             plan = make_plan(
                 grid.num_machines,
@@ -101,8 +107,12 @@ def fill_degrees(xfuser_args: Any, args: TorusArgs, model: ModelFacts | None) ->
                 max_imbalance=max_imbalance(args),
             )
         except ValueError as error:
-            unknown = "" if model else f" (no transformer/config.json found for --model {xfuser_args.model})"
-            raise ValueError(f"--sp-backend {args.backend}: {error}{unknown}") from None
+            why = (
+                ""
+                if model
+                else f" (no transformer/config.json found for --model {xfuser_args.model}{unknown and f': {unknown}'})"
+            )
+            raise ValueError(f"--sp-backend {args.backend}: {error}{why}") from None
         ulysses, ring = plan.even.ulysses_degree, plan.even.ring_degree
         planned = str(plan)
     xfuser_args.ulysses_degree, xfuser_args.ring_degree = ulysses, ring
@@ -129,7 +139,7 @@ def _sequence_parallel_size(xfuser_args: Any, world_size: int) -> int:
             2 if xfuser_args.use_cfg_parallel else 1,
         )
     )
-    if world_size % others:
+    if others < 1 or world_size % others:
         raise ValueError(
             f"data, CFG, pipefusion and tensor parallel degrees multiply to {others}, which does not divide the "
             f"{world_size} processes"
@@ -150,6 +160,7 @@ def _check_degrees(
             f"--sp-backend {args.backend} excludes ulysses_degree={ulysses}, ring_degree={ring}; use --sp-backend usp "
             f"or torus, or give no degrees"
         )
+    _check_heads(model, ulysses, sp_size)
     explicit = args.explicit_plan()
     if explicit is not None and sp_size > 1:
         planned = explicit["torus"] * explicit["ulysses"]
@@ -159,6 +170,16 @@ def _check_degrees(
                 f"--sp-plan {args.plan} means ulysses_degree={even} and ring_degree={sp_size // even}, but "
                 f"ulysses_degree={ulysses} and ring_degree={ring} were given; give only one of them"
             )
+
+
+def _check_heads(model: ModelFacts | None, ulysses: int, sp_size: int) -> None:
+    """xDiT makes the same check once it has loaded the model."""
+    if model is not None and model.heads % ulysses and model.transformer != _PADS_HEADS:
+        allowed = [degree for degree in range(1, sp_size) if not (model.heads % degree or sp_size % degree)]
+        raise ValueError(
+            f"ulysses_degree={ulysses} does not divide the {model.heads} heads of the model ({model.source}); allowed "
+            f"for {sp_size} ranks: {', '.join(map(str, allowed))}, or no degrees with --sp-backend torus"
+        )
 
 
 def _world_size(xfuser_args: Any) -> int | None:
@@ -204,6 +225,29 @@ def num_processes(args: Sequence[str], original: Callable[[list[str]], int]) -> 
     devices = torch.cuda.device_count() or os.cpu_count() or 1
     unit = others if others % num_nodes else others // num_nodes
     return max(unit, devices - devices % unit)
+
+
+def check_launch(argv: Sequence[str]) -> None:
+    """Raise ValueError if the ranks that ``xdit`` starts for this command line would refuse it. Exits as argparse does
+    for flags that xDiT does not have. Loads no model."""
+    from xfuser import cli, xFuserArgs
+    from xfuser.config import FlexibleArgumentParser
+    from xfuser.model_executor.models.runner_models.base_model import MODEL_REGISTRY
+
+    from sf_xfuser.integrations.xdit import known_models
+
+    torchrun, rest = cli.extract_torchrun_args(list(argv))
+    local, nodes = torchrun["--nproc_per_node"] or str(cli.get_nproc_from_args(rest)), torchrun["--nnodes"]
+    values: dict[str, Any] = vars(xFuserArgs.add_runner_args(FlexibleArgumentParser(prog="xdit")).parse_args(rest))
+    if not (local.isdecimal() and nodes.isdecimal()):
+        return  # torchrun's "gpu", "auto" or "1:4"
+    size = int(local) * int(nodes)
+    last = config.LaunchEnvironment(
+        rank=size - 1, world_size=size, local_world_size=int(local), local_rank=int(local) - 1
+    )
+    known_models.require_registered(values["model"], MODEL_REGISTRY)
+    with config.launched_as(last):
+        xFuserArgs.from_runner_args(values)
 
 
 def _num_nodes(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from sf_xfuser import config
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.xdit import degrees, plugin, session
+from sf_xfuser.integrations.xdit.refusals import one_sentence
 
 
 class NativeBackend:
@@ -21,18 +22,22 @@ class NativeBackend:
     def add_cli_args(self, parser: _ArgumentGroup) -> None:
         config.add_options(parser, backend=False)
 
+    @one_sentence()
     def num_processes(self, args: list[str], num_processes: int) -> int:
         return degrees.num_processes(args, lambda rest: num_processes)
 
+    @one_sentence()
     def configure(self, args: Any) -> None:
         torus_args = _args_of(args)
         assert torus_args is not None  # xDiT calls this for a named backend only
         plugin.require_supported(torus_args)
         session.configure(args, torus_args)
 
+    @one_sentence()
     def start(self, parallel_config: Any) -> None:
         session.start(parallel_config, _args_of(parallel_config.sp_config))
 
+    @one_sentence()
     def build_groups(
         self, group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any
     ) -> tuple[Any, Any]:

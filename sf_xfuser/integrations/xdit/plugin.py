@@ -18,6 +18,7 @@ from sf_xfuser import config
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.hooks import Hook, HookSet, wrapper
 from sf_xfuser.integrations.xdit import cpu_platform, degrees, repairs, session
+from sf_xfuser.integrations.xdit.refusals import one_sentence
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
 CHECKED_VERSION = "0.7.0"
@@ -123,12 +124,15 @@ def _add_args(original: Any, parser: ArgumentParser) -> ArgumentParser:
 
 
 @wrapper
+@one_sentence()
 def _parse_known_args(original: Any, self: Any, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
     """If the parser does not have the flags, remove them from the command line and keep them for xFuserArgs."""
     argv = sys.argv[1:] if args is None else list(args)
-    if "--sp-backend" not in self._option_string_actions and any(
-        arg.partition("=")[0].replace("_", "-") == "--sp-backend" for arg in argv
-    ):
+    options = self._option_string_actions
+    if "--sp-backend" in options:
+        if "--sp-plan" in options:  # xDiT's parser, not that of a program with a --sp-backend of its own
+            config.require_known_flags(argv, options)
+    elif any(arg.partition("=")[0].replace("_", "-") == "--sp-backend" for arg in argv):
         session.current.command_line, args = config.extract(argv)
     return original(self, args, *rest, **kwargs)
 
@@ -139,6 +143,7 @@ def _default_args() -> TorusArgs | None:
 
 
 @wrapper
+@one_sentence()
 def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     torus_args = _default_args()
@@ -149,19 +154,23 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 @wrapper
+@one_sentence()
 def _from_args(original: Any, cls: Any, args: Namespace | dict[str, Any]) -> Any:
     """``from_cli_args`` takes a namespace, ``from_runner_args`` a dictionary."""
     xfuser_args = original(cls, args)
     torus_args = config.from_mapping(args if isinstance(args, dict) else vars(args))
     if torus_args is not None:
         setattr(xfuser_args, session.MARK, torus_args)
+        if cpu_platform.needed() and not xfuser_args.use_ray:
+            session.log("no accelerator was found: ranks run on CPUs, over gloo")
     session.fill_degrees(xfuser_args)
     return xfuser_args
 
 
 @wrapper
+@one_sentence()
 def _create_config(original: Any, self: Any) -> Any:
-    """xDiT calls this once or twice per process. Each call configures the args object."""
+    """xDiT calls this once or twice per process, before it loads the model. Each call configures the args object."""
     args = getattr(self, session.MARK, None)
     session.current.args = args
     if args is None:
@@ -170,15 +179,28 @@ def _create_config(original: Any, self: Any) -> Any:
     session.configure(self, args)
     engine_config, input_config = original(self)
     setattr(engine_config.parallel_config.sp_config, session.MARK, args)
+    session.start(engine_config.parallel_config, args)
     return engine_config, input_config
 
 
 @wrapper
+@one_sentence()
 def _get_nproc(original: Any, args: list[str]) -> int:
     return degrees.num_processes(args, original)
 
 
 @wrapper
+@one_sentence()
+def _start_ranks(original: Any, args: list[str] | None = None) -> None:
+    """``xdit``: refuse what the ranks would refuse before torchrun starts them, since torchrun reports each of them."""
+    argv = sys.argv[1:] if args is None else args
+    if any(arg.startswith(("--sp-", "--sp_")) for arg in argv) or _default_args() is not None:
+        degrees.check_launch(argv)
+    original(args)
+
+
+@wrapper
+@one_sentence()
 def _check_distributed_env(original: Any, self: Any, parallel_config: Any) -> None:
     """A Ray worker parses no command line: the pickled configuration carries the flags."""
     session.start(parallel_config, getattr(parallel_config.sp_config, session.MARK, None))
@@ -186,6 +208,7 @@ def _check_distributed_env(original: Any, self: Any, parallel_config: Any) -> No
 
 
 @wrapper
+@one_sentence()
 def _init_group(
     original: Any, group_ranks: list[list[int]], local_rank: int, backend: str, parallel_mode: str, **kwargs: Any
 ) -> Any:
@@ -325,6 +348,8 @@ HOOKS: tuple[Hook, ...] = (
     _hook(_ARGS, "xFuserArgs.from_runner_args", _from_args, "as from_cli_args, for the runner's dictionary"),
     _hook(_ARGS, "xFuserArgs.create_config", _create_config,
           "asserts that the degrees multiply to the number of processes; Ray workers get the flags in its result"),
+    _hook("xfuser.cli", "main", _start_ranks, "starts ranks by torchrun, which reports each rank that refuses",
+          native=None),
     _hook("xfuser.cli", "get_nproc_from_args", _get_nproc, "starts one process if no degree is given"),
     _hook(_RUNTIME, "RuntimeState._check_distributed_env", _check_distributed_env,
           "initialises the groups, in Ray workers from the pickled configuration; ranks compare degrees first"),

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sf_xfuser import config
@@ -114,13 +114,20 @@ def fill_degrees(xfuser_args: Any) -> None:
     args = getattr(xfuser_args, MARK, None)
     if args is None:
         return
-    registry = sys.modules.get("xfuser.model_executor.models.runner_models.base_model")
-    entry = registry.MODEL_REGISTRY.get(xfuser_args.model) if registry is not None else None
-    current.model = degrees.model_facts(xfuser_args.model, getattr(entry, "settings", None))
-    planned = degrees.fill_degrees(xfuser_args, args, current.model)
-    if (xfuser_args.ulysses_degree or 1) * (xfuser_args.ring_degree or 1) > 1:
-        from sf_xfuser.integrations.xdit import validation
+    from sf_xfuser.integrations.xdit import known_models, validation
 
+    runner = sys.modules.get("xfuser.model_executor.models.runner_models.base_model")
+    registry, model, unknown = getattr(runner, "MODEL_REGISTRY", {}), xfuser_args.model, ""
+    if known_models.runs_xdits_runner():
+        known_models.require_registered(model, registry)
+    current.model = known_models.local_facts(model, registry)
+    if current.model is None and degrees.needs_heads(xfuser_args, args):
+        try:
+            current.model = known_models.fetched_facts(model, registry)
+        except ValueError as error:
+            unknown = str(error)
+    planned = degrees.fill_degrees(xfuser_args, args, current.model, unknown)
+    if (xfuser_args.ulysses_degree or 1) * (xfuser_args.ring_degree or 1) > 1:
         validation.refuse(xfuser_args, args, current.model)
     if planned is not None:
         log(planned)
@@ -130,8 +137,8 @@ def fill_degrees(xfuser_args: Any) -> None:
 
 
 def start(parallel_config: Any, args: TorusArgs | None) -> None:
-    """Activate ``args`` (None: keep the active ones) and compare the degrees of all ranks, unless xDiT's groups exist.
-    Collective over the world. Raises ValueError on all ranks."""
+    """Activate ``args`` (None: keep the active ones) and compare the flags and degrees of all ranks, unless xDiT's
+    groups exist. Collective over the world. Raises ValueError on all ranks."""
     import torch.distributed as dist
     from xfuser.core.distributed import model_parallel_is_initialized
 
@@ -140,9 +147,10 @@ def start(parallel_config: Any, args: TorusArgs | None) -> None:
     if current.args is not None and dist.is_initialized() and not model_parallel_is_initialized():
         # Ranks that create different process groups would wait for each other for half an hour.
         values = {f"{name}_degree": getattr(parallel_config, f"{name}_degree") for name in _DEGREES}
+        flags = {f"--sp-{name}": value for name, value in asdict(current.args).items()}
         from sf_xfuser.transport.rendezvous import StoreGroup
 
-        StoreGroup.world(current.args.timeout).require_same("parallel degrees", values)
+        StoreGroup.world(current.args.timeout).require_same("parallel degrees", values | flags)
 
 
 def build_groups(group_ranks: list[list[int]], backend: str, ulysses_group: Any, ring_group: Any) -> tuple[Any, Any]:

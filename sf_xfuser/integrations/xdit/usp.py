@@ -192,7 +192,8 @@ class TorusUSP(DropIn):
         )
         if error > limit:
             self.check_failure = text
-            warnings.warn(f"{text}; all later calls run on {self.original_name}", RuntimeWarning, stacklevel=2)
+            if self.mesh.position == 0:  # one line per group
+                warnings.warn(f"{text}; all later calls run on {self.original_name}", RuntimeWarning, stacklevel=2)
         else:
             self.log(text)
         return not self.check_failure

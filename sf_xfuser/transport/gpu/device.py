@@ -71,7 +71,7 @@ from typing import NoReturn
 
 import torch
 
-from sf_xfuser.config import QUEUES_VARIABLE, environment
+from sf_xfuser.config import QUEUES_VARIABLE, environment, launch_environment
 from sf_xfuser.kernels.flags import check_flags, poison_result
 from sf_xfuser.transport.base import CallMismatch, Parcel, Transfer, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
@@ -435,8 +435,8 @@ class DeviceWindow(DeviceMemory):
         problem += "hardware queue with work that the peer waits for; set it to 32 before CUDA starts"
         if queues == "1":
             self._refusal = problem
-        elif not queues.isdecimal() or int(queues) < _MIN_QUEUES:
-            warnings.warn(problem, stacklevel=3)
+        elif (not queues.isdecimal() or int(queues) < _MIN_QUEUES) and not launch_environment().local_rank:
+            warnings.warn(problem, stacklevel=3)  # once per machine
 
     def _try_batches(self) -> None:
         """Find out whether the driver copies to peers in batches, with words that no call uses yet."""
