@@ -18,7 +18,7 @@ from sf_xfuser.transport.base import Transport, TransportError
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.cpu import segment, shm, tcp
 from sf_xfuser.transport.cpu.shm import Shm
-from sf_xfuser.transport.gpu import nvshmem, symm_mem
+from sf_xfuser.transport.gpu import nccl_put, nvshmem, symm_mem
 from sf_xfuser.transport.gpu.memory import free_closed_windows
 from sf_xfuser.transport.gpu.nccl import Nccl
 from sf_xfuser.transport.gpu.nccl_put import NcclPut
@@ -144,7 +144,12 @@ def refused_here(args: TorusArgs, backend: str) -> str | None:
         requested = requested_transport(args, backend)
     except ValueError as error:
         return str(error)
-    probes = {"shm": segment.unavailable, "symm_mem": symm_mem.unavailable, "nvshmem": nvshmem.unavailable}
+    probes = {
+        "shm": segment.unavailable,
+        "symm_mem": symm_mem.unavailable,
+        "nccl_put": nccl_put.unavailable,
+        "nvshmem": nvshmem.unavailable,
+    }
     reason = probes[requested]() if requested in probes else None
     return f"--sp-transport {requested} cannot be used here: {reason}; use --sp-transport auto" if reason else None
 
