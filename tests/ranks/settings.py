@@ -280,7 +280,7 @@ def xdit_cache(method: str, threshold: float, **config: object) -> Setting:
     return Setting(change=change, steps=STEPS, own_cache=True)
 
 
-def own_cache(pipe: DiffusionPipeline) -> None:
+def cache_by_rank(pipe: DiffusionPipeline) -> None:
     """A cache that decides from the tokens of one rank, as TeaCache's scripts for diffusers would."""
     first, second = pipe.transformer.transformer_blocks
     forward, residuals = second.forward, [torch.ones(())]
@@ -331,7 +331,7 @@ CACHES = {
         steps=STEPS,
     ),
     "sea_wan": Setting(change=enable_cache(lambda pipe: SeaCacheConfig(threshold=0.9)), steps=STEPS, family="wan"),
-    "own": Setting(change=own_cache, steps=STEPS),
+    "own": Setting(change=cache_by_rank, steps=STEPS),
     "tea": xdit_cache("teacache", 1e6),
     "fb": xdit_cache("fbcache", THRESHOLD),
     "db": xdit_cache("dbcache", THRESHOLD, max_warmup_steps=1, Fn_compute_blocks=1, scm_policy=None),
