@@ -41,13 +41,13 @@ TESTED = {
     Row(
         "torchao, INT8 weights and activations",
         ROUNDING,
-        "a scale per token; a rounding error before it can change a value by one step of INT8",
+        "within 2 % of the largest value: a rounding difference can move an activation by one step of INT8",
     ): both("torchao_activations"),
     Row("bitsandbytes, NF4", "exact", "its layers for CPUs; its GPU kernels are not tested"): both("bitsandbytes_nf4"),
     Row(
-        "bitsandbytes, INT8",
+        "bitsandbytes, INT8 without columns of outliers",
         "exact",
-        "as above. Columns with outliers are those of a rank's own tokens, also in xDiT's USP",
+        "as above. Ranks find these columns in their own tokens, so with them the result differs from one process",
     ): both("bitsandbytes_int8"),
     Row("a first call under `torch.inference_mode()`, the next under `no_grad`, and the reverse", "exact"): both(
         "inference_mode_first", "inference_mode_afterwards"
@@ -55,7 +55,7 @@ TESTED = {
     Row(
         "`torch.autocast` to bfloat16",
         ROUNDING,
-        "torus casts Q, K and V as PyTorch's attention does, so half of the bytes are sent",
+        "within 2 % of the largest value, the precision of bfloat16; Q, K and V are cast before they are sent",
     ): both("autocast", "autocast_wan"),
 }
 ROWS = list(TESTED)

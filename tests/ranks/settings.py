@@ -1,4 +1,4 @@
-"""Rank side of test_memory.py, test_compilation.py and test_caches.py: pipelines with one setting each.
+"""Rank side of test_memory.py and test_caches.py: pipelines with one setting each.
 
     settings.py FOLDER WAY:SETTING...    # FOLDER has the tiny models flux and wan; runs on every rank
 
@@ -13,7 +13,6 @@ import contextlib
 import copy
 import io
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -37,7 +36,6 @@ from run_pipeline import PROMPT, SEED, runner_classes, small_input
 from xfuser import xFuserArgs
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.distributed import get_runtime_state, init_distributed_environment, initialize_runtime_state
-from xfuser.runner import xFuserModelRunner
 
 import sf_xfuser
 from sf_xfuser.integrations.xdit import session
@@ -45,7 +43,6 @@ from sf_xfuser.layout.schedule import Attend
 from sf_xfuser.torus.call import Call
 
 FOLDER = Path(sys.argv[1])
-RUNNER_MODEL = "FLUX.1-dev"
 TEXT, STEPS = 16, 6
 Change = Callable[[DiffusionPipeline], object]
 
@@ -80,7 +77,7 @@ def loaded(family: str, xdit: bool) -> DiffusionPipeline:
     return pipe
 
 
-def denoise(pipe: DiffusionPipeline, setting: Setting, output_type: str = "latent") -> torch.Tensor:
+def denoise(pipe: DiffusionPipeline, setting: Setting) -> torch.Tensor:
     printed = io.StringIO()
     with torch.no_grad(), setting.context(), contextlib.redirect_stdout(printed):
         latents = pipe(
@@ -88,7 +85,7 @@ def denoise(pipe: DiffusionPipeline, setting: Setting, output_type: str = "laten
             max_sequence_length=TEXT,
             num_inference_steps=setting.steps,
             generator=torch.Generator("cpu").manual_seed(SEED),
-            output_type=output_type,
+            output_type="latent",
             return_dict=False,
             **{**small_input(FOLDER / setting.family), **dict(setting.size)},
         )[0]
@@ -148,11 +145,6 @@ def compare(pipe: DiffusionPipeline, torus: Any, setting: Setting, wanted: torch
     found = denoise(pipe, setting)
     calls = torus.handled - before
     without = wanted if setting.calibrates else plain(setting.family, setting.steps, setting.size)
-    return summary(torus, calls, found, wanted, without)
-
-
-def summary(torus: Any, calls: int, found: torch.Tensor, wanted: torch.Tensor, without: torch.Tensor) -> dict[str, Any]:
-    """``calls`` on torus gave ``found`` in place of ``wanted``. One process without the setting: ``without``."""
     stages = [
         sum(isinstance(step, Attend) for step in call.schedule.steps)
         for call in torus.mesh.calls.values()
@@ -247,52 +239,6 @@ MEMORY = {
 }
 
 
-# -- compilation ------------------------------------------------------------------------------------------------------
-
-
-def compiled(**options: Any) -> Change:
-    return lambda pipe: pipe.transformer.compile(**options)
-
-
-COMPILATION = {
-    "blocks": Setting(change=lambda pipe: pipe.transformer.compile_repeated_blocks()),
-    "whole": Setting(change=compiled()),
-    "reduce_overhead": Setting(change=compiled(mode="reduce-overhead")),
-    "autocast": Setting(change=compiled(backend="aot_eager"), context=partial(torch.autocast, "cpu", torch.bfloat16)),
-}
-
-
-def run_runner() -> dict[str, Any]:
-    """xDiT's runner with ``--use_torch_compile``, which compiles Flux in bfloat16 with mode="reduce-overhead"."""
-    os.chdir(FOLDER)
-    parser = xFuserArgs.add_runner_args(FlexibleArgumentParser())
-    size = [f"--{name}={small_input(FOLDER / 'flux')[name]}" for name in ("height", "width", "guidance_scale")]
-    argv = ["--model", RUNNER_MODEL, "--prompt", PROMPT, *size, "--max_sequence_length", str(TEXT), "--seed", str(SEED)]
-    argv += ["--num_inference_steps", "2", "--num_iterations", "1", "--output_directory", ".", "--use_torch_compile"]
-    arguments = vars(parser.parse_args([*argv, "--sp-backend", "torus"]))
-    runner = xFuserModelRunner(arguments)
-    input_args = runner.preprocess_args(arguments)
-    runner.initialize(input_args)
-    torus = session.current.usp
-    before = torus.handled
-    found = decoded_by(runner.model.pipe, lambda: runner.run(input_args))
-    pipe = DiffusionPipeline.from_pretrained(FOLDER / "flux", torch_dtype=torch.bfloat16)
-    wanted, exact = [
-        decoded_by(pipe.to(dtype), lambda: denoise(pipe, Setting(), output_type="pil"))
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
-    return summary(torus, torus.handled - before, found, wanted, exact)
-
-
-def decoded_by(pipe: DiffusionPipeline, call: Callable[[], object]) -> torch.Tensor:
-    """The latents that ``call`` decodes."""
-    found, decode = [], pipe.vae.decode
-    pipe.vae.decode = lambda latents, **options: found.append(latents.float()) or decode(latents, **options)
-    call()
-    pipe.vae.decode = decode
-    return found[-1]
-
-
 # -- caches, each of which skips some of six steps --------------------------------------------------------------------
 
 
@@ -334,7 +280,7 @@ def xdit_cache(method: str, threshold: float, **config: object) -> Setting:
     return Setting(change=change, steps=STEPS, own_cache=True)
 
 
-def own_cache(pipe: DiffusionPipeline) -> None:
+def cache_by_rank(pipe: DiffusionPipeline) -> None:
     """A cache that decides from the tokens of one rank, as TeaCache's scripts for diffusers would."""
     first, second = pipe.transformer.transformer_blocks
     forward, residuals = second.forward, [torch.ones(())]
@@ -385,8 +331,8 @@ CACHES = {
         steps=STEPS,
     ),
     "sea_wan": Setting(change=enable_cache(lambda pipe: SeaCacheConfig(threshold=0.9)), steps=STEPS, family="wan"),
-    "own": Setting(change=own_cache, steps=STEPS),
-    "tea": xdit_cache("teacache", 2.0),
+    "own": Setting(change=cache_by_rank, steps=STEPS),
+    "tea": xdit_cache("teacache", 1e6),
     "fb": xdit_cache("fbcache", THRESHOLD),
     "db": xdit_cache("dbcache", THRESHOLD, max_warmup_steps=1, Fn_compute_blocks=1, scm_policy=None),
     # Last, because cache-dit changes the classes of pipelines for the rest of the process.
@@ -402,11 +348,10 @@ def main() -> None:
     engine_config, _ = xFuserArgs.from_cli_args(flags).create_config()
     engine_config.runtime_config.dtype = torch.float32
     for name in sys.argv[2:]:
-        torch.compiler.reset()
         kind, way, setting = name.split(":")
         try:
-            settings = {"memory": MEMORY, "compilation": COMPILATION, "caches": CACHES}[kind]
-            result: object = run_runner() if way == "runner" else run(way, settings[setting], engine_config)
+            settings = {"memory": MEMORY, "caches": CACHES}[kind]
+            result: object = run(way, settings[setting], engine_config)
         except Exception as error:
             traceback.print_exc()
             result = f"{type(error).__name__}: {error}"
