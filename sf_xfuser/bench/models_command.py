@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 from sf_xfuser.bench import report
 from sf_xfuser.bench.outputs import Outputs
-from sf_xfuser.integrations.xdit.degrees import read_model_facts
+from sf_xfuser.integrations.xdit.known_models import local_facts
 from sf_xfuser.layout.plan import UNEVEN, make_plan
 
 # Row of docs/models.md -> its results for lengths that the ranks divide, for other text lengths, and for other sizes.
@@ -38,58 +38,60 @@ SUPPORT = {
 }
 _NOT_TESTED = ("not tested",) * 3
 
-# Name of xDiT's runner, or hub id of a model for xDiT's pipelines -> row, hub id, heads, KV heads. 0: unknown until the
-# model is in the local cache.
+# Name of xDiT's runner, or a model for xDiT's pipelines -> row, hub id.
 MODELS = {
-    "FLUX.1-dev": ("Flux, Flux Kontext", "black-forest-labs/FLUX.1-dev", 24, 24),
-    "FLUX.1-Kontext-dev": ("Flux, Flux Kontext", "black-forest-labs/FLUX.1-Kontext-dev", 24, 24),
-    "FLUX.2-dev": ("Flux 2", "black-forest-labs/FLUX.2-dev", 48, 48),
-    "FLUX.2-klein-9B": ("Flux 2", "black-forest-labs/FLUX.2-klein-9B", 32, 32),
-    "FLUX.2-klein-4B": ("Flux 2", "black-forest-labs/FLUX.2-klein-4B", 24, 24),
-    "SD3.5": ("SD3 (pipeline)", "stabilityai/stable-diffusion-3.5-large", 38, 38),
-    "HunyuanVideo": ("HunyuanVideo", "tencent/HunyuanVideo", 24, 24),
-    "Hunyuanvideo-1.5": ("HunyuanVideo 1.5", "tencent/HunyuanVideo-1.5", 16, 16),
-    "Hunyuanvideo-1.5-Distilled": ("HunyuanVideo 1.5", "tencent/HunyuanVideo-1.5-Diffusers-720p_i2v_distilled", 16, 16),
-    "Hunyuanvideo-1.5-Sparse": ("", "tencent/HunyuanVideo-1.5-Sparse", 16, 16),
-    "Wan2.1-T2V": ("Wan 2.1, 2.2", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 40),
-    "Wan2.2-T2V": ("Wan 2.1, 2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 40, 40),
-    "Wan2.2-TI2V": ("Wan 2.1, 2.2", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 24, 24),
-    "Wan2.1-I2V": ("Wan image to video", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", 40, 40),
-    "Wan2.2-I2V": ("Wan image to video", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 40, 40),
-    "Wan2.2-Distilled-I2V": ("Wan image to video", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 40, 40),
-    "Wan2.1-VACE-1.3B": ("Wan VACE", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", 12, 12),
-    "Wan2.1-VACE-14B": ("Wan VACE", "Wan-AI/Wan2.1-VACE-14B-diffusers", 40, 40),
-    "CausalWan": ("", "FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers", 40, 40),
-    "Qwen-Image": ("Qwen-Image", "Qwen/Qwen-Image", 24, 24),
-    "Qwen-Image-2512": ("Qwen-Image", "Qwen/Qwen-Image-2512", 24, 24),
-    "Qwen-Image-Edit": ("Qwen-Image", "Qwen/Qwen-Image-Edit", 24, 24),
-    "Qwen-Image-Edit-2509": ("Qwen-Image", "Qwen/Qwen-Image-Edit-2509", 24, 24),
-    "Qwen-Image-Edit-2511": ("Qwen-Image", "Qwen/Qwen-Image-Edit-2511", 24, 24),
-    "Z-Image": ("Z-Image", "Tongyi-MAI/Z-Image", 30, 30),
-    "Z-Image-Turbo": ("Z-Image", "Tongyi-MAI/Z-Image-Turbo", 30, 30),
-    "Lumina2": ("Lumina 2", "Alpha-VLLM/Lumina-Image-2.0", 24, 8),
-    "Krea-2-Raw": ("Krea 2", "krea/Krea-2-Raw", 0, 0),
-    "Krea-2-Turbo": ("Krea 2", "krea/Krea-2-Turbo", 0, 0),
-    "LTX-2": ("LTX-2", "Lightricks/LTX-2", 32, 32),
-    "LTX-2.3": ("", "dg845/LTX-2.3-Diffusers", 0, 0),
-    "LTX-2.5": ("", "Lightricks/LTX-2.5-Diffusers", 0, 0),
-    "LTX-2.5-full": ("", "Lightricks/LTX-2.5-Diffusers", 0, 0),
-    "Cosmos3-Super": ("Cosmos 3", "nvidia/Cosmos3-Super", 0, 0),
-    "Cosmos3-Nano": ("Cosmos 3", "nvidia/Cosmos3-Nano", 0, 0),
-    "Ideogram-4": ("Ideogram 4", "ideogram-ai/ideogram-4-fp8", 0, 0),
-    "MiniMax-H3": ("MiniMax-H3", "MiniMaxAI/MiniMax-H3", 0, 0),
-    "MiniMax-H3-Ref2VA": ("", "MiniMaxAI/MiniMax-H3", 0, 0),
-    "FastH3": ("", "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree", 0, 0),
-    "FastH3-Dense": ("", "FastVideo/FastVideo-FastH3-4-step-Preview-v1-Dense-DataFree", 0, 0),
-    "FastVideo/FastVideo-FastH3-8-Step-V2": ("", "FastVideo/FastVideo-FastH3-8-Step-V2", 0, 0),
-    "LingBot-Video-MoE": ("", "robbyant/lingbot-video-moe-30b-a3b", 0, 0),
-    "LingBot-Video-Dense": ("", "robbyant/lingbot-video-dense-1.3b", 0, 0),
-    "CogVideoX-5b": ("CogVideoX (pipeline)", "THUDM/CogVideoX-5b", 48, 48),
-    "PixArt-XL-2": ("PixArt Alpha", "PixArt-alpha/PixArt-XL-2-1024-MS", 16, 16),
-    "PixArt-Sigma-XL-2": ("PixArt Sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 16, 16),
-    "HunyuanDiT-v1.2": ("HunyuanDiT", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", 16, 16),
-    "Latte-1": ("Latte", "maxin-cn/Latte-1", 16, 16),
-    "ConsisID": ("ConsisID", "BestWishYsh/ConsisID-preview", 48, 48),
+    "FLUX.1-dev": ("Flux, Flux Kontext", "black-forest-labs/FLUX.1-dev"),
+    "FLUX.1-Kontext-dev": ("Flux, Flux Kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+    "FLUX.2-dev": ("Flux 2", "black-forest-labs/FLUX.2-dev"),
+    "FLUX.2-klein-9B": ("Flux 2", "black-forest-labs/FLUX.2-klein-9B"),
+    "FLUX.2-klein-4B": ("Flux 2", "black-forest-labs/FLUX.2-klein-4B"),
+    "SD3.5": ("SD3 (pipeline)", "stabilityai/stable-diffusion-3.5-large"),
+    "HunyuanVideo": ("HunyuanVideo", "tencent/HunyuanVideo"),
+    "Hunyuanvideo-1.5": ("HunyuanVideo 1.5", "tencent/HunyuanVideo-1.5"),
+    "Hunyuanvideo-1.5-Distilled": (
+        "HunyuanVideo 1.5",
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v_distilled",
+    ),
+    "Hunyuanvideo-1.5-Sparse": ("", "tencent/HunyuanVideo-1.5-Sparse"),
+    "Wan2.1-T2V": ("Wan 2.1, 2.2", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    "Wan2.2-T2V": ("Wan 2.1, 2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "Wan2.2-TI2V": ("Wan 2.1, 2.2", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "Wan2.1-I2V": ("Wan image to video", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
+    "Wan2.2-I2V": ("Wan image to video", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+    "Wan2.2-Distilled-I2V": ("Wan image to video", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+    "Wan2.1-VACE-1.3B": ("Wan VACE", "Wan-AI/Wan2.1-VACE-1.3B-diffusers"),
+    "Wan2.1-VACE-14B": ("Wan VACE", "Wan-AI/Wan2.1-VACE-14B-diffusers"),
+    "CausalWan": ("", "FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers"),
+    "Qwen-Image": ("Qwen-Image", "Qwen/Qwen-Image"),
+    "Qwen-Image-2512": ("Qwen-Image", "Qwen/Qwen-Image-2512"),
+    "Qwen-Image-Edit": ("Qwen-Image", "Qwen/Qwen-Image-Edit"),
+    "Qwen-Image-Edit-2509": ("Qwen-Image", "Qwen/Qwen-Image-Edit-2509"),
+    "Qwen-Image-Edit-2511": ("Qwen-Image", "Qwen/Qwen-Image-Edit-2511"),
+    "Z-Image": ("Z-Image", "Tongyi-MAI/Z-Image"),
+    "Z-Image-Turbo": ("Z-Image", "Tongyi-MAI/Z-Image-Turbo"),
+    "Lumina2": ("Lumina 2", "Alpha-VLLM/Lumina-Image-2.0"),
+    "Krea-2-Raw": ("Krea 2", "krea/Krea-2-Raw"),
+    "Krea-2-Turbo": ("Krea 2", "krea/Krea-2-Turbo"),
+    "LTX-2": ("LTX-2", "Lightricks/LTX-2"),
+    "LTX-2.3": ("", "dg845/LTX-2.3-Diffusers"),
+    "LTX-2.5": ("", "Lightricks/LTX-2.5-Diffusers"),
+    "LTX-2.5-full": ("", "Lightricks/LTX-2.5-Diffusers"),
+    "Cosmos3-Super": ("Cosmos 3", "nvidia/Cosmos3-Super"),
+    "Cosmos3-Nano": ("Cosmos 3", "nvidia/Cosmos3-Nano"),
+    "Ideogram-4": ("Ideogram 4", "ideogram-ai/ideogram-4-fp8"),
+    "MiniMax-H3": ("MiniMax-H3", "MiniMaxAI/MiniMax-H3"),
+    "MiniMax-H3-Ref2VA": ("", "MiniMaxAI/MiniMax-H3"),
+    "FastH3": ("", "FastVideo/FastVideo-FastH3-4-step-Preview-v1-VSA-DataFree"),
+    "FastH3-Dense": ("", "FastVideo/FastVideo-FastH3-4-step-Preview-v1-Dense-DataFree"),
+    "FastVideo/FastVideo-FastH3-8-Step-V2": ("", "FastVideo/FastVideo-FastH3-8-Step-V2"),
+    "LingBot-Video-MoE": ("", "robbyant/lingbot-video-moe-30b-a3b"),
+    "LingBot-Video-Dense": ("", "robbyant/lingbot-video-dense-1.3b"),
+    "CogVideoX-5b": ("CogVideoX (pipeline)", "THUDM/CogVideoX-5b"),
+    "PixArt-XL-2": ("PixArt Alpha", "PixArt-alpha/PixArt-XL-2-1024-MS"),
+    "PixArt-Sigma-XL-2": ("PixArt Sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    "HunyuanDiT-v1.2": ("HunyuanDiT", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"),
+    "Latte-1": ("Latte", "maxin-cn/Latte-1"),
+    "ConsisID": ("ConsisID", "BestWishYsh/ConsisID-preview"),
 }
 
 
@@ -138,16 +140,14 @@ def models_command(options: argparse.Namespace) -> int:
 
 
 def _supported(name: str, machines: int, gpus: int) -> SupportedModel:
-    row, hub_id, heads, kv_heads = MODELS[name]
+    row, hub_id = MODELS[name]
     even, text, sizes = SUPPORT.get(row, _NOT_TESTED)
     model = SupportedModel(model=name, hub_id=hub_id, even=even, text=text, sizes=sizes)
-    if cached := read_model_facts(hub_id):
-        heads, kv_heads = cached.heads, cached.kv_heads
-    if not heads:
-        return replace(model, reason="torus reads the heads when the model is in the local cache")
-    model = replace(model, heads=heads, kv_heads=kv_heads)
+    if (facts := local_facts(hub_id, {})) is None:
+        return replace(model, reason="torus reads the heads from the model's config, in the local cache or on the hub")
+    model = replace(model, heads=facts.heads, kv_heads=facts.kv_heads)
     try:
-        plan = make_plan(machines, gpus, heads=heads, kv_heads=kv_heads, max_imbalance=UNEVEN)
+        plan = make_plan(machines, gpus, heads=facts.heads, kv_heads=facts.kv_heads, max_imbalance=UNEVEN)
     except ValueError as error:
         return replace(model, reason=str(error))
     degrees = f"--ulysses_degree {plan.even.ulysses_degree} --ring_degree {plan.even.ring_degree}"

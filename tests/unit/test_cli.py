@@ -108,7 +108,7 @@ def test_models_are_those_of_xdits_runner_and_of_the_page(capsys):
 def test_a_cached_configuration_replaces_the_published_heads(monkeypatch, tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer/config.json").write_text(json.dumps({"num_attention_heads": 6}))
-    monkeypatch.setitem(MODELS, "Krea-2-Raw", ("Krea 2", str(tmp_path), 0, 0))
+    monkeypatch.setitem(MODELS, "Krea-2-Raw", ("Krea 2", str(tmp_path)))
     assert models_command._supported("Krea-2-Raw", 3, 2).layout == "torus=3 ulysses=2 ring=1"
 
 
