@@ -12,7 +12,10 @@ import pytest
 from tests.settings import CALLS_OF_A_STEP, both, require_result, run
 from tests.support_table import Row
 
-pytestmark = pytest.mark.skipif(version("xfuser") < "0.7", reason="the settings are those of xDiT 0.7")
+pytestmark = [
+    pytest.mark.skipif(version("xfuser") < "0.7", reason="the settings are those of xDiT 0.7"),
+    pytest.mark.slow,
+]
 
 ROUNDING = "exact to rounding"
 TESTED = {

@@ -19,7 +19,6 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
-    LayerSkipConfig,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     PyramidAttentionBroadcastConfig,
@@ -27,7 +26,6 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
-from diffusers.hooks import apply_layer_skip
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
@@ -362,16 +360,6 @@ def case_cache_before_parallelize(rank: int) -> str:
     model.single_transformer_blocks[0].attn.set_processor(LocalProcessor())
     call()
     return "nothing was raised"
-
-
-def case_scores_skipped(rank: int) -> str:
-    """Perturbed-attention guidance takes V in place of the attention of a block."""
-    model, call = flux()
-    apply_layer_skip(
-        model,
-        LayerSkipConfig([0], "transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True),
-    )
-    return compare(model, call)
 
 
 # -- fewer tokens than ranks -----------------------------------------------------------------------------------------

@@ -84,8 +84,6 @@ class TorusContextParallel(DropIn):
                 "the model itself, not model.forward() or one of its modules"
             )
         self.attended.add(self.mesh.layer)
-        if _skips_scores() and query.shape[1] == value.shape[1]:
-            return value
         self._reject_ordered_keys(key, attn_mask, is_causal, forward_op)
         unsupported = {"attention dropout": dropout_p, "the caller requests the log-sum-exp": return_lse}
         reason = self.mesh.unavailable_reason() or next(
@@ -233,12 +231,6 @@ def _after_attention(attention: torch.nn.Module, processor: Any) -> None:
             f"its _parallel_config to diffusers' dispatch_attention_fn, or its attention backend does not support "
             f"context parallelism; set a processor that does, or call model.set_attention_backend() with another one"
         )
-
-
-def _skips_scores() -> bool:
-    """Whether perturbed-attention guidance replaces PyTorch's attention by V, which the kernels below it do not see."""
-    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
 
 
 @lru_cache(maxsize=64)  # a CUDA graph of calls refers to the function
