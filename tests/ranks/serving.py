@@ -229,7 +229,6 @@ def main() -> None:
     report("two threads in other order", from_two_threads(server, *map(request_of, order)))
     dist.barrier()
     report("after threads", server.outcome(**good))
-    report("after failures", held())
     counts(server, good)
     backends(server, good | {"num_inference_steps": 1})
     get_runtime_state().destroy_distributed_env()
