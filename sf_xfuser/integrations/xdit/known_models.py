@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,6 +129,9 @@ def _fetch(name: str) -> tuple[str | None, str]:
     def download() -> str:
         return hf_hub_download(name, "transformer/config.json")
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of each retry, on every rank
     try:
         return run_with_timeout(download, FETCH_TIMEOUT_S, "the hub"), ""
     except errors.GatedRepoError:
@@ -145,3 +149,5 @@ def _fetch(name: str) -> tuple[str | None, str]:
         return None, f"{name} has no transformer/config.json"
     except Exception as error:
         return None, f"{name}: {error}"
+    finally:
+        logger.setLevel(level)
