@@ -17,7 +17,7 @@ from typing import Any
 from sf_xfuser import config
 from sf_xfuser.config import TorusArgs
 from sf_xfuser.integrations.hooks import Hook, HookSet, wrapper
-from sf_xfuser.integrations.xdit import cpu_platform, degrees, repairs, session
+from sf_xfuser.integrations.xdit import adapters, cpu_platform, degrees, repairs, session
 from sf_xfuser.integrations.xdit.refusals import one_sentence
 
 OLDEST, TOO_NEW = (0, 5), (0, 8)
@@ -259,7 +259,9 @@ def _select_backend(original: Any, self: Any, engine_config: Any = None) -> Any:
 def _pipeline_call(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs before data parallelism splits the prompts, so all ranks have the same arguments."""
     names = list(inspect.signature(original).parameters)[1:]
-    with session.current.request({**dict(zip(names, args, strict=False)), **kwargs}):
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    adapters.require_known(self, original, arguments)
+    with session.current.request(arguments):
         return original(self, *args, **kwargs)
 
 
@@ -366,6 +368,8 @@ HOOKS: tuple[Hook, ...] = (
           "may select a backend without log-sum-exp, which the merge of partial results needs"),
     _hook(_RUNTIME, "RuntimeState._check_if_backend_compatible_with_current_configuration", _check_backend,
           "every selected attention backend is checked here: refuse those without log-sum-exp"),
+    *(_hook(module, name, wrap, why, required=False, remove_when="xDiT does this itself, or refuses it")
+      for module, name, wrap, why in adapters.HOOKED),
     _hook(_USP, "USP", wrapper(session.attend),
           "the attention call of every sequence-parallel transformer; models import this name", sweep=True),
     _hook("yunchang.comm.all_to_all", "all_to_all_4D", _all_to_all,
