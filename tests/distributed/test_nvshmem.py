@@ -25,7 +25,8 @@ def nvshmem_problem() -> str | None:
 PROBLEM = nvshmem_problem()
 CASES = {
     "nvshmem_unsupported": (r"TransportUnavailable: nvshmem cannot be used: every rank: ",) * 3,
-    "symm_mem_unsupported": (r"ValueError: --sp-transport symm_mem needs .*two_sided, nccl_put or nvshmem, which work",) * 3,
+    "symm_mem_unsupported": (r"ValueError: --sp-transport symm_mem needs .*two_sided, nccl_put or nvshmem, which work",)
+    * 3,
     "pe_of_each_rank": ("PE 2 of 3", "PE 0 of 3", "PE 1 of 3"),
 }
 

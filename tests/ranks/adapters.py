@@ -27,7 +27,7 @@ from model_table import TEXT as QWEN_TEXT
 from model_table import qwen as qwen_transformer
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from run_pipeline import PROMPT, SEED, STEPS, _runner_classes
+from run_pipeline import PROMPT, SEED, STEPS, runner_classes
 from xfuser import xFuserArgs, xFuserFluxPipeline, xFuserStableDiffusion3Pipeline
 from xfuser.config import FlexibleArgumentParser
 from xfuser.core.distributed import get_runtime_state, initialize_runtime_state
@@ -270,7 +270,7 @@ def parallelized(pipe: Any, engine_config: Any) -> tuple[Any, DropIn]:
 def with_xdit_transformer(pipe: Any, engine_config: Any) -> tuple[Any, DropIn]:
     plain = pipe.transformer
     family = {"FluxTransformer2DModel": "flux", "WanTransformer3DModel": "wan"}.get(type(plain).__name__)
-    wrapper = _runner_classes(family)[1] if family else xFuserQwenImageTransformerWrapper
+    wrapper = runner_classes(family)[1] if family else xFuserQwenImageTransformerWrapper
     pipe.transformer = wrapper(**{name: value for name, value in plain.config.items() if name[0] != "_"}).eval()
     pipe.transformer.load_state_dict(plain.state_dict())
     initialize_runtime_state(pipe, engine_config)

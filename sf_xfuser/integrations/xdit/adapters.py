@@ -157,8 +157,8 @@ HOOKED = (
     ("diffusers.loaders.peft", "PeftAdapterMixin.load_lora_adapter", load_lora_adapter,
      "xDiT's pipelines rename the layers of attention, and diffusers drops their LoRA weights"),
     *(("diffusers.loaders.lora_base", f"LoraBaseMixin.{name}", manage_adapters, _FIND)
-      for name in ("fuse_lora", "unfuse_lora", "set_adapters", "disable_lora", "enable_lora", "delete_adapters",
-                   "get_active_adapters", "get_list_adapters", "set_lora_device")),
+      for name in ("unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "disable_lora", "enable_lora",
+                   "delete_adapters", "get_active_adapters", "get_list_adapters", "set_lora_device")),
     (f"{_MODELS}wan", "xFuserWanTransformer3DWrapper.forward", scale_lora, _SCALE),
     (f"{_MODELS}wan_vace", "xFuserWanVACETransformer3DWrapper.forward", scale_lora, _SCALE),
     (f"{_MODELS}hunyuan_video", "xFuserHunyuanVideoTransformer3DWrapper.forward", scale_lora, _SCALE),
