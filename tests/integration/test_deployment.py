@@ -68,7 +68,7 @@ def test_the_image_gets_what_the_package_needs():
     assert set(re.findall(r"NVSHMEM=([\w-]+)", DOCKERFILE)) <= set(project["project"]["optional-dependencies"])
     context = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.M)
     needed = {package.split(".")[0] for package in project["tool"]["setuptools"]["packages"]}
-    needed |= {*project["tool"]["setuptools"]["package-dir"].values(), project["project"]["readme"], "pyproject.toml"}
+    needed |= {*project["tool"]["setuptools"]["package-dir"].values(), "README.md", "setup.py", "pyproject.toml"}
     assert needed | set(project["project"]["license-files"]) == set(context)
     assert all((ROOT / name).exists() for name in context)
 
