@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from sf_xfuser.kernels import Attention
 from sf_xfuser.transport.base import TransportError
@@ -75,7 +74,8 @@ class Graphs:
             raise
         except Exception as error:
             self.problem = (str(error) or type(error).__name__).splitlines()[0]
-            own = f"rank {dist.get_rank()} makes a call without a CUDA graph, whose capture has failed: {self.problem}"
+            rank = mesh.grid.members[mesh.position]
+            own = f"rank {rank} makes a call without a CUDA graph, whose capture has failed: {self.problem}"
             logging.getLogger("sf_xfuser").warning(own)  # the other ranks may have theirs
             return None
         self.captured += 1
