@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 
 def _log_on_rank_0(message: str) -> None:
-    if dist.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         logging.getLogger("sf_xfuser").info(message)
 
 

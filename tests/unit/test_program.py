@@ -162,7 +162,8 @@ def cases(draw) -> Case:
         st.builds(Chunking, kv_parts=parts, last_kv_parts=parts, granularity=st.just("slab"), machines_at_once=parts),
         st.just(UNSTAGED),
     ]
-    tokens = st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any).map(tuple)
+    counts = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+    tokens = counts.filter(lambda x: any(x[: layout.world_size])).map(tuple)
     compresses = "across" not in WIRES[wires].windows
     return Case(
         layout,
