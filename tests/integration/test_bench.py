@@ -225,6 +225,8 @@ def test_a_refusal_of_the_installed_command():
 
 
 def environment(**changes: object) -> dict[str, str]:
+    """That of programs: tables have no second part."""
+    changes = {"COLUMNS": 200} | changes
     unwanted = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     return {k: v for k, v in os.environ.items() if k not in unwanted} | {k: str(v) for k, v in changes.items()}
 

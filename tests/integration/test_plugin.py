@@ -101,7 +101,7 @@ def test_few_modules_import_xdit():
         if any(line.strip().startswith(("import xfuser", "from xfuser")) for line in path.read_text().splitlines())
     }
     elsewhere = {path for path in importing if not path.startswith("integrations/xdit/")}
-    assert elsewhere <= {"bench/usp_variants.py", "bench/pipeline.py"}
+    assert elsewhere <= {"bench/demo.py", "bench/pipeline.py", "bench/usp_variants.py"}
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def _fetch(name: str) -> tuple[str | None, str]:
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of each retry, on every rank
     try:
-        return run_with_timeout(download, FETCH_TIMEOUT_S, "the hub"), ""
+        return run_with_timeout(download, FETCH_TIMEOUT_S, "the hub", "it did not answer"), ""
     except errors.GatedRepoError:
         return None, (
             f"{name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set "
