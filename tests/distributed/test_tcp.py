@@ -66,7 +66,6 @@ def test_cpu_transports_require_gloo():
         assert requested_transport(TorusArgs(transport=name), "gloo") == name
         with pytest.raises(ValueError, match=rf"{name} moves tensors of CPU ranks, but .* backend is nccl"):
             requested_transport(TorusArgs(transport=name), "nccl")
-    with pytest.raises(
-        ValueError, match="--sp-transport must be one of auto, shm, tcp, two_sided, symm_mem, nvshmem, got 'rdma'"
-    ):
+    allowed = "auto, shm, tcp, two_sided, symm_mem, nccl_put, nvshmem"
+    with pytest.raises(ValueError, match=f"--sp-transport must be one of {allowed}, got 'rdma'"):
         TorusArgs(transport="rdma")
