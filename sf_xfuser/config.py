@@ -22,6 +22,7 @@ KERNELS = ("library", "fused")
 GRAPHS = ("auto", "off")
 COMPRESSIONS = ("none", "fp8", "int8")
 TRANSPORTS = ("auto", "shm", "tcp", "two_sided", "symm_mem", "nccl_put", "nvshmem")
+GPU_WINDOWS = ("symm_mem", "nccl_put", "nvshmem")  # one-sided: streams of a GPU wait for flags
 UNCOMPRESSED = ("shm", "nccl_put", "nvshmem")  # they write chunks into remote memory as they are
 _PLAN_NAMES = ("auto", "paper", "usp")
 _PLAN_KEYS = ("torus", "ulysses", "ring")

@@ -358,18 +358,14 @@ def _transports() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
-    from sf_xfuser.transport.cpu import segment
-    from sf_xfuser.transport.gpu import nccl_put, nvshmem, symm_mem
+    from sf_xfuser.torus.links import UNAVAILABLE
 
     nccl = None if dist.is_nccl_available() else "this torch was built without NCCL"
     reasons = {
         "tcp": None,
         "two_sided over nccl": nccl if torch.cuda.is_available() else "no NVIDIA or AMD GPU",
         "two_sided over gloo": None if dist.is_gloo_available() else "this torch was built without gloo",
-        "shm": segment.unavailable(),
-        "symm_mem": symm_mem.unavailable(),
-        "nccl_put": nccl_put.unavailable(),
-        "nvshmem": nvshmem.unavailable(),
+        **{name: unavailable() for name, unavailable in UNAVAILABLE.items()},
     }
     for name, reason in reasons.items():
         detail = f"not available: {reason}" if reason else "available"

@@ -16,13 +16,14 @@ import torch.multiprocessing as mp
 
 from sf_xfuser.bench.document import print_row
 from sf_xfuser.bench.timing import Bench, error_ratio, summary
-from sf_xfuser.config import TorusArgs, set_defaults
+from sf_xfuser.config import GPU_WINDOWS, TorusArgs, set_defaults
 from sf_xfuser.kernels import sdpa_attend
+from sf_xfuser.torus import links
 from sf_xfuser.torus.attention import attend_nothing, torus_attention
 from sf_xfuser.torus.build import build_mesh
 from sf_xfuser.torus.mesh import Mesh
 from sf_xfuser.transport.base import TransportUnavailable
-from sf_xfuser.transport.gpu import nccl_put, nvshmem, symm_mem
+from sf_xfuser.transport.gpu import nvshmem
 
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
@@ -33,11 +34,7 @@ ENVIRONMENT = {
     "NVSHMEM_REMOTE_TRANSPORT": "none",
     "GLOO_SOCKET_IFNAME": "lo",
 }
-UNAVAILABLE = {
-    "symm_mem": symm_mem.unavailable,
-    "nccl_put": nccl_put.unavailable,
-    "nvshmem": nvshmem.unavailable,
-}
+UNAVAILABLE = {name: links.UNAVAILABLE[name] for name in GPU_WINDOWS}
 _HEADS, _D, _SEEDS = 8, 128, 3
 _GRIDS = {2: "2x1", 4: "2x2"}
 

@@ -33,6 +33,14 @@ Connect = Callable[[ControlPlane], Links]
 
 XDIT_COLLECTIVES = "xDiT's own collectives"
 
+UNAVAILABLE: Mapping[str, Callable[[], str | None]] = {
+    "shm": segment.unavailable,
+    "symm_mem": symm_mem.unavailable,
+    "nccl_put": nccl_put.unavailable,
+    "nvshmem": nvshmem.unavailable,
+}
+"""Transport -> why this process cannot use it, regardless of its peers, or None. Local. Others run everywhere."""
+
 
 @dataclass
 class Group:
@@ -144,13 +152,8 @@ def refused_here(args: TorusArgs, backend: str) -> str | None:
         requested = requested_transport(args, backend)
     except ValueError as error:
         return str(error)
-    probes = {
-        "shm": segment.unavailable,
-        "symm_mem": symm_mem.unavailable,
-        "nccl_put": nccl_put.unavailable,
-        "nvshmem": nvshmem.unavailable,
-    }
-    reason = probes[requested]() if requested in probes else None
+    unavailable = UNAVAILABLE.get(requested or "")
+    reason = unavailable() if unavailable is not None else None
     return f"--sp-transport {requested} cannot be used here: {reason}; use --sp-transport auto" if reason else None
 
 

@@ -105,7 +105,7 @@ def activate(args: TorusArgs) -> None:
     current.args = args
     repairs.used.clear()
     may_wait_on_gpu = args.transport == "auto" and args.backend not in XDIT_BACKENDS
-    if may_wait_on_gpu or args.transport in ("symm_mem", "nccl_put", "nvshmem"):
+    if may_wait_on_gpu or args.transport in config.GPU_WINDOWS:
         config.set_defaults({config.QUEUES_VARIABLE: "32"})  # effective only before the first use of CUDA
 
 
