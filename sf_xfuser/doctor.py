@@ -467,10 +467,10 @@ def _environment() -> Iterator[Finding]:
 
 
 def _nvshmem_variables() -> Iterator[Finding]:
-    from sf_xfuser.transport.gpu import nvshmem
+    from sf_xfuser.transport.gpu import facts, nvshmem
 
     if nvshmem.unavailable() is None:
-        warnings = nvshmem.environment_warnings(config.environment(nvshmem.VARIABLES), nvshmem.has_efa())
+        warnings = nvshmem.environment_warnings(config.environment(nvshmem.VARIABLES), facts.has_efa())
         for name, text in warnings.items():
             yield Finding("environment", name, "warn", f"{name} {text} (for --sp-transport nvshmem)")
 

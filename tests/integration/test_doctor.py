@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from sf_xfuser import cli, config, doctor
-from sf_xfuser.transport.gpu import nvshmem
+from sf_xfuser.transport.gpu import facts, nvshmem
 from tests.launch import environment, run
 
 SECTIONS = ["versions", "hooks", "accelerators", "transports", "host", "topology", "environment"]
@@ -117,7 +117,7 @@ def test_a_host_that_cannot_share_memory_or_be_reached(prepare, name, detail):
 def test_the_environment_of_nvshmem(monkeypatch):
     """As on an AWS machine with NVSHMEM installed."""
     monkeypatch.setattr(nvshmem, "unavailable", lambda: None)
-    monkeypatch.setattr(nvshmem, "has_efa", lambda: True)
+    monkeypatch.setattr(facts, "has_efa", lambda: True)
     monkeypatch.setenv("NVSHMEM_REMOTE_TRANSPORT", "ibrc")
     found = {finding.name: finding for finding in doctor._nvshmem_variables()}
     assert found["NVSHMEM_REMOTE_TRANSPORT"].status == "warn"

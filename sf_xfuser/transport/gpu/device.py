@@ -63,7 +63,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -334,9 +333,9 @@ class DeviceWindow(DeviceMemory):
     """The address of each mapped peer's block. Set by ``_allocate``."""
 
     @property
-    @abstractmethod
     def _reachable(self) -> Sequence[int]:
         """The other positions whose memory this rank can write: its peers, and ranks that use their results."""
+        return [peer for peer in range(len(self._members)) if peer != self._position]
 
     # Only for transports with peers that are not mapped; never called by others.
 

@@ -8,10 +8,8 @@ releases the GIL during each call. Streams, events and addresses are integers.
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _CAN_FLUSH_REMOTE_WRITES, _CAN_USE_64_BIT_STREAM_MEM_OPS = 98, 122
 _REQUIRED = ("cuStreamBatchMemOp_v2", "cuStreamWriteValue32_v2")
-_MIN_VERSION = 12050  # older drivers do not support stream memory operations on memory that peers map
 
 _WAIT_64, _WRITE_64 = 4, 5  # CUstreamBatchMemOpType
 _EQUAL, _AND = 1, 2  # CUstreamWaitValue_flags; and: until (word & value) != 0
@@ -116,7 +113,7 @@ class Driver:
         self._batch_extra: tuple[int, ...] = ()  # its arguments before the stream
 
     def facts(self) -> dict[str, Any]:
-        """The driver's fields of ``DriverFacts``, for device 0."""
+        """The driver's fields of ``facts.DriverFacts``, for device 0."""
         version, device, supported = c_int(), c_int(), c_int()
         self._call("cuDriverGetVersion", ctypes.byref(version))
         missing = [name for name in _REQUIRED if not hasattr(self._library, name)]
@@ -255,41 +252,3 @@ def acquire_streams(driver: Driver, device: int) -> StreamSet:
 def release_streams(streams: StreamSet, device: int) -> None:
     """Offer the streams to later windows. They must have no pending work."""
     _idle_sets.setdefault(device, []).append(streams)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriverFacts:
-    """Capabilities of one process, as plain values.
-
-    ``cuda``: PyTorch's CUDA version. ``gpus``: number of visible GPUs. ``problem``: why probing failed. ``driver``: the
-    CUDA version that the driver supports (12050: CUDA 12.5). ``missing``: required functions that the driver lacks.
-    ``stream_operations``: support for 64-bit stream memory operations.
-    """
-
-    cuda: str | None = None
-    gpus: int = 0
-    problem: str | None = None
-    driver: int = 0
-    missing: Sequence[str] = ()
-    stream_operations: bool = False
-
-    def no_gpu_reason(self) -> str | None:
-        if self.cuda is None:
-            return "this PyTorch is built without CUDA"
-        return None if self.gpus else "no NVIDIA GPU is visible"
-
-    def old_driver_reason(self) -> str | None:
-        if self.driver < _MIN_VERSION or self.missing:
-            version = f"{self.driver // 1000}.{self.driver % 1000 // 10}"
-            return f"the driver supports CUDA {version}, stream memory operations on peer memory need 12.5"
-        return None if self.stream_operations else "the GPU has no 64-bit stream memory operations"
-
-
-def gpu_name(device: int) -> str:
-    """UUID of the GPU: equal in all processes of a host that use it, regardless of CUDA_VISIBLE_DEVICES."""
-    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """``(0, 4, 1)`` of ``"0.4.1.post2"``."""
-    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])

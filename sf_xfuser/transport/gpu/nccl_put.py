@@ -18,8 +18,8 @@ import importlib.metadata
 import socket
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from sf_xfuser.config import environment
 from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.device import DeviceWindow
-from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name, version_numbers
-from sf_xfuser.transport.gpu.nvshmem import has_efa
+from sf_xfuser.transport.gpu.driver import Driver
+from sf_xfuser.transport.gpu.facts import RankFacts, gather, has_efa, other_hosts, ranks_on_gpu, version_numbers
 from sf_xfuser.transport.gpu.transfer import NetworkPut
 from sf_xfuser.transport.rendezvous import run_with_timeout
 
-_OLDEST_NCCL = (2, 29)
+_OLDEST_NCCL = 22900
 _OLDEST_BINDINGS = (0, 3)  # of nccl4py, the first with one-sided operations
 _IN_FLIGHT = 64
 _UINT8 = 1  # ncclDataType_t
@@ -47,7 +47,7 @@ _SHARED_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts(DriverFacts):
+class Facts(RankFacts):
     """Capabilities of one rank, gathered by all.
 
     ``bindings``: version of nccl4py. ``library``: version of the loaded NCCL, such as 23007 for 2.30.7. ``efa``: the
@@ -56,11 +56,8 @@ class Facts(DriverFacts):
 
     bindings: str = ""
     library: int = 0
-    host: str = ""
-    gpu: str = ""
     efa: bool = False
     product: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def probe() -> Facts:
@@ -97,8 +94,8 @@ def unsupported_reason(facts: Facts) -> str | None:
         return f"nccl4py {facts.bindings} is too old: pip install 'sf-xfuser[nccl]'"
     if facts.problem:
         return f"NCCL cannot be used: {facts.problem}"
-    if _version(facts.library) < _OLDEST_NCCL:
-        loaded = ".".join(map(str, _version(facts.library)))
+    if facts.library < _OLDEST_NCCL:
+        loaded = f"{facts.library // 10000}.{facts.library // 100 % 100}.{facts.library % 100}"
         return f"NCCL {loaded} is loaded, one-sided operations need 2.29: use a newer PyTorch, or two_sided"
     if reason := facts.old_driver_reason():
         return reason
@@ -147,9 +144,7 @@ class NcclPut(DeviceWindow):
     ) -> None:
         self._require_no_capture()
         self._communicator, self._nccl, ranks = _connect(control, members, position, timeout_s)
-        own = ranks[position]
-        self._ranks_on_gpu = sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
-        self.other_hosts = {w for w, facts in enumerate(ranks) if facts.host != own.host}
+        self._ranks_on_gpu, self.other_hosts = ranks_on_gpu(ranks, position), other_hosts(ranks, position)
         self._window, self._allocated = None, 0  # NCCL's handle and the address of the block
         self._lock = threading.Lock()  # a communicator serves one thread at a time
         super().__init__(control, members, position, peers, timeout_s)
@@ -176,10 +171,6 @@ class NcclPut(DeviceWindow):
         if self._closed:
             end = self._nccl.comm_destroy if self._watchdog.error is None else self._nccl.comm_abort
             end(self._communicator)
-
-    @property
-    def _reachable(self) -> Sequence[int]:
-        return [peer for peer in range(len(self._members)) if peer != self._position]
 
     def sees_flags(self, peer: int) -> bool:
         """As ``DeviceWindow.sees_flags``: also flags of unmapped peers are plain words."""
@@ -223,12 +214,9 @@ def _connect(
 ) -> tuple[Any, Any, list[Facts]]:
     """A communicator of the group, nccl4py's bindings, and the facts of all ranks. Collective; raises TransportError on
     every rank."""
-    facts = asdict(probe())
-    device = torch.cuda.current_device() if facts["gpus"] else None
-    if device is not None:
-        facts["gpu"] = gpu_name(device)
-    ranks = [Facts(**values) for values in control.gather("nccl_put", facts)]
+    ranks = gather(control, "nccl_put", probe())
     raise_if_unavailable("nccl_put", members, group_unsupported_reasons(ranks))
+    device = torch.cuda.current_device()
 
     from nccl.bindings import nccl
 
@@ -261,7 +249,3 @@ class _Bytes:
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
-
-
-def _version(library: int) -> tuple[int, int, int]:
-    return library // 10000, library // 100 % 100, library % 100

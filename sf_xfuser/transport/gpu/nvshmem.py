@@ -21,8 +21,7 @@ import importlib.metadata
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ from sf_xfuser.transport.base import TransportError, raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.block import round_up
 from sf_xfuser.transport.gpu.device import DeviceWindow
-from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name, version_numbers
+from sf_xfuser.transport.gpu.driver import Driver
+from sf_xfuser.transport.gpu.facts import RankFacts, gather, other_hosts, ranks_on_gpu, version_numbers
 from sf_xfuser.transport.gpu.transfer import NetworkPut
 
 _SET = 9  # NVSHMEM_SIGNAL_SET
@@ -67,7 +67,7 @@ _NVSHMEM_EQUIVALENTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts(DriverFacts):
+class Facts(RankFacts):
     """Capabilities of one rank, gathered by all.
 
     ``bindings``: version of nvshmem4py by flavour (``"cu13"``). ``library``: version of libnvshmem. ``status``:
@@ -78,9 +78,6 @@ class Facts(DriverFacts):
     library: str = ""
     status: int = 0
     world: Sequence[int] | None = None
-    host: str = ""
-    gpu: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def probe() -> Facts:
@@ -193,12 +190,6 @@ def environment_warnings(variables: Mapping[str, str], efa: bool = False) -> dic
     return warnings
 
 
-def has_efa() -> bool:
-    """Whether this machine has AWS EFA cards. Local."""
-    cards = Path("/sys/class/infiniband").glob("*/device/driver")
-    return any(driver.resolve().name == "efa" for driver in cards)
-
-
 def exchange_unique_id(control: ControlPlane, members: Sequence[int], position: int) -> Any:
     """The id of a new world. Position 0 creates it and must stay alive. Collective; raises TransportError on every
     rank."""
@@ -281,10 +272,6 @@ class Nvshmem(DeviceWindow):
         """Freed memory may leave a hole in the heap that is too small, so it does not count."""
         return round_up(nbytes, _HEAP_CHUNK)
 
-    @property
-    def _reachable(self) -> Sequence[int]:
-        return [peer for peer in range(len(self._members)) if peer != self._position]
-
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
         self._bindings.putmem_on_stream(self._base + offset, source, nbytes, peer, stream)
 
@@ -324,12 +311,7 @@ def _start_world(control: ControlPlane, members: Sequence[int], position: int) -
     """Start NVSHMEM with ``members`` as its world, unless started. Returns its status, the number of members on this
     GPU, and the positions on other hosts. Collective; raises TransportError on every rank."""
     global _world
-    facts = asdict(probe())
-    if facts["gpus"]:
-        device = torch.cuda.current_device()
-        torch.zeros(1, device=device)  # without a current CUDA context NVSHMEM starts only partially
-        facts["gpu"] = gpu_name(device)
-    ranks = [Facts(**values) for values in control.gather("nvshmem", facts)]
+    ranks = gather(control, "nvshmem", probe())
     raise_if_unavailable("nvshmem", members, group_unsupported_reasons(ranks, members, dist.get_world_size()))
 
     import nvshmem.core as core
@@ -354,9 +336,7 @@ def _start_world(control: ControlPlane, members: Sequence[int], position: int) -
         if (core.my_pe(), core.n_pes()) != (position, len(members)):
             raise TransportError(f"NVSHMEM assigned PE {core.my_pe()} to this rank, not {position}")
         _world = list(members)
-    own = ranks[position]
-    on_gpu = sum((facts.host, facts.gpu) == (own.host, own.gpu) for facts in ranks)
-    return int(core.init_status()), on_gpu, {w for w, facts in enumerate(ranks) if facts.host != own.host}
+    return int(core.init_status()), ranks_on_gpu(ranks, position), other_hosts(ranks, position)
 
 
 def _current_device() -> Any:

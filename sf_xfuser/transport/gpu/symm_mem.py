@@ -20,7 +20,8 @@ from sf_xfuser.layout import topology
 from sf_xfuser.transport.base import raise_if_unavailable
 from sf_xfuser.transport.control_plane import ControlPlane
 from sf_xfuser.transport.gpu.device import DeviceWindow
-from sf_xfuser.transport.gpu.driver import Driver, DriverFacts, gpu_name
+from sf_xfuser.transport.gpu.driver import Driver
+from sf_xfuser.transport.gpu.facts import DriverFacts, gpu_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
