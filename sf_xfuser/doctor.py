@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sf_xfuser import __version__, config
-from sf_xfuser.bench.document import commit
+from sf_xfuser.bench.document import commit, installed_version
 from sf_xfuser.bench.outputs import Outputs
 from sf_xfuser.layout import topology
 
@@ -244,16 +244,16 @@ def to_json(findings: list[Finding]) -> dict[str, Any]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", "ok", platform.python_version())
-    if _installed("sf-xfuser"):
+    if installed_version("sf-xfuser"):
         yield Finding("versions", "sf-xfuser", "ok", __version__)
     else:
         root = Path(__file__).parents[1]
         detail = f"{root} is not installed, so --sp-backend is not registered"
         yield Finding("versions", "sf-xfuser", "fail", detail, f"pip install -e {root}")
     accepted = {needed.name: str(needed.specifier) for needed in _requirements("sf-xfuser")}
-    absent = [f"'{name}{accepted.get(name, '')}'" for name in _PACKAGES if _installed(name) is None]
+    absent = [f"'{name}{accepted.get(name, '')}'" for name in _PACKAGES if installed_version(name) is None]
     for name in _PACKAGES:
-        version = _installed(name)
+        version = installed_version(name)
         if version is None:
             yield Finding("versions", name, "fail", "not installed", f"pip install {' '.join(absent)}")
         elif name != "torch":
@@ -267,17 +267,9 @@ def _versions() -> Iterator[Finding]:
                 problem = f"{version} cannot be imported: {type(error).__name__}: {error}"
                 yield Finding("versions", name, "fail", problem, f"pip install --force-reinstall torch=={version}")
     for name in ("triton", "flash-attn", "nccl4py", "nvshmem4py-cu12", "nvshmem4py-cu13"):
-        version = _installed(name)
+        version = installed_version(name)
         yield Finding("versions", name, "ok" if version else "info", version or "not installed (optional)")
     yield from _conflicts()
-
-
-def _installed(name: str) -> str | None:
-    """The version of a package; None if it is not installed, or if its metadata is damaged."""
-    try:
-        return importlib.metadata.version(name) or None
-    except (importlib.metadata.PackageNotFoundError, KeyError):
-        return None
 
 
 def _requirements(name: str) -> list[Requirement]:
@@ -295,12 +287,12 @@ def _conflicts() -> Iterator[Finding]:
     found, install = [], []
     for owner in ("sf-xfuser", *_PACKAGES):
         for needed in _requirements(owner):
-            version = _installed(needed.name)
+            version = installed_version(needed.name)
             wanted = f"{needed.name}{needed.specifier}"
             if version is None and needed.name not in _PACKAGES:  # their absence is reported already
-                detail = f"not installed, but {owner} {_installed(owner)} needs {wanted}"
+                detail = f"not installed, but {owner} {installed_version(owner)} needs {wanted}"
             elif version and needed.name != "xfuser" and not needed.specifier.contains(version, prereleases=True):
-                detail = f"{version} is installed, but {owner} {_installed(owner)} needs {wanted}"
+                detail = f"{version} is installed, but {owner} {installed_version(owner)} needs {wanted}"
             else:
                 continue
             is_too_new = version and any(

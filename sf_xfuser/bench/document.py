@@ -1,4 +1,4 @@
-"""The JSON document of a benchmark run, and checks of output paths."""
+"""The JSON document of a benchmark run, and the version and commit behind it."""
 
 from __future__ import annotations
 
@@ -81,27 +81,8 @@ def _cpu() -> str:
 
 
 def installed_version(name: str) -> str | None:
+    """The version of a package; None if it is not installed, or if its metadata is damaged."""
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
+        return metadata.version(name) or None
+    except (metadata.PackageNotFoundError, KeyError):
         return None
-
-
-def check_output_paths(options: object, *names: str) -> None:
-    """Raise ValueError if one of these options is a folder, or a file in a folder that does not exist."""
-    for name in names:
-        path = getattr(options, name)
-        if path and path != "-" and not (folder := Path(path).absolute().parent).is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {folder}")
-        if path and Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a folder; use the path of a file")
-
-
-def write_json(path: str | None, document: object, indent: int | None = None) -> bool:
-    """Write ``document`` to ``path``, if any. Returns whether ``path`` is ``-``, standard output."""
-    text = json.dumps(document, indent=indent) if path else ""
-    if path == "-":
-        print(text)
-    elif path:
-        Path(path).write_text(text + "\n")
-    return path == "-"

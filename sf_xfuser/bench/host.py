@@ -27,8 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sf_xfuser.bench.document import check_output_paths, new_document, write_json
+from sf_xfuser.bench.document import new_document
 from sf_xfuser.bench.loopback import OneRank, StreamLoopback
+from sf_xfuser.bench.outputs import Outputs
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.torus import run
@@ -181,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--calls must be at least 1, got {options.calls}")
         if options.programs and options.json == "-":
             raise ValueError("--programs and --json - both print to standard output: use one of them")
-        check_output_paths(options, "json")
+        outputs = Outputs(parser.prog, options)
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
@@ -190,12 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(name, options.calls, options.granularity, print_program=options.programs)
         for name in options.layout or LAYOUTS
     ]
-    if not write_json(options.json, document, indent=1):
+    outputs.json(document)
+    if not outputs.on_stdout:
         table = Table("layout", "granularity", "host us", "launches")
         for row in document["rows"]:
             table.add_row(row["layout"], row["granularity"], f"{row['host_us']:.0f}", str(row["launches"]))
         Console(width=None if sys.stdout.isatty() else 100).print(table)
-    return 0
+    return int(outputs.failed)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class Outputs:
         for name, path in self._paths.items():
             if (other := names.setdefault(os.path.realpath(path), name)) != name:
                 raise ValueError(f"--{other} and --{name} both write {path}; use two files")
+            if path != "-" and Path(path).is_dir():
+                raise ValueError(f"--{name} {path} is a folder; use the path of a file")
             try:
                 if name in _NEED_MATPLOTLIB:
                     _check_matplotlib(path if name == "plot" else None)
@@ -97,8 +99,6 @@ def _check_matplotlib(plot: str | None) -> None:
 
 def _prove_file(path: Path) -> None:
     """Raise OSError or ValueError if ``path`` cannot be written. Creates and removes a new file; changes no other."""
-    if path.is_dir():
-        raise ValueError("it is a folder; use the path of a file")
     if not (folder := path.absolute().parent).is_dir():
         raise ValueError(f"there is no folder {folder}")
     is_new = not path.exists()

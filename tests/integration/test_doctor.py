@@ -69,7 +69,8 @@ def test_pytorch_that_cannot_be_imported_is_one_failure(tmp_path):
 
 def test_versions_that_another_package_refuses_are_one_entry_with_one_fix(monkeypatch):
     installed = {"transformers": "4.30.0", "yunchang": "0.3", "huggingface-hub": "9.0"}
-    monkeypatch.setattr(doctor, "_installed", lambda name, real=doctor._installed: installed.get(name) or real(name))
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: installed.get(name) or real(name))
     [(status, section, text, fix)] = doctor.problems(list(doctor._conflicts()))
     assert (status, section) == ("fail", "versions")
     assert "4.30.0 is installed, but xfuser" in text and "needs yunchang>=0.6.0" in text
