@@ -94,10 +94,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table for GitHub, then the reasons as a list."""
-    header, cells = lines(rows)
-    rule = [":--", *["--:"] * (len(header) - 1)]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *cells))
-    return text + "\n" + "".join(f"- {refusal}\n" for refusal in refusals(rows))
+    return report.markdown(*lines(rows)) + "\n" + "".join(f"- {refusal}\n" for refusal in refusals(rows))
 
 
 def _is_of(package: str, row: Mapping[str, object]) -> bool:

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from sf_xfuser.bench.demo import SINGLE, TORUS, ULYSSES, USP, picture_name
 from sf_xfuser.bench.document import new_document
-from sf_xfuser.bench.page import STYLE
+from sf_xfuser.bench.page import page
 from sf_xfuser.bench.pictures import draw_timelines
 
 _COLUMNS = (
@@ -125,18 +125,15 @@ def html(found: Mapping[str, Any], title: str, folder: Path) -> str:
     )
     timeline = base64.b64encode((folder / "timeline.png").read_bytes()).decode()
     facts = {**found["hardware"], **found["versions"], "created": found["created"], "commit": found["commit"]}
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>sf-xfuser demo</title>\n<style>{STYLE}{_PAGE_STYLE}</style>\n</head>\n<body>\n"
+    body = (
         f"<h1>sf-xfuser demo</h1>\n<p>{escape(title)}</p>\n"
         + "".join(f"<p>{escape(text)}</p>\n" for text in sentences(found))
         + f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>\n'
         + f'<figure><img alt="Timelines of USP and torus" src="data:image/png;base64,{timeline}"></figure>\n'
         + f'<div class="pictures">{pictures}</div>\n'
-        + f"<p><small>{escape(' · '.join(f'{name} {value}' for name, value in facts.items() if value))}</small></p>\n"
-        + "</body>\n</html>\n"
+        + f"<p><small>{escape(' · '.join(f'{name} {value}' for name, value in facts.items() if value))}</small></p>"
     )
+    return page("sf-xfuser demo", body, _PAGE_STYLE)
 
 
 def _thumbnail(path: Path) -> str:

@@ -35,7 +35,7 @@ _COLOURS = {
     "o": "#D55E00",
     "other": "#56B4E9",
 }
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark; --line: #d0d7de; --soft: #f3f5f7; --best: #d9f2e3; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --line: #3d444d; --soft: #22272e; --best: #12402a; --bad: #ff9d94; } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
@@ -272,12 +272,16 @@ def html(document: Mapping[str, Any]) -> str:
         own = [timeline for timeline in timelines if timeline["case"] == case]
         parts.append(_section(case, _case(case_rows, own, figures), opened=len(cases) == 1))
     data = json.dumps(_finite(rows), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    parts.append(f'<script type="application/json" id="rows">{data}</script>')
+    return page("sf-xfuser bench", "\n".join(parts))
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """An HTML page of its own, in the style of all reports and in ``style``."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>sf-xfuser bench</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + f'\n<script type="application/json" id="rows">{data}</script>\n</body>\n</html>\n'
+        f"<title>{title}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -258,9 +258,14 @@ def grid_table(rows: Iterable[Row]) -> FittedTable:
 
 def markdown_table(rows: Iterable[Row]) -> str:
     """``grid_table`` as a GitHub table."""
-    rule = [":--", *["--:"] * (len(GRID_COLUMNS) - 1)]
-    lines = [GRID_COLUMNS, rule, *([text.replace("|", "\\|") for text in line] for line in grid_cells(rows))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(GRID_COLUMNS, grid_cells(rows))
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A GitHub table. Columns but the first are aligned to the right."""
+    rule = [":--", *["--:"] * (len(columns) - 1)]
+    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, rule, *escaped))
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
