@@ -28,11 +28,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sf_xfuser.bench import demo_page, emulate, page
 from sf_xfuser.bench.demo import PROGRESS, TOLERANCE, DemoOptions
 from sf_xfuser.bench.pipeline import PipelineOptions
+from sf_xfuser.bench.progress import Progress
 from sf_xfuser.integrations.xdit.degrees import read_model_facts
 
 CLUSTER = "4x1"
@@ -90,10 +90,9 @@ def run(options: argparse.Namespace) -> int:
         pipeline=pipeline, make_model=SMALL_FLUX if options.model is None else None, emulated=reason is None,
         rounds=options.rounds, out=str(options.out),
     )  # fmt: skip
-    console = Console(stderr=True)
     if reason is not None:
-        console.print(f"No emulated cluster: {reason}", style="yellow", highlight=False)
-    results = launch(job, console)
+        Console(stderr=True).print(f"No emulated cluster: {reason}", style="yellow", highlight=False)
+    results = launch(job)
     found = demo_page.figures(results, reason)
     (options.out / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
     demo_page.draw_timeline(results["timelines"], options.out / "timeline.png")
@@ -111,13 +110,13 @@ def run(options: argparse.Namespace) -> int:
     return 1
 
 
-def launch(job: DemoOptions, console: Console) -> dict:
+def launch(job: DemoOptions) -> dict:
     """Run the ranks with their output in ranks.log and return their results. Ctrl-C ends every process."""
     path, log = Path(job.out, "job.json"), Path(job.out, "ranks.log")
     path.write_text(json.dumps(asdict(job)))
     path.with_suffix(".result").unlink(missing_ok=True)
     ends, write = os.pipe()
-    reader = threading.Thread(target=follow, args=(ends, log, console), daemon=True)
+    reader = threading.Thread(target=follow, args=(ends, log), daemon=True)
     reader.start()
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # CPU ranks, one core each
     ranks = ["-m", "sf_xfuser.bench.demo", str(path)]
@@ -150,30 +149,21 @@ def run_on_this_host(command: list[str], environment: dict[str, str], output: in
         raise
 
 
-def follow(ends: int, log: Path, console: Console) -> None:
-    """Copy the ranks' output to ``log``, and show rank 0's reports: a bar on a terminal, else a line every 15 s."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    finished = threading.Event()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        bar.add_task("starting four ranks", total=None)
-        (task,) = bar.tasks
-
-        def print_lines() -> None:
-            while not finished.wait(15):
-                done = f", {100 * task.completed / task.total:.0f} %" if task.total else ""
-                console.print(f"{task.elapsed:.0f} s{done}: {task.description}", highlight=False)
-
-        if not console.is_terminal:
-            threading.Thread(target=print_lines, daemon=True).start()
-        with os.fdopen(ends, errors="replace") as lines, log.open("w") as file:
-            for line in lines:
-                if line.startswith(PROGRESS):
-                    done, total, text = json.loads(line.removeprefix(PROGRESS))
-                    bar.update(task.id, completed=done, total=total, description=text)
-                else:
-                    file.write(line)
-                    file.flush()
-        finished.set()
+def follow(ends: int, log: Path) -> None:
+    """Copy the ranks' output to ``log``, and show how far rank 0 says it is."""
+    done = 0
+    with Progress("demo") as progress, os.fdopen(ends, errors="replace") as lines, log.open("w") as file:
+        progress.doing("starting four ranks")
+        for line in lines:
+            if line.startswith(PROGRESS):
+                now_done, progress.total, text = json.loads(line.removeprefix(PROGRESS))
+                if now_done > done:
+                    progress.advance(now_done - done)
+                done = now_done
+                progress.doing(text)
+            else:
+                file.write(line)
+                file.flush()
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ class Progress:
             if left_s > LINE_S:
                 self._print()
 
-    def advance(self) -> None:
-        """Count a step that has ended."""
+    def advance(self, steps: int = 1) -> None:
+        """Count steps that have ended."""
         now_s = time.monotonic()
-        self._times_s.append(now_s - self._last_s)
+        self._times_s += [(now_s - self._last_s) / steps] * steps
         self._last_s = now_s
         self._update()
 
