@@ -22,14 +22,13 @@ from torch.utils.hooks import RemovableHandle
 
 from sf_xfuser.integrations.diffusers.attention import TorusContextParallel, attention_modules, uncompiled
 from sf_xfuser.integrations.diffusers.inputs import flatten, require_same, summarize
+from sf_xfuser.integrations.xdit.adapters import CONTROLNET_SAMPLES
 from sf_xfuser.torus.all_gather import all_gather
 
 _TEXT_FIRST = ("FluxTransformer2DModel", "Flux2Transformer2DModel")  # in joint attention the text comes first
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 # Plans omit the samples of a ControlNet, one for each image token.
-_SAMPLES = dict.fromkeys(
-    ("controlnet_block_samples", "controlnet_single_block_samples"), SimpleNamespace(split_dim=1, expected_dims=3)
-)
+_SAMPLES = dict.fromkeys(CONTROLNET_SAMPLES, SimpleNamespace(split_dim=1, expected_dims=3))
 _NOT_SPLIT = {
     "controlnet_mode": "every rank would add the mode token; do not parallelize a union ControlNet",
     "kv_cache_mode": "reference tokens start the whole sequence, not the part of each rank; run without a KV cache",

@@ -18,7 +18,7 @@ from sf_xfuser.integrations.hooks import wrapper
 from sf_xfuser.integrations.xdit import session
 from sf_xfuser.integrations.xdit.repairs import context
 
-_SAMPLES = ("controlnet_block_samples", "controlnet_single_block_samples")
+CONTROLNET_SAMPLES = ("controlnet_block_samples", "controlnet_single_block_samples")
 _ATTENTION_KWARGS = ("joint_attention_kwargs", "attention_kwargs")
 _INSTEAD = "use diffusers' own pipeline with sf_xfuser.parallelize(pipe.transformer)"
 
@@ -99,7 +99,7 @@ def split_samples(forward: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     from xfuser.core.distributed import get_sequence_parallel_rank
 
     num_ranks = context.num_ranks()
-    for name in _SAMPLES if num_ranks > 1 else ():
+    for name in CONTROLNET_SAMPLES if num_ranks > 1 else ():
         if kwargs.get(name) is not None:
             whole = [pad(x, (0, 0, 0, -x.shape[1] % num_ranks)) for x in kwargs[name]]
             kwargs[name] = [x.chunk(num_ranks, dim=1)[get_sequence_parallel_rank()] for x in whole]
