@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sf_xfuser import __version__, doctor
+from sf_xfuser import __version__
 from sf_xfuser.bench import emulate, report
 from sf_xfuser.bench.outputs import Outputs
 
@@ -58,7 +58,11 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     result.add_argument("--version", action="version", version=f"sf-xfuser {__version__}")
     commands = result.add_subparsers(dest="command", required=True)
-    doctor.add_doctor_arguments(commands.add_parser("doctor", help="check this installation"))
+    doctor = commands.add_parser("doctor", help="check this installation")
+    if arguments[:1] == ["doctor"]:
+        from sf_xfuser.doctor import add_doctor_arguments
+
+        add_doctor_arguments(doctor)
     bench = _add(
         commands,
         "bench",
