@@ -110,7 +110,7 @@ MODELS: Mapping[str, TinyModel] = {
     ),
     "cogvideox": TinyModel(
         {"heads": 24, "head_dim": 64, "layers": 1},
-        {"height": 512, "width": 704, "num_frames": 9, "guidance_scale": 1.0},
+        {"height": 512, "width": 704, "num_frames": 9, "guidance_scale": 6.0},
         text_length=224,
     ),
     "wan": TinyModel(

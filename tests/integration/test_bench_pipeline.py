@@ -19,12 +19,14 @@ COMPRESSED = ["torus-fp8", "torus-int8"]
 DIFFUSERS = ["diffusers-ulysses", "diffusers-ulysses-anything", "diffusers-unified"]
 REASONS = ["", "equals diffusers-ulysses where counts divide", ""]  # why they cannot run
 NO_PLAN = "ValueError: `cp_plan` must be provided"  # diffusers has none for HunyuanVideo and CogVideoX
-CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 4}  # attention calls per step: blocks x passes
+CALLS = {"flux": 4, "cogvideox": 2, "hunyuanvideo": 4, "wan": 2}  # attention calls per step: blocks x passes
 
 
 @pytest.mark.parametrize("family", CALLS)
 def test_variants(family, tmp_path):
     folder = save_tiny_model(family, tmp_path / family)
+    small, guidance = folder / "small_input.json", MODELS[family].size["guidance_scale"]
+    small.write_text(json.dumps({**json.loads(small.read_text()), "guidance_scale": guidance}))
     output = torchrun("bench_pipeline.py", folder, 16, nproc=4).output
     found = reports(output)["variants"]
     assert len(found) == 4
@@ -41,7 +43,7 @@ def test_variants(family, tmp_path):
             continue
         assert len(record["times_s"]) == 2, record  # one round of two steps
         if record["variant"] in COMPRESSED:
-            assert record["max_abs_error"] > 1e-5 and 35 <= record["psnr_db"] < 85, record
+            assert record["max_abs_error"] > 1e-5 and 35 <= record["psnr_db"] < 100, record
         else:
             assert record["max_abs_error"] <= (1e-4 if record["variant"] != "single" else 0), record
             assert record["psnr_db"] is None
