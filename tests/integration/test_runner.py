@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from diffusers import FluxPipeline
 
 from sf_xfuser.bench.tiny_models import save_tiny_model
-from tests.launch import reports, torchrun
+from tests.launch import on_cluster, reports, torchrun
 from tests.patched import copy_of_xdit
 
 pytestmark = pytest.mark.skipif(version("xfuser") < "0.7", reason="repairs are for xDiT 0.7")
@@ -35,11 +38,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, nproc: int, height: int, width: int, flags: str, **options) -> tuple[str, list[torch.Tensor]]:
+def run(
+    folder: Path, nproc: int, height: int, width: int, flags: str, cluster: str | None = None, **options
+) -> tuple[str, list[torch.Tensor]]:
     """The report of rank 0, and the latents of the two requests, for seeds 1 and 2."""
     size = ["--height", str(height), "--width", str(width), "--max_sequence_length", str(TEXT)]
     argv = ["--prompt", PROMPT, *size, "--num_inference_steps", "2", "--num_iterations", "1", *flags.split()]
-    output = torchrun("runner.py", folder, json.dumps({"case": argv}), nproc=nproc, timeout=120, **options).output
+    launch = partial(on_cluster, cluster=cluster) if cluster else partial(torchrun, nproc=nproc, timeout=120)
+    output = launch("runner.py", folder, json.dumps({"case": argv}), **options).output
     ranks = reports(output, ["case"])["case"]
     assert len(ranks) == nproc, output[-4000:]
     latents = folder / "case.pt"
@@ -107,3 +113,14 @@ def test_xdit_as_installed_and_patched(folder, tmp_path_factory):
     text, found = run(folder, 3, 128, 128, "--sp-backend torus --sp-topology 3x1", env=path)
     assert "repaired in xDiT" not in text
     assert_equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_use_torch_compile(folder):
+    """By Inductor, on an emulated cluster, where calls are staged."""
+    inductor = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else each rank starts a process for each core
+    flags = "--sp-backend torus --use_torch_compile"
+    text, found = run(folder, 4, 128, 128, flags, cluster="2x2", env=inductor, timeout=400)
+    assert re.search(r"by torus: [1-9]", text) and "fell back" not in text, text
+    assert_equal(found, single(folder, 128, 128, steps=2))

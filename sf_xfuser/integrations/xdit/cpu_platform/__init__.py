@@ -226,6 +226,14 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         module=_ENVS,
+        name="PackagesEnvChecker._on_rdna4",
+        wrap=_always(False),
+        required=False,
+        why="envs.py: --use_torch_compile asks CUDA for the architecture of an AMD GPU",
+        remove_when="_on_rdna4 needs no GPU",
+    ),
+    Hook(
+        module=_ENVS,
         name="PACKAGES_CHECKER.packages_info",
         wrap=_packages,
         sweep=True,
