@@ -1,4 +1,4 @@
-"""Runs the settings of ranks/settings.py for the tests of memory and caches."""
+"""Runs the settings of ranks/settings.py for the tests of memory, compilation and caches."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def both(*settings: str) -> list[str]:
 
 
 def run(folder: Path, kind: str, cases: Iterable[str], timeout: float = 200) -> dict[str, dict[str, Any]]:
-    """case -> rank -> what the rank reported. ``kind``: memory or caches. One launch."""
+    """case -> rank -> what the rank reported. ``kind``: memory, compilation or caches. One launch."""
     for family in ("flux", "wan"):
         save_tiny_model(family, folder / family)
     given = [f"{kind}:{case}" for case in cases]
-    found = reports(on_cluster("settings.py", folder, *given, timeout=timeout).output, given)
+    no_pool = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else each rank starts a process for each core
+    found = reports(on_cluster("settings.py", folder, *given, timeout=timeout, env=no_pool).output, given)
     return {case.partition(":")[2]: ranks for case, ranks in found.items()}
 
 

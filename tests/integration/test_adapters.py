@@ -65,6 +65,7 @@ CASES = {
     "sd3_lora": Case("SD3: LoRA, as Flux", ("pipeline",), {"parallelize": SD3}),
     "wan_lora": Case("Wan: LoRA, as Flux"),
     "flux_controlnet": Case("Flux: ControlNet, also with two prompts"),
+    "qwen_controlnet": Case("Qwen-Image: ControlNet"),
     "sd3_controlnet": Case("SD3: ControlNet", (), {"parallelize": SD3}),
     "flux_ip_adapter": Case(
         "Flux: IP-Adapter (load, scale, true CFG, unload)",

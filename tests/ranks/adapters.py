@@ -69,15 +69,17 @@ def build(family: str, name: str | None = None, **more: Callable[[Any], Any]) ->
     return pipe
 
 
-def qwen(name: str = "QwenImagePipeline") -> Any:
+def qwen(name: str = "QwenImagePipeline", **more: Callable[[Any], Any]) -> Any:
     """Without a text encoder: its calls give embeddings."""
     torch.manual_seed(0)
+    transformer = qwen_transformer().eval()
+    unit_gain(transformer)
     pipe = getattr(diffusers, name)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=None, tokenizer=None, transformer=qwen_transformer().eval(),
+        text_encoder=None, tokenizer=None, transformer=transformer,
+        **{key: make(transformer) for key, make in more.items()},
     )  # fmt: skip
-    unit_gain(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -91,6 +93,10 @@ def random_model(kind: type, config: Mapping[str, Any]) -> Any:
 
 def flux_controlnet(transformer: Any) -> Any:
     return random_model(diffusers.FluxControlNetModel, {**transformer.config, "num_layers": 1, "num_single_layers": 1})
+
+
+def qwen_controlnet(transformer: Any) -> Any:
+    return random_model(diffusers.QwenImageControlNetModel, {**transformer.config, "num_layers": 1})
 
 
 def sd3_controlnet(transformer: Any) -> Any:
@@ -199,6 +205,10 @@ CASES: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Calls]]] = {
     "flux_controlnet": flux(
         "FluxControlNetPipeline", CONTROL, CONTROL | UNLIKE | {"controlnet_conditioning_scale": 0.5},
         controlnet=flux_controlnet,
+    ),
+    "qwen_controlnet": (
+        partial(qwen, "QwenImageControlNetPipeline", controlnet=qwen_controlnet),
+        lambda pipe: draw_each(pipe, *(CONTROL | qwen_text(n) for n in (16, 13))),
     ),
     "sd3_controlnet": (
         partial(build, "sd3", "StableDiffusion3ControlNetPipeline", controlnet=sd3_controlnet),

@@ -1,10 +1,10 @@
-"""Rank side of test_memory.py and test_caches.py: pipelines with one setting each.
+"""Rank side of test_memory.py, test_compilation.py and test_caches.py: pipelines with one setting each.
 
     settings.py FOLDER WAY:SETTING...    # FOLDER has the tiny models flux and wan; runs on every rank
 
 The way ``diffusers`` calls ``sf_xfuser.parallelize``. The way ``xdit`` has the transformer of xDiT's runner, under
 ``--sp-backend torus``. Every rank reports how its latents differ from those of one process with the same setting (for
-xDiT's own caches: of xDiT's USP), and the attention calls.
+xDiT's own caches: of xDiT's USP; for compilation: without it), and the attention calls.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ Change = Callable[[DiffusionPipeline], object]
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """``change`` the pipeline, ``first``: before ``parallelize``. Call it in ``context``, once before in ``warm_up``.
-    ``own_cache``: it exists in xDiT only. ``calibrates``: the result is the list that it prints. ``size``: options of
-    the call."""
+    ``own_cache``: it exists in xDiT only. ``compiles``: one process does not. ``calibrates``: the result is the list
+    that it prints. ``size``: options of the call."""
 
     change: Change = lambda pipe: None
     first: bool = False
@@ -60,6 +60,7 @@ class Setting:
     family: str = "flux"
     steps: int = 2
     own_cache: bool = False
+    compiles: bool = False
     calibrates: bool = False
     size: tuple[tuple[str, int], ...] = ()
 
@@ -121,6 +122,8 @@ def run(way: str, setting: Setting, engine_config: Any) -> dict[str, Any]:
     if setting.own_cache:
         with session.without_torus():
             wanted = denoise(through_xdit(setting, engine_config), setting)
+    elif setting.compiles:
+        wanted = plain(setting.family, setting.steps, setting.size)
     else:
         wanted = single(setting)
     if way == "xdit":
@@ -156,6 +159,7 @@ def compare(pipe: DiffusionPipeline, torus: Any, setting: Setting, wanted: torch
         "calls": calls,
         "stages": min(stages),
         "fell back": "; ".join(torus.fallbacks),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
 
 
@@ -236,6 +240,25 @@ MEMORY = {
     "inference_mode_afterwards": Setting(warm_up=contextlib.nullcontext, context=torch.inference_mode),
     "autocast": Setting(context=partial(torch.autocast, "cpu", torch.bfloat16)),
     "autocast_wan": Setting(context=partial(torch.autocast, "cpu", torch.bfloat16), family="wan"),
+}
+
+
+# -- compilation by Inductor ------------------------------------------------------------------------------------------
+
+
+def compiled(**options: Any) -> Setting:
+    return Setting(change=lambda pipe: pipe.transformer.compile(**options), compiles=True)
+
+
+def compiled_blocks(*, first: bool = False) -> Setting:
+    return Setting(change=lambda pipe: pipe.transformer.compile_repeated_blocks(), compiles=True, first=first)
+
+
+COMPILATION = {
+    "blocks": compiled_blocks(),
+    "blocks_first": compiled_blocks(first=True),
+    "whole": compiled(),
+    "reduce_overhead": compiled(mode="reduce-overhead"),
 }
 
 
@@ -348,9 +371,11 @@ def main() -> None:
     engine_config, _ = xFuserArgs.from_cli_args(flags).create_config()
     engine_config.runtime_config.dtype = torch.float32
     for name in sys.argv[2:]:
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         kind, way, setting = name.split(":")
         try:
-            settings = {"memory": MEMORY, "caches": CACHES}[kind]
+            settings = {"memory": MEMORY, "compilation": COMPILATION, "caches": CACHES}[kind]
             result: object = run(way, settings[setting], engine_config)
         except Exception as error:
             traceback.print_exc()
