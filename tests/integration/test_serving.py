@@ -75,8 +75,8 @@ def test_requests_of_changing_shape_leave_nothing_behind(served):
 
 
 @pytest.mark.slow
-def test_a_hundred_requests_leave_nothing_behind(flux):
-    require_no_growth(serve(flux, 100))
+def test_three_hundred_requests_leave_nothing_behind(flux):
+    require_no_growth(serve(flux, 300))
 
 
 @pytest.mark.parametrize("case", BAD)
