@@ -61,10 +61,7 @@ class Finding:
 
 # Environment variables that silently slow down or change a run: name -> (values, effect).
 _HARMFUL = {
-    "NCCL_P2P_DISABLE": (
-        ("1",),
-        "GPUs of a machine communicate through host memory (measured speedup 1.6x instead of 1.9x)",
-    ),
+    "NCCL_P2P_DISABLE": (("1",), "GPUs of a machine communicate through host memory"),
     "NCCL_SHM_DISABLE": (("1",), "NCCL uses the network inside a machine"),
     "NCCL_IB_DISABLE": (("1",), "NCCL uses TCP instead of InfiniBand between machines"),
     "CUDA_DEVICE_MAX_CONNECTIONS": (

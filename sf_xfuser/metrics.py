@@ -34,9 +34,9 @@ class Stats:
 def stats() -> Stats:
     """What the open meshes of this process have done. Local; takes some microseconds and waits for no GPU.
 
-    ``calls`` and ``fallbacks`` count calls of xDiT, of ``parallelize`` and of yunchang's functions, as ``explain()``
-    does. Calls of ``torus_attention`` by the program itself count in ``received_bytes`` only. A CUDA graph of a whole
-    model counts once, when it is captured.
+    ``calls`` and ``fallbacks`` count calls of xDiT, of ``parallelize`` and of yunchang's functions. Calls of
+    ``torus_attention`` by the program itself count in ``received_bytes`` only. A CUDA graph of a whole model counts
+    once, when it is captured.
     """
     open_meshes = [mesh for mesh in list(meshes) if not mesh.guard.closed]
     calls, fallbacks, received = Counter[str](), Counter[str](), Counter[str]()

@@ -101,6 +101,16 @@ def test_two_torchrun_nodes():
     assert (ROOT / "out" / "example5" / "image.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+def test_two_torchrun_nodes_end_with_the_status_of_a_failed_node(failed, tmp_path):
+    """examples/05_two_nodes.sh, with a stand-in for Python."""
+    stand_in = tmp_path / "python.sh"
+    stand_in.write_text(f'case "$*" in *"--node-rank {failed} "*) exit 3;; esac\n')
+    script = ["bash", str(EXAMPLES / "05_two_nodes.sh")]
+    finished = subprocess.run(script, env={**os.environ, "PYTHON": f"sh {stand_in}"}, capture_output=True, text=True)
+    assert finished.returncode == 3 and "picture" not in finished.stdout
+
+
 def test_ray_workers(flux, tmp_path):
     """examples/07_ray.py: workers parse no command line; the picture equals that of one process."""
     out = tmp_path / "picture.pt"
