@@ -59,6 +59,7 @@ class Finding:
     why: str = ""
 
 
+_UNREGISTERED = "--sp-backend is not registered"
 # Environment variables that silently slow down or change a run: name -> (values, effect).
 _HARMFUL = {
     "NCCL_P2P_DISABLE": (("1",), "GPUs of a machine communicate through host memory"),
@@ -71,8 +72,8 @@ _HARMFUL = {
     "CUDA_LAUNCH_BLOCKING": (("1",), "the host waits for every kernel: nothing overlaps"),
     "TORCH_NCCL_BLOCKING_WAIT": (("1",), "every NCCL wait blocks the host: nothing overlaps"),
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": (("0",), "when a rank is lost, the others hang instead of exiting"),
-    "TORCH_DEVICE_BACKEND_AUTOLOAD": (("0",), "--sp-backend is not registered"),
-    config.AUTOLOAD_VARIABLE: (("0", "false", "no", "off"), "--sp-backend is not registered"),
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": (("0",), _UNREGISTERED),
+    config.AUTOLOAD_VARIABLE: (("0", "false", "no", "off"), _UNREGISTERED),
 }
 
 
@@ -439,7 +440,8 @@ def _environment() -> Iterator[Finding]:
     active = {name: effect for name, (values, effect) in _HARMFUL.items() if variables.get(name, "").lower() in values}
     for name, effect in active.items():
         fix = f"export {name}=32" if name == config.QUEUES_VARIABLE else f"unset {name}"
-        yield Finding("environment", name, "warn", f"{name}={variables[name]}: {effect}", fix)
+        status: Status = "fail" if effect is _UNREGISTERED else "warn"
+        yield Finding("environment", name, status, f"{name}={variables[name]}: {effect}", fix)
     try:
         args = config.args_from_environment()
         if args is not None:

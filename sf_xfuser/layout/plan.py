@@ -187,6 +187,12 @@ def imbalance(heads: int, ways: int) -> Fraction:
     return Fraction(-(-heads // ways) * ways, heads)
 
 
+def unsplit(heads: int, ways: int) -> str:
+    """Why these heads are not split over so many ranks."""
+    most = f": one would have {float(imbalance(heads, ways)):.2f}x the average" if heads >= ways else ""
+    return f"{heads} heads cannot be split over {ways} ranks{most}"
+
+
 def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:
     """The layout with this total Ulysses degree, across machines first. It exists for every divisor of N*M."""
     torus = gcd(num_machines, ulysses_degree)
@@ -345,7 +351,7 @@ def _options(
         if layout == chosen:
             rejected = ""
         elif heads is not None and imbalance(heads, layout.ulysses_degree) > max_imbalance:
-            rejected = f"illegal: {heads} heads cannot be split over {layout.ulysses_degree} ranks"
+            rejected = f"illegal: {unsplit(heads, layout.ulysses_degree)}"
         elif egress > best:
             rejected = f"{float(egress / best) if best else float('inf'):.2f}x the bytes between machines"
         elif egress < best:
