@@ -137,7 +137,7 @@ class NcclPut(DeviceWindow):
 
     name = "nccl_put"
     # A put runs after all earlier ones of its communicator, which may depend on waits that are released only after the
-    # notification. Their flags are poisoned then, so no peer accepts their chunks.
+    # notification. Their flags are poisoned then, but not chunks that a late peer still reads.
     notify_limit_s = 1.0
 
     def __init__(
@@ -179,32 +179,31 @@ class NcclPut(DeviceWindow):
 
     def record_network(self, puts: Sequence[NetworkPut]) -> tuple[Callable[[], None], int]:
         """As ``DeviceWindow.record_network``: all chunks, then all flags."""
-        stream = self.streams.network
-        chunks = [self._bind(put.peer, *chunk, stream) for put in puts for chunk in put.chunks]
-        flags = [self._bind(put.peer, put.flag, self.expected_address, 8, stream) for put in puts]
+        bind = partial(self._bind, self.streams.network)
+        chunks = [bind(put.peer, *chunk) for put in puts for chunk in put.chunks]
+        flags = [bind(put.peer, put.flag, self.expected_address, 8) for put in puts]
         groups = [part[at : at + _IN_FLIGHT] for part in (chunks, flags) for at in range(0, len(part), _IN_FLIGHT)]
         return partial(self._put_groups, groups), len(groups)
 
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
-        self._put_groups([[self._bind(peer, offset, source, nbytes, stream)]])
+        self._put_groups([[self._bind(stream, peer, offset, source, nbytes)]])
 
-    def _bind(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> Callable[[], None]:
-        arguments = source, nbytes, _UINT8, peer, self._window, offset, 0, 0, 0, self._communicator, stream
-        return partial(self._nccl.put_signal, *arguments)
+    def _bind(self, stream: int, peer: int, offset: int, source: int, nbytes: int) -> Callable[[], None]:
+        where = peer, self._window, offset, 0, 0, 0, self._communicator, stream
+        return partial(self._nccl.put_signal, source, nbytes, _UINT8, *where)
 
     def _put_groups(self, groups: Sequence[Sequence[Callable[[], None]]]) -> None:
         """Enqueue groups of puts. Those of a group complete in any order, before later work of the stream."""
-        start, end = self._nccl.group_start, self._nccl.group_end
         if not self._lock.acquire(timeout=_LOCK_LIMIT_S):
             raise TransportError("another thread does not return from NCCL")
         try:
             for group in groups:
-                start()
+                self._nccl.group_start()
                 try:
                     for put in group:
                         put()
                 finally:
-                    end()
+                    self._nccl.group_end()
         finally:
             self._lock.release()
 
