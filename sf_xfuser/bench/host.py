@@ -2,10 +2,11 @@
 
 One rank of each layout makes whole calls of ``torus_attention``, over one-sided transfers to GPUs that it maps. Kernels
 and driver calls are replaced by functions that count and return at once, so no GPU is needed. What remains is the host
-time of this package: the checks of a call, its program, and one Python call for each launch and event.
+time of this package: the checks of a call, its program, and one Python call for each launch and event. In the row
+``nccl_put``, chunks for other machines go to NCCL's one-sided operations, replaced in the same way.
 
 ``launches`` are attention kernels, merges, copies, flags and waits. A batch that the driver takes in one call counts
-once. Events do not count.
+once, and so does a group of NCCL. Events do not count. ``puts`` are those of all groups.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import re
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,10 +38,12 @@ from sf_xfuser.torus import run
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.call import Tokens
 from sf_xfuser.transport.gpu import device, driver, memory
+from sf_xfuser.transport.gpu.nccl_put import NcclPut
 
-UNSTAGED = "unstaged"
-LAYOUTS = ("T4U2R4", "T4U8R1", "T4U1R1", "T8U1R8", UNSTAGED)
-"""Torus, Ulysses and inside-ring degrees. ``unstaged``: T4U2R4, with one attention call after all inputs are here."""
+UNSTAGED, NCCL_PUT = "unstaged", "nccl_put"
+LAYOUTS = ("T4U2R4", "T4U8R1", "T4U1R1", "T8U1R8", UNSTAGED, NCCL_PUT)
+"""Torus, Ulysses and inside-ring degrees. ``unstaged``: T4U2R4, with one attention call after all inputs are here.
+``nccl_put``: T4U2R4, with NCCL between machines."""
 
 _LAUNCHING = re.compile(r"cu(Memcpy|Stream(BatchMemOp|Write|Wait)Value|StreamBatchMemOp|StreamWrite)")
 _HEADS, _HEAD_SIZE, _TOKENS = 3, 64, 16  # per head group; of a rank. They do not change the host time
@@ -108,19 +112,45 @@ def no_gpu() -> Iterator[Counter[str]]:
         yield launches
 
 
+class NcclLoopback(StreamLoopback, NcclPut):
+    """As ``StreamLoopback``, for rank 0. NCCL reaches other machines: its functions count and return at once."""
+
+    def __init__(self, layout: Layout, device: torch.device, launches: Counter[str]) -> None:
+        def put_signal(*arguments: object) -> None:
+            launches["puts"] += 1
+
+        def group_end() -> None:
+            launches["groups"] += 1
+
+        self._nccl = SimpleNamespace(group_start=lambda: None, put_signal=put_signal, group_end=group_end)
+        self._communicator, self._lock, self._machine_of = None, threading.Lock(), layout.machine
+        super().__init__(layout.world_size, 0, range(1, layout.world_size), device)
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        block, self._window = super()._allocate(nbytes), None
+        self._address = {peer: address for peer, address in self._address.items() if self._machine_of(peer) == 0}
+        return block
+
+
 def parse_layout(name: str) -> tuple[Layout, Granularity]:
     """The layout and granularity of a name such as ``T4U2R4`` or ``unstaged``. Raises ValueError."""
-    found = re.fullmatch(r"T(\d+)U(\d+)R(\d+)", "T4U2R4" if name == UNSTAGED else name)
+    found = re.fullmatch(r"T(\d+)U(\d+)R(\d+)", "T4U2R4" if name in (UNSTAGED, NCCL_PUT) else name)
     if found is None or min(degrees := [int(digits) for digits in found.groups()]) < 1:
-        raise ValueError(f"a layout is TxUyRz, for instance T4U2R4, or {UNSTAGED}; got {name!r}")
+        raise ValueError(f"a layout is TxUyRz, for instance T4U2R4, {UNSTAGED} or {NCCL_PUT}; got {name!r}")
     layout = Layout(torus=degrees[0], ulysses=degrees[1], ring_across=1, ring_inside=degrees[2])
     return layout, "unstaged" if name == UNSTAGED else "slab"
+
+
+def open_link(name: str, layout: Layout, launches: Counter[str]) -> StreamLoopback:
+    """The transport of rank 0 for a layout of this name."""
+    cpu, ranks = torch.device("cpu"), layout.world_size
+    return NcclLoopback(layout, cpu, launches) if name == NCCL_PUT else StreamLoopback(ranks, 0, range(1, ranks), cpu)
 
 
 def measure(
     name: str, calls: int, granularity: Granularity | None = None, *, print_program: bool = False
 ) -> dict[str, Any]:
-    """The row of a layout: ``host_us`` (median of ``calls``) and ``launches`` of one call. Local."""
+    """The row of a layout: ``host_us`` (median of ``calls``), ``launches`` and ``puts`` of one call. Local."""
     layout, usual = parse_layout(name)
     granularity = granularity or usual
     outputs: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -134,7 +164,7 @@ def measure(
 
         ranks = layout.world_size
         x = torch.zeros(1, _HEADS * layout.ulysses_degree, ranks * _TOKENS, _HEAD_SIZE, dtype=torch.bfloat16)
-        link = StreamLoopback(ranks, 0, range(1, ranks), x.device)
+        link = open_link(name, layout, launches)
         rank = OneRank(layout, x, x, x, link, granularity)
         tokens = Tokens(rank.counts, rank.counts)
         query, key, value = rank.own
@@ -146,7 +176,7 @@ def measure(
             call()
         launches.clear()
         call()
-        counted = Counter(launches)
+        puts, counted = launches.pop("puts", 0), Counter(launches)
         seconds = []
         for _ in range(calls):
             started_s = time.perf_counter()
@@ -161,6 +191,7 @@ def measure(
         "granularity": granularity,
         "host_us": round(1e6 * statistics.median(seconds), 1),
         "launches": counted.total(),
+        "puts": puts,
         "launches_by_kind": dict(sorted(counted.items())),
     }
 

@@ -69,8 +69,8 @@ class Network(virtual.Virtual):
     def _reachable(self):
         return [peer for peer in range(len(self._members)) if peer != self._position]
 
-    _put, put_network, _put_round = Nvshmem._put, Nvshmem.put_network, Nvshmem._put_round
-    network_launches, await_network_flag = Nvshmem.network_launches, Nvshmem.await_network_flag
+    _put, record_network, await_network_flag = Nvshmem._put, Nvshmem.record_network, Nvshmem.await_network_flag
+    _put_rounds, _put_round = Nvshmem._put_rounds, Nvshmem._put_round
 
 
 class CpuNvshmem:
@@ -116,9 +116,8 @@ class NcclNetwork(Network):
         return block
 
     notify_limit_s = NcclPut.notify_limit_s
-    sees_flags, put_network, _put = NcclPut.sees_flags, NcclPut.put_network, NcclPut._put
-    network_launches, _groups = NcclPut.network_launches, NcclPut._groups
-    _put_all = NcclPut._put_all
+    sees_flags, record_network, _put = NcclPut.sees_flags, NcclPut.record_network, NcclPut._put
+    _bind, _put_groups = NcclPut._bind, NcclPut._put_groups
 
 
 class CpuNccl:

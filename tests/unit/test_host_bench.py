@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from sf_xfuser.bench import host
-from sf_xfuser.bench.loopback import Loopback, OneRank, StreamLoopback
+from sf_xfuser.bench.loopback import Loopback, OneRank
 from sf_xfuser.layout.plan import Layout
 from sf_xfuser.torus.attention import torus_attention
 from sf_xfuser.torus.call import Tokens
 from tests.launch import run
 
 CPU = torch.device("cpu")
-LAUNCHES = {"T4U2R4": 63, "T4U8R1": 50, "T4U1R1": 43, "T8U1R8": 104, "unstaged": 24}
+LAUNCHES = {"T4U2R4": 63, "T4U8R1": 50, "T4U1R1": 43, "T8U1R8": 104, "unstaged": 24, "nccl_put": 63}
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -40,6 +40,8 @@ def test_every_layout_has_a_row(rows):
     assert LAUNCHES["T4U2R4"] <= 90 and LAUNCHES["T4U8R1"] <= 110
     for name, row in rows.items():
         assert row["host_us"] > 0 and sum(row["launches_by_kind"].values()) == row["launches"]
+        # 7 rounds with 3 peers each: a group of their chunks, then a group of their flags
+        assert (row["puts"], row["launches_by_kind"].get("groups", 0)) == ((42, 14) if name == "nccl_put" else (0, 0))
         assert row["granularity"] == ("unstaged" if name == "unstaged" else "slab")
 
 
@@ -47,9 +49,9 @@ def test_every_layout_has_a_row(rows):
 def test_launches_are_those_of_the_program(name, rows):
     layout, granularity = host.parse_layout(name)
     ranks = layout.world_size
-    with host.no_gpu():
+    with host.no_gpu() as launches:
         x = torch.zeros(1, 3 * layout.ulysses_degree, ranks * 16, 64, dtype=torch.bfloat16)
-        rank = OneRank(layout, x, x, x, StreamLoopback(ranks, 0, range(1, ranks), CPU), granularity)
+        rank = OneRank(layout, x, x, x, host.open_link(name, layout, launches), granularity)
         attend(rank, rank.own, attention=lambda q, k, v: (q, q.new_zeros(q.shape[:3])), granularity=granularity)
         (bound,) = programs(rank)
         assert bound.program.launches == rows[name]["launches"]
@@ -59,8 +61,8 @@ def test_launches_are_those_of_the_program(name, rows):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--layout", "T4"], "a layout is TxUyRz, for instance T4U2R4, or unstaged; got 'T4'"),
-        (["--layout", "T0U1R1"], "a layout is TxUyRz, for instance T4U2R4, or unstaged; got 'T0U1R1'"),
+        (["--layout", "T4"], "a layout is TxUyRz, for instance T4U2R4, unstaged or nccl_put; got 'T4'"),
+        (["--layout", "T0U1R1"], "a layout is TxUyRz, for instance T4U2R4, unstaged or nccl_put; got 'T0U1R1'"),
         (
             ["--json", "/no/such/folder/rows.json"],
             "--json /no/such/folder/rows.json: there is no folder /no/such/folder",

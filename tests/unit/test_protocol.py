@@ -8,6 +8,7 @@ region and each flag has one writer, so the progress of each rank determines the
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -501,7 +502,7 @@ class GpuState(NamedTuple):
     """``at``: operations that the compute stream of each rank has completed. ``waited``: those before which its stream
     of waits has done all. ``flying``: puts, as (rank, operation). ``early``: those of them with a raised flag.
     ``flags``: value of each that is not 0. ``poisoned``, ``released``: ranks. ``wrong``: (rank, operation) from which
-    on its data is wrong."""
+    on its data is wrong. ``lost``: the one of ``flying`` that never arrives."""
 
     at: tuple[int, ...]
     waited: tuple[int, ...]
@@ -512,12 +513,14 @@ class GpuState(NamedTuple):
     released: frozenset = frozenset()
     wrong: frozenset = frozenset()
     stopped: int | None = None
+    lost: tuple[int, int] | None = None
 
 
-def explore_gpu(programs, calls_by_rank, faults=(), may_stop=None, watchdogs=False):
+def explore_gpu(programs, calls_by_rank, faults=(), may_stop=None, watchdogs=False, may_lose=None, stale=()):
     """``search`` over every order of streams, puts and failures. ``may_stop``: a rank that may stop at any point.
     ``watchdogs``: each wait may fail. Otherwise, and if all ranks make the same calls, no result may be NaN. Never may
-    a result be wrong and not NaN."""
+    a result be wrong and not NaN. ``may_lose``: a rank, of which one put may never arrive. ``stale``: flags, with
+    values, before the first call."""
     puts: dict[tuple[int, Region], list[int]] = {}
     for w, operations in enumerate(programs):
         for at, (_, op) in enumerate(operations):
@@ -547,7 +550,10 @@ def explore_gpu(programs, calls_by_rank, faults=(), may_stop=None, watchdogs=Fal
         n, op = programs[w][at]
         copied = calls_by_rank[w][n].kind != "host" and "flags by value" not in faults
         value = -1 if copied and w in state.poisoned else identity(w, n)
-        return frozenset({each for each in state.flags if each[0] != op.flag} | {(op.flag, value)})
+        flag = op.flag
+        if "counter" in faults and flag.number != "ready":
+            flag = flag._replace(number=sum(each[:2] == flag[:2] and each[3] == flag[3] for each, _ in state.flags))
+        return frozenset({each for each in state.flags if each[0] != flag} | {(flag, value)})
 
     def compute(state, w):
         """(following state, fault) of the compute stream of a rank, or None if it is blocked."""
@@ -608,12 +614,15 @@ def explore_gpu(programs, calls_by_rank, faults=(), may_stop=None, watchdogs=Fal
                 if w not in state.poisoned:  # its watchdog fails
                     if "release before notification" in faults and w not in state.released:
                         following.append(state._replace(released=state.released | {w}))
-                    following.append(state._replace(poisoned=frozenset(range(len(programs)))))
+                    notified = {w} if "release before peers are notified" in faults else range(len(programs))
+                    following.append(state._replace(poisoned=state.poisoned.union(notified)))
             if (after := waits(state, w)) is not None:
                 following.append(after)
             if w == may_stop and state.stopped is None:
                 following.append(state._replace(stopped=w))
-        for put in state.flying:
+        for put in state.flying - {state.lost}:
+            if put[0] == may_lose and state.lost is None:
+                following.append(state._replace(lost=put))
             landed = state._replace(flying=state.flying - {put}, early=state.early - {put})
             following.append(landed if put in state.early else landed._replace(flags=raised(state, *put)))
             if "flag first" in faults and put not in state.early:
@@ -623,16 +632,16 @@ def explore_gpu(programs, calls_by_rank, faults=(), may_stop=None, watchdogs=Fal
         return following, None
 
     start = (0,) * len(programs)
-    return search(GpuState(at=start, waited=start), step)
+    return search(GpuState(at=start, waited=start, flags=frozenset(stale)), step)
 
 
-def explored_gpu(group, kinds, *faults, parity_of_graphs=1, may_stop=None, of_rank_0=None):
+def explored_gpu(group, kinds, *faults, parity_of_graphs=1, of_rank_0=None, **failures):
     """``of_rank_0``: other kinds for rank 0. Each rank decides for itself whether to replay a call."""
     layout, chunking = GROUPS[group]
     calls_by_rank = [calls_of(kinds, parity_of_graphs)] * layout.world_size
     calls_by_rank[0] = calls_of(of_rank_0 or kinds, parity_of_graphs)
     programs = gpu_programs(layout, chunking, calls_by_rank, faults)
-    return explore_gpu(programs, calls_by_rank, faults, may_stop, watchdogs=may_stop is not None)
+    return explore_gpu(programs, calls_by_rank, faults, **failures)
 
 
 ORDERS = [
@@ -698,10 +707,43 @@ def test_the_waits_of_a_meeting_must_follow_earlier_calls():
 @pytest.mark.parametrize("kinds", [("host", "host"), ("host", "replay", "graph")], ids=" ".join)
 @pytest.mark.parametrize("group", PAIRS)
 def test_no_rank_accepts_a_wrong_chunk_after_a_rank_has_stopped(group, kinds):
-    visited, fault = explored_gpu(group, kinds, may_stop=0)
+    visited, fault = explored_gpu(group, kinds, may_stop=0, watchdogs=True)
     assert fault is None and visited > 50
     if group != "two machines":
-        assert "accepts" in explored_gpu(group, kinds, "release before notification", may_stop=0)[1]
+        assert "accepts" in explored_gpu(group, kinds, "release before notification", may_stop=0, watchdogs=True)[1]
+
+
+@pytest.mark.parametrize("kinds", [("host",) * 3, ("host", "replay", "graph"), ("graph", "graph")], ids=" ".join)
+@pytest.mark.parametrize("group", PAIRS)
+def test_no_rank_accepts_a_wrong_chunk_after_a_put_is_lost(group, kinds):
+    """A put in flight is undefined memory until its flag is raised, so its chunks arrive in any order and in pieces.
+    "flag first": the flag is in one group with its chunks. "counter": the k-th flag says that any k puts arrived."""
+    visited, fault = explored_gpu(group, kinds, may_lose=0, watchdogs=True)
+    assert fault is None and visited > 50
+    assert "deadlock" in explored_gpu(group, kinds, may_lose=0)[1]  # only a watchdog ends the call
+    assert "accepts" in explored_gpu(group, kinds, "flag first", may_lose=0, watchdogs=True)[1]
+    if kinds[1] == "host" and group != "ring of two":  # which has one round per call
+        assert "accepts" in explored_gpu(group, kinds, "counter", may_lose=0, watchdogs=True)[1]
+
+
+@pytest.mark.parametrize("group", ["ring of two", "ulysses inside"])
+def test_peers_are_notified_before_a_failing_rank_releases_its_waits(group):
+    """Otherwise it overwrites chunks that a slow peer still reads, with those of the next call in the same half. That
+    the flags of these are copies of its poisoned word comes too late."""
+    kinds = "graph", "graph"
+    assert explored_gpu(group, kinds, watchdogs=True)[1] is None
+    assert "accepts" in explored_gpu(group, kinds, "release before peers are notified", watchdogs=True)[1]
+
+
+@pytest.mark.parametrize("group", [*PAIRS, "ring of three"])
+def test_flags_of_an_earlier_use_of_the_window_satisfy_no_wait(group):
+    """As left by a rank before a restart, in every word. The calls of the model have other identities than 0."""
+    ranks = range(GROUPS[group][0].world_size)
+    words = itertools.product(ranks, ranks, range(16), (0, 1))
+    stale = [(Flag(*word), 0) for word in words]
+    visited, fault = explored_gpu(group, ("host",) * 3, stale=stale)
+    assert fault is None and visited > 50
+    assert re.search("accepts|is NaN", explored_gpu(group, ("host",) * 3, "any flag", stale=stale)[1])
 
 
 def grid_program(w, calls, faults):

@@ -343,13 +343,10 @@ class DeviceWindow(DeviceMemory):
         """Enqueue a copy from this rank's block to ``offset`` in the block of a peer that is not mapped."""
         raise NotImplementedError
 
-    def put_network(self, puts: Sequence[NetworkPut], stream: int) -> None:
-        """Enqueue the chunks of a round for peers that are not mapped, each before the flag of its peer."""
+    def record_network(self, puts: Sequence[NetworkPut]) -> tuple[Callable[[], None], int]:
+        """The function that enqueues the chunks of a round for peers that are not mapped, each before the flag of its
+        peer, on ``streams.network``; and its launches."""
         raise NotImplementedError
-
-    def network_launches(self, puts: Sequence[NetworkPut]) -> int:
-        """Launches of ``put_network``."""
-        return len(puts)
 
     def await_network_flag(self, address: int, stream: int) -> None:
         """Block the stream until the word at this local address, for which ``sees_flags`` is False, is not 0."""

@@ -18,8 +18,9 @@ import importlib.metadata
 import socket
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class NcclPut(DeviceWindow):
 
     name = "nccl_put"
     # A put runs after all earlier ones of its communicator, which may depend on waits that are released only after the
-    # notification. Their flags are poisoned then, so no peer accepts their chunks.
+    # notification. Their flags are poisoned then, but not chunks that a late peer still reads.
     notify_limit_s = 1.0
 
     def __init__(
@@ -176,35 +177,33 @@ class NcclPut(DeviceWindow):
         """As ``DeviceWindow.sees_flags``: also flags of unmapped peers are plain words."""
         return True
 
-    def put_network(self, puts: Sequence[NetworkPut], stream: int) -> None:
-        """As ``DeviceWindow.put_network``."""
-        for group in self._groups(puts):
-            self._put_all(group, stream)
-
-    def network_launches(self, puts: Sequence[NetworkPut]) -> int:
-        return len(self._groups(puts))
+    def record_network(self, puts: Sequence[NetworkPut]) -> tuple[Callable[[], None], int]:
+        """As ``DeviceWindow.record_network``: all chunks, then all flags."""
+        bind = partial(self._bind, self.streams.network)
+        chunks = [bind(put.peer, *chunk) for put in puts for chunk in put.chunks]
+        flags = [bind(put.peer, put.flag, self.expected_address, 8) for put in puts]
+        groups = [part[at : at + _IN_FLIGHT] for part in (chunks, flags) for at in range(0, len(part), _IN_FLIGHT)]
+        return partial(self._put_groups, groups), len(groups)
 
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
-        self._put_all([(peer, offset, source, nbytes)], stream)
+        self._put_groups([[self._bind(stream, peer, offset, source, nbytes)]])
 
-    def _groups(self, puts: Sequence[NetworkPut]) -> list[list[tuple[int, int, int, int]]]:
-        """Puts as (peer, offset, address, bytes): all chunks, then all flags."""
-        chunks = [(put.peer, *chunk) for put in puts for chunk in put.chunks]
-        flags = [(put.peer, put.flag, self.expected_address, 8) for put in puts]
-        return [part[at : at + _IN_FLIGHT] for part in (chunks, flags) for at in range(0, len(part), _IN_FLIGHT)]
+    def _bind(self, stream: int, peer: int, offset: int, source: int, nbytes: int) -> Callable[[], None]:
+        where = peer, self._window, offset, 0, 0, 0, self._communicator, stream
+        return partial(self._nccl.put_signal, source, nbytes, _UINT8, *where)
 
-    def _put_all(self, puts: Sequence[tuple[int, int, int, int]], stream: int) -> None:
-        """Enqueue a group of puts. They complete in any order, before later work of the stream."""
-        nccl, window, communicator = self._nccl, self._window, self._communicator
+    def _put_groups(self, groups: Sequence[Sequence[Callable[[], None]]]) -> None:
+        """Enqueue groups of puts. Those of a group complete in any order, before later work of the stream."""
         if not self._lock.acquire(timeout=_LOCK_LIMIT_S):
             raise TransportError("another thread does not return from NCCL")
         try:
-            nccl.group_start()
-            try:
-                for peer, offset, source, nbytes in puts:
-                    nccl.put_signal(source, nbytes, _UINT8, peer, window, offset, 0, 0, 0, communicator, stream)
-            finally:
-                nccl.group_end()
+            for group in groups:
+                self._nccl.group_start()
+                try:
+                    for put in group:
+                        put()
+                finally:
+                    self._nccl.group_end()
         finally:
             self._lock.release()
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 import importlib.metadata
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -275,8 +276,12 @@ class Nvshmem(DeviceWindow):
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
         self._bindings.putmem_on_stream(self._base + offset, source, nbytes, peer, stream)
 
-    def put_network(self, puts: Sequence[NetworkPut], stream: int) -> None:
-        """As ``DeviceWindow.put_network``."""
+    def record_network(self, puts: Sequence[NetworkPut]) -> tuple[Callable[[], None], int]:
+        """As ``DeviceWindow.record_network``."""
+        launches = sum(len(put.chunks) + 1 if len(put.chunks) > 1 else 1 for put in puts)
+        return partial(self._put_rounds, puts, self.streams.network), launches
+
+    def _put_rounds(self, puts: Sequence[NetworkPut], stream: int) -> None:
         for put in puts:
             self._put_round(put, stream)
 
@@ -298,9 +303,6 @@ class Nvshmem(DeviceWindow):
                 bindings.quiet_on_stream(stream)
             offset, source, nbytes = chunks[-1]
             bindings.putmem_signal_on_stream(self._base + offset, source, nbytes, flag, self.value, _SET, peer, stream)
-
-    def network_launches(self, puts: Sequence[NetworkPut]) -> int:
-        return sum(len(put.chunks) + 1 if len(put.chunks) > 1 else 1 for put in puts)
 
     def await_network_flag(self, address: int, stream: int) -> None:
         comparison = (_NOT_EQUAL, 0) if self.capturing else (_EQUAL, self.value)

@@ -8,7 +8,7 @@ word ``expected``, since their value changes from replay to replay. NCCL's colle
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from sf_xfuser.transport.base import Transfer
@@ -62,16 +62,15 @@ class DeviceTransfer(Transfer):
         self._flags = WordBatch.writes([start + flags[peer] for peer, start in mapped.items() if peer not in far])
         self._far_flags = [start + flags[peer] for peer, start in mapped.items() if peer in far]
         self._all_flags = [start + flags[peer] for peer, start in mapped.items()]
-        self._network = [
+        network = [
             NetworkPut(peer, tuple(chunks.get(peer, ())), flag) for peer, flag in flags.items() if peer not in mapped
         ]
+        self._put_network: Callable[[], None] | None
+        self._put_network, network_launches = window.record_network(network) if network else (None, 0)
         self.awaited = awaited
         self.alone = DeviceWait(window, [awaited])
         self.post_launches = (
-            window.driver.copy_launches(self._copies)
-            + self._flags.launches
-            + len(self._far_flags)
-            + window.network_launches(self._network)
+            window.driver.copy_launches(self._copies) + self._flags.launches + len(self._far_flags) + network_launches
         )
         self.wait_launches = self.alone.launches
 
@@ -103,12 +102,12 @@ class DeviceTransfer(Transfer):
                     copied = self._far_flags
                 for target in copied:
                     driver.copy(target, window.expected_address, 8, put)
-            if self._network:
+            if self._put_network is not None:
                 window.sending.add(streams.network)
                 driver.wait_event(streams.network, streams.handoff)
                 if after is not None:
                     after.enqueue(streams.network)
-                window.put_network(self._network, streams.network)
+                self._put_network()
         except BaseException as error:
             window.fail(f"could not post round {self._round}", error)
 
