@@ -123,11 +123,11 @@ class NcclLoopback(StreamLoopback, NcclPut):
             launches["groups"] += 1
 
         self._nccl = SimpleNamespace(group_start=lambda: None, put_signal=put_signal, group_end=group_end)
-        self._communicator, self._lock, self._machine_of = None, threading.Lock(), layout.machine
+        self._communicators, self._lock, self._machine_of = [None], threading.Lock(), layout.machine
         super().__init__(layout.world_size, 0, range(1, layout.world_size), device)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        block, self._window = super()._allocate(nbytes), None
+        block, self._windows = super()._allocate(nbytes), [None]
         self._address = {peer: address for peer, address in self._address.items() if self._machine_of(peer) == 0}
         return block
 

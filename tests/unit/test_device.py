@@ -111,43 +111,42 @@ class NcclNetwork(Network):
     def _allocate(self, nbytes):
         block = super()._allocate(nbytes)
         self._nccl = CpuNccl(self._bindings._starts)
-        self._window = self._communicator = None
+        self._windows = self._communicators = [0, 1]
         self._lock = threading.Lock()
         return block
 
-    notify_limit_s = NcclPut.notify_limit_s
     sees_flags, record_network, _put = NcclPut.sees_flags, NcclPut.record_network, NcclPut._put
     _bind, _put_groups = NcclPut._bind, NcclPut._put_groups
 
 
 class CpuNccl:
     """The functions of nccl4py's bindings that ``NcclPut`` uses. Of NCCL's documented semantics, only this: the puts of
-    a group run at once, and the stream goes on when all have been delivered. Groups of all streams run one after
-    another, as in NCCL 2.30."""
+    a group run at once, and the stream goes on when all have been delivered. Groups of a communicator run one after
+    another on all streams, as in NCCL 2.30."""
 
     def __init__(self, starts):
         self._starts, self._group = starts, []
-        self._last = virtual.CpuDriver().new_event()
+        self._last = [virtual.CpuDriver().new_event() for _ in range(2)]
 
     def group_start(self):
         assert not self._group
 
     def put_signal(self, source, nbytes, dtype, peer, window, offset, signal, context, flags, communicator, stream):
-        assert (dtype, window, signal, context, flags, communicator) == (1, None, 0, 0, 0, None) and nbytes > 0
-        self._group.append((self._starts[peer] + offset, source, nbytes, stream))
+        assert (dtype, window, signal, context, flags) == (1, communicator, 0, 0, 0) and nbytes > 0
+        self._group.append((self._starts[peer] + offset, source, nbytes, communicator, stream))
 
     def group_end(self):
         group, self._group = self._group, []
         driver = virtual.CpuDriver()
-        (stream,) = {stream for *_, stream in group}
+        ((communicator, stream),) = {each[3:] for each in group}
         random.shuffle(group)
         in_graph = virtual._capture() is not None  # its groups run in order as well
         if not in_graph:
-            driver.wait_event(stream, self._last)
-        for target, source, nbytes, _ in group:
+            driver.wait_event(stream, self._last[communicator])
+        for target, source, nbytes, *_ in group:
             driver.copy(target, source, nbytes, stream)
         if not in_graph:
-            driver.record(self._last, stream)
+            driver.record(self._last[communicator], stream)
 
 
 def windows(ranks, timeout_s=20.0, kind=virtual.Virtual, pattern="pairs"):

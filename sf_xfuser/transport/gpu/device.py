@@ -97,7 +97,6 @@ class DeviceWindow(DeviceMemory):
 
     halves = 2
     enqueues = True
-    notify_limit_s = _NOTIFY_LIMIT_S
     other_hosts: Collection[int] = ()
     """Mapped peers on other hosts of an NVLink domain. Copies reach their memory, stream memory operations do not."""
 
@@ -523,7 +522,7 @@ class DeviceWindow(DeviceMemory):
                 self._put(peer, Block.poison, word, 4, streams.notify)
         # Network puts run in order: a peer that is late to receive the poison receives it before any later chunk.
         driver.record(streams.notified, streams.notify)
-        completes(driver, streams.notified, self.notify_limit_s)
+        completes(driver, streams.notified, _NOTIFY_LIMIT_S)
 
     def _release(self, calls: Sequence[PendingCall]) -> None:
         values: dict[int, int] = {}

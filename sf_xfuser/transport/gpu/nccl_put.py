@@ -8,7 +8,7 @@ of NCCL moves the data, and no multiprocessor is used.
 A flag is the data of one more put, after all puts of its round have completed on the stream, so it arrives last on
 every fabric. Streams wait for this word, not for NCCL's signals, which each put also counts. In NCCL 2.30 a wait for a
 signal cannot be released after the loss of a peer, holds all later puts of its communicator, and sees no signals of
-captured puts. Puts of one group run at once, at most ``_IN_FLIGHT``: NCCL loses puts beyond 256 (NVIDIA/nccl#2119).
+captured puts. Puts of one group run at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from sf_xfuser.transport.rendezvous import run_with_timeout
 
 _OLDEST_NCCL = 22900
 _OLDEST_BINDINGS = (0, 3)  # of nccl4py, the first with one-sided operations
-_IN_FLIGHT = 64
+_IN_FLIGHT = 64  # at most: NCCL loses puts beyond 256 (NVIDIA/nccl#2119)
+_CHUNKS, _NOTIFICATIONS = 0, 1  # communicators: a put waits for earlier ones, and chunks wait for a rank that is lost
 _UINT8 = 1  # ncclDataType_t
 _SYMMETRIC, _STRICT_ORDERING = 1, 2  # flags of ncclCommWindowRegister
 _LOCK_LIMIT_S = 5.0  # time limit for another thread to enqueue its puts
@@ -136,42 +137,40 @@ class NcclPut(DeviceWindow):
     """As ``DeviceWindow``. A position is a rank of the communicator."""
 
     name = "nccl_put"
-    # A put runs after all earlier ones of its communicator, which may depend on waits that are released only after the
-    # notification. Their flags are poisoned then, but not chunks that a late peer still reads.
-    notify_limit_s = 1.0
 
     def __init__(
         self, control: ControlPlane, members: Sequence[int], position: int, peers: Sequence[int], timeout_s: float
     ) -> None:
         self._require_no_capture()
-        self._communicator, self._nccl, ranks = _connect(control, members, position, timeout_s)
+        self._communicators, self._nccl, ranks = _connect(control, members, position, timeout_s)
         self._ranks_on_gpu, self.other_hosts = ranks_on_gpu(ranks, position), other_hosts(ranks, position)
-        self._window, self._allocated = None, 0  # NCCL's handle and the address of the block
+        self._windows, self._allocated = [], 0  # NCCL's handles and the address of the block
         self._lock = threading.Lock()  # a communicator serves one thread at a time
         super().__init__(control, members, position, peers, timeout_s)
         self.wait_flags = self.driver.flush_flag(self.device)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        nccl, communicator = self._nccl, self._communicator
+        nccl = self._nccl
         self._allocated = nccl.mem_alloc(nbytes)
-        # Strict: otherwise a flag could pass chunks on the receiver's PCIe bus.
-        window = nccl.comm_window_register(communicator, self._allocated, nbytes, _SYMMETRIC | _STRICT_ORDERING)
-        self._window = window
-        if not window:
-            raise RuntimeError("NCCL has not registered the window")
-        addresses = {peer: nccl.get_peer_device_pointer(window, 0, peer) for peer in self._reachable}
+        for communicator in self._communicators:  # Strict: else a flag could pass chunks on the receiver's PCIe bus.
+            window = nccl.comm_window_register(communicator, self._allocated, nbytes, _SYMMETRIC | _STRICT_ORDERING)
+            if not window:
+                raise RuntimeError("NCCL has not registered the window")
+            self._windows.append(window)
+        addresses = {peer: nccl.get_peer_device_pointer(self._windows[0], 0, peer) for peer in self._reachable}
         self._address = {peer: address for peer, address in addresses.items() if address}
         return torch.as_tensor(_Bytes(self._allocated, nbytes), device=torch.device("cuda", self.device))
 
     def _free(self) -> None:
-        if self._window:
-            self._nccl.comm_window_deregister(self._communicator, self._window)
+        for communicator, window in zip(self._communicators, self._windows, strict=False):
+            self._nccl.comm_window_deregister(communicator, window)
         if self._allocated:
             self._nccl.mem_free(self._allocated)
-        self._window, self._allocated = None, 0
+        self._windows, self._allocated = [], 0
         if self._closed:
             end = self._nccl.comm_destroy if self._watchdog.error is None else self._nccl.comm_abort
-            end(self._communicator)
+            for communicator in self._communicators:
+                end(communicator)
 
     def sees_flags(self, peer: int) -> bool:
         """As ``DeviceWindow.sees_flags``: also flags of unmapped peers are plain words."""
@@ -179,17 +178,17 @@ class NcclPut(DeviceWindow):
 
     def record_network(self, puts: Sequence[NetworkPut]) -> tuple[Callable[[], None], int]:
         """As ``DeviceWindow.record_network``: all chunks, then all flags."""
-        bind = partial(self._bind, self.streams.network)
+        bind = partial(self._bind, _CHUNKS, self.streams.network)
         chunks = [bind(put.peer, *chunk) for put in puts for chunk in put.chunks]
         flags = [bind(put.peer, put.flag, self.expected_address, 8) for put in puts]
         groups = [part[at : at + _IN_FLIGHT] for part in (chunks, flags) for at in range(0, len(part), _IN_FLIGHT)]
         return partial(self._put_groups, groups), len(groups)
 
     def _put(self, peer: int, offset: int, source: int, nbytes: int, stream: int) -> None:
-        self._put_groups([[self._bind(stream, peer, offset, source, nbytes)]])
+        self._put_groups([[self._bind(_NOTIFICATIONS, stream, peer, offset, source, nbytes)]])
 
-    def _bind(self, stream: int, peer: int, offset: int, source: int, nbytes: int) -> Callable[[], None]:
-        where = peer, self._window, offset, 0, 0, 0, self._communicator, stream
+    def _bind(self, n: int, stream: int, peer: int, offset: int, source: int, nbytes: int) -> Callable[[], None]:
+        where = peer, self._windows[n], offset, 0, 0, 0, self._communicators[n], stream
         return partial(self._nccl.put_signal, source, nbytes, _UINT8, *where)
 
     def _put_groups(self, groups: Sequence[Sequence[Callable[[], None]]]) -> None:
@@ -210,26 +209,28 @@ class NcclPut(DeviceWindow):
 
 def _connect(
     control: ControlPlane, members: Sequence[int], position: int, timeout_s: float
-) -> tuple[Any, Any, list[Facts]]:
-    """A communicator of the group, nccl4py's bindings, and the facts of all ranks. Collective; raises TransportError on
-    every rank."""
+) -> tuple[list[Any], Any, list[Facts]]:
+    """Two communicators of the group, nccl4py's bindings, and the facts of all ranks. Collective; raises TransportError
+    on every rank."""
     ranks = gather(control, "nccl_put", probe())
     raise_if_unavailable("nccl_put", members, group_unsupported_reasons(ranks))
     device = torch.cuda.current_device()
 
     from nccl.bindings import nccl
 
-    unique_id = bytes(nccl.get_unique_id()).hex() if position == 0 else ""
-    (unique_id, *_) = control.gather("nccl_put unique id", unique_id)
+    ids = [bytes(nccl.get_unique_id()).hex() for _ in (_CHUNKS, _NOTIFICATIONS)] if position == 0 else []
+    (ids, *_) = control.gather("nccl_put unique ids", ids)
+    communicators: list[Any] = []
 
-    def connect() -> Any:
+    def connect() -> None:
         torch.cuda.set_device(device)
-        return nccl.comm_init_rank(len(members), nccl.UniqueId.from_buffer(bytes.fromhex(unique_id)), position)
+        unique_ids = [nccl.UniqueId.from_buffer(bytes.fromhex(each)) for each in ids]
+        communicators.extend(nccl.comm_init_rank(len(members), each, position) for each in unique_ids)
 
-    communicator, problem = None, None
+    problem = None
     try:
-        communicator = run_with_timeout(connect, CALL_TIMEOUT_FACTOR * timeout_s, "connecting NCCL", "a rank did not")
-        if not nccl.comm_query_properties(communicator).host_rma_support:
+        run_with_timeout(connect, CALL_TIMEOUT_FACTOR * timeout_s, "connecting NCCL", "a rank did not")
+        if not nccl.comm_query_properties(communicators[0]).host_rma_support:
             problem = (
                 "NCCL has no one-sided operations between these ranks: they need peer-to-peer access between the GPUs "
                 "of a host, GPUDirect RDMA, and network cards that all reach each other (not a rail-only fabric)"
@@ -237,10 +238,10 @@ def _connect(
     except Exception as error:
         problem = f"NCCL did not connect: {error}"
     problems = control.gather("nccl_put connected", problem)
-    if any(problems) and communicator is not None:
+    for communicator in communicators if any(problems) else ():
         nccl.comm_abort(communicator)
     raise_if_unavailable("nccl_put", members, problems)
-    return communicator, nccl, ranks
+    return communicators, nccl, ranks
 
 
 class _Bytes:
