@@ -144,7 +144,7 @@ class NcclPut(DeviceWindow):
         self._require_no_capture()
         self._communicators, self._nccl, ranks = _connect(control, members, position, timeout_s)
         self._ranks_on_gpu, self.other_hosts = ranks_on_gpu(ranks, position), other_hosts(ranks, position)
-        self._windows, self._allocated = [], 0  # NCCL's handles and the address of the block
+        self._windows, self._allocated = list[Any](), 0  # NCCL's handles and the address of the block
         self._lock = threading.Lock()  # a communicator serves one thread at a time
         super().__init__(control, members, position, peers, timeout_s)
         self.wait_flags = self.driver.flush_flag(self.device)
