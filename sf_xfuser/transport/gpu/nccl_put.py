@@ -220,14 +220,13 @@ def _connect(
 
     ids = [bytes(nccl.get_unique_id()).hex() for _ in (_CHUNKS, _NOTIFICATIONS)] if position == 0 else []
     (ids, *_) = control.gather("nccl_put unique ids", ids)
-    communicators: list[Any] = []
+    communicators, problem = list[Any](), None
 
     def connect() -> None:
         torch.cuda.set_device(device)
         unique_ids = [nccl.UniqueId.from_buffer(bytes.fromhex(each)) for each in ids]
         communicators.extend(nccl.comm_init_rank(len(members), each, position) for each in unique_ids)
 
-    problem = None
     try:
         run_with_timeout(connect, CALL_TIMEOUT_FACTOR * timeout_s, "connecting NCCL", "a rank did not")
         if not nccl.comm_query_properties(communicators[0]).host_rma_support:
