@@ -70,7 +70,7 @@ class Gloo(TwoSided):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._patience = Patience(self._timeout_s, self._control)
+        self._patience = Patience(self._timeout_s, self._control.late_ranks)
         self._posted: list[_GlooExchange] = []
         self._waiter: threading.Thread | None = None
         self._wait_requests: queue.SimpleQueue[dist.Work | None] = queue.SimpleQueue()

@@ -144,7 +144,7 @@ def test_a_call_that_ends_while_its_flags_are_read_is_no_failure():
         threading.Timer(0.003, watched.completed.set).start()
         return Head((0, 0, 0, 0), False)
 
-    watched.watchdog._read_head, watched.watchdog._exceeds_limit = read_head, lambda *call: True
+    watched.watchdog._read_head, watched.watchdog._patience.exceeded = read_head, lambda *call: "0 s"
     watched.call()
     assert watched.error() == "None" and "notified" not in watched.events
 

@@ -99,7 +99,7 @@ class Shm(OneSided):
         self._position = position
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
-        self._patience = Patience(timeout_s, control)
+        self._patience = Patience(timeout_s, control.late_ranks)
         self.halves = halves
         self._half_bytes = 0
         self._own: Segment | None = None

@@ -117,7 +117,7 @@ class Tcp(Transport):
         self._timeout_s = timeout_s
         self._control = control
         self._num_exchanges = 0
-        self._patience = Patience(timeout_s, control)
+        self._patience = Patience(timeout_s, control.late_ranks)
         self._last_received = dict.fromkeys(connections, "nothing yet")  # by peer
         self._sending: tuple[int, float] | None = None  # the peer to which a batch is being sent, since when
         self._lock = threading.Lock()  # guards the next two

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sf_xfuser.transport.base import CALL_TIMEOUT_FACTOR, CallMismatch, TransportError
+from sf_xfuser.transport.patience import Patience
 
 _POLL_S = 0.01  # interval between checks of the oldest call
 _HEAD_POLL_S = 1.0  # interval between reads of the block's head; shorter for a short timeout
@@ -110,9 +111,8 @@ class Watchdog:
         self._head_poll_s = min(_HEAD_POLL_S, timeout_s / 4)
         self._name = f"rank {members[position]} on {socket.gethostname()}"
         self._others = [peer for peer in range(len(members)) if peer != position]
-        self._abort_reason, self._late_ranks = abort_reason, late_ranks
+        self._abort_reason, self._patience = abort_reason, Patience(timeout_s, late_ranks)
         self._on_start, self._read_head = on_start, read_head
-        self._late_at = 0.0  # when a rank was late
         self._notify_peers, self._release = notify_peers, release
         self._changed = threading.Condition()
         self._pending: deque[PendingCall] = deque()
@@ -187,6 +187,7 @@ class Watchdog:
 
     def _watch_one(self, call: PendingCall) -> None:
         """Return once the call has completed. Watching the oldest suffices: calls complete in order."""
+        self._patience.begin_call()
         checked = since = time.monotonic()
         seen: object = None
         released_at: float | None = None
@@ -206,7 +207,7 @@ class Watchdog:
                 progress = len(late), len(call.waits), num_checked, call.done is not None
                 if progress != seen:
                     seen, since = progress, now
-                self._fail_if_aborted(call, head, late, now - since)
+                self._fail_if_aborted(call, head, late, since)
                 self._watch_graphs()
             time.sleep(_POLL_S)
 
@@ -219,7 +220,7 @@ class Watchdog:
         return [each for each in found if each[2] != call.value]
 
     def _fail_if_aborted(
-        self, call: PendingCall, head: Head | None, late: list[tuple[int, AwaitedFlag, int | None]], waited_s: float
+        self, call: PendingCall, head: Head | None, late: list[tuple[int, AwaitedFlag, int | None]], since: float
     ) -> None:
         peers = list(dict.fromkeys(flag.peer for _, flag, _ in late))
         reason = self._abort_reason(peers)
@@ -228,23 +229,11 @@ class Watchdog:
             reason = "a rank of its group aborted"
         if reason is None and any(value for *_, value in late):
             reason, kind = "it makes another call", CallMismatch
-        if reason is None and (call.waits or call.done) and self._exceeds_limit(waited_s):
+        if reason is None and (call.waits or call.done) and self._patience.exceeded(self._others, since):
             time.sleep(_POLL_S)  # the end of a call resets its flags just before it completes
-            reason = f"waited {waited_s:.1f} s"
+            reason = f"waited {time.monotonic() - since:.1f} s"
         if reason is not None and not call.completed():
             self.fail(kind(self._message(call, late, reason)), peers)
-
-    def _exceeds_limit(self, waited_s: float) -> bool:
-        """Whether a call has made no progress for too long. Asks for late ranks once per timeout."""
-        if waited_s < self._timeout_s or waited_s >= CALL_TIMEOUT_FACTOR * self._timeout_s:
-            return waited_s >= self._timeout_s
-        now = time.monotonic()
-        if now - self._late_at < self._timeout_s:
-            return False
-        if self._late_ranks():
-            self._late_at = now
-            return False
-        return True
 
     def _message(self, call: PendingCall, late: Sequence[tuple[int, AwaitedFlag, int | None]], reason: str) -> str:
         if not late:
