@@ -187,10 +187,10 @@ def imbalance(heads: int, ways: int) -> Fraction:
     return Fraction(-(-heads // ways) * ways, heads)
 
 
-def unsplit(heads: int, ways: int) -> str:
-    """Why these heads are not split over so many ranks."""
+def unsplit(heads: int, ways: int, named: str = "") -> str:
+    """Why these heads are not split over so many ranks. ``named``: in place of their number."""
     most = f": one would have {float(imbalance(heads, ways)):.2f}x the average" if heads >= ways else ""
-    return f"{heads} heads cannot be split over {ways} ranks{most}"
+    return f"{named or f'{heads} heads'} cannot be split over {ways} ranks{most}"
 
 
 def split_degree(num_machines: int, ranks_per_machine: int, ulysses_degree: int) -> Layout:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import Any, get_args
 
-from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, paper_layout
+from sf_xfuser.layout.plan import UNEVEN, Layout, legal_layouts, paper_layout, unsplit
 from sf_xfuser.layout.schedule import Granularity
 from sf_xfuser.layout.usp_layouts import XditConfig, legal_configs, variant_name
 from sf_xfuser.simulator import CallShape, Prediction, TorusVariant, simulated_call
@@ -145,7 +145,7 @@ def _flags(call: SimulatedCall, variant: TorusVariant | XditConfig, transport: s
 
 def _illegal(layout: Layout, divisible: int, shape: CallShape) -> RankedLayout:
     heads = f"{shape.heads} heads" if divisible == shape.heads else f"{shape.heads} heads ({shape.kv_heads} of KV)"
-    reason = f"illegal: {heads} cannot be split over {layout.ulysses_degree} ranks"
+    reason = f"illegal: {unsplit(divisible, layout.ulysses_degree, heads)}"
     return RankedLayout(name="torus", layout=str(layout), reason=reason)
 
 
